@@ -1,0 +1,60 @@
+"""Micro-benchmarks: each measures the real code beside a plain reference, in one run, as ratios.
+
+Machines are shared and noisy, so a number of seconds means little; a ratio within one run means something.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from rich.table import Table
+
+from fedtune.errors import InputError, nearest
+from fedtune.measure.environment import environment
+
+BENCHES = {
+    "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
+    "simulation": "memory of simulated clients: one base model in all, against a model each",
+}
+
+
+def run_benches(name: str | None) -> list[dict[str, Any]]:
+    """Runs one benchmark, or all of them.
+
+    Returns:
+        One document a benchmark: `bench`, `machine`, `rows` and `ratios`.
+
+    Raises:
+        InputError: No benchmark has that name.
+    """
+    if name is not None and name not in BENCHES:
+        raise InputError(
+            f"no benchmark is named {name!r}; there are {', '.join(BENCHES)}.{nearest(name, BENCHES)}"
+        )
+    documents = []
+    for each in [name] if name else BENCHES:
+        rows, ratios = importlib.import_module(f"fedtune.bench.{each}").measure()
+        documents.append({"bench": each, "machine": environment(), "rows": rows, "ratios": ratios})
+    return documents
+
+
+def bench_table(document: dict[str, Any]) -> Table:
+    """The rows of one benchmark."""
+    table = Table(title=f"{document['bench']}: {BENCHES[document['bench']]}", title_justify="left")
+    columns = list(dict.fromkeys(key for row in document["rows"] for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for row in document["rows"]:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    return table
+
+
+def _cell(value: object) -> str:
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -1,0 +1,337 @@
+"""The command `fedtune`. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune import __version__
+from fedtune.errors import FedtuneError, InputError
+
+if TYPE_CHECKING:
+    from fedtune.run.config import RunConfig
+
+app = typer.Typer(
+    name="fedtune",
+    help="Fine-tune one foundation model on data that stays with many owners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+class Listing(StrEnum):
+    """What `fedtune ls` can list."""
+
+    methods = "methods"
+    partitioners = "partitioners"
+    tasks = "tasks"
+    models = "models"
+
+
+def main() -> None:
+    """Runs the command line; every foreseen error ends in one message on stderr and its exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app(standalone_mode=False)
+    except FedtuneError as error:
+        print(f"fedtune: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("fedtune: interrupted; continue with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"fedtune: {error.format_message()} Try fedtune --help.", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedtune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune one foundation model on data that stays with many owners."""
+
+
+@app.command(no_args_is_help=True)
+def run(
+    config: ConfigPath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default runs/NAME, numbered if taken.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run one federation.
+
+    Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
+    """
+    from fedtune.run.config import load_config
+
+    settings = load_config(config, overrides or [])
+    if out is not None and resume is not None:
+        raise InputError("--out starts a new run and --resume continues one; give one of them")
+    path = resume or out or _free_name(Path("runs") / config.stem)
+    with _progress(quiet) as progress:
+        from fedtune.run.federation import run as federate
+
+        # killed before its folder was complete, a run has nothing to continue from and begins anew
+        summary = federate(settings, path, progress, resume=resume is not None and resume.exists())
+    if as_json:
+        _print_json(summary)
+        return
+    from rich.console import Console
+
+    from fedtune.report.tables import summary_tables
+
+    console = Console()
+    for table in summary_tables(summary):
+        console.print(table)
+    console.print(f"Run folder: {path}")
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files, one a row.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting in all of them.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; what is done there is taken over.")
+    ] = None,
+    references: Annotated[bool, typer.Option(help="Add zero-shot, stand-alone and centralised rows.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run several configurations on the same split and print one table.
+
+    Example: fedtune compare configs/fedavg_lora.yaml configs/one_shot_lora.yaml --seeds 0,1,2
+    """
+    from fedtune.run.compare import MAIN_METRIC, Candidate
+    from fedtune.run.compare import compare as compare_all
+    from fedtune.run.config import load_config
+
+    candidates = [Candidate(path.stem, load_config(path, override or [])) for path in configs]
+    path = out or _free_name(Path("runs") / "compare")
+    with _progress(quiet) as progress:
+        document = compare_all(
+            candidates, _seeds(seeds, candidates[0].config), path, progress, references=references
+        )
+    if as_json:
+        _print_json(document)
+        return
+    from rich.console import Console
+
+    from fedtune.report.tables import compare_table
+
+    console = Console()
+    metrics = [f"{task}.{MAIN_METRIC[task]}" for task in candidates[0].config.evaluation.tasks]
+    console.print(compare_table(document, metrics))
+    console.print(f"Runs and compare.json: {path}")
+
+
+@app.command(no_args_is_help=True)
+def validate(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files.")],
+    as_json: Json = False,
+) -> None:
+    """Check configurations without weights or data.
+
+    Example: fedtune validate configs/*.yaml
+    """
+    from fedtune.methods import registry
+    from fedtune.run.config import load_config
+
+    problems, good = [], []
+    for path in configs:
+        try:
+            config = load_config(path)
+            registry.build(config.method, config.seed)
+            good.append({"config": str(path), "method": config.method_name, "model": config.model.name})
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    if as_json:
+        _print_json(good)
+    else:
+        for entry in good:
+            print(f"{entry['config']}: {entry['method']} on {entry['model']}")
+
+
+@app.command("eval", no_args_is_help=True)
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder, or a model's name.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; see fedtune ls tasks.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as data.train=x.jsonl."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate what a run made, or any model, on held-out examples.
+
+    Example: fedtune eval runs/demo --tasks loss,accuracy
+    """
+    from fedtune.run.results import evaluate_target
+
+    scores = evaluate_target(target, [task.strip() for task in tasks.split(",")], overrides or [])
+    if as_json:
+        _print_json(scores)
+        return
+    from fedtune.report.tables import number
+
+    for name, by_task in scores["scores"].items():
+        for task, metrics in by_task.items():
+            for metric, value in metrics.items():
+                print(f"{name}  {task}  {metric}  {number(value)}")
+
+
+@app.command(no_args_is_help=True)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    merge: Annotated[
+        bool, typer.Option(help="Fold the adapter into the weights and write a whole model.")
+    ] = False,
+) -> None:
+    """Write a run's result as a Hugging Face model or PEFT adapter.
+
+    Example: fedtune export runs/demo --out model --merge
+    """
+    from fedtune.run.results import export_run
+
+    for path in export_run(run, out, merge=merge):
+        print(path)
+
+
+@app.command("ls", no_args_is_help=True)
+def list_things(
+    what: Annotated[Listing, typer.Argument(help="What to list.")], as_json: Json = False
+) -> None:
+    """List what there is, a line each.
+
+    Example: fedtune ls methods
+    """
+    entries = [{"name": name, "summary": summary} for name, summary in _listing(what).items()]
+    if as_json:
+        _print_json(entries)
+        return
+    width = max(len(entry["name"]) for entry in entries)
+    for entry in entries:
+        print(f"{entry['name']:{width}}  {entry['summary']}")
+
+
+@app.command(no_args_is_help=False)
+def bench(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One benchmark; default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure against plain references, as ratios within one run.
+
+    Example: fedtune bench aggregation
+    """
+    from fedtune.bench import run_benches
+
+    documents = run_benches(name)
+    if as_json:
+        _print_json(documents if name is None else documents[0])
+        return
+    from rich.console import Console
+
+    from fedtune.bench import bench_table
+
+    console = Console()
+    for document in documents:
+        console.print(bench_table(document))
+        for ratio, value in document["ratios"].items():
+            console.print(f"{ratio}: {value:.3g}")
+
+
+def _print_json(document: Any) -> None:
+    from fedtune.run.files import dumps
+
+    print(dumps(document, indent=2))
+
+
+def _listing(what: Listing) -> dict[str, str]:
+    if what is Listing.methods:
+        from fedtune.methods.registry import METHODS
+
+        return {name: entry.summary for name, entry in METHODS.items()}
+    if what is Listing.partitioners:
+        from fedtune.data.partition import PARTITIONERS
+
+        return dict(PARTITIONERS)
+    if what is Listing.tasks:
+        from fedtune.evaluation.tasks import TASKS
+
+        return {name: task.summary for name, task in TASKS.items()}
+    return {
+        "bundled": "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text",
+        "FOLDER": "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors",
+        "OWNER/NAME": "the same from the Hugging Face hub",
+    }
+
+
+def _progress(quiet: bool) -> Any:
+    from contextlib import nullcontext
+
+    from fedtune.cli.display import Display
+    from fedtune.run.progress import Silent
+
+    return nullcontext(Silent()) if quiet else Display()
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _seeds(text: str, config: RunConfig) -> list[int]:
+    if not text:
+        return [config.seed]
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}")
+    return seeds
+
+
+if __name__ == "__main__":
+    main()

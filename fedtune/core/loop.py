@@ -1,0 +1,266 @@
+"""The one round loop: sample a cohort, send orders, check replies, fold them in, hold the quorum.
+
+It knows no method and no transport. A client that fails, is late, or sends something that is not what
+was asked is left out and named; a round under its quorum raises, and nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from fedtune.core.ledger import Ledger
+from fedtune.core.seeds import numpy_generator
+from fedtune.core.types import Cohort, Method, Order, Payload, Reply
+from fedtune.core.wire import FrameError, Message, check, decode, encode
+from fedtune.errors import FederationError
+from fedtune.measure.clock import Clock
+from fedtune.measure.memory import MemoryMeter, paused
+
+log = logging.getLogger("fedtune")
+S = TypeVar("S")
+
+MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensors asked for
+OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a transport brings from one client: a reply's frame, or why there is none."""
+
+    client: int
+    frame: bytes = b""
+    fault: str = ""
+
+
+class Transport(Protocol):
+    """Carries frames to clients and theirs back. Knows no method."""
+
+    def exchange(
+        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+    ) -> Iterator[Arrival]:
+        """Sends each (client, frame) and yields one Arrival a client, as they come or in the order sent."""
+
+
+@dataclass
+class RoundOutcome:
+    """What happened in one round, for rounds.jsonl."""
+
+    round: int
+    asked: tuple[int, ...] = ()
+    clients: list[int] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+    metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> float | None:
+        """A metric's mean over the clients that replied, weighted by their examples; None if none has it."""
+        having = [c for c in self.clients if metric in self.metrics[c]]
+        total = sum(self.examples[c] for c in having)
+        return sum(self.metrics[c][metric] * self.examples[c] for c in having) / total if total else None
+
+
+def sample_cohort(
+    examples: Mapping[int, int], per_round: float | int | None, *, seed: int, round: int
+) -> Cohort:
+    """Draws a round's clients without replacement, in ascending order.
+
+    Args:
+        examples: Examples of every client.
+        per_round: How many: an integer is a count, a float a fraction (at least one client), None all.
+        seed: The run's seed.
+        round: The round, counted from 1.
+    """
+    everyone = sorted(examples)
+    if per_round is None:
+        chosen = everyone
+    else:
+        wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
+        rng = numpy_generator(seed, "cohort", round)
+        chosen = sorted(everyone[i] for i in rng.permutation(len(everyone))[: min(wanted, len(everyone))])
+    return Cohort(tuple(chosen), {client: examples[client] for client in chosen}, len(everyone))
+
+
+def quorum_of(cohort: int, quorum: float | int) -> int:
+    """Replies a round needs: an integer is a count, a float the fraction of the cohort, rounded up."""
+    return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer; halves go up (Python's round sends 2.5 to 2)."""
+    return math.floor(x + 0.5)
+
+
+class RoundLoop:
+    """Runs rounds of one method over one transport, entering every message in the ledger."""
+
+    def __init__(
+        self, method: Method[Any], transport: Transport, ledger: Ledger, clock: Clock, device: torch.device
+    ) -> None:
+        self._method, self._transport, self._ledger = method, transport, ledger
+        self._clock, self._device = clock, device
+
+    def run(
+        self,
+        state: S,
+        cohort: Cohort,
+        round: int,
+        *,
+        quorum: int,
+        on_arrival: Callable[[S, RoundOutcome], None],
+    ) -> tuple[S, RoundOutcome]:
+        """One round.
+
+        Args:
+            state: The server's state before the round.
+            cohort: The clients to ask.
+            round: The round, counted from 1.
+            quorum: Replies needed.
+            on_arrival: Called after each reply that was folded in. With a method that folds replies in
+                one by one it gets the state that holds them so far, else the state before the round.
+
+        Returns:
+            The server's state after the round, and what happened.
+
+        Raises:
+            FederationError: Fewer than `quorum` clients gave a usable reply; names the others.
+        """
+        outcome = RoundOutcome(round, cohort.clients)
+        replies = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
+        if self._method.arrival == "one-by-one":
+            for reply in replies:
+                state = self._fold(state, [reply], round)
+                on_arrival(state, outcome)
+            _hold_quorum(outcome, quorum)
+        else:
+            state = self._fold(state, self._watched(replies, state, outcome, quorum, on_arrival), round)
+        return state, outcome
+
+    def _fold(self, state: S, replies: Iterable[Reply], round: int) -> S:
+        meter = MemoryMeter(self._device)
+        with self._clock.part("aggregation"), meter.whole(resident=_tensors(state)):
+            state = self._method.server_step(state, replies)
+        self._ledger.memory(
+            round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how
+        )
+        return state
+
+    def _watched(
+        self,
+        replies: Iterator[Reply],
+        state: S,
+        outcome: RoundOutcome,
+        quorum: int,
+        on_arrival: Callable[[S, RoundOutcome], None],
+    ) -> Iterator[Reply]:
+        """The replies as the server's step pulls them; the quorum is held before that step can end."""
+        while True:
+            with paused():  # in process a client trains here: not the server's memory
+                reply = next(replies, None)
+                if reply is None:
+                    _hold_quorum(outcome, quorum)
+                    return
+            yield reply
+            on_arrival(state, outcome)
+
+    def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
+        expects: dict[int, Any] = {}
+        arrivals = self._transport.exchange(
+            outcome.round,
+            self._frames(orders, expects, outcome.round),
+            in_plan_order=self._method.arrival == "plan-order",
+        )
+        for arrival in arrivals:
+            try:
+                if arrival.fault:
+                    raise FrameError(arrival.fault)
+                reply = self._reply(arrival, expects[arrival.client], cohort, outcome.round)
+            except FrameError as error:
+                outcome.left_out[arrival.client] = str(error)
+                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, error)
+                continue
+            outcome.clients.append(reply.client)
+            outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
+            yield reply
+
+    def _frames(
+        self, orders: Iterable[Order], expects: dict[int, Any], round: int
+    ) -> Iterator[tuple[int, bytes]]:
+        payload, frame = None, b""
+        for order in orders:
+            if order.payload is not payload:  # one payload for all is encoded once
+                with self._clock.part("wire"):
+                    payload, frame = order.payload, encode(Message(order.payload, {"round": round}))
+            expects[order.client] = order.expects
+            self._enter(round, order.client, "down", order.payload, frame)
+            yield order.client, frame
+
+    def _reply(self, arrival: Arrival, expects: Any, cohort: Cohort, round: int) -> Reply:
+        with self._clock.part("wire"):
+            message = decode(arrival.frame, max_bytes=_reply_limit(expects))
+            sender = (message.meta.get("round"), message.meta.get("client"))
+            if sender != (round, arrival.client):
+                raise FrameError(
+                    f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
+                )
+            check(message.payload, expects)
+        metrics = {
+            name: float(value)
+            for name, value in message.meta.items()
+            if isinstance(value, int | float) and name not in ("round", "client")
+        }
+        self._enter(round, arrival.client, "up", message.payload, arrival.frame)
+        self._ledger.memory(
+            round=round,
+            where="client",
+            client=arrival.client,
+            peak_bytes=int(metrics.pop("peak_bytes", 0)),
+            how=str(message.meta.get("how", "not measured")),
+        )
+        return Reply(arrival.client, message.payload, metrics, cohort)
+
+    def _enter(self, round: int, client: int, direction: str, payload: Payload, frame: bytes) -> None:
+        if self._method.uses_wire:
+            self._ledger.message(
+                round=round,
+                client=client,
+                direction=direction,
+                kind="train",
+                payload_bytes=payload.nbytes,
+                framed_bytes=len(frame),
+            )
+
+
+def _hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
+    if len(outcome.clients) >= quorum:
+        return
+    reasons = "; ".join(
+        f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
+    )
+    more = len(outcome.left_out) - 5
+    raise FederationError(
+        f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
+        f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
+        "Bring them back and continue with --resume, or lower federation.quorum."
+    )
+
+
+def _reply_limit(expects: Mapping[str, Any]) -> int:
+    total = MANIFEST_ALLOWANCE
+    for spec in expects.values():
+        if None in spec.shape:
+            return OPEN_SHAPE_LIMIT
+        total += math.prod(spec.shape) * spec.dtype.itemsize
+    return total
+
+
+def _tensors(state: object) -> Sequence[Any]:
+    """Every tensor of a state, for the server's memory."""
+    from fedtune.core.state import to_payload
+
+    return list(to_payload(state).tensors.values())

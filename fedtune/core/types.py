@@ -1,0 +1,169 @@
+"""The words that server, clients, methods and transports share.
+
+`Payload` is the only thing that crosses the wire. A `Method` is built from its configuration alone and
+holds no state: the server's state goes in and a new one comes out, and a client sees its order and its
+environment, never the server.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.seeds import derive_seed, torch_generator
+
+if TYPE_CHECKING:
+    from fedtune.data.encode import Encoded
+    from fedtune.measure.memory import MemoryMeter
+
+Scalar = int | float | str | bool
+
+
+def scalar_bytes(value: Scalar) -> int:
+    """Bytes of one scalar as the papers count them: 4 for a number, 1 for a flag, UTF-8 for text."""
+    if isinstance(value, bool):
+        return 1
+    return len(value.encode()) if isinstance(value, str) else 4
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Named tensors and scalars: the only thing that crosses the wire."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Content in bytes, without names, shapes and framing (`payload_bytes` of the ledger)."""
+        return sum(t.nbytes for t in self.tensors.values()) + sum(map(scalar_bytes, self.scalars.values()))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor on the wire must be. A dimension of None may have any length."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+    limit: float = math.inf  # every |value| must be below it
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients asked in one round, in the order in which they are asked."""
+
+    clients: tuple[int, ...]
+    examples: Mapping[int, int]  # examples each of them trains on, as registered with the server
+    population: int  # clients of the whole federation
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of all clients of the cohort together."""
+        return sum(self.examples[client] for client in self.clients)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of one client, and what the reply has to hold."""
+
+    client: int
+    payload: Payload
+    expects: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer after it passed every check."""
+
+    client: int
+    payload: Payload
+    metrics: Mapping[str, float]
+    cohort: Cohort
+
+    @property
+    def examples(self) -> int:
+        """Examples of the client that sent it: as registered, not as the reply claims."""
+        return self.cohort.examples[self.client]
+
+
+@dataclass(frozen=True)
+class ClientEnv:
+    """Everything a client has besides its order: it stays on the client's side."""
+
+    client: int
+    round: int
+    seed: int  # of this client in this round; derive streams from it by purpose
+    model: nn.Module
+    items: Sequence[Encoded]
+    pad_id: int
+    state: Payload | None  # what this client kept from its last round
+    memory: MemoryMeter
+    device: torch.device
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """A CPU generator of this client and round for one purpose."""
+        return torch_generator(self.seed, *purpose)
+
+    def derive_seed(self, *purpose: str | int) -> int:
+        """A seed of this client and round for one purpose."""
+        return derive_seed(self.seed, *purpose)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client's step gives back: the reply's content, its metrics and what the client keeps."""
+
+    payload: Payload
+    metrics: Mapping[str, float]  # "train_loss", "steps", ...: reported, not counted as payload
+    state: Payload | None = None
+
+
+S = TypeVar("S")
+
+Arrival = Literal["plan-order", "any-order", "one-by-one"]
+
+
+class Method(Protocol[S]):
+    """One published method. Built from its Config and the run's seed; one object serves every transport.
+
+    Attributes:
+        rounds: How many rounds a run has; 0 for a method that trains nothing.
+        arrival: How replies are folded in. `plan-order`: one server step on the replies in the order
+            of the plan. `any-order`: one server step on the replies as they come, with a result that
+            does not depend on their order. `one-by-one`: a server step on each reply alone.
+        pools_data: One client holds the data of all (centralised training).
+        uses_wire: False for reference rows whose clients send nothing; then nothing is in the ledger.
+        saves_merged: The result lives in the base model's weights and is saved as a whole model.
+    """
+
+    rounds: int
+    arrival: Arrival
+    pools_data: bool
+    uses_wire: bool
+    saves_merged: bool
+
+    def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """What a client must hold. In process `build` returns the one base model in memory."""
+
+    def init(self, model: nn.Module) -> S:
+        """The server's first state, from the server's model."""
+
+    def plan(self, state: S, round: int, cohort: Cohort) -> Iterable[Order]:
+        """Who gets what in this round."""
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        """One client's work. Frozen tensors of `env.model` are left as they were found."""
+
+    def server_step(self, state: S, replies: Iterable[Reply]) -> S:
+        """Folds replies in as they come, without holding a cohort's updates together."""
+
+    def export(self, state: S, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The models that `state` stands for, by name, one at a time, in `model`'s memory.
+
+        Each is valid until the next is asked for; after the last, frozen tensors are as they were.
+        """

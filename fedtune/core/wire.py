@@ -1,0 +1,227 @@
+"""One message as bytes: encoded once, counted once, checked before anything in it is believed.
+
+A frame is
+
+    magic 4 | version 1 | flags 1 | manifest length 4 | tensor length 8 | CRC-32 4      (22 bytes)
+    manifest: JSON {"meta", "scalars", "tensors": [[name, dtype, shape], ...]}, deflated if that is shorter
+    tensors:  contiguous little-endian data, widest dtype first, then by name (safetensors' order)
+
+The checksum covers the flags, both lengths and everything behind the header. The manifest is JSON and
+the dtypes are safetensors' names, so any language can read a frame; bfloat16 travels as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedtune.core.types import Payload, Scalar, TensorSpec
+
+MAGIC = b"FTUN"
+VERSION = 1
+HEADER = struct.Struct("<4sBBIQI")
+_COVERED = struct.Struct("<BIQ")  # the header's fields under the checksum
+_DEFLATED = 1
+MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes after inflating: a bound on what a hostile frame can make us hold
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class FrameError(ValueError):
+    """A frame or its content is not what it has to be. The message says what and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A decoded frame. `meta` is bookkeeping (round, client, metrics) and not counted as payload."""
+
+    payload: Payload
+    meta: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message; the same message gives the same bytes.
+
+    Raises:
+        TypeError: A tensor's dtype has no name on the wire.
+    """
+    tensors = message.payload.tensors
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in names:
+        if tensors[name].dtype not in _NAMES:
+            raise TypeError(
+                f"tensor {name}: {tensors[name].dtype} cannot be sent; use one of {', '.join(DTYPES)}"
+            )
+    manifest = json.dumps(
+        {
+            "meta": dict(message.meta),
+            "scalars": dict(message.payload.scalars),
+            "tensors": [[name, _NAMES[tensors[name].dtype], list(tensors[name].shape)] for name in names],
+        },
+        separators=(",", ":"),
+    ).encode()
+    deflated = zlib.compress(manifest, 9)
+    flags = _DEFLATED if len(deflated) < len(manifest) else 0
+    head = deflated if flags else manifest
+    data = [_raw(tensors[name]) for name in names]
+    length = sum(len(part) for part in data)
+    crc = zlib.crc32(head, zlib.crc32(_COVERED.pack(flags, len(head), length)))
+    for part in data:
+        crc = zlib.crc32(part, crc)
+    return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
+
+
+def decode(frame: bytes | memoryview, *, max_bytes: int | None = None) -> Message:
+    """The message in a frame. Tensors are views of the frame's own memory.
+
+    Args:
+        frame: The bytes that `encode` gave.
+        max_bytes: Refuse a longer frame unread.
+
+    Raises:
+        FrameError: The frame is too long, cut short, altered, of another version or not a frame.
+    """
+    view = memoryview(frame)
+    if max_bytes is not None and len(view) > max_bytes:
+        raise FrameError(f"frame of {len(view):,} bytes; at most {max_bytes:,} are allowed here")
+    if len(view) < HEADER.size:
+        raise FrameError(f"frame cut short: {len(view)} bytes, the header alone has {HEADER.size}")
+    magic, version, flags, head_length, length, crc = HEADER.unpack(view[: HEADER.size])
+    if magic != MAGIC:
+        raise FrameError("not a fedtune frame")
+    if version != VERSION:
+        raise FrameError(f"frame of version {version}; this program speaks version {VERSION}")
+    if len(view) != HEADER.size + head_length + length:
+        raise FrameError(
+            f"frame of {len(view):,} bytes; its header says {HEADER.size + head_length + length:,}"
+        )
+    covered = zlib.crc32(_COVERED.pack(flags, head_length, length))
+    if zlib.crc32(view[HEADER.size :], covered) != crc or flags not in (0, _DEFLATED):
+        raise FrameError("checksum does not match: the frame was altered on its way")
+    head = bytes(view[HEADER.size : HEADER.size + head_length])
+    meta, scalars, entries = _manifest(_inflate(head) if flags else head)
+    tensors: dict[str, Tensor] = {}
+    body = view[HEADER.size + head_length :]
+    at = 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * dtype.itemsize
+        if at + size > length:
+            raise FrameError(f"tensor {name} of shape {shape} needs more bytes than the frame holds")
+        tensors[name] = _view(body[at : at + size], dtype, shape)
+        at += size
+    if at != length:
+        raise FrameError(f"{length - at} bytes of the frame belong to no tensor")
+    return Message(Payload(tensors, scalars), meta)
+
+
+def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:
+    """Holds a payload to what was asked for.
+
+    Raises:
+        FrameError: Tensors are missing or not asked for, a shape or dtype differs, or a value is NaN
+            or infinite. The message names the tensor.
+    """
+    missing, foreign = expects.keys() - payload.tensors.keys(), payload.tensors.keys() - expects.keys()
+    if missing or foreign:
+        raise FrameError(
+            "tensors do not match the order:"
+            + (f" missing {_some(missing)};" if missing else "")
+            + (f" not asked for {_some(foreign)};" if foreign else "")
+        )
+    for name, tensor in payload.tensors.items():
+        spec = expects[name]
+        fits = len(spec.shape) == tensor.ndim and all(
+            wanted in (None, got) for wanted, got in zip(spec.shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != spec.dtype:
+            raise FrameError(
+                f"tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                f"{spec.dtype} of shape {spec.shape} was asked for"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FrameError(f"tensor {name} holds NaN or infinite values")
+        if tensor.numel() and spec.limit < math.inf and not float(tensor.abs().max()) < spec.limit:
+            raise FrameError(f"tensor {name} holds values of {spec.limit:,.0f} or more")
+    for name, value in payload.scalars.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FrameError(f"scalar {name} is {value}")
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it lies contiguous in host memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
+
+
+def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not len(data):
+        return torch.empty(shape, dtype=dtype)
+    # bytearray: torch wants memory it may write to, and a frame's bytes must not change under others
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+def _inflate(head: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        text = inflater.decompress(head, MANIFEST_LIMIT)
+    except zlib.error as error:
+        raise FrameError(f"manifest cannot be inflated: {error}") from None
+    if inflater.unconsumed_tail or not inflater.eof:
+        raise FrameError(f"manifest is cut short or longer than {MANIFEST_LIMIT:,} bytes")
+    return text
+
+
+def _manifest(
+    text: bytes,
+) -> tuple[dict[str, Scalar], dict[str, Scalar], list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"manifest is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.keys() != {"meta", "scalars", "tensors"}:
+        raise FrameError('manifest must hold "meta", "scalars" and "tensors", and nothing else')
+    for part in ("meta", "scalars"):
+        content = document[part]
+        if not isinstance(content, dict) or not all(
+            isinstance(v, int | float | str) for v in content.values()
+        ):
+            raise FrameError(f'"{part}" of the manifest must map names to numbers, flags or text')
+    if not isinstance(document["tensors"], list):
+        raise FrameError('"tensors" of the manifest must be a list')
+    entries = [_entry(entry) for entry in document["tensors"]]
+    if len({name for name, _, _ in entries}) != len(entries):
+        raise FrameError("two tensors of the frame have one name")
+    return document["meta"], document["scalars"], entries
+
+
+def _entry(entry: object) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    match entry:
+        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and all(
+            type(n) is int and 0 <= n < 2**48 for n in shape
+        ):
+            return name, DTYPES[dtype], tuple(shape)
+    raise FrameError(f"not a tensor's name, dtype and shape: {str(entry)[:80]}")
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,1 @@
+"""Data: examples and their sources, templates, encoding, batches, and which client holds what."""

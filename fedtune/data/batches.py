@@ -1,0 +1,66 @@
+"""Batches: padding, and the order in which examples are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.data.encode import IGNORED, Encoded
+
+
+def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Pads encoded examples on the right into one batch.
+
+    The attention mask is made from lengths, not by comparing with `pad_id`: many tokenizers pad with their
+    end-of-sequence token, which must stay visible where it ends an answer.
+
+    Args:
+        items: At least one encoded example, all for the same task.
+        pad_id: The token id that fills `input_ids`.
+
+    Returns:
+        int64 tensors `input_ids` and `attention_mask`, (batch, tokens), and `labels`: (batch, tokens) padded
+        with -100 for a causal model, (batch, 1) for classification.
+
+    Raises:
+        ValueError: `items` is empty.
+    """
+    if not items:
+        raise ValueError("collate needs at least one example")
+    width = max(len(item.input_ids) for item in items)
+    label_width = max(len(item.labels) for item in items)
+    return {
+        "input_ids": torch.tensor([_padded(item.input_ids, width, pad_id) for item in items]),
+        "attention_mask": torch.tensor([_padded((1,) * len(item.input_ids), width, 0) for item in items]),
+        "labels": torch.tensor([_padded(item.labels, label_width, IGNORED) for item in items]),
+    }
+
+
+def epoch_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yields one shuffled pass over 0..n-1 in batches; the last one may be short.
+
+    Args:
+        n: The number of examples.
+        batch_size: Examples a batch.
+        generator: A CPU generator; one permutation is drawn when the pass starts.
+
+    Raises:
+        ValueError: `n` or `batch_size` is under 1.
+    """
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+    order = torch.randperm(n, generator=generator).tolist()
+    for start in range(0, n, batch_size):
+        yield order[start : start + batch_size]
+
+
+def endless_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yields `epoch_batches` again and again, shuffled anew each pass. Arguments and errors are the same."""
+    while True:
+        yield from epoch_batches(n, batch_size, generator)
+
+
+def _padded(values: tuple[int, ...], width: int, fill: int) -> tuple[int, ...]:
+    return values + (fill,) * (width - len(values))

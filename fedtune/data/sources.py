@@ -1,0 +1,204 @@
+"""Where examples come from: JSON Lines and JSON files, Hugging Face data sets, and the set that is bundled.
+
+All three go through one mapping of fields and one set of checks, so a bad record is refused with its place
+wherever it came from. Nothing remote is run: the `datasets` library reads data files only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.examples import Example
+from fedtune.errors import InputError, nearest
+
+FIELDS = ("instruction", "input", "output", "category")
+_OPTIONAL = ("input", "category")
+_FILE_SUFFIXES = (".jsonl", ".json")
+
+
+def load_examples(
+    source: str, *, fields: Mapping[str, str], split: str = "train", base: Path = Path(".")
+) -> list[Example]:
+    """Loads a data set.
+
+    Args:
+        source: "bundled"; a path that ends in .jsonl (one object a line) or .json (an array of objects, or
+            one object a line); or the name of a Hugging Face data set, "owner/name" or
+            "owner/name:configuration".
+        fields: Our field names to the source's keys; a field that is not named keeps its own name. Dots lead
+            into nested objects and, by number, into lists ("answers.text.0").
+        split: Which part of a Hugging Face data set or of the bundled one. A file has one part only.
+        base: The folder that a relative path starts from.
+
+    Returns:
+        The examples in the source's order. Numbers become text as JSON writes them. An absent key of `input`
+        or `category` reads as "" unless `fields` names it; a null there always does.
+
+    Raises:
+        InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
+    """
+    _check_fields(fields)
+    if source == "bundled":
+        return bundled_examples(split, fields=fields)
+    path = base / source
+    if source.endswith(_FILE_SUFFIXES):
+        if split != "train":
+            raise InputError(f'{path}: a file has no split "{split}"; give the file of that part.')
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "there is no such file"
+            raise InputError(f"{path}: {what}. Paths start from {base.resolve()}.")
+        return _examples(_file_rows(path, str(path)), fields, str(path))
+    if path.exists():
+        # load_dataset would quietly read a local folder of that name instead of the hub's data set
+        raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
+    return _examples(_hub_rows(source, split), fields, f'data set "{source}"')
+
+
+def bundled_examples(part: str = "train", *, fields: Mapping[str, str] | None = None) -> list[Example]:
+    """Loads the data set that comes with the package, without network.
+
+    Args:
+        part: "train" or "test".
+        fields: As in `load_examples`.
+
+    Raises:
+        InputError: There is no such part, or the installed package lacks the file.
+    """
+    if part not in ("train", "test"):
+        raise InputError(f'the bundled data set has no split "{part}"; it has "train" and "test".')
+    file = resources.files("fedtune.data") / f"bundled_{part}.jsonl"
+    if not file.is_file():
+        raise InputError(f"the bundled data file {file.name} is not installed; install fedtune again.")
+    return _examples(_file_rows(file, file.name), fields or {}, file.name)
+
+
+def _check_fields(fields: Mapping[str, str]) -> None:
+    for ours, theirs in fields.items():
+        if ours not in FIELDS:
+            raise InputError(
+                f'data.fields: unknown field "{ours}"; the fields are {", ".join(FIELDS)}.'
+                f"{nearest(ours, FIELDS)}"
+            )
+        if not theirs:
+            raise InputError(f"data.fields.{ours} is empty; give the key that holds it, or leave it out.")
+
+
+def _file_rows(file: Path | Traversable, name: str) -> Iterator[tuple[str, Any]]:
+    """Yields (place, decoded value) for each record of a JSON Lines or JSON file; blank lines are skipped."""
+    try:
+        with file.open("rb") as lines:
+            if name.endswith(".json"):
+                start = lines.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+                lines.seek(0)
+                if start.startswith(b"["):
+                    yield from _array_rows(lines.read(), name)
+                    return
+            # lines end at line feeds only: str.splitlines would also cut at U+2028, which JSON allows in text
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line := line.strip():
+                    yield f"{name}:{number}", _decoded(line, name, number)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}.") from error
+
+
+def _array_rows(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_decoded(content.removeprefix(b"\xef\xbb\xbf"), name, 1), start=1):
+        yield f"{name}: item {number}", row
+
+
+def _decoded(text: bytes, name: str, first_line: int) -> Any:
+    """Decodes one JSON text that starts at `first_line` of the file."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = first_line + text.count(b"\n", 0, error.start)
+        raise InputError(f"{name}:{line}: not UTF-8 text; save the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise InputError(
+            f"{name}:{line}: not valid JSON: {error.msg} at column {error.colno}. "
+            "Each line must be one JSON object."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
+        raise InputError(f"{name}:{first_line}: JSON that cannot be read: {error}.") from error
+
+
+def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets  # heavy, and needed for this kind of source alone
+
+    name, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # in this order: the network or an unknown name; a split or configuration; a script; damaged files
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f'the data set "{source}" (split "{split}") could not be loaded from the Hugging Face hub: '
+            f"{reason} Check the name and the network, or give a .jsonl file. "
+            f'A configuration is written "owner/name:configuration".'
+        ) from error
+    for number, row in enumerate(rows):
+        yield f'data set "{source}", row {number}', row
+
+
+def _examples(rows: Iterator[tuple[str, Any]], fields: Mapping[str, str], name: str) -> list[Example]:
+    examples = []
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
+        examples.append(Example(**{field: _field(row, field, fields, place) for field in FIELDS}))
+    if not examples:
+        raise InputError(f"{name}: holds no examples; at least one is needed.")
+    return examples
+
+
+def _field(row: dict[str, Any], field: str, fields: Mapping[str, str], place: str) -> str:
+    key = fields.get(field, field)
+    found, value = _lookup(row, key)
+    optional = field in _OPTIONAL
+    if not found:
+        if optional and field not in fields:
+            return ""
+        keys = ", ".join(f'"{k}"' for k in row) or "none"
+        raise InputError(
+            f'{place}: no key "{key}" for {field}; the keys here are: {keys}. '
+            f"Set data.fields.{field} to the right one."
+        )
+    if value is None and optional:
+        return ""  # Arrow writes null for a key that only other rows have
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise InputError(f'{place}: "{key}" holds half of a surrogate pair, which is not Unicode text.')
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        hint = f' Name one of its values, such as "{key}.0".' if isinstance(value, list) else ""
+        raise InputError(f'{place}: "{key}" for {field} must be text or a number, got {_kind(value)}.{hint}')
+    return json.dumps(value)
+
+
+def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any]:
+    """Finds a key, or a dotted path of keys and list positions. Returns (found, value)."""
+    if key in row:
+        return True, row[key]
+    value: Any = row
+    for part in key.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isascii() and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False, None
+    return True, value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"{value}")

@@ -1,0 +1,30 @@
+"""The errors a user can meet, and the exit status that each one ends the command with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedtuneError(Exception):
+    """Base of every error that the command line shows as one message, without a traceback."""
+
+    exit_status = 1
+
+
+class InputError(FedtuneError):
+    """The command line, a configuration or an input file is wrong. Nothing was written."""
+
+    exit_status = 2
+
+
+class FederationError(FedtuneError):
+    """The federation could not finish, for instance because fewer clients replied than the quorum."""
+
+    exit_status = 3
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns ' Did you mean "x"?' for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""

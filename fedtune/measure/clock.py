@@ -1,0 +1,44 @@
+"""Wall seconds by part of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Adds up the wall seconds of named parts.
+
+    Parts are exclusive: while an inner part runs, the outer one stands still. A server that pulls its replies
+    out of a generator trains its clients in the middle of its own aggregation, and only so do the parts never
+    add up to more than the total. On a GPU, work that is still queued counts for the part that waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._began = self._mark = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was made, in and out of parts."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts the seconds inside for `name`; a part may be entered any number of times."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._mark
+        self._mark = now

@@ -1,0 +1,260 @@
+"""Peak memory of a client's or the server's step, measured and not estimated.
+
+On a CUDA device it is the allocator's peak. A CPU has no allocator to ask, and the process's resident set
+also holds the interpreter, the libraries and every other simulated client, so there the live tensor bytes are
+followed: a dispatch mode sees the inputs and outputs of every operation, forward and backward, and a weak
+reference tells when a storage goes. A storage counts once, however many views it has, from the first
+operation that touches it (or from the start, if it is among the residents) until it is freed.
+
+Not seen: scratch space that a kernel takes and gives back inside one operation, and memory that is not a
+tensor's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Resident = Module | Optimizer | Tensor | Mapping[Any, Any]
+
+
+class MemoryMeter:
+    """Peak memory over the steps of one scope, for instance one client's local training.
+
+        meter = MemoryMeter(device)
+        for batch in batches:
+            with meter.step(batch["input_ids"].numel(), [model, optimizer]):
+                ...  # forward, backward, optimizer step
+        meter.peak_bytes
+
+    Following every operation of a CPU step costs time, so only the steps that can set a new peak are
+    followed: the first (no gradients or optimizer state yet), the second, and any that is larger than all
+    since the second. Measuring changes no bit of what is computed. A step that raises is counted up to there.
+
+    Attributes:
+        peak_bytes: The largest number of bytes so far; 0 before the first step.
+        how: How it was measured: "live tensor bytes" or "allocator peak".
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.how = "allocator peak" if self.device.type == "cuda" else "live tensor bytes"
+        self.peak_bytes = 0
+        self._steps = 0
+        self._largest = 0
+
+    def step(self, size: int, resident: Iterable[Resident] = ()) -> AbstractContextManager[None]:
+        """One whole training step: all its micro-batches and the optimizer's step.
+
+        Args:
+            size: Elements of the (largest micro-)batch, padding included: what the step's memory grows with.
+            resident: What is in memory when the step begins: modules (with buffers and gradients), optimizers
+                (with state), tensors, and mappings of them (nested, lists too). Anything else counts once an
+                operation touches it.
+
+        Raises:
+            RuntimeError: When another measured scope is open.
+        """
+        _refuse_nesting()
+        # The first step's size does not count as seen: there was no optimizer state beside it yet.
+        follow = self._steps == 0 or size > self._largest or self.device.type == "cuda"
+        if self._steps > 0:
+            self._largest = max(self._largest, size)
+        self._steps += 1
+        return self.whole(resident) if follow else nullcontext()
+
+    @contextmanager
+    def whole(self, resident: Iterable[Resident] = ()) -> Iterator[None]:
+        """Follows everything inside, for instance the server's aggregation. Otherwise as `step`."""
+        _refuse_nesting()
+        scope: _AllocatorPeak | _LiveBytes
+        if self.device.type == "cuda":
+            scope = _AllocatorPeak(self.device)
+        else:
+            scope = _LiveBytes(self.device, resident)
+        token = _open_scope.set(scope)
+        try:
+            with scope:
+                yield
+        finally:
+            _open_scope.reset(token)
+            scope.close()
+            self.peak_bytes = max(self.peak_bytes, scope.peak)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Leaves what happens inside out of the open scope, if there is one, and lets another scope be opened.
+
+    For a server that pulls replies from clients of its own process: their steps are not its memory. What
+    comes out of them counts for the server from the operation that first uses it. What is freed inside is
+    subtracted all the same.
+    """
+    scope = _open_scope.get()
+    if scope is None:
+        yield
+        return
+    token = _open_scope.set(None)
+    scope.pause()
+    try:
+        yield
+    finally:
+        scope.resume()
+        _open_scope.reset(token)
+
+
+class _AllocatorPeak:
+    """The CUDA allocator's peak; everything of this process on the device counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak = 0
+
+    def __enter__(self) -> None:
+        self.resume()
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def close(self) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
+
+    def resume(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+class _StorageRef(weakref.ref[torch.UntypedStorage]):
+    """A weak reference that knows what it stood for after the storage is gone."""
+
+    __slots__ = ("key", "nbytes")
+
+    key: int
+    nbytes: int
+
+    def __new__(cls, storage: torch.UntypedStorage, freed: Callable[[Any], None]) -> _StorageRef:
+        ref = super().__new__(cls, storage, freed)
+        ref.key = storage._cdata
+        ref.nbytes = storage.nbytes()
+        return ref
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages of one device, each by its address, which is unique while it lives."""
+
+    def __init__(self, device: torch.device, resident: Iterable[Resident]) -> None:
+        super().__init__()
+        self.device_type = device.type
+        self.live = 0  # bytes
+        self.peak = 0  # bytes
+        self._refs: dict[int, _StorageRef] = {}
+        for tensor in _resident_tensors(resident):
+            self._follow(tensor)
+        self.peak = self.live
+
+    def close(self) -> None:  # not __exit__: the mode is entered again inside a composite operation
+        self._refs.clear()  # storages freed from here on are no longer this scope's business
+
+    def pause(self) -> None:  # off the stack of modes: one that only looks away would slow every operation
+        self.__exit__(None, None, None)
+
+    def resume(self) -> None:
+        self.__enter__()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._follow(args)
+        if kwargs:
+            self._follow(list(kwargs.values()))
+        if torch.is_inference_mode_enabled() and _is_composite(op, self.device_type):
+            # Under inference mode it arrives whole; its parts, and their temporaries, must be seen.
+            with self:
+                return op.decompose(*args, **kwargs)
+        result = op(*args, **kwargs)
+        self._follow(result)  # inputs are still alive here, as they were inside the operation
+        if self.live > self.peak:
+            self.peak = self.live
+        return result
+
+    def _follow(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            try:
+                storage = value.untyped_storage()
+            except NotImplementedError:  # a sparse tensor has no storage of its own
+                if value.layout == torch.sparse_coo:
+                    self._follow([value._indices(), value._values()])
+                return
+            ref = self._refs.get(storage._cdata)
+            if ref is None:
+                if storage.device.type == self.device_type:
+                    ref = _StorageRef(storage, self._freed)
+                    self._refs[ref.key] = ref
+                    self.live += ref.nbytes
+            elif ref.nbytes != storage.nbytes():  # resized in place
+                self.live += storage.nbytes() - ref.nbytes
+                ref.nbytes = storage.nbytes()
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self._follow(item)
+
+    def _freed(self, ref: _StorageRef) -> None:
+        del self._refs[ref.key]
+        self.live -= ref.nbytes
+
+
+_open_scope: ContextVar[_LiveBytes | _AllocatorPeak | None] = ContextVar("open_scope", default=None)
+_composite: dict[tuple[Any, str], bool] = {}
+
+
+def _refuse_nesting() -> None:
+    if _open_scope.get() is not None:
+        raise RuntimeError("measured scopes cannot be nested: close the outer one, or pause it with paused()")
+
+
+def _is_composite(op: Any, device_type: str) -> bool:
+    """Whether `op` is made of other operations on this device, so that running those is the same thing."""
+    key = (op, device_type)
+    if key not in _composite:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        own = has(op.name(), device_type.upper())
+        _composite[key] = has(op.name(), "CompositeImplicitAutograd") and not own
+    return _composite[key]
+
+
+def _resident_tensors(things: Iterable[Any]) -> Iterator[Tensor]:
+    for thing in things:
+        if not isinstance(thing, (Module, Optimizer, Tensor, Mapping)):
+            kind = type(thing).__name__
+            raise TypeError(f"resident must list modules, optimizers, tensors or mappings, got {kind}")
+        yield from _tensors(thing)
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    """Every tensor in it, with its gradient; a storage may come several times."""
+    if isinstance(thing, Tensor):
+        yield thing
+        if thing.is_leaf and thing.grad is not None:
+            yield thing.grad
+    elif isinstance(thing, Module):
+        for tensor in (*thing.parameters(), *thing.buffers()):
+            yield from _tensors(tensor)
+    elif isinstance(thing, Optimizer):
+        yield from _tensors([group["params"] for group in thing.param_groups])
+        yield from _tensors(thing.state)
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tensors(value)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from _tensors(value)

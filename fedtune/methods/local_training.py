@@ -1,0 +1,208 @@
+"""Local training of the FedAvg family: epochs or steps of AdamW or SGD on one client's examples.
+
+The optimiser and its schedule are rebuilt for each client and round, as in the one-shot paper's code:
+AdamW with a learning rate that falls linearly to 0, no warm-up. T rounds therefore restart the rate T
+times and one shot decays it once; `lr_schedule: constant` takes that difference away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fedtune.core.client import ClientError
+from fedtune.core.settings import Settings
+from fedtune.core.types import ClientEnv
+from fedtune.data.batches import collate, endless_batches, epoch_batches
+
+
+class Training(Settings):
+    """How a client trains within one round."""
+
+    local_epochs: int | None = Field(None, ge=1)
+    local_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)  # batches a step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # sgd
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
+    max_grad_norm: float | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch(cls, values: object) -> object:
+        if (
+            isinstance(values, dict)
+            and values.get("local_epochs") is None
+            and values.get("local_steps") is None
+        ):
+            return {**values, "local_epochs": 1}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("local_epochs and local_steps are both set; keep the one that is meant")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ValueError("momentum belongs to optimizer: sgd; adamw takes betas")
+        if self.optimizer == "sgd" and self.betas != [0.9, 0.999]:
+            raise ValueError("betas belong to optimizer: adamw; sgd takes momentum")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps of a round for a client with that many examples."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * math.ceil(
+            math.ceil(examples / self.batch_size) / self.gradient_accumulation
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of local training left behind.
+
+    Attributes:
+        weights: The trained parameters by name, float32.
+        steps: Optimiser steps taken.
+        rate_sum: Σ of the learning rates of those steps.
+        train_loss: Mean loss over all examples seen.
+    """
+
+    weights: dict[str, Tensor]
+    steps: int
+    rate_sum: float
+    train_loss: float
+
+
+def train(
+    env: ClientEnv,
+    parameters: Mapping[str, nn.Parameter],
+    settings: Training,
+    *,
+    proximal: float = 0.0,
+    correction: Mapping[str, Tensor] | None = None,
+) -> Trained:
+    """Trains `parameters` of `env.model`, which hold the round's start, on the client's examples.
+
+    A bfloat16 parameter is trained through a float32 master copy: at fine-tuning rates most of its
+    updates are smaller than half a bfloat16 step and would be lost.
+
+    Args:
+        env: The client.
+        parameters: What is trained, by name.
+        settings: Epochs or steps, batch, optimiser, schedule.
+        proximal: μ of FedProx: μ/2·‖w − w(t)‖² is added to the loss (its gradient, to be exact).
+        correction: Added to each gradient, by name (SCAFFOLD's c − c_i).
+
+    Raises:
+        ClientError: The loss became NaN or infinite.
+    """
+    for parameter in parameters.values():
+        parameter.grad = None  # a client that failed in mid-step before this one left its gradients behind
+    masters = {name: _master(parameter) for name, parameter in parameters.items()}
+    start = {name: master.detach().clone() for name, master in masters.items()} if proximal else {}
+    optimizer = _optimizer(masters, settings)
+    total_steps = settings.steps(len(env.items))
+    loss_sum, seen, rate_sum = 0.0, 0, 0.0
+    env.model.train()
+    for step, group in enumerate(_groups(env, settings)):
+        if step == total_steps:
+            break
+        rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
+        for group_settings in optimizer.param_groups:
+            group_settings["lr"] = rate
+        rate_sum += rate
+        batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
+        size = max(batch["input_ids"].numel() for batch in batches)
+        with env.memory.step(size, resident=[env.model, optimizer, masters, start, correction or {}]):
+            for batch in batches:
+                loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
+                (loss / len(batches)).backward()
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
+                loss_sum += value * len(batch["input_ids"])
+                seen += len(batch["input_ids"])
+            _take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
+    env.model.eval()
+    return Trained(
+        {name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss_sum / seen
+    )
+
+
+def _groups(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:
+    """Example indices of the batches of each optimiser step."""
+    generator = env.generator("batches")
+    size, together = settings.batch_size, settings.gradient_accumulation
+    if settings.local_steps is not None:
+        endless = endless_batches(len(env.items), size, generator)
+        while True:
+            yield [next(endless) for _ in range(together)]
+    assert settings.local_epochs is not None
+    for _ in range(settings.local_epochs):
+        batches = list(epoch_batches(len(env.items), size, generator))
+        yield from (batches[at : at + together] for at in range(0, len(batches), together))
+
+
+def _take_step(
+    parameters: Mapping[str, nn.Parameter],
+    masters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: Training,
+    proximal: float,
+    start: Mapping[str, Tensor],
+    correction: Mapping[str, Tensor],
+) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            master = masters[name]
+            if parameter.grad is None:  # a parameter this batch did not touch still feels the other two terms
+                parameter.grad = torch.zeros_like(parameter)
+            if master is not parameter:
+                master.grad, parameter.grad = parameter.grad.to(torch.float32), None
+            assert master.grad is not None
+            if proximal:
+                master.grad.add_(master - start[name], alpha=proximal)
+            if name in correction:
+                master.grad.add_(correction[name].to(master.device))
+        if settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(list(masters.values()), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for name, parameter in parameters.items():
+            if masters[name] is not parameter:
+                parameter.copy_(masters[name])
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().to(torch.float32).requires_grad_()
+
+
+def _optimizer(masters: Mapping[str, Tensor], settings: Training) -> torch.optim.Optimizer:
+    parameters = list(masters.values())
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        weight_decay=settings.weight_decay,
+        fused=True,  # one kernel a tensor on CPUs too: a small model's step is otherwise mostly Python
+    )

@@ -1,0 +1,114 @@
+"""LoRA factors of clients: cut to a client's rank, padded back, or stacked into the exact mean product.
+
+The mean of A and the mean of B do not give the mean of BA. Stacking does (Wang et al., "FLoRA", 2024):
+
+    Σ p_i B_i A_i = [p_1 B_1 | p_2 B_2 | …] · [A_1; A_2; …]
+
+so the stack's rank is the sum of the clients' ranks, which may differ. The product is folded into the
+base weights and every round trains fresh factors. Once a stack would be larger than the dense product,
+the dense product takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+A, B, DENSE = ".lora_A.weight", ".lora_B.weight", ".dense"
+
+
+def is_factor(name: str) -> bool:
+    """Whether a trainable tensor is a LoRA factor (a classification head is not)."""
+    return name.endswith((A, B))
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The first `rank` rows of each A (rank x in) and columns of each B (out x rank); others whole."""
+    return {
+        name: t[:rank] if name.endswith(A) else t[:, :rank] if name.endswith(B) else t
+        for name, t in tensors.items()
+    }
+
+
+def pad(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fills cut factors up with zeros to the shapes of `like`.
+
+    Zero rows of A with zero columns of B have zero gradients, so a padded client trains as one of its
+    own rank; in a mean of updates, what a client lacks it leaves unchanged.
+    """
+    padded = {}
+    for name, t in tensors.items():
+        full = like[name].shape
+        if t.shape != full:
+            t = nn.functional.pad(t, (0, full[1] - t.shape[1], 0, full[0] - t.shape[0]))
+        padded[name] = t
+    return padded
+
+
+def stack(
+    product: Mapping[str, Tensor],
+    replies: Sequence[tuple[Mapping[str, Tensor], int]],
+    scaling: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Adds Σ p_i B_i A_i, p_i = n_i / Σ n, to the product so far.
+
+    Args:
+        product: By module, either the stacked A (R x in) and B (out x R) or the dense product (out x in).
+        replies: Each client's trained factors and its number of examples.
+        scaling: alpha / rank of each module, folded into B.
+
+    Returns:
+        The new product, in whichever of the two forms is smaller.
+    """
+    total = sum(examples for _, examples in replies)
+    added: dict[str, Tensor] = {}
+    for module, scale in scaling.items():
+        a = torch.cat([factors[module + A] for factors, _ in replies])
+        b = torch.cat([factors[module + B] * (scale * n / total) for factors, n in replies], dim=1)
+        if module + DENSE in product:
+            added[module + DENSE] = product[module + DENSE] + b @ a
+            continue
+        if module + A in product:
+            a, b = torch.cat([product[module + A], a]), torch.cat([product[module + B], b], dim=1)
+        if a.numel() + b.numel() < b.shape[0] * a.shape[1]:
+            added[module + A], added[module + B] = a, b
+        else:
+            added[module + DENSE] = b @ a
+    return added
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """LoRA layers by the module name that `trainable` gives their factors."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+@contextmanager
+def folded(model: nn.Module, product: Mapping[str, Tensor]) -> Iterator[None]:
+    """Adds a stacked product to the base weights inside the block and puts the same bits back after it."""
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for module, layer in lora_layers(model).items():
+            if module + DENSE in product:
+                update = product[module + DENSE]
+            elif module + A in product:
+                update = product[module + B] @ product[module + A]
+            else:
+                continue
+            weight = cast(nn.Module, layer).get_parameter("base_layer.weight").data
+            saved.append((weight, weight.clone()))
+            transposed = getattr(layer, "fan_in_fan_out", False)  # GPT-2 keeps its weights (in x out)
+            update = (update.T if transposed else update).to(weight.device)
+            weight.copy_(weight.to(torch.float32) + update)
+        yield
+    finally:
+        for weight, before in saved:
+            weight.copy_(before)

@@ -1,0 +1,106 @@
+"""What is trained: the settings for full weights, LoRA, adapters and prompts, and how they are attached."""
+
+from __future__ import annotations
+
+from typing import Literal, Self, cast
+
+from pydantic import Field, model_validator
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedtune.core.settings import Settings
+from fedtune.models import tuning as attach
+
+
+class Lora(Settings):
+    """Low-rank factors: W0 + alpha/rank · B·A."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | None = None  # module names; None: the query and value projections
+    client_ranks: list[int] | None = None  # client i trains rank client_ranks[i mod length], at most `rank`
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Self:
+        for rank in self.client_ranks if self.client_ranks is not None else [self.rank]:
+            if not 1 <= rank <= self.rank:
+                raise ValueError(f"client_ranks must lie in 1..rank ({self.rank}), got {rank}")
+        if self.client_ranks == []:
+            raise ValueError("client_ranks must name at least one rank, or be left out")
+        return self
+
+
+class Adapter(Settings):
+    """A bottleneck after each block's MLP: h + up(gelu(down(h)))."""
+
+    size: int = Field(32, ge=1)
+
+
+class Prompt(Settings):
+    """Trained vectors in front of the embedded input."""
+
+    tokens: int = Field(20, ge=1)
+
+
+class PTuning(Settings):
+    """Trained vectors in front of the input, reparametrised by an MLP of width `hidden`."""
+
+    tokens: int = Field(20, ge=1)
+    hidden: int = Field(128, ge=1)
+
+
+_BLOCKS = {"lora": Lora, "adapter": Adapter, "prompt": Prompt, "p-tuning": PTuning}
+
+
+class Tuning(Settings):
+    """What each client trains and what therefore crosses the wire."""
+
+    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"
+    lora: Lora | None = None
+    adapter: Adapter | None = None
+    prompt: Prompt | None = None
+    p_tuning: PTuning | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: object) -> object:
+        """The block of the chosen form gets its defaults, so that the saved configuration is complete."""
+        if isinstance(values, dict):
+            chosen = values.get("trainable", cls.model_fields["trainable"].default)
+            key = chosen.replace("-", "_") if isinstance(chosen, str) else ""
+            if key in ("lora", "adapter", "prompt", "p_tuning") and values.get(key) is None:
+                return {**values, key: {}}
+        return values
+
+    @model_validator(mode="after")
+    def _only_the_chosen(self) -> Self:
+        for name in _BLOCKS:
+            if name != self.trainable and getattr(self, name.replace("-", "_")) is not None:
+                raise ValueError(
+                    f"`{name.replace('-', '_')}` is set but trainable is {self.trainable}; "
+                    f"remove the block or set trainable: {name}"
+                )
+        return self
+
+    def attach(self, model: nn.Module, seed: int) -> nn.Module:
+        """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
+        base = cast(PreTrainedModel, model)
+        if self.lora:
+            return attach.attach_lora(
+                base,
+                rank=self.lora.rank,
+                alpha=self.lora.alpha,
+                dropout=self.lora.dropout,
+                targets=self.lora.targets,
+                seed=seed,
+            )
+        if self.adapter:
+            return attach.attach_adapter(base, size=self.adapter.size, seed=seed)
+        if self.prompt:
+            return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
+        if self.p_tuning:
+            return attach.attach_p_tuning(
+                base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
+            )
+        return attach.train_all(base)

@@ -1,0 +1,1 @@
+"""Load models, find their blocks, choose what is trained, save and read results."""

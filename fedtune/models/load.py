@@ -1,0 +1,272 @@
+"""Load a tokenizer and a model; safetensors only, no remote code, and no randomness but the given seed."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedtune.errors import InputError, nearest
+from fedtune.models.folders import (
+    CONFIG,
+    files_sha256,
+    first_line,
+    model_folder,
+    require_config,
+    require_tokenizer,
+    weight_files,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INITIALS = ("pretrained", "scratch")
+TASKS: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+ARCHITECTURES = {
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+# transformers also gives these a causal form, meant for the decoder half of an encoder-decoder: their weights
+# were trained to look both ways and generate nothing of use.
+ENCODERS = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: In eval mode, on the CPU, all parameters trainable.
+        tokenizer: Has a pad token.
+        name: As the configuration gave it: "bundled", a folder or a hub name.
+        weights_sha256: Of the safetensors files' bytes, or of the initial weights when drawn from a seed.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    weights_sha256: str
+
+
+def load_tokenizer(name: str, base: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model; the end-of-text token pads where there is no pad token.
+
+    Args:
+        name: "bundled", a folder (relative to `base`) or a hub name.
+        base: The folder that relative names start from.
+
+    Raises:
+        InputError: No such model, no tokenizer files, unreadable ones, or a tokenizer with neither token.
+    """
+    return _tokenizer(name, model_folder(name, base, weights=False))
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str,
+    initial: str,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
+    seed: int,
+    base: Path,
+) -> Loaded:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: "bundled", a folder (relative to `base`) or a hub name.
+        dtype: Of the parameters, "float32" or "bfloat16", whatever dtype the weights are stored in.
+        initial: "pretrained", or "scratch" for the same architecture with random weights drawn from `seed`.
+        task: "causal-lm" or "classification".
+        num_labels: Classes of a classifier; None takes the number in config.json. A head that the weights
+            lack, or have for another number of classes, is drawn from `seed`.
+        seed: The only source of randomness; torch's own generator is left as it was.
+        base: The folder that relative names start from.
+
+    Raises:
+        InputError: Anything wrong with the arguments, the folder, the weights or the hub.
+    """
+    _check(dtype, DTYPES, "model.dtype")
+    _check(initial, INITIALS, "model.initial")
+    folder = model_folder(name, base, weights=initial == "pretrained")
+    config = _config(name, folder, task, num_labels)
+    tokenizer = _tokenizer(name, folder)
+    with seeded(seed), quiet():
+        if initial == "scratch":
+            model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
+            digest = _state_sha256(model)
+        else:
+            digest = files_sha256(name, weight_files(name, folder))
+            model = _pretrained(name, folder, config, task, DTYPES[dtype])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"model {name}: its tokenizer has {len(tokenizer)} tokens, but its weights have embeddings for "
+            f"{vocabulary}. Use the tokenizer that the model was trained with."
+        )
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if task == "classification" and model.config.pad_token_id is None:
+        # A decoder with a head classifies from the last token that is no padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    _name(model, name)
+    return Loaded(model, tokenizer, name, digest)
+
+
+def meta_model(
+    name: str, *, base: Path, task: str = "causal-lm", num_labels: int | None = None, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Builds the architecture on torch's meta device from config.json alone: no weights, no memory.
+
+    Raises:
+        InputError: As `load_model`, but weights and tokenizer are neither needed nor read.
+    """
+    _check(dtype, DTYPES, "model.dtype")
+    config = _config(name, model_folder(name, base, weights=False), task, num_labels)
+    with torch.device("meta"), seeded(0), quiet():
+        model: PreTrainedModel = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
+    _name(model, name)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts from `seed`; outside, it goes on as if nothing had been drawn.
+
+    Only the CPU's generator is touched (`torch.manual_seed` would reset every GPU's too): new parameters are
+    drawn on the CPU and moved, so a seed means the same bits on every device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers and PEFT: what matters becomes an error here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT's own use of transformers' old names, and its report of what load_result refuses.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check(value: str, allowed: Iterable[str], field: str) -> None:
+    if value not in allowed:
+        choices = ", ".join(allowed)
+        raise InputError(f'{field} must be one of {choices}, got "{value}".{nearest(value, allowed)}')
+
+
+def _name(model: PreTrainedModel, name: str) -> None:
+    # PEFT records this as the base model. A path to the bundled folder would mean nothing on another machine.
+    model.name_or_path = name
+    model.config.name_or_path = name
+
+
+def _config(name: str, folder: Path, task: str, num_labels: int | None) -> PretrainedConfig:
+    _check(task, TASKS, "task")
+    require_config(name, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"model {name}: {folder / CONFIG} is no configuration: {first_line(error)}"
+        ) from error
+    kind = config.model_type
+    if task == "causal-lm" and kind in ENCODERS:
+        raise InputError(f'model {name}: "{kind}" is an encoder and cannot generate. Use it to classify.')
+    if kind not in ARCHITECTURES[task]:
+        raise InputError(f'model {name}: transformers has no {task} model of type "{kind}".')
+    if num_labels is not None:
+        config.num_labels = num_labels
+    return config
+
+
+def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    require_tokenizer(name, folder)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a malformed file
+        raise InputError(
+            f"model {name}: the tokenizer in {folder} cannot be read: {first_line(error)}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"model {name}: its tokenizer has neither a pad nor an eos token. Set one in {folder}."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pretrained(
+    name: str, folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    model: PreTrainedModel
+    try:
+        model, info = TASKS[task].from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`: only a head may differ, checked below
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"model {name}: the weights in {folder} cannot be loaded: {first_line(error)}"
+        ) from error
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    absent = sorted(set(info["missing_keys"]) | mismatched)
+    if task == "classification":
+        # Drawn from the seed: a fresh head, and BERT's pooler, which masked-language-model weights lack.
+        body = f"{model.base_model_prefix}."
+        absent = [key for key in absent if key.startswith(body) and ".pooler." not in key]
+    if absent:
+        raise InputError(
+            f"model {name}: the weights in {folder} lack {len(absent)} tensors that {CONFIG} asks for, or "
+            f"have them in another shape: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}."
+        )
+    return model
+
+
+def _state_sha256(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""Write a result where other tools can read it, and read it back.
+
+* full, and LoRA merged: a Hugging Face model folder;
+* LoRA, prompt tuning, P-tuning: a PEFT adapter folder;
+* bottleneck adapter: adapter.safetensors with canonical names and adapter.json, our own since PEFT has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear, LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedtune.errors import InputError
+from fedtune.models.bottleneck import find_bottlenecks
+from fedtune.models.folders import CONFIG, first_line
+from fedtune.models.load import Loaded, quiet
+from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, trainable, true_positions
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+ADAPTER_FORMAT = "fedtune bottleneck adapter"
+ADAPTER_VERSION = 1
+
+
+def save_result(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    merge: bool = False,
+) -> None:
+    """Writes a trained model into `folder`, with its tokenizer. Making that atomic is the caller's.
+
+    Args:
+        model: What `train_all` or an `attach_*` function returned; it is not changed.
+        tokenizer: Saved beside it.
+        folder: Made if it is not there.
+        merge: Add LoRA's update into the weights and write a plain model, W + (alpha / rank) B A, summed in
+            float32 and rounded to the base's dtype.
+
+    Raises:
+        InputError: `merge` for anything but LoRA.
+    """
+    is_lora = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
+    if merge and not is_lora:
+        raise InputError("--merge is for LoRA: nothing else can be added into the base model's weights.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        if isinstance(model, PeftModel):
+            if merge:
+                base = cast(PreTrainedModel, model.get_base_model())
+                base.save_pretrained(folder, state_dict=_merged_state(model))
+            else:
+                # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
+                model.save_pretrained(str(folder), save_embedding_layers=False)
+        elif find_bottlenecks(model):
+            _save_adapter(model, folder)
+        else:
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:
+    """Reads back what `save_result` wrote, in eval mode, for use and not for more training.
+
+    Args:
+        folder: A model folder, a PEFT adapter folder or one with our own adapter.
+        base_model_loader: Loads a model by name, as `load_model` with all but the name filled in. It is
+            called with the base model's name that an adapter records, or with `folder` if that holds a
+            whole model. It must give the weights that the adapter was trained on: for a base drawn from a
+            seed, the same seed.
+
+    Raises:
+        InputError: The folder holds no result, a damaged one, or one that does not fit its base model.
+    """
+    if (folder / PEFT_CONFIG).is_file():
+        return _load_peft(folder, base_model_loader)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_adapter(folder, base_model_loader)
+    if (folder / CONFIG).is_file():
+        return base_model_loader(str(folder.resolve()))
+    raise InputError(f"{folder} holds no result: expected {CONFIG}, {PEFT_CONFIG} or {ADAPTER_CONFIG} in it.")
+
+
+def _merged_state(model: PeftModel) -> dict[str, Tensor]:
+    base = cast(PreTrainedModel, model.get_base_model())
+    deltas = {
+        f"{path}.base_layer.weight": cast(Linear, module).get_delta_weight("default")
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    state = {}
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        if name in deltas:
+            tensor = tensor.float() + deltas[name].float()
+        # A copy for each changed tensor only. The head is float32 while it is trained on a bfloat16 base.
+        if tensor.is_floating_point():
+            tensor = tensor.to(base.dtype)
+        state[canonical_name(model, f"base_model.model.{name}")] = tensor
+    return state
+
+
+def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    size = next(iter(find_bottlenecks(model).values())).down.out_features
+    about = {
+        "format": ADAPTER_FORMAT,
+        "version": ADAPTER_VERSION,
+        "base_model": model.name_or_path,
+        "size": size,
+        "placement": "after the last linear layer of each block",
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _load_adapter(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:
+    about = _read_json(folder / ADAPTER_CONFIG)
+    known = about.get("format") == ADAPTER_FORMAT and about.get("version") == ADAPTER_VERSION
+    if not known or not isinstance(about.get("size"), int) or not isinstance(about.get("base_model"), str):
+        raise InputError(f"{folder / ADAPTER_CONFIG}: not a {ADAPTER_FORMAT} of version {ADAPTER_VERSION}.")
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
+    loaded = base_model_loader(about["base_model"])
+    model = attach_adapter(loaded.model, size=about["size"], seed=0)
+    parameters = trainable(model)
+    _require_same(folder, tensors, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return replace(loaded, model=model.requires_grad_(False).eval())
+
+
+def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:
+    about = _read_json(folder / PEFT_CONFIG)
+    name = about.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{folder / PEFT_CONFIG} does not name its base model (base_model_name_or_path).")
+    saved = _read_tensors(folder / PEFT_WEIGHTS)
+    loaded = base_model_loader(name)
+    float32_head(loaded.model)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            true_positions(loaded.model)
+        with quiet():
+            model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} does not fit its base model {name}: {first_line(error)}") from error
+    # PEFT only warns when tensors are left over or missing, as they are on a base of another depth.
+    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _require_same(folder, saved, present)
+    # A PeftModel is no PreTrainedModel to the type checker, but is called and generates as one.
+    return replace(loaded, model=cast(PreTrainedModel, model.eval()))
+
+
+def _require_same(folder: Path, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    has = {name: tensor.shape for name, tensor in saved.items()}
+    needs = {name: tensor.shape for name, tensor in wanted.items()}
+    if has != needs:
+        different = sorted(n for n in has.keys() | needs.keys() if has.get(n) != needs.get(n))
+        raise InputError(
+            f"{folder} does not fit its base model: {len(different)} tensors are missing, left over or of "
+            f"another shape, the first is {different[0]}."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {first_line(error)}") from error

@@ -1,0 +1,237 @@
+"""What of a model is trained: all of it, LoRA, bottleneck adapters, a soft prompt, or a P-tuning encoder.
+
+Each `attach_*` works in place around the model it is given, so that one base model in memory serves all
+simulated clients, freezes the base and draws the new parameters from its `seed` alone. A classification head
+always trains. What is added is float32, also on a bfloat16 base, where rounding would swallow small updates.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import InputError, nearest
+from fedtune.models.blocks import find_blocks, linear_layers
+from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
+from fedtune.models.load import quiet, seeded
+
+HEAD_NAMES = ("classifier", "score")
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters, tied ones once; `total` is the base model with what is attached to it."""
+
+    total: int
+    trainable: int
+
+
+def train_all(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes every parameter trainable, in the dtype that it has."""
+    return model.requires_grad_(True)
+
+
+def attach_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: list[str] | None, seed: int
+) -> PeftModel:
+    """Adds low-rank updates W + (alpha / rank) B A (Hu et al. 2022, eq. 3) to linear layers.
+
+    A is drawn from `seed`, B is 0, so the model starts as it was.
+
+    Args:
+        rank: Columns of B.
+        alpha: The update's scale is alpha / rank.
+        dropout: On the input of A while training. torch draws it from its global generator.
+        targets: Names of linear layers, matched as the end of a module's path ("q_proj",
+            "attention.output.dense"). None takes PEFT's choice for the architecture, usually query and value.
+        seed: What A is drawn from.
+
+    Raises:
+        InputError: A target matches no linear layer, or there is no default for the architecture.
+    """
+    linears = _block_linears(model)
+    chosen = targets if targets is not None else _default_targets(model, linears)
+    for target in chosen:
+        if not any(path.endswith(f".{target}") for path in linears):
+            known = _short_names(model)
+            raise InputError(
+                f'method.targets: no linear layer of the blocks is named "{target}".'
+                f"{nearest(target, known)} Linear layers: {', '.join(known)}."
+            )
+    config = LoraConfig(
+        task_type=_task_type(model),
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_dropout=dropout,
+        target_modules=list(chosen),
+        fan_in_fan_out=any(isinstance(linear, Conv1D) for linear in linears.values()),
+    )
+    return _attach(model, config, seed)
+
+
+def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftModel:
+    """Prepends `tokens` trained embeddings to the input (prompt tuning, Lester et al. 2021).
+
+    They start as embeddings of vocabulary entries drawn from `seed`; the paper found that better than noise.
+    """
+    config = PromptTuningConfig(
+        task_type=_task_type(model),
+        num_virtual_tokens=tokens,
+        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+    )
+    return _attach(model, config, seed)
+
+
+def attach_p_tuning(model: PreTrainedModel, *, tokens: int, hidden: int, seed: int) -> PeftModel:
+    """Prepends `tokens` embeddings that an MLP of width `hidden` makes from trained ones (Liu et al. 2021).
+
+    Deviation, PEFT's: an MLP alone, without the paper's LSTM before it. Both embeddings and MLP are trained;
+    a saved result holds the prompt that the MLP gives and not the MLP.
+    """
+    config = PromptEncoderConfig(
+        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden
+    )
+    return _attach(model, config, seed)
+
+
+def attach_adapter(model: PreTrainedModel, *, size: int, seed: int) -> PreTrainedModel:
+    """Adds a bottleneck adapter of width `size` to each block, see `fedtune.models.bottleneck`.
+
+    Raises:
+        InputError: The model's blocks are not found, or do not end in a linear layer of the model's width.
+    """
+    with seeded(seed):
+        insert_bottlenecks(model, size)
+    model.requires_grad_(False)
+    for adapter in find_bottlenecks(model).values():
+        adapter.requires_grad_(True)
+    head = float32_head(model)
+    if head is not None:
+        head.requires_grad_(True)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by canonical name in sorted order, tied ones once.
+
+    Canonical names are the same with and without PEFT's wrapping: `classifier.dense.weight`,
+    `prompt_encoder.embedding.weight`, `model.layers.0.self_attn.q_proj.lora_A.weight`.
+    """
+    named = [
+        (canonical_name(model, name), parameter)
+        for name, parameter in model.named_parameters()  # gives a tied parameter once, under its first name
+        if parameter.requires_grad
+    ]
+    result = dict(sorted(named, key=lambda pair: pair[0]))
+    assert len(result) == len(named), "two parameters share a canonical name"
+    return result
+
+
+def canonical_name(model: nn.Module, name: str) -> str:
+    """A parameter's name without what PEFT's wrapping adds to it."""
+    if not isinstance(model, PeftModel):
+        return name
+    # A prompt's base model sits one level higher than that of LoRA, which has a tuner in between.
+    wrapper = "base_model." if model.active_peft_config.is_prompt_learning else "base_model.model."
+    parts = name.removeprefix(wrapper).split(".")
+    return ".".join(part for part in parts if part not in ("default", "base_layer", "modules_to_save"))
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts parameters: total = base + what is attached, less the frozen copy of a head that PEFT keeps."""
+    counted = [p for name, p in model.named_parameters() if ".original_module." not in name]
+    return ParameterCount(
+        total=sum(p.numel() for p in counted), trainable=sum(p.numel() for p in counted if p.requires_grad)
+    )
+
+
+def float32_head(model: PreTrainedModel) -> nn.Module | None:
+    """Makes a classification head float32 in place, casting its input too; None if there is no head."""
+    head = next((module for name, module in model.named_children() if name in HEAD_NAMES), None)
+    if head is not None and next(head.parameters()).dtype != torch.float32:
+        head.float()
+        head.register_forward_pre_hook(_cast_to_float32)
+    return head
+
+
+def true_positions(model: PreTrainedModel) -> None:
+    """Makes positions follow the attention mask, for a prompt in front of a left-padded batch.
+
+    PEFT drops the position ids that generation computes, so a model counts the padding between the prompt and
+    the text as positions, and a text's answer depends on the lengths of the others in its batch.
+    """
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if _task_type(model) == TaskType.CAUSAL_LM and takes_positions:
+        model.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
+
+
+def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+    float32_head(model)  # before PEFT copies it
+    if config.is_prompt_learning:
+        true_positions(model)
+    with seeded(seed), quiet():
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _task_type(model: PreTrainedModel) -> TaskType:
+    has_head = any(name in HEAD_NAMES for name, _ in model.named_children())
+    return TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
+
+
+def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    blocks = find_blocks(model)
+    return {
+        f"{blocks.path}.{index}.{path}": linear
+        for index, block in enumerate(blocks.modules)
+        for path, linear in linear_layers(block).items()
+    }
+
+
+def _short_names(model: PreTrainedModel) -> list[str]:
+    """The linear layers' paths inside a block."""
+    return list(dict.fromkeys(path for block in find_blocks(model).modules for path in linear_layers(block)))
+
+
+def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> list[str]:
+    kind = model.config.model_type
+    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if not isinstance(default, list) or not any(p.endswith(f".{t}") for p in linears for t in default):
+        raise InputError(
+            f'method.targets: there is no default for models of type "{kind}". '
+            f"Name some of its linear layers: {', '.join(_short_names(model))}."
+        )
+    return default
+
+
+def _cast_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def _positions_from_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = kwargs.get("attention_mask")  # (batch, prompt + past + new tokens)
+    if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return args, kwargs
+    new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    return args, {**kwargs, "position_ids": positions}

@@ -1,0 +1,214 @@
+"""Several methods on the same split, over several seeds, beside the reference rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import InputError
+from fedtune.methods.local_training import Training
+from fedtune.methods.tuning import Tuning
+from fedtune.run.config import RunConfig, parse_config
+from fedtune.run.data import prepare_data
+from fedtune.run.federation import run
+from fedtune.run.files import disk_errors, write_json
+from fedtune.run.progress import Progress
+
+MAIN_METRIC = {"loss": "loss", "accuracy": "accuracy", "rouge-l": "rouge_l"}  # of each task, for the table
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the comparison: a name and a configuration whose seed is filled in."""
+
+    label: str
+    config: RunConfig
+
+    def with_seed(self, seed: int) -> RunConfig:
+        """The configuration with another seed."""
+        return parse_config({**self.config.resolved(), "seed": seed}, self.label)
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    seeds: Sequence[int],
+    out: Path,
+    progress: Progress,
+    *,
+    references: bool = True,
+) -> dict[str, Any]:
+    """Runs every candidate with every seed and gathers the results.
+
+    Each run has its own folder under `out`. A second call with the same arguments takes over what is done
+    and continues what is not. The document is also written to `out`/compare.json.
+
+    Args:
+        candidates: The rows, in order; differences are taken against the first.
+        seeds: The seeds; each is one split, model initialisation and cohort sequence for all rows.
+        out: Folder for the runs.
+        progress: Told what happens.
+        references: Add zero-shot, stand-alone and centralised rows for each model among the candidates.
+
+    Returns:
+        `rows`: one a run, with the fields of summary.json; `table`: means and spreads by row.
+
+    Raises:
+        InputError: Two candidates do not have the same split or held-out examples.
+        FederationError: A run could not finish.
+    """
+    _same_split(candidates, seeds[0])
+    everyone = [*candidates, *(_references(candidates) if references else [])]
+    rows: list[dict[str, Any]] = []
+    for candidate in everyone:
+        for seed in seeds:
+            path = out / f"{candidate.label}-seed{seed}"
+            summary = run(candidate.with_seed(seed), path, progress, resume=path.exists())
+            rows.append({"config": candidate.label, **summary})
+    if references:
+        rows += _zero_shot(candidates, rows)
+    document = {"rows": rows, "table": table(rows)}
+    with disk_errors("compare.json"):
+        write_json(out / "compare.json", document)
+    return document
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means and spreads over the seeds, one entry a configuration, in order of appearance.
+
+    Each metric has `mean`, `sd` (sample standard deviation; None for one seed), and `difference` and
+    `difference_sd` of the per-seed differences from the first configuration.
+    """
+    labels = list(dict.fromkeys(row["config"] for row in rows))
+    by_label = {label: {row["seed"]: row for row in rows if row["config"] == label} for label in labels}
+    first = by_label[labels[0]]
+    result = []
+    for label in labels:
+        runs = by_label[label]
+        some = next(iter(runs.values()))
+        metrics = {}
+        for task, scores in some["evaluation"].items():
+            for metric in scores:
+                values = {seed: _value(row, task, metric) for seed, row in runs.items()}
+                pairs = [v - _value(first[seed], task, metric) for seed, v in values.items() if seed in first]
+                metrics[f"{task}.{metric}"] = {
+                    "mean": statistics.fmean(values.values()),
+                    "sd": _sd(list(values.values())),
+                    "difference": statistics.fmean(pairs) if pairs else None,
+                    "difference_sd": _sd(pairs),
+                }
+        result.append(
+            {
+                "config": label,
+                "method": some["method"],
+                "seeds": sorted(runs),
+                "metrics": metrics,
+                "payload_bytes": {
+                    way: statistics.fmean(row["payload_bytes"][way] for row in runs.values())
+                    for way in ("down", "up")
+                },
+                "client_peak_memory_bytes": max(row["peak_memory_bytes"]["client"] for row in runs.values()),
+                "seconds": statistics.fmean(row["seconds"]["total"] for row in runs.values()),
+            }
+        )
+    return result
+
+
+def _value(row: Mapping[str, Any], task: str, metric: str) -> float:
+    """A score; NaN where it was not finite, which JSON files hold as null."""
+    value = row["evaluation"][task][metric]
+    return math.nan if value is None else float(value)
+
+
+def _value(row: Mapping[str, Any], task: str, metric: str) -> float:
+    """A score; NaN where it was not finite, which JSON files hold as null."""
+    value = row["evaluation"][task][metric]
+    return math.nan if value is None else float(value)
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _same_split(candidates: Sequence[Candidate], seed: int) -> None:
+    labels = [candidate.label for candidate in candidates]
+    if len(set(labels)) != len(labels):
+        raise InputError(
+            f"configurations need different names, got {', '.join(labels)}; rename one of the files"
+        )
+    seen: tuple[str, Any] | None = None
+    for candidate in candidates:
+        split = prepare_data(candidate.with_seed(seed), pooled=False)
+        mine = (split.sha256, split.partition)
+        if seen is None:
+            seen = mine
+        elif mine != seen:
+            what = "examples" if mine[0] != seen[0] else "partition"
+            raise InputError(
+                f"{candidate.label} has other {what} than {labels[0]}: a comparison needs one split. "
+                "Give both the same data block, or compare them in two calls"
+            )
+
+
+def _references(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Stand-alone and centralised training, as long as the first candidate of each model trains in all."""
+    added = []
+    for source, suffix in _one_a_model(candidates):
+        method = source.config.method
+        settings: dict[str, Any] = {}
+        if isinstance(method, Tuning):
+            settings |= method.model_dump(include=set(Tuning.model_fields))
+        if isinstance(method, Training):
+            settings |= method.model_dump(include=set(Training.model_fields))
+            rounds = getattr(method, "rounds", 1)
+            for length in ("local_epochs", "local_steps"):
+                if settings[length] is not None:
+                    settings[length] *= rounds
+        for name in ("standalone", "centralized"):
+            if not any(
+                c.config.method_name == name and c.config.model == source.config.model for c in candidates
+            ):
+                document = {**source.config.resolved(), "method": {"name": name, **settings}}
+                document["evaluation"] = {**document["evaluation"], "arrivals": False}
+                added.append(Candidate(f"{name}{suffix}", parse_config(document, name)))
+    return added
+
+
+def _zero_shot(candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the untrained models, from what every run measured before its first round."""
+    nothing = {"down": 0, "up": 0}
+    return [
+        {
+            **row,
+            "config": f"zero-shot{suffix}",
+            "method": "zero-shot",
+            "rounds": 0,
+            "trainable_parameters": 0,
+            "payload_bytes": nothing,
+            "framed_bytes": nothing,
+            "payload_bytes_per_client_round": 0,
+            "peak_memory_bytes": {"client": 0, "server": 0},
+            "seconds": dict.fromkeys(row["seconds"], 0.0),
+            "evaluation": row["zero_shot"],
+        }
+        for source, suffix in _one_a_model(candidates)
+        if not any(
+            c.config.method_name == "zero-shot" and c.config.model == source.config.model for c in candidates
+        )
+        for row in rows
+        if row["config"] == source.label
+    ]
+
+
+def _one_a_model(candidates: Sequence[Candidate]) -> list[tuple[Candidate, str]]:
+    """The first candidate of each model, and what tells their reference rows apart."""
+    firsts: list[Candidate] = []
+    for candidate in candidates:
+        if all(candidate.config.model != first.config.model for first in firsts):
+            firsts.append(candidate)
+    return [(first, "" if len(firsts) == 1 else f"-{first.label}") for first in firsts]

@@ -1,0 +1,381 @@
+"""One run from configuration to summary: load, split, train round by round, evaluate, save.
+
+Everything of a run that has to survive a kill is in its folder. A resumed run reads the newest
+checkpoint, cuts the logs back to it, takes over the replies that had already come in, and ends with the
+bits of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedtune.core.client import ClientRunner
+from fedtune.core.ledger import Ledger
+from fedtune.core.loop import RoundLoop, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.seeds import derive_seed
+from fedtune.core.state import from_payload, to_payload
+from fedtune.core.types import Method
+from fedtune.errors import FederationError, InputError
+from fedtune.evaluation.tasks import EvalSettings, evaluate
+from fedtune.measure.clock import Clock
+from fedtune.measure.environment import environment
+from fedtune.methods import registry
+from fedtune.models.load import Loaded, load_model
+from fedtune.models.save import save_result
+from fedtune.models.tuning import count_parameters
+from fedtune.run import checkpoint
+from fedtune.run.config import RunConfig
+from fedtune.run.data import Split, encode_for, prepare_data
+from fedtune.run.files import disk_errors, whole_folder, write_json
+from fedtune.run.folder import RunFolder, refuse_existing
+from fedtune.run.journal import Journal
+from fedtune.run.progress import Progress
+from fedtune.transport.in_process import InProcess, Simulation
+
+log = logging.getLogger("fedtune")
+Scores = dict[str, dict[str, float]]
+
+
+def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Runs one federation, or continues one, in the folder `path`; returns its summary.
+
+    Raises:
+        InputError: Data, model or folder are not usable. A new run leaves nothing behind then.
+        FederationError: A round stayed under its quorum, or the disk is full. The folder holds a
+            checkpoint and a summary with `status: stopped`.
+        KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
+    """
+    if resume:
+        folder = _reopen(config, path)
+        done = folder.summary()
+        if done and done["status"] == "done":
+            return done
+    else:
+        refuse_existing(path)
+    clock = Clock()
+    progress.stage("loading data and model")
+    with clock.part("setup"), torch_settings():
+        parts = _Parts.assemble(config, path, clock)
+    if not resume:
+        folder = RunFolder.create(path, config, parts.environment, parts.split.partition)
+    elif folder.path.joinpath("partition.json").exists():
+        _same_inputs(folder, parts)
+    federation = _Federation(config, folder, parts, clock, progress)
+    with torch_settings():
+        try:
+            return federation.run()
+        except KeyboardInterrupt:
+            federation.summarize("interrupted")
+            raise
+        except FederationError:
+            federation.summarize("stopped")
+            raise
+
+
+@contextmanager
+def torch_settings() -> Iterator[None]:
+    """Deterministic algorithms while a run lasts; the process's own setting comes back after it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@dataclass
+class _Parts:
+    """What a run is assembled from."""
+
+    config: RunConfig
+    split: Split
+    loaded: Loaded
+    method: Method[Any]
+    runner: ClientRunner
+    device: torch.device
+    client_examples: dict[int, int]
+    environment: dict[str, Any]
+    base_parameters: int
+
+    @staticmethod
+    def assemble(config: RunConfig, path: Path, clock: Clock) -> _Parts:
+        method = registry.build(config.method, config.seed)
+        split = prepare_data(config, pooled=method.pools_data)
+        device = _device(config.model.device)
+        loaded = load_model(
+            config.model.name,
+            dtype=config.model.dtype,
+            initial=config.model.initial,
+            task=config.model.task,
+            num_labels=len(split.labels) if split.labels else None,
+            seed=derive_seed(config.seed, "model"),
+            base=Path("."),
+        )
+        torch.nn.Module.to(loaded.model, device)
+        with clock.part("encoding"):
+            data = {
+                c: encode_for(config, items, loaded.tokenizer, split.labels)
+                for c, items in split.clients.items()
+            }
+        runner = ClientRunner(
+            method, loaded.model, data, pad_id=loaded.tokenizer.pad_token_id, seed=config.seed, device=device
+        )
+        about = environment() | {
+            "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
+            "data": {"name": config.data.train, "sha256": split.sha256},
+            "device": str(device),
+        }
+        sizes = {client: len(items) for client, items in data.items()}
+        base = count_parameters(loaded.model)[0]
+        return _Parts(config, split, loaded, method, runner, device, sizes, about, base)
+
+
+class _Federation:
+    """The rounds of one run."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, parts: _Parts, clock: Clock, progress: Progress
+    ) -> None:
+        self._config, self._folder, self._parts = config, folder, parts
+        self._clock, self._progress = clock, progress
+        self._ledger = Ledger(
+            lambda entry: folder.append("wire.jsonl", entry),
+            lambda entry: folder.append("memory.jsonl", entry),
+        )
+        self._earlier: dict[str, float] = {}  # seconds before a resume
+        self._rounds: list[dict[str, Any]] = []
+        self._trainable = 0
+        self._total_parameters = parts.base_parameters
+        self._sha = config.sha256()
+
+    def run(self) -> dict[str, Any]:
+        method, config = self._parts.method, self._config
+        checkpoints = self._folder.path / "checkpoints"
+        saved = checkpoint.rounds(checkpoints)
+        start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha) if saved else None
+        self._restore(start)
+        self._progress.begin(rounds=method.rounds, name=config.method_name)
+        if not self._rounds:  # round 0 is the model before any training: zero-shot
+            self._record({"round": 0, "clients": [], "train_loss": None}, self._evaluate(None), 0.0)
+        model = method.client_model(lambda: self._parts.loaded.model)
+        self._total_parameters, self._trainable = count_parameters(model)
+        self._parts.runner.use(model)
+        state = (
+            from_payload(registry.state_class(config.method_name), start.state)
+            if start
+            else method.init(model)
+        )
+        first = start.round + 1 if start else 1
+        journal = self._journal(checkpoints)
+        loop = RoundLoop(method, journal, self._ledger, self._clock, self._parts.device)
+        for round in range(first, method.rounds + 1):
+            state = self._round(loop, state, model, round)
+            with self._clock.part("checkpoint"):
+                self._save(checkpoints, round, state)
+                journal.clear()
+        self._save_result(state, model)
+        return self.summarize("done")
+
+    def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
+        config, before = self._config, self._clock.total
+        cohort = sample_cohort(self._parts.client_examples, self._per_round(), seed=config.seed, round=round)
+        self._progress.round(round, len(cohort.clients))
+        arrivals: list[dict[str, Any]] = []
+
+        def on_arrival(now: Any, outcome: RoundOutcome) -> None:
+            self._progress.client(len(outcome.clients) + len(outcome.left_out))
+            if config.evaluation.arrivals:
+                scores, _ = self._evaluate((now, model))
+                arrivals.append({"clients": list(outcome.clients), "eval": scores})
+
+        quorum = quorum_of(len(cohort.clients), config.federation.quorum)
+        state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
+        entry: dict[str, Any] = {
+            "round": round,
+            "clients": sorted(outcome.clients),
+            "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
+            "train_loss": outcome.mean("train_loss"),
+        }
+        if arrivals:
+            entry["arrivals"] = arrivals
+        every = config.evaluation.every
+        due = round == self._parts.method.rounds or (every > 0 and round % every == 0)
+        scores = self._evaluate((state, model)) if due else ({}, {})
+        self._record(entry, scores, self._clock.total - before)
+        return state
+
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> tuple[Scores, dict[str, Scores]]:
+        """Scores of the model(s) that a state stands for, and of each where there are several."""
+        self._progress.stage("evaluating")
+        by_name: dict[str, Scores] = {}
+        with self._clock.part("evaluation"):
+            models = (
+                self._parts.method.export(*trained)
+                if trained
+                else iter([("global", self._parts.loaded.model)])
+            )
+            for name, model in models:
+                model.eval()
+                by_name[name] = evaluate(
+                    model,
+                    self._parts.loaded.tokenizer,
+                    self._parts.split.evaluation,
+                    self._config.evaluation.tasks,
+                    eval_settings(self._config, self._parts.split.labels),
+                )
+        return mean_scores(list(by_name.values())), by_name if len(by_name) > 1 else {}
+
+    def _record(
+        self, entry: dict[str, Any], scores: tuple[Scores, dict[str, Scores]], seconds: float
+    ) -> None:
+        entry |= {"eval": scores[0], "seconds": round(seconds, 3)}
+        if scores[1]:
+            entry["eval_clients"] = scores[1]
+        self._rounds.append(entry)
+        self._folder.append("rounds.jsonl", entry)
+        self._progress.scores(entry["round"], scores[0])
+
+    def _restore(self, start: checkpoint.Checkpoint | None) -> None:
+        if start is None:
+            self._folder.truncate({})
+            return
+        self._folder.truncate(dict(start.logs))
+        self._rounds = list(self._folder.entries("rounds.jsonl"))
+        self._ledger.restore(self._folder.entries("wire.jsonl"), self._folder.entries("memory.jsonl"))
+        self._parts.runner.states.update(start.clients)
+        self._earlier = dict(start.seconds)
+
+    def _journal(self, checkpoints: Path) -> Journal:
+        simulate = self._config.federation.simulate
+        inner = InProcess(
+            self._parts.runner,
+            simulation=Simulation(simulate.dropout, simulate.delay_s),
+            deadline_s=self._config.federation.deadline_s,
+            seed=self._config.seed,
+            clock=self._clock,
+        )
+        return Journal(inner, checkpoints, self._parts.runner.states)
+
+    def _save(self, checkpoints: Path, round: int, state: Any) -> None:
+        whole = checkpoint.Checkpoint(
+            round, to_payload(state), self._parts.runner.states, self._folder.sizes(), self._seconds()
+        )
+        checkpoint.save(checkpoints, whole, config_sha256=self._sha, keep=self._config.checkpoints.keep)
+
+    def _save_result(self, state: Any, model: nn.Module) -> None:
+        self._progress.stage("saving the result")
+        with (
+            self._clock.part("checkpoint"),
+            disk_errors("the result"),
+            whole_folder(self._folder.path / "final") as final,
+        ):
+            for name, result in self._parts.method.export(state, model):
+                where = final if name == "global" else final / name
+                where.mkdir(exist_ok=True)
+                save_result(
+                    cast(PreTrainedModel, result),
+                    self._parts.loaded.tokenizer,
+                    where,
+                    merge=self._parts.method.saves_merged,
+                )
+
+    def _per_round(self) -> float | int | None:
+        """Reference rows always ask everyone: they stand for no communication pattern."""
+        return self._config.federation.clients_per_round if self._parts.method.uses_wire else None
+
+    def _seconds(self) -> dict[str, float]:
+        now = self._clock.seconds | {"total": self._clock.total - self._clock.seconds.get("setup", 0.0)}
+        return {
+            part: round(now.get(part, 0.0) + self._earlier.get(part, 0.0), 3) for part in now | self._earlier
+        }
+
+    def summarize(self, status: str) -> dict[str, Any]:
+        """Writes and returns summary.json."""
+        evaluated = [entry for entry in self._rounds if entry["eval"]]
+        seconds = (
+            dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
+            | self._seconds()
+        )
+        summary = {
+            "method": self._config.method_name,
+            "model": self._config.model.name,
+            "seed": self._config.seed,
+            "rounds": self._rounds[-1]["round"] if self._rounds else 0,
+            "clients": len(self._parts.client_examples),
+            "trainable_parameters": self._trainable,
+            "total_parameters": self._total_parameters,
+            "payload_bytes": dict(self._ledger.payload_bytes),
+            "framed_bytes": dict(self._ledger.framed_bytes),
+            "payload_bytes_per_client_round": self._ledger.payload_bytes_per_client_round(),
+            "peak_memory_bytes": self._ledger.peak_memory_bytes,
+            "seconds": seconds,
+            "evaluation": evaluated[-1]["eval"] if evaluated else {},
+            "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
+            "status": status,
+        }
+        with disk_errors("summary.json"):
+            write_json(self._folder.path / "summary.json", summary)
+        return summary
+
+
+def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
+    """The evaluation layer's settings of a configuration."""
+    return EvalSettings(
+        template=config.data.template,
+        loss_on=config.data.loss_on,
+        max_length=config.data.max_length,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        batch_size=config.evaluation.batch_size,
+        labels=tuple(labels) or None,
+    )
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Metric by metric mean over several models' scores."""
+    return {
+        task: {metric: statistics.fmean(s[task][metric] for s in scores) for metric in scores[0][task]}
+        for task in scores[0]
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _reopen(config: RunConfig, path: Path) -> RunFolder:
+    folder = RunFolder.open(path)
+    theirs = folder.config()
+    if theirs.sha256() != config.sha256():
+        mine, its = config.resolved(), theirs.resolved()
+        different = [key for key in its if mine.get(key) != its[key]]
+        raise InputError(
+            f"{path} was started with another configuration; different: {', '.join(different)}. "
+            f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
+        )
+    return folder
+
+
+def _same_inputs(folder: RunFolder, parts: _Parts) -> None:
+    """Refuses to continue on other weights or data than the run began with."""
+    from fedtune.run.files import read_json
+
+    before = read_json(folder.path / "environment.json")
+    for what, key in (("model", "weights_sha256"), ("data", "sha256")):
+        was, now = before[what][key], parts.environment[what][key]
+        if was != now:
+            raise InputError(
+                f"{folder.path} began with another {what}: {key} was {was[:12]}, "
+                f"{parts.environment[what]['name']} now has {now[:12]}; bring the old one back or start anew"
+            )

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Sets up .venv where needed, then lints, type-checks and tests. Arguments are passed to pytest: sh scripts/test.sh -k partition
+set -eu
+unset CDPATH
+cd "$(dirname "$0")/.."
+sh scripts/setup.sh
+
+failed=
+check() {
+    printf '== %s\n' "$*"
+    "$@" || failed="$failed
+    $*"
+}
+check .venv/bin/ruff check .
+check .venv/bin/ruff format --check .
+check .venv/bin/mypy
+# Two processes of one thread each: more threads in each only wait for one another. No test may reach a model hub.
+check env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 "$@"
+
+if [ -n "$failed" ]; then
+    printf 'failed:%s\n' "$failed" >&2
+    exit 1
+fi

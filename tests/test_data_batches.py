@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data.batches import collate, endless_batches, epoch_batches
+from fedtune.data.encode import Encoded
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_collate_pads_on_the_right_and_keeps_a_pad_token_that_is_text() -> None:
+    batch = collate([Encoded((1, 2), (-100, 2)), Encoded((5, 6, 7, 2), (-100, 6, 7, 2))], pad_id=2)
+    assert batch["input_ids"].tolist() == [[1, 2, 2, 2], [5, 6, 7, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 6, 7, 2]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collate_of_classes() -> None:
+    batch = collate([Encoded((1, 2, 3), (4,)), Encoded((1,), (0,))], pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 9, 9]]
+    assert batch["labels"].tolist() == [[4], [0]]
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**40))
+def test_an_epoch_is_each_example_once(n: int, batch_size: int, seed: int) -> None:
+    batches = list(epoch_batches(n, batch_size, generator(seed)))
+    assert sorted(index for batch in batches for index in batch) == list(range(n))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * ((n - 1) // batch_size)
+    assert batches == list(epoch_batches(n, batch_size, generator(seed)))
+
+
+def test_endless_batches_are_epochs_shuffled_anew() -> None:
+    one = generator(3)
+    epochs = [batch for _ in range(3) for batch in epoch_batches(7, 3, one)]
+    assert list(islice(endless_batches(7, 3, generator(3)), 9)) == epochs
+    assert epochs[0:3] != epochs[3:6]
+
+
+def test_global_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    list(epoch_batches(50, 8, generator(0)))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_nothing_to_batch() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        collate([], pad_id=0)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
+        next(endless_batches(0, 4, generator(0)))
+    with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
+        next(epoch_batches(4, 0, generator(0)))

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data.examples import Example
+from fedtune.data.holdout import split_holdout
+from fedtune.data.sources import bundled_examples, load_examples
+from fedtune.data.templates import TEMPLATES, prompt, response
+from fedtune.errors import InputError
+
+GOOD = b'{"instruction": "add", "output": "3"}\n'
+
+
+def load(tmp_path: Path, content: bytes, name: str = "d.jsonl", **fields: str) -> list[Example]:
+    (tmp_path / name).write_bytes(content)
+    return load_examples(name, fields=fields, base=tmp_path)
+
+
+def refused(tmp_path: Path, content: bytes, name: str = "d.jsonl", **fields: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, content, name, **fields)
+    return str(caught.value)
+
+
+# --- what is read -------------------------------------------------------------------------------------------
+
+
+def test_identity_fields_and_absent_optional_keys(tmp_path: Path) -> None:
+    rows = b'{"instruction": "a", "input": "b", "output": "c", "category": "d", "more": [1]}\n' + GOOD
+    assert load(tmp_path, rows) == [Example("a", "b", "c", "d"), Example("add", "", "3", "")]
+
+
+def test_mapped_nested_and_indexed_fields(tmp_path: Path) -> None:
+    row = {"q": {"text": "who"}, "answers": {"text": ["me", "you"]}, "a.b": "dotted", "context": None}
+    loaded = load(
+        tmp_path,
+        json.dumps(row).encode(),
+        instruction="q.text",
+        output="answers.text.1",
+        category="a.b",
+        input="context",
+    )
+    assert loaded == [Example("who", "", "you", "dotted")]
+
+
+def test_numbers_become_text_as_json_writes_them(tmp_path: Path) -> None:
+    rows = b'{"instruction": 12, "output": 3.5}\n{"instruction": -1, "output": 1.0}\n'
+    assert load(tmp_path, rows) == [Example("12", "", "3.5"), Example("-1", "", "1.0")]
+
+
+def test_blank_lines_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    assert load(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n  \n" + GOOD.replace(b"\n", b"\r\n")) == [
+        Example("add", "", "3"),
+        Example("add", "", "3"),
+    ]
+
+
+def test_line_separators_inside_text_do_not_cut_lines(tmp_path: Path) -> None:
+    row = {"instruction": "a\u2028b\u0085c", "output": "d\ne"}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    assert load(tmp_path, line + b"\n" + GOOD)[0] == Example("a\u2028b\u0085c", "", "d\ne")
+
+
+@pytest.mark.parametrize(
+    "content", [b'\n [{"instruction": "a", "output": "b"}]', b'{"instruction":"a","output":"b"}']
+)
+def test_json_files_hold_an_array_or_lines(tmp_path: Path, content: bytes) -> None:
+    assert load(tmp_path, content, "d.json") == [Example("a", "", "b")]
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+@given(st.lists(st.builds(Example, texts, texts, texts, texts), min_size=1, max_size=5), st.booleans())
+def test_any_text_comes_back_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, examples: list[Example], ascii_only: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    keys = ("instruction", "input", "output", "category")
+    rows = [json.dumps({k: getattr(e, k) for k in keys}, ensure_ascii=ascii_only) for e in examples]
+    assert load(folder, "\n".join(rows).encode()) == examples
+
+
+def test_bundled_set_has_categories_and_no_test_example_in_training() -> None:
+    train, test = load_examples("bundled", fields={}), load_examples("bundled", fields={}, split="test")
+    assert train == bundled_examples() and test == bundled_examples("test")
+    assert len({e.category for e in train}) >= 6
+    assert {e.category for e in test} == {e.category for e in train}
+    assert all(e.instruction and e.output for e in train + test)
+    assert not {(e.instruction, e.input) for e in test} & {(e.instruction, e.input) for e in train}
+
+
+# --- what is refused, with its place ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "parts"),
+    [
+        (b'{"instruction": "a", \n', ["d.jsonl:2", "not valid JSON", "column"]),
+        (b"[1, 2]\n", ["d.jsonl:2", "must be a JSON object", "a list"]),
+        (b'"text"\n', ["d.jsonl:2", "must be a JSON object", "text"]),
+        (
+            b'{"question": "a", "output": "b"}\n',
+            ["d.jsonl:2", 'no key "instruction"', '"question", "output"'],
+        ),
+        (b'{"instruction": "a"}\n', ["d.jsonl:2", 'no key "output"', "data.fields.output"]),
+        (b"{}\n", ["d.jsonl:2", 'no key "instruction"', "none"]),
+        (b'{"instruction": "a", "output": ["b"]}\n', ["d.jsonl:2", "got a list", '"output.0"']),
+        (b'{"instruction": "a", "output": {"b": 1}}\n', ["d.jsonl:2", "got an object"]),
+        (b'{"instruction": "a", "output": null}\n', ["d.jsonl:2", "got null"]),
+        (b'{"instruction": "a", "output": true}\n', ["d.jsonl:2", "got true or false"]),
+        (b'{"instruction": "a", "output": NaN}\n', ["d.jsonl:2", "got nan"]),
+        (b'{"instruction": "a", "output": "\\ud800"}\n', ["d.jsonl:2", "surrogate"]),
+        (b'{"instruction": "\xff", "output": "b"}\n', ["d.jsonl:2", "UTF-8"]),
+        (b'{"instruction": ' + b"9" * 5000 + b"}\n", ["d.jsonl:2", "cannot be read"]),
+        (b"[" * 200_000 + b"\n", ["d.jsonl:2"]),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, bad: bytes, parts: list[str]) -> None:
+    message = refused(tmp_path, GOOD + bad + GOOD)
+    assert all(part in message for part in parts), message
+
+
+def test_mapped_optional_key_must_be_there(tmp_path: Path) -> None:
+    message = refused(tmp_path, b'{"instruction": "a", "output": "b"}', input="context")
+    assert "d.jsonl:1" in message and 'no key "context" for input' in message
+
+
+@pytest.mark.parametrize("path", ["a.text.2", "a.text.-1", "a.text.x", "a.nothing", "a.text.0.0"])
+def test_dotted_path_that_leads_nowhere(tmp_path: Path, path: str) -> None:
+    message = refused(tmp_path, b'{"a": {"text": ["x", "y"]}, "output": "b"}', instruction=path)
+    assert f'no key "{path}"' in message and '"a", "output"' in message
+
+
+def test_json_array_places(tmp_path: Path) -> None:
+    assert "d.json: item 2" in refused(tmp_path, b'[{"instruction": "a", "output": "b"}, 7]', "d.json")
+    assert "d.json:3" in refused(tmp_path, b'[{"instruction": "a",\n "output": "b"},\n {]', "d.json")
+    assert "d.json:2" in refused(tmp_path, b'[{"instruction": "a",\n "output": "\xff"}]', "d.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    assert "d.jsonl: holds no examples" in refused(tmp_path, content)
+    assert "d.json: holds no examples" in refused(tmp_path, b"[]", "d.json")
+
+
+def test_missing_file_folder_and_other_kinds(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    for source, words in [
+        ("gone.jsonl", "there is no such file"),
+        ("folder.jsonl", "is not a file"),
+        ("table.csv", "only files ending in .jsonl or .json"),
+    ]:
+        with pytest.raises(InputError, match=words) as caught:
+            load_examples(source, fields={}, base=tmp_path)
+        assert str(tmp_path / source) in str(caught.value)
+
+
+def test_bad_fields_and_splits(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match=r'unknown field "instructions".*Did you mean "instruction"'):
+        load_examples("d.jsonl", fields={"instructions": "q"}, base=tmp_path)
+    with pytest.raises(InputError, match=r"data\.fields\.output is empty"):
+        load_examples("d.jsonl", fields={"output": ""}, base=tmp_path)
+    with pytest.raises(InputError, match='no split "test"'):
+        load_examples("d.jsonl", fields={}, split="test", base=tmp_path)
+    with pytest.raises(InputError, match='"train" and "test"'):
+        load_examples("bundled", fields={}, split="validation")
+
+
+# --- Hugging Face data sets, without network ----------------------------------------------------------------
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(
+            [{"q": "a", "input": None, "y": 1}, {"q": "b", "input": "c", "y": 0}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    fields = {"instruction": "q", "output": "y"}
+    assert load_examples("owner/set:main", fields=fields, split="test") == [
+        Example("a", "", "1"),
+        Example("b", "c", "0"),
+    ]
+    load_examples("owner/set", fields=fields)
+    assert asked == [("owner/set", "main", "test"), ("owner/set", None, "train")]
+    with pytest.raises(
+        InputError, match=r'data set "owner/set", row 0: no key "instruction".*"q", "input", "y"'
+    ):
+        load_examples("owner/set", fields={})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'owner/set' on the Hub"),
+        datasets.exceptions.DatasetNotFoundError("Dataset 'owner/set' doesn't exist on the Hub"),
+        ValueError('Unknown split "train". Should be one of ["test"].'),
+        RuntimeError("Dataset scripts are no longer supported"),
+        datasets.exceptions.DatasetGenerationError("An error occurred"),
+    ],
+)
+def test_hub_failures_are_one_clear_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as caught:
+        load_examples("owner/set", fields={})
+    assert 'the data set "owner/set" (split "train")' in str(caught.value)
+    assert str(error) in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+# --- templates ----------------------------------------------------------------------------------------------
+
+
+def test_alpaca_is_the_published_prompt() -> None:
+    assert prompt(Example("Add {these}.", "1 {0} 2", "3"), "alpaca") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {these}.\n\n### Input:\n1 {0} 2\n\n### Response:"
+    )
+    assert prompt(Example("Say {hi}.", "", "hi"), "alpaca") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nSay {hi}.\n\n### Response:"
+    )
+    assert response(Example("Say hi.", "", "hi"), "alpaca") == "hi"
+
+
+def test_plain_template() -> None:
+    assert prompt(Example("Add.", "1 2", "3"), "plain") == "Add.\n1 2\nAnswer:"
+    assert prompt(Example("Say hi.", "", "hi"), "plain") == "Say hi.\nAnswer:"
+    assert response(Example("Say hi.", "", "hi"), "plain") == " hi"
+
+
+@pytest.mark.parametrize("function", [prompt, response])
+def test_unknown_template(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(InputError, match=r'unknown template "alpacca".*alpaca, plain.*Did you mean "alpaca"'):
+        function(Example("a"), "alpacca")
+    assert TEMPLATES == ("alpaca", "plain")
+
+
+# --- hold-out -----------------------------------------------------------------------------------------------
+
+
+def of_categories(names: str) -> list[Example]:
+    return [Example(str(index), category=name) for index, name in enumerate(names)]
+
+
+def test_holdout_of_a_category() -> None:
+    rng = np.random.default_rng(0)
+    examples = of_categories("bcabcb")
+    for asked in ("c", "last"):
+        train, held = split_holdout(examples, fraction=None, category=asked, rng=rng)
+        assert "".join(e.category for e in train) == "babb" and [e.instruction for e in held] == ["1", "4"]
+    assert split_holdout(examples, fraction=None, category=None, rng=rng) == (examples, [])
+    assert rng.random() == np.random.default_rng(0).random()  # nothing was drawn
+    named_last = [Example("x", category="last"), Example("y", category="z")]
+    assert split_holdout(named_last, fraction=None, category="last", rng=rng)[1] == named_last[:1]
+
+
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 2**32))
+def test_holdout_of_a_fraction(n: int, fraction: float, seed: int) -> None:
+    examples = [Example(str(index)) for index in range(n)]
+    count = max(1, round(fraction * n))
+    if count == n:
+        with pytest.raises(InputError, match="leaves none"):
+            split_holdout(examples, fraction=fraction, category=None, rng=np.random.default_rng(seed))
+        return
+    train, held = split_holdout(examples, fraction=fraction, category=None, rng=np.random.default_rng(seed))
+    assert len(held) == count
+    assert sorted(train + held, key=lambda e: int(e.instruction)) == examples
+    assert [int(e.instruction) for e in train] == sorted(int(e.instruction) for e in train)
+    assert (train, held) == split_holdout(
+        examples, fraction=fraction, category=None, rng=np.random.default_rng(seed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "fraction", "category", "words"),
+    [
+        ("ab", 0.5, "a", "not both"),
+        ("ab", None, "aa", 'category "aa"; there are "a", "b"'),
+        ("aa", None, "last", "none would be left"),
+        ("ab", 0.0, None, "between 0 and 1"),
+        ("ab", 1.0, None, "between 0 and 1"),
+        ("ab", float("nan"), None, "between 0 and 1"),
+    ],
+)
+def test_bad_holdouts(names: str, fraction: float | None, category: str | None, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        split_holdout(
+            of_categories(names), fraction=fraction, category=category, rng=np.random.default_rng(0)
+        )
+
+
+# --- real data ----------------------------------------------------------------------------------------------
+
+
+def test_dolly(shared_data: Path) -> None:
+    dolly = load_examples(
+        "dolly15k/databricks-dolly-15k.jsonl",
+        fields={"input": "context", "output": "response"},
+        base=shared_data,
+    )
+    assert Counter(e.category for e in dolly) == {  # the published counts
+        "open_qa": 3742, "general_qa": 2191, "classification": 2136, "closed_qa": 1773, "brainstorming": 1766,
+        "information_extraction": 1506, "summarization": 1188, "creative_writing": 709,
+    }  # fmt: skip
+    train, held = split_holdout(dolly, fraction=None, category="last", rng=np.random.default_rng(0))
+    assert (len(train), len(held), {e.category for e in held}) == (13823, 1188, {"summarization"})
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "rows"),
+    [
+        ("alpaca/alpaca_subset.jsonl", {}, 18669),
+        ("gsm8k/test.jsonl", {"instruction": "question", "output": "answer"}, 1319),
+        ("glue/rte_dev.jsonl", {"instruction": "sentence1", "input": "sentence2", "output": "label"}, 277),
+        ("glue/mrpc_test.jsonl", {"instruction": "sentence1", "input": "sentence2", "output": "label"}, 1725),
+        ("mmlu/mmlu_dev.jsonl", {"instruction": "question", "output": "answer", "category": "subject"}, 285),
+        ("mt_bench/mt_bench_question.jsonl", {"instruction": "turns.0", "output": "turns.1"}, 80),
+    ],
+)
+def test_real_files(shared_data: Path, path: str, fields: dict[str, str], rows: int) -> None:
+    assert len(load_examples(path, fields=fields, base=shared_data)) == rows

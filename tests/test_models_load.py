@@ -1,0 +1,233 @@
+"""Loading: dtypes, seeds and hashes, and one clear error for each thing that can be wrong with a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import torch
+from model_families import DECODERS, FAMILIES, build, edit_json, save_folder
+from safetensors.torch import load_file, save_file
+
+from fedtune.errors import InputError
+from fedtune.models.load import load_model, load_tokenizer, meta_model
+
+PRETRAINED = {"dtype": "float32", "initial": "pretrained", "seed": 0}
+SCRATCH = {**PRETRAINED, "initial": "scratch"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_folder(tmp_path / "model")
+
+
+def test_loads_the_weights_that_were_saved(folder, tmp_path):
+    loaded = load_model("model", **PRETRAINED, base=tmp_path)
+    assert all(
+        torch.equal(p, q) for p, q in zip(loaded.model.parameters(), build("llama").parameters(), strict=True)
+    )
+    assert (loaded.name, loaded.model.name_or_path, loaded.model.training) == ("model", "model", False)
+    assert loaded.weights_sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert loaded.tokenizer("w5 w9")["input_ids"] == [5, 9]
+
+
+def test_any_stored_dtype_loads_as_any_dtype(tmp_path):
+    save_folder(tmp_path / "half", dtype=torch.bfloat16)
+    half = load_model("half", **{**PRETRAINED, "dtype": "bfloat16"}, base=tmp_path).model
+    whole = load_model("half", **PRETRAINED, base=tmp_path).model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert all(torch.equal(p.float(), q) for p, q in zip(half.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scratch_depends_on_the_seed_alone(folder, tmp_path, dtype):
+    def draw(seed, disturb):
+        torch.manual_seed(disturb)
+        state = torch.get_rng_state()
+        loaded = load_model("model", **{**SCRATCH, "seed": seed, "dtype": dtype}, base=tmp_path)
+        assert torch.equal(torch.get_rng_state(), state)
+        return loaded
+
+    (folder / "model.safetensors").unlink()  # not needed
+    first, again, other = draw(1, 10), draw(1, 11), draw(2, 10)
+    assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+    assert first.weights_sha256 == again.weights_sha256 != other.weights_sha256
+    assert {p.dtype for p in first.model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_new_head_is_drawn_from_the_seed(tmp_path):
+    save_folder(tmp_path / "whole", "bert")
+    save_folder(tmp_path / "model", "bert")
+    build("bert").bert.save_pretrained(tmp_path / "model")  # no head at all
+
+    def head(name, labels, seed):
+        state = torch.get_rng_state()
+        loaded = load_model(
+            name, **{**PRETRAINED, "seed": seed}, task="classification", num_labels=labels, base=tmp_path
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        assert loaded.model.config.num_labels == loaded.model.classifier.weight.shape[0]
+        body = loaded.model.bert.parameters()
+        assert all(map(torch.equal, body, build("bert").bert.parameters()))
+        return loaded.model.classifier.weight
+
+    for name in ("model", "whole"):  # absent, and there but for 3 classes
+        assert head(name, 5, 1).shape == (5, 32)
+        assert torch.equal(head(name, 5, 1), head(name, 5, 1))
+        assert not torch.equal(head(name, 5, 1), head(name, 5, 2))
+    assert torch.equal(head("whole", 3, 1), build("bert").classifier.weight)
+    assert torch.equal(head("whole", None, 1), build("bert").classifier.weight)
+
+
+def test_a_decoder_classifies_too(folder, tmp_path):
+    loaded = load_model("model", **PRETRAINED, task="classification", num_labels=4, base=tmp_path)
+    ids = torch.tensor([[1, 5, 9], [1, 7, 0]])
+    assert loaded.model(input_ids=ids, attention_mask=(ids != 0).long()).logits.shape == (2, 4)
+    assert loaded.model.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_meta_model_has_the_shapes_and_no_storage(tmp_path, family):
+    FAMILIES[family].save_pretrained(tmp_path)
+    task = "causal-lm" if family in DECODERS else "classification"
+    state = torch.get_rng_state()
+    model = meta_model(str(tmp_path), base=tmp_path, task=task, dtype="bfloat16")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes == {name: p.shape for name, p in build(family).named_parameters()}
+
+
+def test_sharded_weights(folder, tmp_path):
+    build("llama").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "shards")
+    shutil.copy(folder / "tokenizer_config.json", tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    loaded = load_model("shards", **PRETRAINED, base=tmp_path)
+    assert all(map(torch.equal, loaded.model.parameters(), build("llama").parameters()))
+    assert loaded.weights_sha256 == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+    shards[1].unlink()
+    with pytest.raises(InputError, match=f"lacks {shards[1].name}"):
+        load_model("shards", **PRETRAINED, base=tmp_path)
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match="no index of weights"):
+        load_model("shards", **PRETRAINED, base=tmp_path)
+
+
+def test_a_missing_pad_token_becomes_the_end_token(folder, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_model("model", **PRETRAINED, base=tmp_path)
+    assert loaded.tokenizer.pad_token == "</s>"
+    assert loaded.model.generation_config.pad_token_id == 2
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="neither a pad nor an eos"):
+        load_tokenizer("model", tmp_path)
+
+
+def refused(message, base, name="model", **changes):
+    with pytest.raises(InputError, match=message):
+        load_model(name, **{**PRETRAINED, **changes}, base=base)
+
+
+def test_wrong_arguments(folder, tmp_path):
+    refused(
+        'model.dtype must be one of float32, bfloat16, got "bfloat".* "bfloat16"', tmp_path, dtype="bfloat"
+    )
+    refused('model.initial must be one of pretrained, scratch, got "random"', tmp_path, initial="random")
+    refused('task must be one of causal-lm, classification, got "causal"', tmp_path, task="causal")
+    with pytest.raises(InputError, match=r"model\.dtype must be"):
+        meta_model("model", base=tmp_path, dtype="float16")
+
+
+def test_no_such_folder(tmp_path):
+    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "..\\model"):
+        refused("is no folder", tmp_path, name)
+    (tmp_path / "file").write_text("")
+    refused("is no folder", tmp_path, "file")
+
+
+def test_hub_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused('the hub did not give "owner/model".*HF_HUB_OFFLINE', tmp_path, "owner/model")
+    with pytest.raises(InputError, match="the hub did not give"):
+        meta_model("owner/model", base=tmp_path)
+    with pytest.raises(InputError, match="the hub did not give"):
+        load_tokenizer("owner/model", tmp_path)
+
+
+def test_no_config(folder, tmp_path):
+    (folder / "config.json").unlink()
+    refused("no config.json", tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    refused("PEFT adapter, not a model", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "unheard-of"}', '{"model_type": 3}'])
+def test_damaged_config(folder, tmp_path, text):
+    (folder / "config.json").write_text(text)
+    refused("config.json is no configuration", tmp_path)
+
+
+def test_no_weights(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    refused("no weights in .*model.initial=scratch", tmp_path)
+    torch.save({}, folder / "pytorch_model.bin")
+    refused(r"pickle only \(pytorch_model.bin\)", tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_weights_cut_short(folder, tmp_path, cut):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    refused("model.safetensors is damaged", tmp_path)
+
+
+def test_weights_of_another_shape_or_incomplete(folder, tmp_path):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, path, metadata={"format": "pt"})
+    refused(f"lack 1 tensors .*{name}", tmp_path)
+    refused(f"lack 1 tensors .*{name}", tmp_path, task="classification")
+    save_file({**tensors, name: torch.zeros(3, 3)}, path, metadata={"format": "pt"})
+    refused(f"lack 1 tensors .*{name}", tmp_path)
+
+
+def test_no_tokenizer(folder, tmp_path):
+    (folder / "tokenizer.json").write_text("{")
+    refused("tokenizer in .* cannot be read", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    refused("no tokenizer in", tmp_path)
+    assert meta_model("model", base=tmp_path).config.model_type == "llama"  # reads no tokenizer
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(folder, tmp_path):
+    edit_json(folder / "config.json", vocab_size=32)
+    refused("tokenizer has 64 tokens.* embeddings for 32", tmp_path, initial="scratch")
+
+
+def test_an_encoder_does_not_generate(tmp_path):
+    save_folder(tmp_path / "model", "roberta")
+    refused('"roberta" is an encoder', tmp_path)
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama105-hf", "instruct-7m"])
+def test_real_models(shared_models, name):
+    loaded = load_model(name, **PRETRAINED, base=shared_models)
+    ids = loaded.tokenizer("Once upon a time there was a little girl", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = loaded.model(input_ids=ids, labels=ids).loss
+    scratch = load_model(name, **SCRATCH, base=shared_models)
+    with torch.no_grad():
+        untrained = scratch.model(input_ids=ids, labels=ids).loss
+    assert loss < 0.6 * untrained
