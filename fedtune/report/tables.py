@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+
+COUNTS = ("tokens", "examples")  # what a score rests on; in the JSON, not in the tables
 
 
 def size(count: float) -> str:
@@ -28,6 +31,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         scores.add_column(column, justify=justify)  # type: ignore[arg-type]
     for task, metrics in summary["evaluation"].items():
         for metric, value in metrics.items():
+            if metric in COUNTS:
+                continue
             before = summary["zero_shot"].get(task, {}).get(metric)
             scores.add_row(task, metric, "" if before is None else number(before), number(value))
     cost = Table(title="What it cost", title_justify="left", show_header=False)
@@ -78,8 +83,10 @@ def compare_table(document: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     return table
 
 
-def number(value: float) -> str:
-    """Counts whole, everything else with four decimals."""
+def number(value: float | None) -> str:
+    """Counts whole, everything else with four decimals; `-` for what was not finite."""
+    if value is None or not math.isfinite(value):
+        return "-"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
 
 

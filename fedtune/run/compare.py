@@ -123,12 +123,6 @@ def _value(row: Mapping[str, Any], task: str, metric: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _value(row: Mapping[str, Any], task: str, metric: str) -> float:
-    """A score; NaN where it was not finite, which JSON files hold as null."""
-    value = row["evaluation"][task][metric]
-    return math.nan if value is None else float(value)
-
-
 def _sd(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
