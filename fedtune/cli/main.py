@@ -46,20 +46,23 @@ def main() -> None:
     """Runs the command line; every foreseen error ends in one message on stderr and its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)  # typer turns Ctrl-C into 130 and returns it; older ones abort
     except FedtuneError as error:
         print(f"fedtune: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("fedtune: interrupted; continue with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
+        status = 130
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"fedtune: {error.format_message()} Try fedtune --help.", file=sys.stderr)
+            text = error.format_message()  # of a command without arguments it is the whole help
+            shown = text if text.startswith("Usage") else f"fedtune: {text} Try fedtune --help."
+            print(shown, file=sys.stderr)
             raise SystemExit(2) from None
         raise
+    if status == 130:
+        print("fedtune: interrupted; a run continues with --resume", file=sys.stderr)
+    if status:
+        raise SystemExit(status)
 
 
 def _version(wanted: bool) -> None:
@@ -134,7 +137,7 @@ def compare(
 ) -> None:
     """Run several configurations on the same split and print one table.
 
-    Example: fedtune compare configs/fedavg_lora.yaml configs/one_shot_lora.yaml --seeds 0,1,2
+    Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
     """
     from fedtune.run.compare import MAIN_METRIC, Candidate
     from fedtune.run.compare import compare as compare_all
@@ -146,17 +149,19 @@ def compare(
         document = compare_all(
             candidates, _seeds(seeds, candidates[0].config), path, progress, references=references
         )
+    from fedtune.report.tables import compare_markdown, compare_table
+    from fedtune.run.files import write_text
+
+    metrics = [f"{task}.{MAIN_METRIC[task]}" for task in candidates[0].config.evaluation.tasks]
+    write_text(path / "table.md", compare_markdown(document, metrics))
     if as_json:
         _print_json(document)
         return
     from rich.console import Console
 
-    from fedtune.report.tables import compare_table
-
     console = Console()
-    metrics = [f"{task}.{MAIN_METRIC[task]}" for task in candidates[0].config.evaluation.tasks]
     console.print(compare_table(document, metrics))
-    console.print(f"Runs and compare.json: {path}")
+    console.print(f"Runs, compare.json and table.md: {path}")
 
 
 @app.command(no_args_is_help=True)

@@ -6,7 +6,6 @@ clients in turn, across a network for the one client of a machine.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,8 @@ class ClientRunner:
     def handle(self, client: int, frame: bytes) -> bytes:
         """Does what the order in `frame` says and returns the reply's frame.
 
-        The reply's meta holds the step's metrics and its measured `peak_bytes` and `seconds`.
+        The reply's meta holds the step's metrics and its measured `peak_bytes`. It holds no wall time:
+        the length of a frame must be the same when a run is repeated.
         Random numbers that PyTorch draws by itself (dropout) come from a stream of this client and
         round, and the process's own stream is left as it was.
 
@@ -84,25 +84,17 @@ class ClientRunner:
             memory=meter,
             device=self._device,
         )
-        started = time.perf_counter()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(seed, "dropout"))
             result = self._method.client_step(order.payload, env)
-        seconds = time.perf_counter() - started
         if result.state is not None:
             self.states[client] = result.state
         meta: dict[str, Scalar] = {
             **result.metrics,
             "round": round,
             "client": client,
-            "seconds": round_to_ms(seconds),
             "peak_bytes": meter.peak_bytes,
             "how": meter.how,
         }
         return encode(Message(result.payload, meta))
-
-
-def round_to_ms(seconds: float) -> float:
-    """Seconds to the nearest millisecond: more digits would only lengthen the frame."""
-    return float(f"{seconds:.3f}")

@@ -29,6 +29,10 @@ MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensor
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
+class QuorumError(FederationError):
+    """A round had fewer usable replies than its quorum."""
+
+
 @dataclass(frozen=True)
 class Arrival:
     """What a transport brings from one client: a reply's frame, or why there is none."""
@@ -128,7 +132,7 @@ class RoundLoop:
             The server's state after the round, and what happened.
 
         Raises:
-            FederationError: Fewer than `quorum` clients gave a usable reply; names the others.
+            QuorumError: Fewer than `quorum` clients gave a usable reply; names the others.
         """
         outcome = RoundOutcome(round, cohort.clients)
         replies = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
@@ -176,10 +180,16 @@ class RoundLoop:
             in_plan_order=self._method.arrival == "plan-order",
         )
         for arrival in arrivals:
+            if arrival.client not in expects:
+                log.warning(
+                    "round %d: client %d was not asked, or replied twice", outcome.round, arrival.client
+                )
+                continue
+            asked = expects.pop(arrival.client)
             try:
                 if arrival.fault:
                     raise FrameError(arrival.fault)
-                reply = self._reply(arrival, expects[arrival.client], cohort, outcome.round)
+                reply = self._reply(arrival, asked, cohort, outcome.round)
             except FrameError as error:
                 outcome.left_out[arrival.client] = str(error)
                 log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, error)
@@ -214,6 +224,9 @@ class RoundLoop:
             for name, value in message.meta.items()
             if isinstance(value, int | float) and name not in ("round", "client")
         }
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FrameError(f"metric {name} is {value}")
         self._enter(round, arrival.client, "up", message.payload, arrival.frame)
         self._ledger.memory(
             round=round,
@@ -243,10 +256,10 @@ def _hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
         f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
     )
     more = len(outcome.left_out) - 5
-    raise FederationError(
+    raise QuorumError(
         f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
         f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
-        "Bring them back and continue with --resume, or lower federation.quorum."
+        "Bring them back and continue with --resume, or start a new run with a lower federation.quorum."
     )
 
 

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedtune import __version__
 from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded, encode_causal, encode_classification, encode_prompts
 from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
 from fedtune.evaluation.generation import context_length, evaluating, generate, prompt_room
-from fedtune.evaluation.metrics import exact_match, rouge_l
+from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -180,12 +181,15 @@ class Task:
 
     summary: str
     function: Callable[[Subject], dict[str, float]]
+    scorer: Callable[[], str] = lambda: f"fedtune {__version__}"  # name and version of what scores
 
 
 TASKS = {
     "loss": Task("mean cross-entropy a token in nats, and perplexity", _loss),
     "accuracy": Task("share of answers that are exactly right, also by category", _accuracy),
-    "rouge-l": Task("longest common subsequence of generated answer and reference, F1", _rouge_l),
+    "rouge-l": Task(
+        "longest common subsequence of generated answer and reference, F1", _rouge_l, rouge_scorer
+    ),
 }
 
 

@@ -148,13 +148,14 @@ class FedAvg:
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """Everyone in the cohort gets the global weights, cut to its rank."""
         weights = _as_sent(state.weights, state.dtypes)
+        ranks = {client: self._rank(client) for client in cohort.clients}
         if self.config.aggregation == "stack":  # every client draws its own fresh factors
             down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
             down |= {PRODUCT + name: t for name, t in state.product.items()}
+            payloads = dict.fromkeys(ranks.values(), Payload(down))  # the product is whole for every rank
         else:
             down = weights | {CONTROL + name: c for name, c in state.control.items()}
-        ranks = {client: self._rank(client) for client in cohort.clients}
-        payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
+            payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
         for client in cohort.clients:
             rank = ranks[client]
             up = lora.cut(weights, rank) if rank else weights

@@ -55,32 +55,51 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     return [scores, cost]
 
 
-def compare_table(document: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-    """One line a configuration: mean ± standard deviation over seeds, and the difference from the first."""
+def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a configuration: mean ± sd over seeds, and the difference from the first."""
     entries = document["table"]
-    seeds = len(entries[0]["seeds"])
-    table = Table(
-        title=f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}", title_justify="left"
-    )
-    table.add_column("configuration")
+    header = ["configuration"]
     for metric in metrics:
-        table.add_column(metric.replace(".", "\n"), justify="right")
-        table.add_column(f"against\n{entries[0]['config']}", justify="right")
-    for column in ("payload\ndown", "payload\nup", "client\nmemory", "seconds"):
-        table.add_column(column, justify="right")
+        header += [metric.replace(".", " "), f"against {entries[0]['config']}"]
+    rows = []
     for entry in entries:
         cells = [entry["config"]]
         for metric in metrics:
             found = entry["metrics"].get(metric)
-            cells += (
-                ["", ""]
-                if found is None
-                else [_spread(found["mean"], found["sd"]), _difference(entry, entries, found)]
-            )
+            if found is None:
+                cells += ["", ""]
+            else:
+                cells += [_spread(found["mean"], found["sd"]), _difference(entry, entries, found)]
         payload = entry["payload_bytes"]
         cells += [size(payload["down"]), size(payload["up"]), size(entry["client_peak_memory_bytes"])]
-        table.add_row(*cells, f"{entry['seconds']:.1f}")
+        rows.append([*cells, f"{entry['seconds']:.1f}"])
+    return [*header, "payload down", "payload up", "client memory", "seconds"], rows
+
+
+def compare_table(document: Mapping[str, Any], metrics: Sequence[str]) -> Table:
+    """The comparison for a terminal."""
+    header, rows = compare_rows(document, metrics)
+    table = Table(title=_caption(document), title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column == "configuration" else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def compare_markdown(document: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """The comparison for a page."""
+    header, rows = compare_rows(document, metrics)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return (
+        "\n".join([_caption(document) + ":", "", *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    )
+
+
+def _caption(document: Mapping[str, Any]) -> str:
+    seeds = document["table"][0]["seeds"]
+    several = f"Mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    return f"{several}; held-out examples"
 
 
 def number(value: float | None) -> str:
@@ -90,8 +109,8 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
 
 
-def _spread(mean: float, sd: float | None) -> str:
-    return number(mean) if sd is None else f"{mean:.4f} ± {sd:.4f}"
+def _spread(mean: float | None, sd: float | None) -> str:
+    return number(mean) if sd is None else f"{number(mean)} ± {number(sd)}"
 
 
 def _difference(
@@ -100,4 +119,5 @@ def _difference(
     if entry is entries[0] or found["difference"] is None:
         return ""
     sd = found["difference_sd"]
-    return f"{found['difference']:+.4f}" + ("" if sd is None else f" ± {sd:.4f}")
+    sign = "+" if found["difference"] >= 0 else ""
+    return sign + number(found["difference"]) + ("" if sd is None else f" ± {number(sd)}")

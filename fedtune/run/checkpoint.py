@@ -6,19 +6,20 @@ configuration it belongs to and is refused by any other.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtune.core.types import Payload
 from fedtune.errors import InputError
-from fedtune.run.files import disk_errors, read_json, whole_folder, write_json
+from fedtune.run.files import disk_errors, whole_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
                 "clients": clients,
                 "logs": dict(checkpoint.logs),
                 "seconds": dict(checkpoint.seconds),
+                "crc32": {file.name: _crc32(file) for file in sorted(new.iterdir())},
             },
         )
     if keep is not None:
@@ -89,13 +91,24 @@ def load(folder: Path, round: int, *, config_sha256: str) -> Checkpoint:
         InputError: It is broken, or belongs to another configuration.
     """
     path = folder / f"round-{round:04d}"
-    about = read_json(path / "checkpoint.json")
-    if about.get("config_sha256") != config_sha256:
+    try:
+        about = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        if about["config_sha256"] != config_sha256:
+            raise InputError(
+                f"{path} belongs to another configuration ({about['config_sha256'][:12]}, this one is "
+                f"{config_sha256[:12]}); continue it with the config.yaml of its own run folder"
+            )
+        for name, crc in about["crc32"].items():
+            if _crc32(path / name) != crc:
+                raise ValueError(f"{name} was altered")
+        state = _load_payload(path, "state")
+        both = _load_payload(path, "clients") if about["clients"] else Payload()
+        done, logs, seconds = int(about["round"]), dict(about["logs"]), dict(about["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"{path} belongs to another configuration ({str(about.get('config_sha256'))[:12]}, this one is "
-            f"{config_sha256[:12]}); continue it with the config.yaml of its own run folder"
-        )
-    both = _load_payload(path, "clients") if about["clients"] else Payload()
+            f"checkpoint {path} is damaged: {type(error).__name__}: {error}. Remove that folder to continue "
+            "from the checkpoint before it."
+        ) from None
     clients = {}
     for client in about["clients"]:
         prefix = f"{client}/"
@@ -103,7 +116,7 @@ def load(folder: Path, round: int, *, config_sha256: str) -> Checkpoint:
             {n.removeprefix(prefix): t for n, t in both.tensors.items() if n.startswith(prefix)},
             {n.removeprefix(prefix): v for n, v in both.scalars.items() if n.startswith(prefix)},
         )
-    return Checkpoint(about["round"], _load_payload(path, "state"), clients, about["logs"], about["seconds"])
+    return Checkpoint(done, state, clients, logs, seconds)
 
 
 def _save_payload(folder: Path, name: str, payload: Payload) -> None:
@@ -116,11 +129,13 @@ def _save_payload(folder: Path, name: str, payload: Payload) -> None:
 
 
 def _load_payload(folder: Path, name: str) -> Payload:
-    path = folder / f"{name}.safetensors"
-    try:
-        tensors: dict[str, Any] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} cannot be read: {error}. Remove {folder} to continue from the checkpoint before it."
-        ) from None
-    return Payload(tensors, read_json(folder / f"{name}.json"))
+    scalars = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return Payload(load_file(folder / f"{name}.safetensors"), scalars)
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc

@@ -89,17 +89,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for label in labels:
         runs = by_label[label]
         some = next(iter(runs.values()))
-        metrics = {}
-        for task, scores in some["evaluation"].items():
-            for metric in scores:
-                values = {seed: _value(row, task, metric) for seed, row in runs.items()}
-                pairs = [v - _value(first[seed], task, metric) for seed, v in values.items() if seed in first]
-                metrics[f"{task}.{metric}"] = {
-                    "mean": statistics.fmean(values.values()),
-                    "sd": _sd(list(values.values())),
-                    "difference": statistics.fmean(pairs) if pairs else None,
-                    "difference_sd": _sd(pairs),
-                }
+        metrics, others = {}, _by_metric(first)
+        for metric, values in _by_metric(runs).items():
+            other = others.get(metric, {})
+            pairs = [value - other[seed] for seed, value in values.items() if seed in other]
+            metrics[metric] = {
+                "mean": statistics.fmean(values.values()),
+                "sd": _sd(list(values.values())),
+                "difference": statistics.fmean(pairs) if pairs else None,
+                "difference_sd": _sd(pairs),
+            }
         result.append(
             {
                 "config": label,
@@ -117,10 +116,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _value(row: Mapping[str, Any], task: str, metric: str) -> float:
-    """A score; NaN where it was not finite, which JSON files hold as null."""
-    value = row["evaluation"][task][metric]
-    return math.nan if value is None else float(value)
+def _by_metric(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Each metric's scores by seed; NaN where one was not finite, which JSON files hold as null.
+
+    A metric may be there for some seeds only: which categories are held out can depend on the seed.
+    """
+    values: dict[str, dict[int, float]] = {}
+    for seed, row in runs.items():
+        for task, scores in row["evaluation"].items():
+            for metric, value in scores.items():
+                of_metric = values.setdefault(f"{task}.{metric}", {})
+                of_metric[seed] = math.nan if value is None else float(value)
+    return values
 
 
 def _sd(values: Sequence[float]) -> float | None:

@@ -250,6 +250,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(document, str(path))
 
 
+def dump_config(config: RunConfig) -> str:
+    """The YAML of a resolved configuration, which `load_config` reads back as an equal one."""
+    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     """The configuration in a mapping; `source` stands in front of each error. Raises InputError."""
     values = dict(document)
@@ -298,6 +303,8 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
                 f"{name}.name {tag!r} is not known; known are {allowed}.{nearest(tag, PARTITIONERS)}"
             )
         else:
+            if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+                got += "." + nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
             text = problem["msg"].removeprefix("Value error, ")
             lines.append(
                 f"{name}: {text[0].lower() + text[1:]}{'' if problem['type'] == 'value_error' else got}"
@@ -341,17 +348,24 @@ class _Loader(yaml.SafeLoader):
     """YAML as people mean it: 1e-4 is a number, and a key that stands twice is an error."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the text 1e-4, which `_Loader` would take for a number."""
+
+
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} stands twice", key_node.start_mark

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.types import Method
 from fedtune.errors import FederationError, InputError
-from fedtune.evaluation.tasks import EvalSettings, evaluate
+from fedtune.evaluation.tasks import TASKS, EvalSettings, evaluate
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -36,7 +36,7 @@ from fedtune.models.tuning import count_parameters
 from fedtune.run import checkpoint
 from fedtune.run.config import RunConfig
 from fedtune.run.data import Split, encode_for, prepare_data
-from fedtune.run.files import disk_errors, whole_folder, write_json
+from fedtune.run.files import disk_errors, read_json, whole_folder, write_json
 from fedtune.run.folder import RunFolder, refuse_existing
 from fedtune.run.journal import Journal
 from fedtune.run.progress import Progress
@@ -56,29 +56,30 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
     if resume:
-        folder = _reopen(config, path)
-        done = folder.summary()
+        done = _reopen(config, path).summary()
         if done and done["status"] == "done":
             return done
     else:
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
-    with clock.part("setup"), torch_settings():
-        parts = _Parts.assemble(config, path, clock)
-    if not resume:
-        folder = RunFolder.create(path, config, parts.environment, parts.split.partition)
-    elif folder.path.joinpath("partition.json").exists():
-        _same_inputs(folder, parts)
-    federation = _Federation(config, folder, parts, clock, progress)
     with torch_settings():
+        with clock.part("setup"):
+            parts = _Parts.assemble(config, clock)
+        if resume:
+            _same_inputs(path, parts)
+        federation = _Federation(config, RunFolder(path), parts, clock, progress)
+        federation.prepare()
+        if not resume:  # only now: until here, anything in the input may still turn out to be wrong
+            RunFolder.create(path, config, parts.environment, parts.split.partition)
         try:
             return federation.run()
         except KeyboardInterrupt:
             federation.summarize("interrupted")
             raise
         except FederationError:
-            federation.summarize("stopped")
+            with suppress(FederationError):  # on a full disk; the first error is the one to show
+                federation.summarize("stopped")
             raise
 
 
@@ -108,9 +109,11 @@ class _Parts:
     base_parameters: int
 
     @staticmethod
-    def assemble(config: RunConfig, path: Path, clock: Clock) -> _Parts:
+    def assemble(config: RunConfig, clock: Clock) -> _Parts:
         method = registry.build(config.method, config.seed)
         split = prepare_data(config, pooled=method.pools_data)
+        if method.uses_wire:
+            _check_counts(config, len(split.clients))
         device = _device(config.model.device)
         loaded = load_model(
             config.model.name,
@@ -133,7 +136,7 @@ class _Parts:
         about = environment() | {
             "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
             "data": {"name": config.data.train, "sha256": split.sha256},
-            "device": str(device),
+            "device_used": str(device),
         }
         sizes = {client: len(items) for client, items in data.items()}
         base = count_parameters(loaded.model)[0]
@@ -157,33 +160,52 @@ class _Federation:
         self._trainable = 0
         self._total_parameters = parts.base_parameters
         self._sha = config.sha256()
+        self._model: nn.Module = parts.loaded.model
+        self._start: checkpoint.Checkpoint | None = None
+        self._zero_shot: tuple[Scores, dict[str, Scores]] = ({}, {})
+
+    def prepare(self) -> None:
+        """Reads the newest checkpoint, scores the untrained model, attaches what is trained; writes nothing.
+
+        Raises:
+            InputError: The checkpoint is damaged, or the model does not go with the method or the tasks.
+        """
+        method, checkpoints = self._parts.method, self._folder.path / "checkpoints"
+        saved = checkpoint.rounds(checkpoints)
+        if saved:
+            self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha)
+        self._progress.begin(rounds=method.rounds, name=self._config.method_name)
+        if self._start is None:
+            self._zero_shot = self._evaluate(None)
+        self._model = method.client_model(lambda: self._parts.loaded.model)
+        self._total_parameters, self._trainable = count_parameters(self._model)
+        self._parts.runner.use(self._model)
 
     def run(self) -> dict[str, Any]:
-        method, config = self._parts.method, self._config
+        """The rounds that are left, and the result."""
+        method, model, start = self._parts.method, self._model, self._start
         checkpoints = self._folder.path / "checkpoints"
-        saved = checkpoint.rounds(checkpoints)
-        start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha) if saved else None
         self._restore(start)
-        self._progress.begin(rounds=method.rounds, name=config.method_name)
-        if not self._rounds:  # round 0 is the model before any training: zero-shot
-            self._record({"round": 0, "clients": [], "train_loss": None}, self._evaluate(None), 0.0)
-        model = method.client_model(lambda: self._parts.loaded.model)
-        self._total_parameters, self._trainable = count_parameters(model)
-        self._parts.runner.use(model)
+        if start is None:  # round 0 is the model before any training
+            self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
         state = (
-            from_payload(registry.state_class(config.method_name), start.state)
+            from_payload(registry.state_class(self._config.method_name), start.state)
             if start
             else method.init(model)
         )
-        first = start.round + 1 if start else 1
         journal = self._journal(checkpoints)
         loop = RoundLoop(method, journal, self._ledger, self._clock, self._parts.device)
-        for round in range(first, method.rounds + 1):
-            state = self._round(loop, state, model, round)
+        for round in range(start.round + 1 if start else 1, method.rounds + 1):
+            try:
+                state = self._round(loop, state, model, round)
+            except QuorumError:
+                journal.clear()  # resumed, the round asks everyone again: those left out may be back
+                raise
             with self._clock.part("checkpoint"):
                 self._save(checkpoints, round, state)
                 journal.clear()
         self._save_result(state, model)
+        journal.clear()  # where a kill came between the last checkpoint and its own clearing
         return self.summarize("done")
 
     def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
@@ -199,6 +221,8 @@ class _Federation:
                 arrivals.append({"clients": list(outcome.clients), "eval": scores})
 
         quorum = quorum_of(len(cohort.clients), config.federation.quorum)
+        if not self._parts.method.uses_wire:  # a count that is meant for the methods beside it
+            quorum = min(quorum, len(cohort.clients))
         state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
         entry: dict[str, Any] = {
             "round": round,
@@ -256,11 +280,12 @@ class _Federation:
         self._earlier = dict(start.seconds)
 
     def _journal(self, checkpoints: Path) -> Journal:
-        simulate = self._config.federation.simulate
+        federation, real = self._config.federation, self._parts.method.uses_wire
+        simulate = federation.simulate
         inner = InProcess(
             self._parts.runner,
-            simulation=Simulation(simulate.dropout, simulate.delay_s),
-            deadline_s=self._config.federation.deadline_s,
+            simulation=Simulation(simulate.dropout, simulate.delay_s) if real else Simulation(),
+            deadline_s=federation.deadline_s if real else None,
             seed=self._config.seed,
             clock=self._clock,
         )
@@ -319,6 +344,7 @@ class _Federation:
             "payload_bytes_per_client_round": self._ledger.payload_bytes_per_client_round(),
             "peak_memory_bytes": self._ledger.peak_memory_bytes,
             "seconds": seconds,
+            "scorers": {task: TASKS[task].scorer() for task in self._config.evaluation.tasks},
             "evaluation": evaluated[-1]["eval"] if evaluated else {},
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
             "status": status,
@@ -367,15 +393,27 @@ def _reopen(config: RunConfig, path: Path) -> RunFolder:
     return folder
 
 
-def _same_inputs(folder: RunFolder, parts: _Parts) -> None:
-    """Refuses to continue on other weights or data than the run began with."""
-    from fedtune.run.files import read_json
+def _check_counts(config: RunConfig, clients: int) -> None:
+    """Refuses counts of clients that no round could have."""
+    federation = config.federation
+    asked = federation.clients_per_round
+    if isinstance(asked, int) and asked > clients:
+        raise InputError(f"federation.clients_per_round is {asked}, but there are {clients} clients")
+    cohort = sample_cohort(dict.fromkeys(range(clients), 1), asked, seed=config.seed, round=1).clients
+    if quorum_of(len(cohort), federation.quorum) > len(cohort):
+        raise InputError(
+            f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
+            "no round could reach it"
+        )
 
-    before = read_json(folder.path / "environment.json")
+
+def _same_inputs(path: Path, parts: _Parts) -> None:
+    """Refuses to continue on other weights or data than the run began with."""
+    before = read_json(path / "environment.json")
     for what, key in (("model", "weights_sha256"), ("data", "sha256")):
         was, now = before[what][key], parts.environment[what][key]
         if was != now:
             raise InputError(
-                f"{folder.path} began with another {what}: {key} was {was[:12]}, "
+                f"{path} began with another {what}: {key} was {was[:12]}, "
                 f"{parts.environment[what]['name']} now has {now[:12]}; bring the old one back or start anew"
             )

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedtune.errors import FederationError, InputError
 
 
@@ -82,10 +84,11 @@ def disk_errors(what: str) -> Iterator[None]:
     """Turns a failed write (a full disk, no permission) into an error that says what is safe."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
         raise FederationError(
-            f"{what} could not be written: {error.strerror or error}. What was complete before is still "
-            "there; free some space and continue with --resume."
+            f"{what} could not be written: {why}. What was complete before is still there; free some space "
+            "and continue with --resume."
         ) from error
 
 

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedtune.errors import InputError
-from fedtune.run.config import RunConfig, load_config
+from fedtune.run.config import RunConfig, dump_config, load_config
 from fedtune.run.files import disk_errors, dumps, read_json, whole_folder, write_json
 
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl")
@@ -33,9 +31,7 @@ class RunFolder:
         """
         refuse_existing(path)
         with disk_errors(f"run folder {path}"), whole_folder(path) as new:
-            (new / "config.yaml").write_text(
-                yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
+            (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             write_json(new / "environment.json", environment)
             write_json(new / "partition.json", partition)
             (new / "checkpoints").mkdir()

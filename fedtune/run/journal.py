@@ -2,7 +2,8 @@
 
 One-shot fine-tuning has one long round; without this, a kill at its end would lose all of it. Each
 arrival is appended as it comes. A tail that was cut by the kill fails its checksum and is dropped.
-Resumed, the round first folds in what is kept, in its old order, and then goes on.
+Resumed, the round first folds in what is kept, in its old order, and then goes on. Each entry tells how
+many orders had been sent when it came, so that the ledger's lines fall in their old order too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, MutableMapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from fedtune.core.loop import Arrival, Transport
@@ -18,7 +19,7 @@ from fedtune.core.types import Payload
 from fedtune.core.wire import Message, decode, encode
 from fedtune.run.files import disk_errors
 
-_ENTRY = struct.Struct("<qQQQI")  # client, bytes of fault, reply, state; CRC-32 of the three
+_ENTRY = struct.Struct("<qQQQQI")  # client, orders sent so far, bytes of fault, reply, state; their CRC-32
 
 
 class Journal:
@@ -37,52 +38,59 @@ class Journal:
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """First the arrivals kept from before a kill, then new ones, each written before it is yielded."""
-        kept = self._read(round)
-        waiting = dict(kept)
-        frames, others = iter(frames), []
-        while waiting:
-            client, frame = next(frames)
-            if waiting.pop(client, None) is None:
-                others.append((client, frame))
-        for client, (arrival, state) in kept.items():
+        sent = 0
+
+        def counted() -> Iterator[tuple[int, bytes]]:
+            nonlocal sent
+            for order in frames:
+                sent += 1
+                yield order
+
+        orders, unanswered = counted(), dict[int, bytes]()
+        for sent_before, arrival, state in self._read(round):
+            unanswered.update(islice(orders, sent_before - sent))
+            unanswered.pop(arrival.client, None)
             if state is not None:
-                self._states[client] = state
+                self._states[arrival.client] = state
             yield arrival
-        for arrival in self._inner.exchange(round, chain(others, frames), in_plan_order=in_plan_order):
-            self._write(round, arrival)
+        rest = chain(unanswered.items(), orders)
+        for arrival in self._inner.exchange(round, rest, in_plan_order=in_plan_order):
+            self._write(round, sent, arrival)
             yield arrival
 
     def clear(self) -> None:
-        """Forgets the rounds: their checkpoint is written."""
+        """Forgets the rounds: their checkpoint is written, or they are to be asked again."""
         for path in self._folder.glob("round-*.replies"):
             path.unlink()
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.replies"
 
-    def _write(self, round: int, arrival: Arrival) -> None:
+    def _write(self, round: int, sent: int, arrival: Arrival) -> None:
         state = self._states.get(arrival.client)
         parts = (arrival.fault.encode(), arrival.frame, encode(Message(state)) if state is not None else b"")
         with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
-            file.write(_ENTRY.pack(arrival.client, *map(len, parts), zlib.crc32(b"".join(parts))))
+            crc = zlib.crc32(b"".join(parts))
+            file.write(_ENTRY.pack(arrival.client, sent, *map(len, parts), crc))
             for part in parts:
                 file.write(part)
 
-    def _read(self, round: int) -> dict[int, tuple[Arrival, Payload | None]]:
+    def _read(self, round: int) -> Iterator[tuple[int, Arrival, Payload | None]]:
+        """The whole entries, one in memory at a time; what follows them is cut off."""
         path = self._path(round)
         if not path.exists():
-            return {}
-        kept: dict[int, tuple[Arrival, Payload | None]] = {}
-        data, at = path.read_bytes(), 0
-        while at + _ENTRY.size <= len(data):
-            client, *lengths, crc = _ENTRY.unpack_from(data, at)
-            body = data[at + _ENTRY.size : at + _ENTRY.size + sum(lengths)]
-            if len(body) < sum(lengths) or zlib.crc32(body) != crc:
-                break
-            fault, frame = body[: lengths[0]].decode(), body[lengths[0] : lengths[0] + lengths[1]]
-            state = body[lengths[0] + lengths[1] :]
-            kept[client] = (Arrival(client, frame, fault), decode(state).payload if state else None)
-            at += _ENTRY.size + len(body)
+            return
         with path.open("r+b") as file:
-            file.truncate(at)
-        return kept
+            end, size = 0, path.stat().st_size
+            while len(head := file.read(_ENTRY.size)) == _ENTRY.size:
+                client, sent, *lengths, crc = _ENTRY.unpack(head)
+                if sum(lengths) > size - end - _ENTRY.size:
+                    break
+                body = file.read(sum(lengths))
+                if zlib.crc32(body) != crc:
+                    break
+                end = file.tell()
+                fault, frame = body[: lengths[0]].decode(), body[lengths[0] : lengths[0] + lengths[1]]
+                state = body[lengths[0] + lengths[1] :]
+                yield sent, Arrival(client, frame, fault), decode(state).payload if state else None
+            file.truncate(end)

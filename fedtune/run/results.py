@@ -89,7 +89,8 @@ def _load(config: RunConfig, name: str, split: Split) -> Loaded:
     return load_model(
         name,
         dtype=config.model.dtype,
-        initial=config.model.initial,
+        # a result that is a whole model has its weights in its own folder, even where it began from scratch
+        initial=config.model.initial if name == config.model.name else "pretrained",
         task=config.model.task,
         num_labels=len(split.labels) or None,
         seed=derive_seed(config.seed, "model"),

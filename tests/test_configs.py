@@ -1,0 +1,81 @@
+"""The configurations in the tree: all are valid, and those on the bundled model and data run."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.methods import registry
+from fedtune.models.load import load_model
+from fedtune.models.save import load_result
+from fedtune.run.config import RunConfig, dump_config, load_config, parse_config
+from fedtune.run.federation import run
+from fedtune.run.progress import Silent
+
+PROJECT = Path(__file__).resolve().parents[1]
+ROOT = PROJECT / "configs"
+FILES = sorted(ROOT.rglob("*.yaml"))
+BUNDLED = [
+    path for path in FILES if (c := load_config(path)).model.name == "bundled" and c.data.train == "bundled"
+]
+
+
+def ident(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ident)
+def test_every_file_is_valid_and_says_what_it_is(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert path.read_text().startswith("# ")
+
+
+def test_files_that_differ_in_name_differ_in_settings() -> None:
+    seen: dict[str, Path] = {}
+    for path in FILES:
+        other = seen.setdefault(load_config(path).sha256(), path)
+        assert other == path, f"{ident(path)} repeats {ident(other)}"
+
+
+def quick(config: RunConfig) -> RunConfig:
+    """The same run with two clients, one step each, and a handful of examples."""
+    settings: dict[str, Any] = config.resolved()
+    settings["data"] |= {"max_examples": 40, "clients": 2}
+    settings["evaluation"] |= {"tasks": ["loss"], "max_examples": 8, "every": 0}
+    if "local_steps" in settings["method"]:
+        settings["method"] |= {"local_steps": 1, "local_epochs": None, "batch_size": 2}
+    if "rounds" in settings["method"]:
+        settings["method"]["rounds"] = 1
+    return parse_config(settings, "quick")
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=ident)
+def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
+    config = quick(load_config(path))
+    sends = registry.build(config.method, config.seed).uses_wire
+    summary = run(config, tmp_path / "run", Silent())
+    assert summary["status"] == "done"
+    assert summary["evaluation"]["loss"].keys() == summary["zero_shot"]["loss"].keys()
+    assert (summary["trainable_parameters"] > 0) == (config.method_name != "zero-shot")
+    assert (summary["payload_bytes"]["up"] > 0) == sends
+
+    def base(name: str) -> Any:
+        return load_model(name, dtype="float32", initial="pretrained", seed=0, base=tmp_path)
+
+    results = [folder for folder in (tmp_path / "run" / "final").iterdir() if folder.is_dir()]
+    assert len(results) == (2 if config.method_name == "standalone" else 0)
+    for folder in results or [tmp_path / "run" / "final"]:
+        assert load_result(folder, base).tokenizer.pad_token_id is not None
+
+
+def test_the_configuration_page_is_current() -> None:
+    script = runpy.run_path(str(PROJECT / "scripts" / "make_configuration_page.py"))
+    page = script["page"]()
+    assert script["PAGE"].read_text(encoding="utf-8") == page, "run scripts/make_configuration_page.py"
+    for setting in ("`seed`", "`data.partition.alpha`", "`method.lora.client_ranks`", "`checkpoints.keep`"):
+        assert f"| {setting} |" in page

@@ -1,0 +1,499 @@
+"""Configurations: what is refused and how it is said, what is saved, and that every field changes something."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command import lines
+from hypothesis import given
+from hypothesis import strategies as st
+from model_families import save_folder
+from pydantic import BaseModel
+
+from fedtune.errors import InputError
+from fedtune.methods import registry
+from fedtune.methods.fedavg import Config
+from fedtune.run import federation
+from fedtune.run.config import RunConfig, _blocks, apply_overrides, dump_config, load_config, parse_config
+from fedtune.run.progress import Silent
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def load(folder: Path, text: str, *overrides: str) -> RunConfig:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+UNKNOWN = {
+    "sed: 1": 'sed is not a known setting; here are known: checkpoints, data.* mean "seed"',
+    "model: {nam: x}": 'model.nam is not .* mean "name"',
+    "data: {cliens: 3}": 'data.cliens is not .* mean "clients"',
+    "data: {fields: {outptu: x}}": "data.fields.*'outptu'.* mean \"output\"",
+    "data: {partition: {name: dirichlet, alfa: 1}}": 'data.partition.alfa is not .* mean "alpha"',
+    "data: {partition: {name: iid, alpha: 1}}": "data.partition.alpha is not a known .* known: name",
+    "data: {partition: {name: dirichle}}": 'partition.name .dirichle. is not known.* mean "dirichlet"',
+    "data: {holdout: {fracton: 0.1}}": 'data.holdout.fracton is not .* mean "fraction"',
+    "data: {template: alpca}": "data.template.*'alpca'.* mean \"alpaca\"",
+    "method: {name: fedavg, lrr: 1}": 'method.lrr is not .* mean "lr"',
+    "method: {name: fedvag}": 'method.name .fedvag. is not known.* mean "fedavg"',
+    "method: {name: fedavg, lora: {rnk: 1}}": 'method.lora.rnk is not .* mean "rank"',
+    "method: {name: fedavg, server_optimizer: {nme: adam}}": 'server_optimizer.nme is not .* mean "name"',
+    "federation: {simulate: {drop_out: 0.1}}": 'federation.simulate.drop_out is not .* mean "dropout"',
+    "evaluation: {tasks: [acuracy]}": "task 'acuracy' is not known.* mean \"accuracy\"",
+    "transport: {name: in-proces}": 'transport.name.* mean "in-process"',
+    "checkpoints: {kep: 1}": 'checkpoints.kep is not .* mean "keep"',
+}
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_unknown_names_suggest_the_nearest(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=UNKNOWN[text]) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ")
+    assert "\n" not in str(error.value)
+
+
+WRONG = {
+    "seed: '1'": "seed: input should be a valid integer, got '1'",
+    "seed: 1.0": "seed: .*integer",
+    "seed: true": "seed: .*integer",
+    "seed: -1": "seed: .*greater than or equal to 0, got -1",
+    "model: bundled": "model: .*got 'bundled'",
+    "model:": "model: .*got None",
+    "data: {clients: 3.5}": "data.clients: .*integer, got 3.5",
+    "data: {clients: null}": "data: clients must be a number with partition iid",
+    "data: {partition: iid}": "data.partition: ",
+    "data: {partition: {alpha: 1}}": "data.partition",
+    "data: {partition: {name: quantity, alpha: 1.0, fractions: [1.0]}}": "alpha and fractions are both set",
+    "data: {holdout: {fraction: 0.1, category: x}}": "exactly one of fraction, category and source",
+    "data: {holdout: {fraction: 0.1, split: x}}": "split belongs to source",
+    "method: fedavg": "method must be a block of settings with a name, got 'fedavg'",
+    "method: {rounds: 3}": "method.name is missing; known are fedavg",
+    "method: {name: fedavg, lr: 0}": "method.lr: input should be greater than 0, got 0",
+    "method: {name: fedavg, lr: .nan}": "method.lr: .*finite",
+    "method: {name: fedavg, lr: fast}": "method.lr: .*number, got 'fast'",
+    "method: {name: fedavg, lr: 2024-01-01}": "method.lr: ",
+    "method: {name: fedavg, local_epochs: 1, local_steps: 1}": "local_epochs and local_steps are both set",
+    "method: {name: fedavg, trainable: full, lora: {rank: 2}}": "`lora` is set but trainable is full",
+    "federation: {quorum: 1.5}": "federation.quorum: ",
+    "federation: {clients_per_round: 0}": "federation.clients_per_round: ",
+    "federation: {simulate: {dropout: 1.0}}": "federation.simulate.dropout: .*less than 1",
+    "evaluation: {tasks: []}": "evaluation.tasks: .*at least 1",
+    "evaluation: {arrivals: true}": "evaluation.arrivals needs method.arrival: asynchronous",
+    "{model: {task: classification}, evaluation: {tasks: [rouge-l]}}": "rouge-l needs generated text",
+    "- seed": "must map setting names to values, got list",
+    "1: 2": "1",
+    "seed: [1": "not valid YAML",
+    "seed: 1\nseed: 2": "key 'seed' stands twice.*line 2",
+    "data: {clients: 2, clients: 3}": "key 'clients' stands twice",
+    "? [a, b]\n: 1": "a key must be a name",
+    "a: &a [*a]": "not valid YAML",
+    "seed: !!python/object/apply:os.getcwd []": "not valid YAML",
+    "\x00": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_values_are_named(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=WRONG[text]):
+        load(tmp_path, text)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        load(tmp_path, "{sed: 1, data: {clients: x}, method: {name: fedavg, lrr: 1, rounds: 0}}")
+    names = sorted(line.split(": ")[1].split(" ")[0] for line in str(error.value).splitlines())
+    assert names == ["data.clients", "method.lrr", "method.rounds", "sed"]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.yaml: no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == parse_config({"method": {"name": "fedavg"}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E5", 1e5), ("+2.5e+1", 25.0), (".5e-1", 0.05), ("3", 3.0), ("0.001", 1e-3)],
+)
+def test_numbers_as_people_write_them(text: str, value: float, tmp_path: Path) -> None:
+    assert load(tmp_path, f"method: {{name: fedavg, lr: {text}}}").method.lr == value  # type: ignore[attr-defined]
+    config = load(tmp_path, "", f"method.lr={text}", "method.name=fedavg")
+    assert config.method.lr == value  # type: ignore[attr-defined]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    text = "method: {name: fedavg, rounds: 2, lora: {rank: 4}}\ndata: {clients: 3}"
+    config = load(
+        tmp_path,
+        text,
+        "method.lora.alpha=8",
+        "method.rounds=5",
+        "data.partition={name: dirichlet, alpha: 0.3}",
+        "evaluation.tasks=[loss, accuracy]",
+        "federation.clients_per_round=0.5",
+        "method.max_grad_norm=null",
+        "seed=1",
+        "seed=2",
+    )
+    method = config.resolved()["method"]
+    assert (method["lora"]["rank"], method["lora"]["alpha"], method["rounds"]) == (4, 8.0, 5)
+    assert config.resolved()["data"]["partition"] == {
+        "name": "dirichlet",
+        "alpha": 0.3,
+        "minimum": 10,
+        "by": "category",
+    }
+    assert config.evaluation.tasks == ["loss", "accuracy"]
+    assert config.federation.clients_per_round == 0.5
+    assert (config.data.clients, config.seed) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr", "'lr' is not an override; write key=value"),
+        ("=1", "is not an override"),
+        ("method..lr=1", "is not an override"),
+        ("seed.a=1", "seed is 0, not a block of settings"),
+        ("seed=[1", "override 'seed=.1': not valid YAML"),
+        ("method.lr=", "method.lr: "),
+        ("data.client=3", 'mean "clients"'),
+        ("method=fedavg", "must be a block of settings"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, "{seed: 0, method: {name: fedavg}}", override)
+
+
+def test_overrides_do_not_leak_into_a_shared_default() -> None:
+    first: dict[str, Any] = {}
+    apply_overrides(first, ["data.clients=3"])
+    assert parse_config({}, "test").data.clients == 10
+
+
+def _config_files() -> list[Path]:
+    return sorted([*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")])
+
+
+def test_there_are_configurations() -> None:
+    assert CONFIGS / "demo.yaml" in _config_files()
+
+
+@pytest.mark.parametrize("path", _config_files(), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_configuration_in_the_tree_is_valid(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    registry.build(config.method, config.seed)
+    assert load(tmp_path, dump_config(config)) == config
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+    | st.sampled_from(
+        ["1e-4", "1e5", "null", "yes", "~", "1_0", "2024-01-01", "0x1", ".inf", "-", "'", "a: b"]
+    ),
+    lr=st.floats(1e-12, 1e6),
+    alpha=st.none() | st.floats(1e-6, 1e3),
+    share=st.none() | st.floats(0.001, 1) | st.integers(1, 10**6),
+)
+def test_what_is_saved_is_read_back_equal(
+    text: str, lr: float, alpha: float | None, share: float | int | None
+) -> None:
+    partition = {"name": "quantity", "alpha": alpha} if alpha else {"name": "by-field"}
+    config = parse_config(
+        {
+            "data": {"train": text, "fields": {"output": text}, "partition": partition},
+            "method": {"name": "fedavg", "lr": lr, "lora": {"targets": [text]}},
+            "federation": {"clients_per_round": share},
+        },
+        "test",
+    )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        again = load(Path(folder), dump_config(config))
+    assert again == config
+    assert again.sha256() == config.sha256()
+    assert type(again.federation.clients_per_round) is type(config.federation.clients_per_round)
+
+
+def test_the_saved_configuration_repeats_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = observe(tiny, {"method.rounds": 2})
+    again = federation.run(load_config(first.path / "config.yaml"), tiny / "again", Silent())
+    assert again["status"] == "done"
+    assert Observed(tiny / "again", []).content() == first.content()
+    assert (tiny / "again/config.yaml").read_text() == (first.path / "config.yaml").read_text()
+
+
+# Every field changes something. A field stands here with the value it is changed to, and with the settings
+# that both runs share where it has an effect in their company only. A field of a block chosen by name has the
+# name in front.
+Table = dict[str, tuple[Any, dict[str, Any]]]
+SGD = {"method.optimizer": "sgd", "method.lr": 0.5}
+ADAM = {"method.server_optimizer.name": "adam"}
+SLOW = {"federation.simulate.delay_s": 5.0, "federation.quorum": 1}
+CLASSES = {"model.name": "classifier", "model.task": "classification"}
+HUB = {"data.train": "owner/set", "data.holdout": {"source": "owner/set"}}
+WORDS = {"evaluation.tasks": ["accuracy"], "evaluation.max_examples": 4}
+TWO = {"method.rounds": 2}
+
+FIELDS: Table = {
+    "seed": (1, {}),
+    "model.name": ("other", {}),
+    "model.dtype": ("bfloat16", {}),
+    "model.initial": ("scratch", {}),
+    "model.task": ("classification", {"model.name": "classifier", "method.trainable": "full"}),
+    "model.device": ("cuda", {}),
+    "data.train": ("other.jsonl", {}),
+    "data.split": ("test", HUB),
+    "data.fields": ({"output": "input"}, {}),
+    "data.template": ("alpaca", {}),
+    "data.loss_on": ("all", {}),
+    "data.max_length": (8, {}),
+    "data.max_examples": (10, {}),
+    "data.clients": (3, {}),
+    "data.partition.name": ("by-field", {}),
+    "dirichlet:data.partition.alpha": (50.0, {"data.partition": {"name": "dirichlet", "minimum": 1}}),
+    "dirichlet:data.partition.minimum": (
+        9,
+        {"data.partition": {"name": "dirichlet", "alpha": 0.1, "minimum": 1}},
+    ),
+    "dirichlet:data.partition.by": ("output", {"data.partition": {"name": "dirichlet", "minimum": 1}}),
+    "by-field:data.partition.by": ("output", {"data.partition": {"name": "by-field"}}),
+    "shards:data.partition.shards_per_client": (3, {"data.partition": {"name": "shards"}}),
+    "shards:data.partition.by": ("output", {"data.partition": {"name": "shards"}}),
+    "quantity:data.partition.alpha": (0.3, {"data.partition": {"name": "quantity"}}),
+    "quantity:data.partition.fractions": ([0.25, 0.75], {"data.partition": {"name": "quantity"}}),
+    "data.holdout.fraction": (0.5, {"data.holdout": {"fraction": 0.2}}),
+    "data.holdout.category": ("last", {"data.holdout": {"category": "a"}}),
+    "data.holdout.source": ("other.jsonl", {}),
+    "data.holdout.split": ("train", HUB),
+    "method.name": ("centralized", {}),
+    "method.rounds": (2, {}),
+    "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
+    "method.aggregation": ("freeze-a", {}),
+    "method.proximal": (5.0, {}),
+    "method.control_variates": (True, SGD),
+    "method.local_epochs": (2, {}),
+    "method.local_steps": (1, {"method.local_epochs": None}),
+    "method.batch_size": (2, {}),
+    "method.gradient_accumulation": (2, {}),
+    "method.optimizer": ("sgd", {}),
+    "method.lr": (0.02, {}),
+    "method.lr_schedule": ("constant", {}),
+    "method.weight_decay": (0.5, {}),
+    "method.momentum": (0.9, SGD),
+    "method.betas": ([0.5, 0.6], {}),
+    "method.max_grad_norm": (1e-3, SGD),
+    "method.trainable": ("full", {}),
+    "method.lora.rank": (3, {}),
+    "method.lora.alpha": (2.0, {}),
+    "method.lora.dropout": (0.5, {}),
+    "method.lora.targets": (["k_proj"], {}),
+    "method.lora.client_ranks": ([1, 2], {}),
+    "method.adapter.size": (5, {"method.trainable": "adapter"}),
+    "method.prompt.tokens": (3, {"method.trainable": "prompt"}),
+    "method.p_tuning.tokens": (
+        3,
+        {"method.trainable": "p-tuning", "method.p_tuning": {"tokens": 2, "hidden": 4}},
+    ),
+    "method.p_tuning.hidden": (
+        6,
+        {"method.trainable": "p-tuning", "method.p_tuning": {"tokens": 2, "hidden": 4}},
+    ),
+    "method.server_optimizer.name": ("momentum", TWO),
+    "method.server_optimizer.lr": (0.5, {}),
+    "method.server_optimizer.momentum": (0.2, ADAM),
+    "method.server_optimizer.beta2": (0.5, ADAM),
+    "method.server_optimizer.tau": (0.1, ADAM),
+    "federation.clients_per_round": (1, {}),
+    "federation.quorum": (2, {"federation.simulate.dropout": 0.5, "federation.quorum": 1, "seed": 2}),
+    "federation.deadline_s": (2.0, SLOW | {"seed": 1}),
+    "federation.simulate.dropout": (0.5, {"federation.quorum": 1, "seed": 2}),
+    "federation.simulate.delay_s": (
+        5.0,
+        SLOW | {"federation.deadline_s": 2.0, "seed": 1} | {"federation.simulate.delay_s": 0.0},
+    ),
+    "evaluation.tasks": (["accuracy"], {"evaluation.max_new_tokens": 2}),
+    "evaluation.every": (2, {"method.rounds": 2}),
+    "evaluation.arrivals": (True, {"method.arrival": "asynchronous"}),
+    "evaluation.max_examples": (3, {}),
+    "evaluation.max_new_tokens": (2, WORDS),
+    "evaluation.batch_size": (2, {}),
+    "checkpoints.keep": (1, TWO),
+}
+ONE_VALUE = {"transport.name"}  # a second transport will need an entry above
+
+
+def fields_of(block: type[BaseModel], prefix: str = "", method: bool = False) -> Iterator[str]:
+    """Every field by dotted name; those of blocks chosen by name with that name in front."""
+    for name, info in block.model_fields.items():
+        dotted = f"{prefix}{name}"
+        if dotted == "method":
+            yield from fields_of(Config, "method.")
+            continue
+        inner = _blocks(info.annotation)
+        if not inner:
+            yield dotted
+        elif len(inner) == 1:
+            yield from fields_of(inner[0], f"{dotted}.")
+        else:
+            yield f"{dotted}.name"
+            for chosen in inner:
+                tag = chosen.model_fields["name"].default
+                yield from (
+                    f"{tag}:{field}"
+                    for field in fields_of(chosen, f"{dotted}.")
+                    if not field.endswith(".name")
+                )
+
+
+def test_every_field_is_in_the_table() -> None:
+    fields = set(fields_of(RunConfig))
+    assert "dirichlet:data.partition.alpha" in fields
+    assert "method.lora.rank" in fields
+    assert fields - FIELDS.keys() - ONE_VALUE == set()
+    assert (FIELDS.keys() | ONE_VALUE) - fields == set()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models and data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_folder(folder / "tiny")
+    save_folder(folder / "other", "qwen2")
+    save_folder(folder / "classifier", "roberta")
+    for name, shift in (("data", 0), ("other", 1)):
+        rows = [
+            {
+                "instruction": f"w{4 + i} w{5 + i + shift} w{6 + i} w9 w10 w11",
+                "input": f"w{7 + i}",
+                "output": f"w{20 + i % 3} w30",
+                "category": "abcd"[i % 4],
+            }
+            for i in range(16)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "tiny" not in request.fixturenames:
+        return
+    tiny = request.getfixturevalue("tiny")
+    monkeypatch.chdir(tiny)
+    import datasets
+
+    parts = {"train": tiny / "data.jsonl", "test": tiny / "other.jsonl"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: lines(parts[split]))
+
+
+class Observed:
+    """What a run left behind, and the sizes of the batches that went into evaluation."""
+
+    def __init__(self, path: Path, batches: list[int]) -> None:
+        self.path, self.batches = path, batches
+
+    def content(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"batches": self.batches}
+        for path in sorted(self.path.rglob("*")):
+            name = str(path.relative_to(self.path))
+            if path.name in ("rounds.jsonl", "wire.jsonl", "memory.jsonl"):
+                found[name] = [
+                    {k: v for k, v in entry.items() if k not in ("seconds",)} for entry in lines(path)
+                ]
+            elif path.suffix == ".safetensors" or path.name == "partition.json":
+                found[name] = path.read_bytes()
+            elif path.is_dir() and path.parent.name == "checkpoints":
+                found[name] = "a checkpoint"
+        return found
+
+
+_numbers = iter(range(10**6))
+
+
+def observe(tiny: Path, changes: dict[str, Any], error: list[str] | None = None) -> Observed:
+    """A tiny run with settings changed. If it ends in an error, that is what there is to see."""
+    from fedtune.evaluation import tasks
+    from fedtune.errors import FedtuneError
+
+    document: dict[str, Any] = {
+        "model": {"name": "tiny"},
+        "data": {"train": "data.jsonl", "template": "plain", "clients": 2, "max_length": 32},
+        "method": {"name": "fedavg", "rounds": 1, "batch_size": 4, "lr": 0.05},
+        "evaluation": {"max_new_tokens": 4},
+    }
+    document["data"]["holdout"] = {"fraction": 0.25}
+    if changes.get("method.trainable", "lora") == "lora":
+        document["method"]["lora"] = {"rank": 2}
+    for key, value in changes.items():
+        block = document
+        *parents, last = key.split(".")
+        for part in parents:
+            block = block.setdefault(part, {})
+        block[last] = value
+    batches: list[int] = []
+    collate = tasks.collate
+    path = tiny / f"run-{next(_numbers)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "collate", lambda items, pad: batches.append(len(items)) or collate(items, pad))
+        try:
+            federation.run(parse_config(document, "test"), path, Silent())
+        except FedtuneError as problem:
+            return Observed(path, [hash(str(problem))])
+    return Observed(path, batches)
+
+
+_seen: dict[str, dict[str, Any]] = {}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_changes_something(field: str, tiny: Path) -> None:
+    value, company = FIELDS[field]
+    name = field.partition(":")[2] or field
+    key = json.dumps(company, sort_keys=True)
+    if key not in _seen:
+        _seen[key] = observe(tiny, company).content()
+        assert len(_seen[key]) > 1, "the run to compare with did not start"
+    changed = dict(company)
+    exclusive = {"method.local_steps": "method.local_epochs", "data.holdout.source": "data.holdout.fraction"}
+    if name in exclusive:
+        changed[exclusive[name]] = None
+    if name in ("method.trainable", "method.name", "model.task"):
+        changed |= {"method.lora": None} if name == "method.trainable" else {}
+    if name == "method.name":
+        changed["method.rounds"] = ...
+    changed[name] = value
+    with_change = observe(tiny, {k: v for k, v in changed.items()}).content()
+    assert with_change != _seen[key]
+
+
+def test_no_loss_is_infinite_in_these_runs(tiny: Path) -> None:
+    """A run that breaks down would differ from any other for the wrong reason."""
+    rounds = observe(tiny, {}).content()["rounds.jsonl"]
+    assert all(math.isfinite(entry["eval"]["loss"]["loss"]) for entry in rounds)
+
+
+def test_the_saved_file_is_plain_yaml(tiny: Path) -> None:
+    path = observe(tiny, {}).path / "config.yaml"
+    document = yaml.safe_load(path.read_text())
+    assert document["method"]["lr"] == 0.05
+    assert parse_config(document, "test") == load_config(path)
