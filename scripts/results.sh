@@ -18,6 +18,10 @@ for split in by-field iid; do
     # shellcheck disable=SC2086
     $fedtune compare $bundled --seeds 0,1,2 --set data.partition.name=$split --out runs/results/one-shot-$split
     insert docs/results.md one-shot-$split <runs/results/one-shot-$split/table.md
+    # shellcheck disable=SC2086
+    $fedtune compare $bundled --seeds 0,1,2 --set data.partition.name=$split --set method.trainable=full \
+        --set method.lora=null --set method.lr=2e-3 --out runs/results/one-shot-full-$split
+    insert docs/results.md one-shot-full-$split <runs/results/one-shot-full-$split/table.md
 done
 
 if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --out runs/results/dolly; then

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.core import loop, wire
 from fedtune.methods import registry
 from fedtune.models.load import load_model
 from fedtune.models.save import load_result
@@ -79,3 +81,21 @@ def test_the_configuration_page_is_current() -> None:
     assert script["PAGE"].read_text(encoding="utf-8") == page, "run scripts/make_configuration_page.py"
     for setting in ("`seed`", "`data.partition.alpha`", "`method.lora.client_ranks`", "`checkpoints.keep`"):
         assert f"| {setting} |" in page
+
+
+def test_the_pages_name_files_and_limits_that_exist() -> None:
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "docs").glob("*.md")}
+    named = {
+        file
+        for text in pages.values()
+        for file in re.findall(r"\b(?:configs|docs|tests|fedtune)/[\w/-]+\.\w+", text)
+    }
+    assert "configs/fedit.yaml" in named
+    assert [file for file in sorted(named) if not (PROJECT / file).is_file()] == []
+    format_page = pages["wire.md"]
+    assert f"`{wire.MAGIC.decode()}`" in format_page and f"| version | 1 | {wire.VERSION} |" in format_page
+    assert f"the header has {wire.HEADER.size} bytes" in format_page
+    assert [name for name in wire.DTYPES if f"`{name}`" not in format_page] == []
+    assert f"plus {loop.MANIFEST_ALLOWANCE >> 20} MiB; where" in format_page
+    assert f"open, {loop.OPEN_SHAPE_LIMIT >> 30} GiB" in format_page
+    assert f"inflate to {wire.MANIFEST_LIMIT >> 20} MiB" in format_page

@@ -355,6 +355,7 @@ def test_a_round_under_its_quorum_changes_nothing(name: str, label: str) -> None
         assert_same(frozen, federation.frozen())
         federation.runner.states = kept  # a resumed run has them from the checkpoint
         federation.round(round)
+        assert bits(to_payload(state)) == before  # nor does a good round change the state it started from
     assert federation.state_bits() == whole(name, label).state_bits()
 
 

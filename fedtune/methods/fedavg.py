@@ -158,8 +158,9 @@ class FedAvg:
             payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
         for client in cohort.clients:
             rank = ranks[client]
-            up = lora.cut(weights, rank) if rank else weights
-            up |= {CONTROL + name: c for name, c in state.control.items()}
+            up = (lora.cut(weights, rank) if rank else weights) | {
+                CONTROL + name: c for name, c in state.control.items()
+            }
             expects = {name: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for name, t in up.items()}
             yield Order(client, payloads[rank], expects)
 
