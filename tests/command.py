@@ -43,7 +43,8 @@ class Command:
     Args:
         arguments: Of the command line.
         cwd: Its working folder; also where its output goes.
-        die_at: It kills itself (SIGKILL) at the n-th file operation on a path with `watched` in it.
+        die_at: It sends itself the signal `die_by` before the n-th file operation on a path with `watched`
+            in it.
         file_bytes: No file may grow beyond this (the error is that of a full disk, by another name).
     """
 
@@ -53,10 +54,11 @@ class Command:
         cwd: Path,
         die_at: int | None = None,
         watched: str = "",
+        die_by: int = signal.SIGKILL,
         file_bytes: int | None = None,
     ) -> None:
         self._out, self._err = cwd / ".out", cwd / ".err"
-        limits = (die_at, watched, file_bytes)
+        limits = (die_at, watched, die_by, file_bytes)
         self._process = _context.Process(
             target=_run, args=([str(a) for a in arguments], cwd, self._out, self._err, *limits)
         )
@@ -82,10 +84,12 @@ def fedtune(
     cwd: Path,
     die_at: int | None = None,
     watched: str = "",
+    die_by: int = signal.SIGKILL,
     file_bytes: int | None = None,
 ) -> Result:
     """Runs a command to its end."""
-    return Command(*arguments, cwd=cwd, die_at=die_at, watched=watched, file_bytes=file_bytes).wait()
+    limits = {"die_at": die_at, "watched": watched, "die_by": die_by, "file_bytes": file_bytes}
+    return Command(*arguments, cwd=cwd, **limits).wait()  # type: ignore[arg-type]
 
 
 def _run(
@@ -95,6 +99,7 @@ def _run(
     err: Path,
     die_at: int | None,
     watched: str,
+    die_by: int,
     file_bytes: int | None,
 ) -> None:
     import torch
@@ -116,7 +121,7 @@ def _run(
             if event in WRITES and isinstance(args[0], str | Path) and watched in str(args[0]):
                 left -= 1
                 if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), die_by)
 
         sys.addaudithook(hook)
     sys.argv = ["fedtune", *arguments]

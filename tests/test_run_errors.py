@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Command, Result, fedtune, lines, outcome, write_config
+from command import Result, fedtune, lines, outcome, write_config
 from model_families import edit_json, save_folder
 
 from fedtune.core.client import ClientError, ClientRunner
@@ -154,10 +154,7 @@ def killed(tmp_path: Path) -> Path:
     save_folder(tmp_path / "m")
     document = own_data(tmp_path, [ROW, {**ROW, "output": "w9"}] * 6, holdout={"fraction": 0.2})
     document |= {"model": {"name": "m"}, "method": {**document["method"], "rounds": 3}}
-    write_config(tmp_path / "c.yaml", document)
-    killed = Command("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path).when(
-        lambda: (tmp_path / "run/checkpoints/round-0002").exists(), signal.SIGKILL
-    )
+    killed = run(tmp_path, document, die_at=2, watched="round-0003.replies")
     assert killed.status == -signal.SIGKILL
     return tmp_path
 

@@ -88,29 +88,31 @@ def finish(folder: Path) -> dict[str, Any]:
     return outcome(folder / "run")
 
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "folder made": lambda run: run.exists(),
-    "zero-shot recorded": lambda run: (run / "rounds.jsonl").exists(),
-    "first reply kept": lambda run: _size(run / "checkpoints/round-0001.replies") > 0,
-    "in mid-round": lambda run: len(_lines(run / "wire.jsonl")) >= 3,
-    "checkpoint half written": lambda run: (run / "checkpoints/.round-0001.tmp").exists(),
-    "between checkpoint and next round": lambda run: (run / "checkpoints/round-0001").exists(),
-    "in the second round": lambda run: _size(run / "checkpoints/round-0002.replies") > 0,
-    "after the last round": lambda run: (run / "checkpoints/round-0002").exists(),
-    "in the final save": lambda run: (run / ".final.tmp").exists(),
-    "before the summary": lambda run: (run / "final").exists(),
+MOMENTS = {  # before the n-th operation on which file the run dies
+    "folder made": ("run/rounds.jsonl", 1),
+    "zero-shot recorded": ("run/wire.jsonl", 1),
+    "first reply kept": ("round-0001.replies", 2),
+    "in mid-round": ("run/wire.jsonl", 4),
+    "checkpoint half written": (".round-0001.tmp/.checkpoint.json", 1),
+    "checkpoint not yet in its place": ("/.round-0001.tmp", 9),
+    "between checkpoint and next round": ("round-0001.replies", 4),
+    "in the second round": ("round-0002.replies", 2),
+    "after the last round": (".final.tmp", 1),
+    "in the final save": (".final.tmp", 6),
+    "before the summary": ("run/.summary.json", 1),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_chosen_moment(moment: str, unkilled: Unkilled, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", config("lora"))
-    run = tmp_path / "run"
-    killed = Command("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path).when(
-        lambda: MOMENTS[moment](run), signal.SIGKILL
+    watched, operation = MOMENTS[moment]
+    killed = fedtune(
+        "run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path, die_at=operation, watched=watched
     )
     assert killed.status == -signal.SIGKILL
-    assert not (run / "summary.json").exists()
+    assert (tmp_path / "run").exists()
+    assert not (tmp_path / "run/summary.json").exists()
     assert finish(tmp_path) == unkilled("lora")
 
 
@@ -119,7 +121,7 @@ def test_killed_many_times_at_file_operations(name: str, unkilled: Unkilled, tmp
     """Every write of a run is a moment to die at; a draw of them, one after another in one run."""
     write_config(tmp_path / "c.yaml", config(name))
     draw, start, died = random.Random(name), ("--out", "run"), 0
-    for _ in range(6):
+    for _ in range(5):
         end = fedtune(
             "run", "c.yaml", *start, "--quiet", cwd=tmp_path, die_at=draw.randint(8, 60), watched="run/"
         )
@@ -163,9 +165,10 @@ def test_killed_before_its_folder_was_there_it_begins_anew(
 def test_interrupted_it_says_so_keeps_its_checkpoint_and_goes_on(unkilled: Unkilled, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", config("lora"))
     run = tmp_path / "run"
-    stopped = Command("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path).when(
-        lambda: _size(run / "checkpoints/round-0002.replies") > 0, signal.SIGINT
-    )
+    stopped = fedtune(
+        "run", "c.yaml", "--out", "run", "--quiet",
+        cwd=tmp_path, die_at=2, watched="round-0002.replies", die_by=signal.SIGINT,
+    )  # fmt: skip
     assert stopped.status == 130
     assert "Traceback" not in stopped.err
     assert "--resume" in stopped.err
@@ -211,9 +214,7 @@ def test_without_its_newest_checkpoint_a_run_goes_on_from_the_one_before(
 ) -> None:
     write_config(tmp_path / "c.yaml", config("lora"))
     run = tmp_path / "run"
-    Command("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path).when(
-        lambda: (run / "checkpoints/round-0002").exists(), signal.SIGKILL
-    )
+    fedtune("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path, die_at=1, watched=".final.tmp")
     shutil.rmtree(run / "checkpoints/round-0002")
     assert finish(tmp_path) == unkilled("lora")
 
@@ -291,9 +292,7 @@ def test_a_journal_cut_anywhere_gives_the_round_again(
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", config("lora"))
     run = tmp_path / "run"
-    Command("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path).when(
-        lambda: (run / "checkpoints/round-0001").exists(), signal.SIGKILL
-    )
+    fedtune("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path, die_at=2, watched="round-0002.replies")
     with (run / "wire.jsonl").open("a") as log:
         log.write('{"round": 2, "cli')  # a line that the kill cut
     finish(tmp_path)
@@ -308,7 +307,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
