@@ -303,9 +303,8 @@ def test_export_refuses(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "taken/mine.txt").write_text("mine")
     usage_error(fedtune("export", "lora", "--out", tmp_path / "taken", cwd=runs), "exists already")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
-    usage_error(
-        fedtune("export", "scratch", "--out", tmp_path / "x", "--merge", cwd=runs), "--merge is for LoRA"
-    )
+    # a whole model has nothing left to merge
+    assert fedtune("export", "scratch", "--out", tmp_path / "whole", "--merge", cwd=runs).status == 0
     usage_error(fedtune("export", "tiny", "--out", tmp_path / "x", cwd=runs), "not a run folder")
     usage_error(fedtune("export", "none", "--out", tmp_path / "x", cwd=runs), "no such folder")
     (tmp_path / "unfinished").mkdir()

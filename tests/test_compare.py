@@ -14,7 +14,7 @@ from model_families import save_folder
 
 from fedtune.errors import InputError
 from fedtune.run.compare import Candidate, _references, compare, table
-from fedtune.run.config import parse_config
+from fedtune.run.config_file import parse_config
 from fedtune.run.progress import Silent
 
 

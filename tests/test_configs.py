@@ -13,7 +13,8 @@ from fedtune.core import loop, wire
 from fedtune.methods import registry
 from fedtune.models.load import load_model
 from fedtune.models.save import load_result
-from fedtune.run.config import RunConfig, dump_config, load_config, parse_config
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import dump_config, load_config, parse_config
 from fedtune.run.federation import run
 from fedtune.run.progress import Silent
 

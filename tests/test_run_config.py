@@ -24,7 +24,8 @@ from fedtune.evaluation import tasks
 from fedtune.methods import registry
 from fedtune.methods.fedavg import Config
 from fedtune.run import federation
-from fedtune.run.config import RunConfig, _blocks, apply_overrides, dump_config, load_config, parse_config
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import _blocks, apply_overrides, dump_config, load_config, parse_config
 from fedtune.run.progress import Silent
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -16,7 +16,7 @@ from model_families import edit_json, save_folder
 from fedtune.core.client import ClientError, ClientRunner
 from fedtune.core.loop import QuorumError
 from fedtune.run import federation
-from fedtune.run.config import parse_config
+from fedtune.run.config_file import parse_config
 from fedtune.run.progress import Silent
 
 ROW = {"instruction": "w5 w6", "output": "w7", "category": "a"}

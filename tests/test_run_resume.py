@@ -181,7 +181,7 @@ def test_kept_replies_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.
     """One-shot has one long round: what came in before the kill is not computed twice."""
     from fedtune.core.client import ClientRunner
     from fedtune.run import federation
-    from fedtune.run.config import parse_config
+    from fedtune.run.config_file import parse_config
     from fedtune.run.progress import Silent
 
     settings = parse_config(config("one-shot"), "test")

@@ -97,7 +97,7 @@ def run(
 
     Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
     """
-    from fedtune.run.config import load_config
+    from fedtune.run.config_file import load_config
 
     settings = load_config(config, overrides or [])
     if out is not None and resume is not None:
@@ -111,14 +111,10 @@ def run(
     if as_json:
         _print_json(summary)
         return
-    from rich.console import Console
+    from fedtune.report.tables import print_whole, summary_tables
 
-    from fedtune.report.tables import summary_tables
-
-    console = Console()
-    for table in summary_tables(summary):
-        console.print(table)
-    console.print(f"Run folder: {path}")
+    print_whole(summary_tables(summary))
+    print(f"Run folder: {path}")
 
 
 @app.command(no_args_is_help=True)
@@ -141,7 +137,7 @@ def compare(
     """
     from fedtune.run.compare import MAIN_METRIC, Candidate
     from fedtune.run.compare import compare as compare_all
-    from fedtune.run.config import load_config
+    from fedtune.run.config_file import load_config
 
     candidates = [Candidate(path.stem, load_config(path, override or [])) for path in configs]
     path = out or _free_name(Path("runs") / "compare")
@@ -149,7 +145,7 @@ def compare(
         document = compare_all(
             candidates, _seeds(seeds, candidates[0].config), path, progress, references=references
         )
-    from fedtune.report.tables import compare_markdown, compare_table
+    from fedtune.report.tables import compare_markdown, compare_table, print_whole
     from fedtune.run.files import write_text
 
     metrics = [f"{task}.{MAIN_METRIC[task]}" for task in candidates[0].config.evaluation.tasks]
@@ -157,11 +153,8 @@ def compare(
     if as_json:
         _print_json(document)
         return
-    from rich.console import Console
-
-    console = Console()
-    console.print(compare_table(document, metrics))
-    console.print(f"Runs, compare.json and table.md: {path}")
+    print_whole([compare_table(document, metrics)])
+    print(f"Runs, compare.json and table.md: {path}")
 
 
 @app.command(no_args_is_help=True)
@@ -174,7 +167,7 @@ def validate(
     Example: fedtune validate configs/*.yaml
     """
     from fedtune.methods import registry
-    from fedtune.run.config import load_config
+    from fedtune.run.config_file import load_config
 
     problems, good = [], []
     for path in configs:
@@ -273,15 +266,13 @@ def bench(
     if as_json:
         _print_json(documents if name is None else documents[0])
         return
-    from rich.console import Console
-
     from fedtune.bench import bench_table
+    from fedtune.report.tables import print_whole
 
-    console = Console()
     for document in documents:
-        console.print(bench_table(document))
+        print_whole([bench_table(document)])
         for ratio, value in document["ratios"].items():
-            console.print(f"{ratio}: {value:.3g}")
+            print(f"{ratio}: {value:.3g}")
 
 
 def _print_json(document: Any) -> None:

@@ -71,7 +71,7 @@ def attach_lora(
         if not any(path.endswith(f".{target}") for path in linears):
             known = _short_names(model)
             raise InputError(
-                f'method.targets: no linear layer of the blocks is named "{target}".'
+                f'method.lora.targets: no linear layer of the blocks is named "{target}".'
                 f"{nearest(target, known)} Linear layers: {', '.join(known)}."
             )
     config = LoraConfig(
@@ -216,7 +216,7 @@ def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> l
     default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if not isinstance(default, list) or not any(p.endswith(f".{t}") for p in linears for t in default):
         raise InputError(
-            f'method.targets: there is no default for models of type "{kind}". '
+            f'method.lora.targets: there is no default for models of type "{kind}". '
             f"Name some of its linear layers: {', '.join(_short_names(model))}."
         )
     return default

@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+WIDEST = 400  # characters; no table here needs more
 COUNTS = ("tokens", "examples")  # what a score rests on; in the JSON, not in the tables
 
 
@@ -60,7 +63,7 @@ def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[l
     entries = document["table"]
     header = ["configuration"]
     for metric in metrics:
-        header += [metric.replace(".", " "), f"against {entries[0]['config']}"]
+        header += [metric.partition(".")[2], "against the first"]
     rows = []
     for entry in entries:
         cells = [entry["config"]]
@@ -71,9 +74,9 @@ def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[l
             else:
                 cells += [_spread(found["mean"], found["sd"]), _difference(entry, entries, found)]
         payload = entry["payload_bytes"]
-        cells += [size(payload["down"]), size(payload["up"]), size(entry["client_peak_memory_bytes"])]
+        cells += [f"{size(payload['down'])}, {size(payload['up'])}", size(entry["client_peak_memory_bytes"])]
         rows.append([*cells, f"{entry['seconds']:.1f}"])
-    return [*header, "payload down", "payload up", "client memory", "seconds"], rows
+    return [*header, "payload down, up", "client memory", "seconds"], rows
 
 
 def compare_table(document: Mapping[str, Any], metrics: Sequence[str]) -> Table:
@@ -81,7 +84,7 @@ def compare_table(document: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     header, rows = compare_rows(document, metrics)
     table = Table(title=_caption(document), title_justify="left")
     for column in header:
-        table.add_column(column, justify="left" if column == "configuration" else "right")
+        table.add_column(column, justify="left" if column == "configuration" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -121,3 +124,12 @@ def _difference(
     sd = found["difference_sd"]
     sign = "+" if found["difference"] >= 0 else ""
     return sign + number(found["difference"]) + ("" if sd is None else f" ± {number(sd)}")
+
+
+def print_whole(tables: Sequence[Table]) -> None:
+    """Prints tables on stdout without cutting a cell, however narrow the terminal or file is said to be."""
+    console = Console()
+    for table in tables:
+        wide = console.options.update(width=WIDEST)
+        needed = Measurement.get(console, wide, table).maximum
+        Console(width=max(console.width, needed)).print(table)

@@ -12,7 +12,8 @@ from typing import Any
 from fedtune.errors import InputError
 from fedtune.methods.local_training import Training
 from fedtune.methods.tuning import Tuning
-from fedtune.run.config import RunConfig, parse_config
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import parse_config
 from fedtune.run.data import prepare_data
 from fedtune.run.federation import run
 from fedtune.run.files import disk_errors, write_json

@@ -7,11 +7,9 @@ bits of a run that was never killed.
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,30 +17,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedtune.core.client import ClientRunner
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, quorum_of, sample_cohort
-from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload, to_payload
-from fedtune.core.types import Method
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.tasks import TASKS, EvalSettings, evaluate
 from fedtune.measure.clock import Clock
-from fedtune.measure.environment import environment
 from fedtune.methods import registry
-from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import save_result
 from fedtune.models.tuning import count_parameters
 from fedtune.run import checkpoint
+from fedtune.run.assemble import Parts
 from fedtune.run.config import RunConfig
-from fedtune.run.data import Split, encode_for, prepare_data
-from fedtune.run.files import disk_errors, read_json, whole_folder, write_json
+from fedtune.run.files import disk_errors, whole_folder, write_json
 from fedtune.run.folder import RunFolder, refuse_existing
 from fedtune.run.journal import Journal
 from fedtune.run.progress import Progress
 from fedtune.transport.in_process import InProcess, Simulation
 
-log = logging.getLogger("fedtune")
 Scores = dict[str, dict[str, float]]
 
 
@@ -65,9 +57,9 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
     progress.stage("loading data and model")
     with torch_settings():
         with clock.part("setup"):
-            parts = _Parts.assemble(config, clock)
+            parts = Parts.assemble(config, clock)
         if resume:
-            _same_inputs(path, parts)
+            parts.refuse_other_inputs(path)
         federation = _Federation(config, RunFolder(path), parts, clock, progress)
         federation.prepare()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
@@ -94,60 +86,11 @@ def torch_settings() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@dataclass
-class _Parts:
-    """What a run is assembled from."""
-
-    config: RunConfig
-    split: Split
-    loaded: Loaded
-    method: Method[Any]
-    runner: ClientRunner
-    device: torch.device
-    client_examples: dict[int, int]
-    environment: dict[str, Any]
-    base_parameters: int
-
-    @staticmethod
-    def assemble(config: RunConfig, clock: Clock) -> _Parts:
-        method = registry.build(config.method, config.seed)
-        split = prepare_data(config, pooled=method.pools_data)
-        if method.uses_wire:
-            _check_counts(config, len(split.clients))
-        device = _device(config.model.device)
-        loaded = load_model(
-            config.model.name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(split.labels) if split.labels else None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-        )
-        torch.nn.Module.to(loaded.model, device)
-        with clock.part("encoding"):
-            data = {
-                c: encode_for(config, items, loaded.tokenizer, split.labels)
-                for c, items in split.clients.items()
-            }
-        runner = ClientRunner(
-            method, loaded.model, data, pad_id=loaded.tokenizer.pad_token_id, seed=config.seed, device=device
-        )
-        about = environment() | {
-            "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
-            "data": {"name": config.data.train, "sha256": split.sha256},
-            "device_used": str(device),
-        }
-        sizes = {client: len(items) for client, items in data.items()}
-        base = count_parameters(loaded.model)[0]
-        return _Parts(config, split, loaded, method, runner, device, sizes, about, base)
-
-
 class _Federation:
     """The rounds of one run."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, parts: _Parts, clock: Clock, progress: Progress
+        self, config: RunConfig, folder: RunFolder, parts: Parts, clock: Clock, progress: Progress
     ) -> None:
         self._config, self._folder, self._parts = config, folder, parts
         self._clock, self._progress = clock, progress
@@ -374,12 +317,6 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
     }
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _reopen(config: RunConfig, path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     theirs = folder.config()
@@ -391,29 +328,3 @@ def _reopen(config: RunConfig, path: Path) -> RunFolder:
             f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
         )
     return folder
-
-
-def _check_counts(config: RunConfig, clients: int) -> None:
-    """Refuses counts of clients that no round could have."""
-    federation = config.federation
-    asked = federation.clients_per_round
-    if isinstance(asked, int) and asked > clients:
-        raise InputError(f"federation.clients_per_round is {asked}, but there are {clients} clients")
-    cohort = sample_cohort(dict.fromkeys(range(clients), 1), asked, seed=config.seed, round=1).clients
-    if quorum_of(len(cohort), federation.quorum) > len(cohort):
-        raise InputError(
-            f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
-            "no round could reach it"
-        )
-
-
-def _same_inputs(path: Path, parts: _Parts) -> None:
-    """Refuses to continue on other weights or data than the run began with."""
-    before = read_json(path / "environment.json")
-    for what, key in (("model", "weights_sha256"), ("data", "sha256")):
-        was, now = before[what][key], parts.environment[what][key]
-        if was != now:
-            raise InputError(
-                f"{path} began with another {what}: {key} was {was[:12]}, "
-                f"{parts.environment[what]['name']} now has {now[:12]}; bring the old one back or start anew"
-            )

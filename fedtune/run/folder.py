@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import InputError
-from fedtune.run.config import RunConfig, dump_config, load_config
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import dump_config, load_config
 from fedtune.run.files import disk_errors, dumps, read_json, whole_folder, write_json
 
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl")

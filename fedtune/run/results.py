@@ -6,12 +6,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
+
 from fedtune.core.seeds import derive_seed
 from fedtune.errors import InputError
 from fedtune.evaluation.tasks import evaluate
+from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import load_result, save_result
-from fedtune.run.config import RunConfig, apply_overrides, load_config, parse_config
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import apply_overrides, load_config, parse_config
 from fedtune.run.data import Split, prepare_data
 from fedtune.run.federation import eval_settings
 from fedtune.run.files import disk_errors, whole_folder
@@ -65,9 +70,14 @@ def export_run(path: Path, out: Path, *, merge: bool) -> list[Path]:
         for name, loaded in _results(path, config, split):
             where = new if name == "global" else new / name
             where.mkdir(exist_ok=True)
-            save_result(loaded.model, loaded.tokenizer, where, merge=merge)
+            save_result(loaded.model, loaded.tokenizer, where, merge=merge and _is_adapter(loaded.model))
             written.append(out if name == "global" else out / name)
     return written
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    """Whether something is attached to the base model; a whole model needs no merging."""
+    return isinstance(model, PeftModel) or bool(find_bottlenecks(model))
 
 
 def _results(path: Path, config: RunConfig, split: Split) -> Iterator[tuple[str, Loaded]]:
