@@ -298,13 +298,18 @@ def test_export_of_whole_models_and_of_each_clients(runs: Path, tmp_path: Path) 
     assert fedtune("export", "classes", "--out", tmp_path / "classes", "--merge", cwd=runs).status == 0
 
 
+def test_a_whole_model_has_nothing_left_to_merge(runs: Path, tmp_path: Path) -> None:
+    for folder, *merge in (("plain",), ("merged", "--merge")):
+        assert fedtune("export", "scratch", "--out", tmp_path / folder, *merge, cwd=runs).status == 0
+    plain, merged = (tmp_path / folder / "model.safetensors" for folder in ("plain", "merged"))
+    assert plain.read_bytes() == merged.read_bytes()
+
+
 def test_export_refuses(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("mine")
     usage_error(fedtune("export", "lora", "--out", tmp_path / "taken", cwd=runs), "exists already")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
-    # a whole model has nothing left to merge
-    assert fedtune("export", "scratch", "--out", tmp_path / "whole", "--merge", cwd=runs).status == 0
     usage_error(fedtune("export", "tiny", "--out", tmp_path / "x", cwd=runs), "not a run folder")
     usage_error(fedtune("export", "none", "--out", tmp_path / "x", cwd=runs), "no such folder")
     (tmp_path / "unfinished").mkdir()
