@@ -20,7 +20,7 @@ from fedtune.methods.registry import METHODS
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import load_result
 
-COMMANDS = ("run", "compare", "validate", "eval", "export", "ls", "bench")
+COMMANDS = ("run", "compare", "validate", "eval", "export", "replay", "ls", "bench")
 
 
 def base(**method: Any) -> dict[str, Any]:

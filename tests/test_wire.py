@@ -170,6 +170,13 @@ def test_a_payload_is_held_to_the_order(tensors: dict[str, torch.Tensor], says: 
         check(Payload(tensors), {"x": TensorSpec(torch.float32, (2,), limit=256.0)})
 
 
+def test_values_below_the_least_are_refused() -> None:
+    expects = {"x": TensorSpec(torch.int32, (2,), limit=8, at_least=0)}
+    check(Payload({"x": torch.tensor([0, 7], dtype=torch.int32)}), expects)
+    with pytest.raises(FrameError, match="tensor x holds values below 0"):
+        check(Payload({"x": torch.tensor([0, -1], dtype=torch.int32)}), expects)
+
+
 def test_an_open_dimension_may_have_any_length() -> None:
     for n in (0, 1, 7):
         check(Payload({"x": torch.zeros(n, 3)}), {"x": TensorSpec(torch.float32, (None, 3))})

@@ -234,6 +234,22 @@ def export(
         print(path)
 
 
+@app.command(no_args_is_help=True)
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    round: Annotated[int, typer.Option(help="The round, counted from 1.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+) -> None:
+    """Rebuild the model of an earlier round from its checkpoint.
+
+    Example: fedtune replay runs/demo --round 2 --out round-2
+    """
+    from fedtune.run.results import replay as replay_run
+
+    for path in replay_run(run, round, out):
+        print(path)
+
+
 @app.command("ls", no_args_is_help=True)
 def list_things(
     what: Annotated[Listing, typer.Argument(help="What to list.")], as_json: Json = False

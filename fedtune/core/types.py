@@ -51,6 +51,7 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int | None, ...]
     limit: float = math.inf  # every |value| must be below it
+    at_least: float = -math.inf  # no value may be below it
 
 
 @dataclass(frozen=True)

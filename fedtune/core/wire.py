@@ -161,6 +161,8 @@ def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:
             raise FrameError(f"tensor {name} holds NaN or infinite values")
         if tensor.numel() and spec.limit < math.inf and not float(tensor.abs().max()) < spec.limit:
             raise FrameError(f"tensor {name} holds values of {spec.limit:,.0f} or more")
+        if tensor.numel() and float(tensor.min()) < spec.at_least:
+            raise FrameError(f"tensor {name} holds values below {spec.at_least:,.0f}")
     for name, value in payload.scalars.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise FrameError(f"scalar {name} is {value}")

@@ -8,14 +8,15 @@ bits of a run that was never killed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, quorum_of, sample_cohort
@@ -24,6 +25,7 @@ from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.tasks import TASKS, EvalSettings, evaluate
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
+from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.save import save_result
 from fedtune.models.tuning import count_parameters
 from fedtune.run import checkpoint
@@ -242,20 +244,14 @@ class _Federation:
 
     def _save_result(self, state: Any, model: nn.Module) -> None:
         self._progress.stage("saving the result")
-        with (
-            self._clock.part("checkpoint"),
-            disk_errors("the result"),
-            whole_folder(self._folder.path / "final") as final,
-        ):
-            for name, result in self._parts.method.export(state, model):
-                where = final if name == "global" else final / name
-                where.mkdir(exist_ok=True)
-                save_result(
-                    cast(PreTrainedModel, result),
-                    self._parts.loaded.tokenizer,
-                    where,
-                    merge=self._parts.method.saves_merged,
-                )
+        method = self._parts.method
+        with self._clock.part("checkpoint"):
+            save_models(
+                method.export(state, model),
+                self._parts.loaded.tokenizer,
+                self._folder.path / "final",
+                merge=method.saves_merged,
+            )
 
     def _per_round(self) -> float | int | None:
         """Reference rows always ask everyone: they stand for no communication pattern."""
@@ -295,6 +291,32 @@ class _Federation:
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary
+
+
+def save_models(
+    models: Iterable[tuple[str, nn.Module]], tokenizer: PreTrainedTokenizerBase, path: Path, *, merge: bool
+) -> list[Path]:
+    """Writes models into `path`, all of them or none: the one called global there, others in folders.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        FederationError: The disk is full or cannot be written.
+    """
+    written = []
+    with disk_errors(str(path)), whole_folder(path) as new:
+        for name, model in models:
+            where = new if name == "global" else new / name
+            where.mkdir(exist_ok=True)
+            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=merge and _is_adapter(model))
+            written.append(path if name == "global" else path / name)
+    return written
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    """Whether something is attached to the base model; a whole model needs no merging."""
+    return isinstance(model, PeftModel) or bool(find_bottlenecks(model))
 
 
 def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:

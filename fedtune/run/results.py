@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
-
 from fedtune.core.seeds import derive_seed
+from fedtune.core.state import from_payload
 from fedtune.errors import InputError
 from fedtune.evaluation.tasks import evaluate
-from fedtune.models.bottleneck import find_bottlenecks
-from fedtune.models.load import Loaded, load_model
-from fedtune.models.save import load_result, save_result
+from fedtune.measure.clock import Clock
+from fedtune.methods import registry
+from fedtune.models.load import Loaded, load_model, load_tokenizer
+from fedtune.models.save import load_result
+from fedtune.run import checkpoint
+from fedtune.run.assemble import Parts
 from fedtune.run.config import RunConfig
 from fedtune.run.config_file import apply_overrides, load_config, parse_config
 from fedtune.run.data import Split, prepare_data
-from fedtune.run.federation import eval_settings
-from fedtune.run.files import disk_errors, whole_folder
+from fedtune.run.federation import eval_settings, save_models
 from fedtune.run.folder import RunFolder, refuse_existing
 
 
@@ -65,19 +65,34 @@ def export_run(path: Path, out: Path, *, merge: bool) -> list[Path]:
     config = RunFolder.open(path).config()
     refuse_existing(out)
     split = prepare_data(config, pooled=False)
-    written = []
-    with disk_errors(f"export to {out}"), whole_folder(out) as new:
-        for name, loaded in _results(path, config, split):
-            where = new if name == "global" else new / name
-            where.mkdir(exist_ok=True)
-            save_result(loaded.model, loaded.tokenizer, where, merge=merge and _is_adapter(loaded.model))
-            written.append(out if name == "global" else out / name)
-    return written
+    models = ((name, loaded.model) for name, loaded in _results(path, config, split))
+    return save_models(models, load_tokenizer(config.model.name, Path(".")), out, merge=merge)
 
 
-def _is_adapter(model: nn.Module) -> bool:
-    """Whether something is attached to the base model; a whole model needs no merging."""
-    return isinstance(model, PeftModel) or bool(find_bottlenecks(model))
+def replay(path: Path, round: int, out: Path) -> list[Path]:
+    """Rebuilds the model of an earlier round from its checkpoint and writes it to `out`.
+
+    A FedKSeed checkpoint is a few vectors of K numbers, so all rounds can be kept (`checkpoints.keep: null`).
+
+    Raises:
+        InputError: The round has no checkpoint any more, `out` is taken, or the base model is another one.
+    """
+    config = RunFolder.open(path).config()
+    refuse_existing(out)
+    folder = path / "checkpoints"
+    there = checkpoint.rounds(folder)
+    if round not in there:
+        raise InputError(
+            f"{path} has checkpoints of rounds {', '.join(map(str, there)) or 'none'}, not of {round}; "
+            "set checkpoints.keep=null to keep all of them"
+        )
+    saved = checkpoint.load(folder, round, config_sha256=config.sha256())
+    parts = Parts.assemble(config, Clock())
+    parts.refuse_other_inputs(path)
+    model = parts.method.client_model(lambda: parts.loaded.model)
+    state = from_payload(registry.state_class(config.method_name), saved.state)
+    models = parts.method.export(state, model)
+    return save_models(models, parts.loaded.tokenizer, out, merge=parts.method.saves_merged)
 
 
 def _results(path: Path, config: RunConfig, split: Split) -> Iterator[tuple[str, Loaded]]:
