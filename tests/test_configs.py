@@ -51,7 +51,9 @@ def quick(config: RunConfig) -> RunConfig:
     settings["data"] |= {"max_examples": 40, "clients": 2}
     settings["evaluation"] |= {"tasks": ["loss"], "max_examples": 8, "every": 0}
     if "local_steps" in settings["method"]:
-        settings["method"] |= {"local_steps": 1, "local_epochs": None, "batch_size": 2}
+        settings["method"] |= {"local_steps": 1, "batch_size": 2}
+        if "local_epochs" in settings["method"]:
+            settings["method"]["local_epochs"] = None
     if "rounds" in settings["method"]:
         settings["method"]["rounds"] = 1
     return parse_config(settings, "quick")

@@ -47,6 +47,7 @@ STEPS = {"local_epochs": 1, "batch_size": 2, "lr": 0.01}
 LORA = {**STEPS, "trainable": "lora", "lora": {"rank": 2, "alpha": 4.0}}
 FULL = {**STEPS, "trainable": "full"}
 TWO = {"rounds": 2}
+SEEDS = {"seeds": 16, "local_steps": 3, "lr": 1e-2, "epsilon": 1e-3}
 # One entry a method, one line a form of it. A registered method that is not here fails the first test below.
 FORMS: dict[str, dict[str, Form]] = {
     "fedavg": {
@@ -77,6 +78,15 @@ FORMS: dict[str, dict[str, Form]] = {
         ),
         "asynchronous": Form({**LORA, "rounds": 1, "arrival": "asynchronous"}),
     },
+    "fedkseed": {
+        "hadamard4": Form({**SEEDS, **TWO}),
+        "hadamard4-bfloat16": Form({**SEEDS, **TWO, "lr": 1.0}, dtype="bfloat16"),
+        "hadamard4-classifier": Form({**SEEDS, **TWO}, family="roberta"),
+        "rademacher": Form({**SEEDS, **TWO, "noise": "rademacher"}),
+        "gaussian-twice-a-step": Form({**SEEDS, **TWO, "noise": "gaussian", "perturbations": 2}),
+        "binomial32-dense": Form({**SEEDS, **TWO, "noise": "binomial32", "seeds": 4}),
+    },
+    "fedkseed-pro": {"hadamard4": Form({**SEEDS, **TWO})},
     "standalone": {"lora": Form(LORA)},
     "centralized": {"full": Form(FULL)},
     "zero-shot": {"plain": Form()},

@@ -15,6 +15,7 @@ from fedtune.measure.environment import environment
 
 BENCHES = {
     "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
+    "rebuild": "weights from K seeds: each kind of noise against the paper's loop and one plain pass",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
 }
 

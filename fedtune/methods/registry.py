@@ -45,6 +45,26 @@ register(
     ),
 )
 register(
+    "fedkseed",
+    Entry(
+        "fedtune.methods.fedkseed",
+        "FedKSeed",
+        "Config",
+        "State",
+        "all weights tuned with two forward passes and K shared seeds; under 18 kB a round",
+    ),
+)
+register(
+    "fedkseed-pro",
+    Entry(
+        "fedtune.methods.fedkseed",
+        "FedKSeed",
+        "ProConfig",
+        "State",
+        "FedKSeed with seeds drawn by their importance, so that fewer are enough",
+    ),
+)
+register(
     "standalone",
     Entry(
         "fedtune.methods.references",

@@ -1,9 +1,9 @@
 """A pool of seeds: the integers that a perturbation is a function of, and nothing else.
 
-The noise of seed j for element i of the tensor called `name` depends on the pool's key, the tensor's name, i, j and
-the kind of noise. It does not depend on the device, the thread count, the order or sharding of the tensors, on how
-modules are wrapped, or on any generator's state. `fedtune.zeroth.reference` defines the values; docs/noise.md states
-the definition in words.
+The noise of seed j for element i of the tensor called `name` depends on the pool's key, the tensor's name,
+i, j and the kind of noise. It does not depend on the device, the thread count, the order or sharding of the
+tensors, on how modules are wrapped, or on any generator's state. `fedtune.zeroth.reference` defines the
+values; docs/noise.md states the definition in words.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SeedPool:
     Args:
         key: Names the pool; pools of other keys are independent. In [0, 2^64).
         size: K, the number of seeds, in [1, 65536]: a seed's index has 16 bits on the wire.
-        noise: `hadamard4` (a rebuild costs one pass whatever K is), `rademacher` (±1), `gaussian` (4096 quantiles)
-            or `binomial32` (32 coin flips). All have mean 0 and variance 1.
+        noise: `hadamard4` (a rebuild costs one pass whatever K is), `rademacher` (±1), `gaussian` (4096
+            quantiles) or `binomial32` (32 coin flips). All have mean 0 and variance 1.
 
     Raises:
         InputError: A value is outside its limits.
@@ -55,7 +55,8 @@ class SeedPool:
             raise InputError(f"a seed pool's key must be an integer in [0, 2^64), got {self.key!r}")
         if self.noise not in KINDS:
             raise InputError(
-                f"noise must be one of {', '.join(KINDS)}, got {self.noise!r}.{nearest(str(self.noise), KINDS)}"
+                f"noise must be one of {', '.join(KINDS)}, got {self.noise!r}."
+                + nearest(str(self.noise), KINDS)
             )
 
     @property

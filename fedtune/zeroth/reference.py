@@ -1,16 +1,17 @@
-"""The definition of every kind of noise, in plain NumPy: slow, readable, and what the fast path must equal bit for bit.
+"""The definition of every kind of noise in plain NumPy: slow, readable, equal to the fast path bit for bit.
 
 Philox4x32-10 (Salmon et al., SC 2011) maps a 128-bit counter and a 64-bit key to four 32-bit words. Here
 
     key     = (pool key, low 32 bits; high 32 bits)
     counter = (call, kind << 24 | group, tensor id low, tensor id high)
 
-and which call, group, word and bit belong to element i and seed j is said at each kind below. Tiles of 1,024 elements
-keep the lanes of one call apart by a fixed stride, so that vector registers load neighbours.
+and which call, group, word and bit belong to element i and seed j is said at each kind below. Tiles of
+1,024 elements keep the lanes of one call apart by a fixed stride, so that vector registers load neighbours.
 
-A rebuild is w = float32(w0) + Δ with Δ[i] = Σ_j a_j z_j[i] for a float64 K-vector a; a single perturbation is the same
-with a = scale · e_j. For the kinds drawn independently by seed, a_j is quantised with one power-of-two scale, so that
-the sum is one of integers: no order, no fused multiply-add and no chunking can change it.
+A rebuild is w = float32(w0) + Δ with Δ[i] = Σ_j a_j z_j[i] for a float64 K-vector a; a single perturbation
+is the same with a = scale · e_j. For the kinds drawn independently by seed, a_j is quantised with one
+power-of-two scale, so that the sum is one of integers: no order, no fused multiply-add and no chunking can
+change it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ TILE = 1024  # elements
 ROOT_EIGHTH = 0.35355339059327379  # 1/√8: the standard deviation of 32 coin flips is √8
 GAUSSIAN_ENTRIES = 4096
 _GAUSSIAN_UNIT = 65536.0
-_GAUSSIAN_GAIN = 1.0002787437336487  # brings the variance of the rounded table to 1
-_GAUSSIAN_DIGEST = "TBD"
+_GAUSSIAN_GAIN = 1.0001603147040454  # brings the variance of the rounded table to 1
+_GAUSSIAN_DIGEST = "1894a50f82ae47fb"
 
 OFFSETS_GROUP = 1  # hadamard4: sign planes are group 0, XOR offsets group 1
 
@@ -53,7 +54,8 @@ def philox(counter: tuple[object, object, object, object], key: tuple[int, int])
         x2 = (p0 >> np.uint64(32)) ^ x3 ^ np.uint64(k1)
         x1, x3 = p1 & low, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return tuple(x.astype(np.uint32) for x in np.broadcast_arrays(x0, x1, x2, x3))  # type: ignore[return-value]
+    y0, y1, y2, y3 = (x.astype(np.uint32) for x in np.broadcast_arrays(x0, x1, x2, x3))
+    return y0, y1, y2, y3
 
 
 def stream(pool: SeedPool, name: str, calls: I64, group: int) -> tuple[U32, U32, U32, U32]:
@@ -73,10 +75,11 @@ def words(pool: SeedPool, name: str, elements: I64, group: int) -> U32:
 
 @lru_cache(1)
 def gaussian_table() -> F32:
-    """4,096 equally likely values: the standard normal's quantiles at (h + ½)/4096, in units of 2^-16, of variance 1.
+    """The standard normal's quantiles at (h + ½)/4096, h < 4096, in units of 2^-16, with variance 1.
 
     Raises:
-        RuntimeError: This platform's logarithm is so far off that a value came out another: it cannot take part.
+        RuntimeError: This platform's logarithm is so far off that a value came out another: it cannot take
+            part.
     """
     quantile = NormalDist().inv_cdf
     upper = [quantile((h + 0.5) / GAUSSIAN_ENTRIES) for h in range(GAUSSIAN_ENTRIES // 2, GAUSSIAN_ENTRIES)]
@@ -179,7 +182,7 @@ def contributions(q: float) -> I64:
 
 
 def transformed(pool: SeedPool, a: F64) -> F32:
-    """½ H a, padded to B: Walsh–Hadamard butterflies in float64 with strides 1, 2, 4, …, then one rounding."""
+    """½ H a, padded to B: butterflies in float64 with strides 1, 2, 4, …, then one rounding to float32."""
     y = np.zeros(pool.block)
     y[: pool.size] = a
     stride = 1
@@ -191,7 +194,7 @@ def transformed(pool: SeedPool, a: F64) -> F32:
 
 
 def planes(pool: SeedPool, name: str, elements: I64) -> tuple[U32, U32, U32, U32]:
-    """hadamard4: bit ⌊i/32⌋ mod 32 of each of the four words of call 32 ⌊i/1024⌋ + i mod 32; a 1 means D_t = −1."""
+    """hadamard4: bit ⌊i/32⌋ mod 32 of the words of call 32 ⌊i/1024⌋ + i mod 32; a 1 means D_t = −1."""
     four = stream(pool, name, elements // TILE * 32 + elements % 32, 0)
     shift = (elements // 32 % 32).astype(np.uint32)
     return tuple(word >> shift & np.uint32(1) for word in four)  # type: ignore[return-value]
@@ -225,7 +228,7 @@ def check_range(first: int, n: int) -> None:
     """Refuses elements that the counters cannot number."""
     if first < 0 or n < 0 or first + n > MAX_ELEMENTS:
         raise InputError(
-            f"elements {first} to {first + n} are asked for; a tensor has elements 0 to 2^34, split it by name"
+            f"elements {first} to {first + n} asked for; a tensor has 2^34 at most: split it by name"
         )
 
 
@@ -238,8 +241,8 @@ def coefficients(pool: SeedPool, a: object) -> F64:
     vector = np.asarray(a, dtype=np.float64)
     if vector.shape != (pool.size,):
         raise InputError(
-            f"the pool has {pool.size} seeds, so it needs {pool.size} coefficients, got shape {vector.shape}: "
-            "is this the accumulator of another pool?"
+            f"the pool has {pool.size} seeds, so it needs {pool.size} coefficients, got shape "
+            f"{vector.shape}: is this the accumulator of another pool?"
         )
     # Checked one by one before they are added: a sum of infinities would name no seed.
     bad = np.flatnonzero(~(np.abs(vector) < 2.0**100))

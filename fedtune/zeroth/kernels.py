@@ -1,0 +1,208 @@
+"""Numba kernels: out[i] = base[i] + Δ[first + i] for float32 arrays, over a range of whole tiles or blocks.
+
+Nothing is compiled on import; the first call of a kernel compiles it, and Numba's cache keeps the result
+where there is a place to write. A kernel holds no lock (`nogil`) and writes only to its own range, so
+threads may share an array. No kernel lets the compiler reassociate or contract floating-point operations
+(`fastmath` is off).
+
+Unsigned indices spare the test for negative ones, without which the compiler does not vectorise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from fedtune.zeroth.vector import HAS_PERMUTE, add_signed, lookup16, popcount
+
+TILE = 1024
+_LANES = 256  # Philox calls a tile, for one word an element
+
+_LOW = np.uint64(0xFFFFFFFF)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_HALF = np.uint64(32)
+_LOW4 = np.uint64(15)
+_WORD, _SUM = np.zeros(0, np.uint32), np.zeros(0, np.int32)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
+    except RuntimeError:  # no place for a cache, neither beside this file nor in the user's folder
+        return numba.njit(nogil=True, boundscheck=False)(function)
+
+
+@_jit
+def _aligned(size, like):  # type: ignore[no-untyped-def]
+    """An empty array that begins a cache line: a 64-byte load across two lines costs as much as two loads."""
+    room = np.empty(size + 64 // like.itemsize, like.dtype)
+    skip = (64 - room.ctypes.data % 64) % 64 // like.itemsize
+    return room[skip : skip + size]
+
+
+@_jit
+def philox_lanes(out, lanes, call, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """out[w * lanes + l] = word w of call `call + l`; every argument but `out` is a uint64."""
+    n = np.int64(lanes)
+    out0, out1, out2, out3 = out[:n], out[n : 2 * n], out[2 * n : 3 * n], out[3 * n : 4 * n]
+    for lane in range(n):
+        x0, x1, x2, x3 = call + np.uint64(lane), c1, c2, c3
+        key0, key1 = k0, k1
+        for _ in range(10):
+            p0 = (x0 & _LOW) * _M0
+            p1 = (x2 & _LOW) * _M1
+            # The upper halves hold rubbish from here on: only the lower ones are multiplied or kept.
+            x0 = (p1 >> _HALF) ^ x1 ^ key0
+            x2 = (p0 >> _HALF) ^ x3 ^ key1
+            x1, x3 = p1, p0
+            key0 = (key0 + _W0) & _LOW
+            key1 = (key1 + _W1) & _LOW
+        out0[lane] = np.uint32(x0 & _LOW)
+        out1[lane] = np.uint32(x1 & _LOW)
+        out2[lane] = np.uint32(x2 & _LOW)
+        out3[lane] = np.uint32(x3 & _LOW)
+
+
+@_jit
+def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-def]
+    """out[start + i] = base[start + i] + float32(total[i] * unit), both roundings as in the reference."""
+    for i in range(max(start, 0), min(stop, out.size)):
+        out[i] = base[i] + np.float32(np.float64(total[i - start]) * unit)
+
+
+@_jit
+def hadamard4(out, base, first, low, high, copies, block, stream):  # type: ignore[no-untyped-def]
+    """Blocks low … high − 1.
+
+    `copies` holds y 16 times, the low 4 bits of its index XORed with 0, 1, …, 15.
+    `stream` holds c1, c2, c3, k0, k1 of the sign planes as uint64; the offsets' c1 is one more.
+    """
+    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
+    signs = _aligned(128, _WORD)
+    drawn = np.empty(4, np.uint32)
+    scratch = np.zeros(TILE, np.float32)
+    size, mask = np.uint64(block), np.uint64(block - 1)
+    for b in range(low, high):
+        philox_lanes(drawn, np.uint64(1), np.uint64(b), c1 + np.uint64(1), c2, c3, k0, k1)
+        # copies[(r mod 16) B + (m ^ (r - r mod 16))] is y[m ^ r] for 16 neighbours m; with B a power of two,
+        # the sum is an XOR as well.
+        r0, r1 = np.uint64(drawn[0]) & mask, np.uint64(drawn[1]) & mask
+        r2, r3 = np.uint64(drawn[2]) & mask, np.uint64(drawn[3]) & mask
+        start0, start1 = (r0 & _LOW4) * size + (r0 & ~_LOW4), (r1 & _LOW4) * size + (r1 & ~_LOW4)
+        start2, start3 = (r2 & _LOW4) * size + (r2 & ~_LOW4), (r3 & _LOW4) * size + (r3 & ~_LOW4)
+        for tile in range(b * block // TILE, (b + 1) * block // TILE):
+            start = tile * TILE - first
+            if start >= out.size or start + TILE <= 0:
+                continue
+            philox_lanes(signs, np.uint64(32), np.uint64(tile * 32), c1, c2, c3, k0, k1)
+            inside = np.uint64(tile * TILE) & mask
+            whole = start >= 0 and start + TILE <= out.size
+            if whole:
+                there = slice(start, start + TILE)
+                _hadamard_tile(out[there], base[there], signs, copies, inside, start0, start1, start2, start3)
+            else:
+                begin, end = max(start, 0), min(start + TILE, out.size)
+                scratch[begin - start : end - start] = base[begin:end]
+                _hadamard_tile(scratch, scratch, signs, copies, inside, start0, start1, start2, start3)
+                out[begin:end] = scratch[begin - start : end - start]
+
+
+@_jit
+def _hadamard_tile(out, base, signs, copies, inside, start0, start1, start2, start3):  # type: ignore[no-untyped-def]
+    for part in range(4):
+        at = np.uint64(256 * part)
+        bits = np.uint32(8 * part)
+        add_signed(out, base, at, copies, inside + at, start0, start1, start2, start3, signs, bits)
+
+
+@_jit
+def rademacher(out, base, first, low, high, groups, tables, unit, stream):  # type: ignore[no-untyped-def]
+    """Tiles low … high − 1. `tables[g]`: 8 × 16 partial sums, a nibble of group `groups[g]` a row."""
+    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
+    words = _aligned(TILE, _WORD)
+    total = _aligned((high - low) * TILE, _SUM)
+    total[:] = 0
+    for g in range(groups.size):
+        for tile in range(low, high):
+            philox_lanes(words, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
+            for i in range(0, TILE, 16):
+                lookup16(total, np.uint64((tile - low) * TILE + i), words, np.uint64(i), tables[g])
+    add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
+
+
+@_jit
+def rademacher_plain(out, base, first, low, high, groups, tables, unit, stream):  # type: ignore[no-untyped-def]
+    """The same for processors without AVX-512: one load for each byte of a word, from tables of 256 sums."""
+    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
+    words = _aligned(TILE, _WORD)
+    total = _aligned((high - low) * TILE, _SUM)
+    total[:] = 0
+    sums = np.empty((4, 256), np.int32)
+    byte = np.uint32(255)
+    for g in range(groups.size):
+        for part in range(4):
+            for value in range(256):
+                lower, upper = 32 * part + value % 16, 32 * part + 16 + value // 16
+                sums[part, value] = tables[g, lower] + tables[g, upper]
+        for tile in range(low, high):
+            philox_lanes(words, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
+            row = total[(tile - low) * TILE : (tile - low + 1) * TILE]
+            for i in range(TILE):
+                word = words[i]
+                row[i] += (
+                    sums[0, np.uint64(word & byte)]
+                    + sums[1, np.uint64(word >> np.uint32(8) & byte)]
+                    + sums[2, np.uint64(word >> np.uint32(16) & byte)]
+                    + sums[3, np.uint64(word >> np.uint32(24))]
+                )
+    add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
+
+
+@_jit
+def gaussian(out, base, first, low, high, groups, q, table, unit, stream):  # type: ignore[no-untyped-def]
+    """Tiles low … high − 1. q[g] holds the coefficients of the two seeds of group `groups[g]`."""
+    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
+    words = np.empty((high - low) * TILE, np.uint32)
+    total = _aligned((high - low) * TILE, _SUM)
+    total[:] = 0
+    even, odd = np.empty(table.size, np.int32), np.empty(table.size, np.int32)
+    for g in range(groups.size):
+        for h in range(table.size):
+            even[h] = np.int32(np.rint(q[g, 0] * table[h]))
+            odd[h] = np.int32(np.rint(q[g, 1] * table[h]))
+        for tile in range(low, high):
+            row = words[(tile - low) * TILE : (tile - low + 1) * TILE]
+            philox_lanes(row, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
+        for i in range(words.size):
+            total[i] += (
+                even[np.uint64(words[i] & np.uint32(4095))] + odd[np.uint64(words[i] >> np.uint32(20))]
+            )
+    add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
+
+
+@_jit
+def binomial32(out, base, first, low, high, groups, q, unit, stream):  # type: ignore[no-untyped-def]
+    """Tiles low … high − 1. Seed `groups[g]` has the integer coefficient q[g]."""
+    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
+    words = _aligned(TILE, _WORD)
+    total = np.zeros((high - low) * TILE, np.int64)
+    for g in range(groups.size):
+        factor = q[g]
+        for tile in range(low, high):
+            philox_lanes(words, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
+            row = total[(tile - low) * TILE : (tile - low + 1) * TILE]
+            for i in range(TILE):
+                row[i] += factor * (np.int64(popcount(words[i])) - 16)
+    add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
+
+
+KERNELS = {
+    "hadamard4": hadamard4,
+    "rademacher": rademacher if HAS_PERMUTE else rademacher_plain,
+    "gaussian": gaussian,
+    "binomial32": binomial32,
+}
