@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_the_kernel_for_processors_without_avx512_gives_the_same_bits(monkeypatc
     monkeypatch.setitem(kernels.KERNELS, "rademacher", kernels.rademacher_plain)
     rebuild_(w, w0, pool, "w", a, first=3)
     assert same_bits(w, w0 + delta(pool, "w", 5000, a, first=3))
+
+
+def test_hadamard4_for_processors_without_avx512_gives_the_same_bits(monkeypatch):
+    k, n = 1500, 9000
+    pool, a, w0 = SeedPool(11, k, "hadamard4"), coefficients(k), weights(n)
+    from fedtune.zeroth import vector
+
+    monkeypatch.setattr(vector, "HAS_PERMUTE", False)
+    update = fast.Update(pool, a)
+    monkeypatch.undo()
+    assert update._tables[0].size == 16 * pool.block
+    w = np.empty_like(w0)
+    fast.run(update.jobs(w, w0, "w", first=3), 1)
+    assert same_bits(w, w0 + delta(pool, "w", n, a, first=3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,6 +267,18 @@ def test_bad_coefficients_are_refused_and_named(kind, a, message):
     assert same_bits(w, weights(5))
 
 
+def test_initial_weights_may_be_read_only_but_not_what_is_written():
+    pool, a, w0 = SeedPool(0, 8, "hadamard4"), coefficients(8), weights(2000)
+    w0.flags.writeable = False  # as a memory-mapped file is
+    w = np.empty_like(w0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rebuild_(w, w0, pool, "w", a)
+    assert same_bits(w, w0 + delta(pool, "w", 2000, a))
+    with pytest.raises(InputError, match="w: the array to be written is read-only"):
+        rebuild_(w0, w0, pool, "w", a)
+
+
 def test_bad_tensors_scales_and_threads_are_refused():
     pool = SeedPool(0, 8, "rademacher")
     w = torch.zeros(6)
@@ -260,6 +287,8 @@ def test_bad_tensors_scales_and_threads_are_refused():
         (torch.zeros(6, dtype=torch.float64), "got torch.float64"),
         (torch.zeros(4, 6)[:, ::2], "must be contiguous"),
         (torch.zeros(6, device="meta"), "got device meta"),
+        (np.zeros(6, np.float32)[::-1], "must be contiguous"),
+        (np.zeros(6, ">f4"), "got >f4"),
     ]
     for bad, message in cases:
         with pytest.raises(InputError, match=f"layer.w: .*{message}"):

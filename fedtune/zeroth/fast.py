@@ -6,6 +6,7 @@ then adds it to any number of tensors.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -58,6 +59,10 @@ class Update:
             InputError: The tensors do not match, or cannot be written as they lie in memory.
         """
         out, base = flat(w, name), flat(w0, name)
+        if isinstance(w, np.ndarray) and not w.flags.writeable:
+            raise InputError(
+                f"{name}: the array to be written is read-only; pass a copy as w and this one as w0"
+            )
         if out.shape != base.shape or out.dtype != base.dtype:
             raise InputError(
                 f"{name}: w and w0 must have one size and dtype, got {out.numel():,} {out.dtype} "
@@ -126,10 +131,18 @@ def run(jobs: Sequence[Job], threads: int | None = None) -> None:
 
 
 def _hadamard4(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
-    y = reference.transformed(pool, a).reshape(-1, 16)
+    from fedtune.zeroth import vector
+
+    y = reference.transformed(pool, a)
+    # A register's lanes are exchanged once loaded; where the processor cannot, 16 copies turn the XOR of a
+    # lane's index into a choice of copy, so that registers are still loaded and not gathered.
+    return _aligned(y if vector.HAS_PERMUTE else permuted_copies(y)), pool.block
+
+
+def permuted_copies(y: F32) -> F32:
+    """Y 16 times over: copy c holds y[m ^ c] at m."""
     lanes = np.arange(16)
-    # 16 copies turn the XOR of a lane's index into a choice of copy: registers are loaded, not gathered.
-    return _aligned(np.concatenate([y[:, lanes ^ c].reshape(-1) for c in range(16)])), pool.block
+    return np.concatenate([y.reshape(-1, 16)[:, lanes ^ c].reshape(-1) for c in range(16)])
 
 
 def _aligned(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -180,14 +193,21 @@ def flat(w: Weights, name: str) -> Tensor:
     """A tensor's own memory as one row.
 
     Raises:
-        InputError: Not a contiguous floating-point tensor in the CPU's memory.
+        InputError: Not a contiguous tensor of a supported dtype in the CPU's memory.
     """
-    tensor = torch.from_numpy(w) if isinstance(w, np.ndarray) else w
-    if tensor.dtype not in _DTYPES:
+    known = _DTYPES if isinstance(w, Tensor) else (np.dtype(np.float32), np.dtype(np.float16))
+    if w.dtype not in known:
         # float64 weights would lose half their bits in float32(w0) + Δ
-        raise InputError(f"{name}: only float32, float16 and bfloat16 take noise, got {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise InputError(f"{name}: the tensor must be in the CPU's memory, got device {tensor.device}")
-    if not tensor.is_contiguous():
-        raise InputError(f"{name}: the tensor must be contiguous in memory, got strides {tensor.stride()}")
-    return tensor.detach().view(-1)
+        raise InputError(f"{name}: only float32, float16 and bfloat16 take noise, got {w.dtype}")
+    if isinstance(w, Tensor) and w.device.type != "cpu":
+        raise InputError(f"{name}: the tensor must be in the CPU's memory, got device {w.device}")
+    if not (w.is_contiguous() if isinstance(w, Tensor) else w.flags.c_contiguous):
+        raise InputError(
+            f"{name}: the tensor must be contiguous in memory, got shape {tuple(w.shape)} in steps"
+        )
+    if isinstance(w, np.ndarray):
+        with warnings.catch_warnings():
+            # PyTorch knows no read-only tensors. `jobs` refuses to write to such an array; as w0 it is only read.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            w = torch.from_numpy(w)
+    return w.detach().view(-1)

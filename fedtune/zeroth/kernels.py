@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from fedtune.zeroth.vector import HAS_PERMUTE, add_signed, lookup16, popcount
+from fedtune.zeroth.vector import HAS_PERMUTE, add_permuted, add_signed, lookup16, popcount
 
 TILE = 1024
 _LANES = 256  # Philox calls a tile, for one word an element
@@ -75,48 +75,51 @@ def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-
 
 
 @_jit
-def hadamard4(out, base, first, low, high, copies, block, stream):  # type: ignore[no-untyped-def]
+def hadamard4(out, base, first, low, high, y, block, stream):  # type: ignore[no-untyped-def]
     """Blocks low … high − 1.
 
-    `copies` holds y 16 times, the low 4 bits of its index XORed with 0, 1, …, 15.
+    `y` is there once (`block` long), or 16 times, the low 4 bits of its index XORed with 0, 1, …, 15.
     `stream` holds c1, c2, c3, k0, k1 of the sign planes as uint64; the offsets' c1 is one more.
     """
     c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
     signs = _aligned(128, _WORD)
     drawn = np.empty(4, np.uint32)
+    start = np.empty(4, np.uint64)
     scratch = np.zeros(TILE, np.float32)
-    size, mask = np.uint64(block), np.uint64(block - 1)
+    mask = np.uint64(block - 1)
     for b in range(low, high):
         philox_lanes(drawn, np.uint64(1), np.uint64(b), c1 + np.uint64(1), c2, c3, k0, k1)
-        # copies[(r mod 16) B + (m ^ (r - r mod 16))] is y[m ^ r] for 16 neighbours m; with B a power of two,
-        # the sum is an XOR as well.
-        r0, r1 = np.uint64(drawn[0]) & mask, np.uint64(drawn[1]) & mask
-        r2, r3 = np.uint64(drawn[2]) & mask, np.uint64(drawn[3]) & mask
-        start0, start1 = (r0 & _LOW4) * size + (r0 & ~_LOW4), (r1 & _LOW4) * size + (r1 & ~_LOW4)
-        start2, start3 = (r2 & _LOW4) * size + (r2 & ~_LOW4), (r3 & _LOW4) * size + (r3 & ~_LOW4)
+        for t in range(4):
+            start[t] = np.uint64(drawn[t]) & mask
+            if y.size != block:
+                # Copy r mod 16 begins at (r mod 16) B, and B is a power of two: the sum is an XOR as well.
+                start[t] = (start[t] & _LOW4) * np.uint64(block) + (start[t] & ~_LOW4)
         for tile in range(b * block // TILE, (b + 1) * block // TILE):
-            start = tile * TILE - first
-            if start >= out.size or start + TILE <= 0:
+            at = tile * TILE - first
+            if at >= out.size or at + TILE <= 0:
                 continue
             philox_lanes(signs, np.uint64(32), np.uint64(tile * 32), c1, c2, c3, k0, k1)
             inside = np.uint64(tile * TILE) & mask
-            whole = start >= 0 and start + TILE <= out.size
-            if whole:
-                there = slice(start, start + TILE)
-                _hadamard_tile(out[there], base[there], signs, copies, inside, start0, start1, start2, start3)
+            if at >= 0 and at + TILE <= out.size:
+                _hadamard_tile(out[at : at + TILE], base[at : at + TILE], signs, y, inside, start, block)
             else:
-                begin, end = max(start, 0), min(start + TILE, out.size)
-                scratch[begin - start : end - start] = base[begin:end]
-                _hadamard_tile(scratch, scratch, signs, copies, inside, start0, start1, start2, start3)
-                out[begin:end] = scratch[begin - start : end - start]
+                begin, end = max(at, 0), min(at + TILE, out.size)
+                scratch[begin - at : end - at] = base[begin:end]
+                _hadamard_tile(scratch, scratch, signs, y, inside, start, block)
+                out[begin:end] = scratch[begin - at : end - at]
 
 
 @_jit
-def _hadamard_tile(out, base, signs, copies, inside, start0, start1, start2, start3):  # type: ignore[no-untyped-def]
-    for part in range(4):
-        at = np.uint64(256 * part)
-        bits = np.uint32(8 * part)
-        add_signed(out, base, at, copies, inside + at, start0, start1, start2, start3, signs, bits)
+def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[no-untyped-def]
+    t0, t1, t2, t3 = start[0], start[1], start[2], start[3]
+    if y.size != block:
+        for part in range(4):
+            at = np.uint64(256 * part)
+            add_signed(out, base, at, y, inside + at, t0, t1, t2, t3, signs, np.uint32(8 * part))
+    elif HAS_PERMUTE:  # a constant: elsewhere the compiler never meets the instruction
+        for part in range(4):
+            at = np.uint64(256 * part)
+            add_permuted(out, base, at, y, inside + at, t0, t1, t2, t3, signs, np.uint32(8 * part))
 
 
 @_jit

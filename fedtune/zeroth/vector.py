@@ -1,8 +1,8 @@
-"""Three operations on 16 lanes that Numba's compiler does not find by itself, as LLVM vector instructions.
+"""Four operations on 16 lanes that Numba's compiler does not find by itself, as LLVM vector instructions.
 
-`add_signed` and `popcount` are plain LLVM and run on any processor; `lookup16` is one AVX-512 permutation
-and is used only where `HAS_PERMUTE` is true. None of them rounds: what they add is added exactly as
-written, in the order written.
+`add_signed` and `popcount` are plain LLVM and run on any processor; `lookup16` and `add_permuted` need the
+AVX-512 permutation and are used only where `HAS_PERMUTE` is true. Nothing is multiplied, and floats are added
+exactly as written, in the order written.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from typing import Any
 import llvmlite.binding  # type: ignore[import-untyped]
 from llvmlite import ir
 from numba import extending, types
+from numba.core import config
 
 _intrinsic: Any = extending.intrinsic  # its own type takes the first argument for one of the caller's
 
-HAS_PERMUTE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+# Who sets NUMBA_CPU_NAME (a cache shared by unlike machines, say) gets the kernels that run anywhere.
+HAS_PERMUTE = getattr(config, "CPU_NAME", None) is None and bool(
+    llvmlite.binding.get_host_cpu_features().get("avx512f")
+)
 
 _AHEAD = 1024  # elements: far enough for memory, near enough for the first cache
 _BYTE = ir.IntType(8)
@@ -43,13 +47,30 @@ def add_signed(typingctx, out, base, at, copies, place, start0, start1, start2, 
 
     s_t = ±copies[start_t ^ (place + i - at)], − where plane t has its bit set: of the word at signs[32 t +
     i mod 32], bit `bits` for the first 32 elements, the next bit for the next 32. `bits` is a uint32,
-    indices are uint64.
+    indices are uint64. The low 4 bits of start_t are 0: what they would do is in the choice of copy.
     """
+    return types.void(out, base, at, copies, place, start0, start1, start2, start3, signs, bits), _adder(
+        False
+    )
 
+
+@_intrinsic
+def add_permuted(typingctx, out, base, at, y, place, r0, r1, r2, r3, signs, bits):  # type: ignore[no-untyped-def]
+    """The same with s_t = ±y[r_t ^ (place + i - at)], for any r_t: lanes are exchanged in the register."""
+    return types.void(out, base, at, y, place, r0, r1, r2, r3, signs, bits), _adder(True)
+
+
+def _adder(permuted: bool) -> Any:
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         out, base, at, copies, place, *starts, signs, bits = arguments
         kinds = signature.args
         wide = ir.IntType(64)
+        orders = []
+        if permuted:
+            low = ir.Constant(wide, 15)
+            lanes = [_splat(builder, builder.trunc(builder.and_(r, low), _I32)) for r in starts]
+            orders = [builder.xor(lane, ir.Constant(_WORDS, list(range(16)))) for lane in lanes]
+            starts = [builder.and_(r, ir.Constant(wide, -16)) for r in starts]
         left = _splat(builder, builder.sub(ir.Constant(_I32, 24), bits))
         top = ir.Constant(_WORDS, [0x80000000] * 16)
         words = []  # in the order plane 0 lanes 0-15, plane 0 lanes 16-31, plane 1 lanes 0-15, …
@@ -63,14 +84,15 @@ def add_signed(typingctx, out, base, at, copies, place, start0, start1, start2, 
             here = builder.add(at, ir.Constant(wide, 16 * step))
             there = builder.add(place, ir.Constant(wide, 16 * step))
             s = []
-            for word, start in zip(words[step % 2 :: 2], starts, strict=True):
+            for plane, (word, start) in enumerate(zip(words[step % 2 :: 2], starts, strict=True)):
                 index = builder.xor(start, there)
                 value = builder.load(_pointer(context, builder, kinds[3], copies, index, _WORDS), align=4)
+                if permuted:
+                    value = builder.call(_permute(builder), [value, orders[plane]])
                 sign = builder.and_(builder.shl(word, ir.Constant(_WORDS, [7 - step // 2] * 16)), top)
                 s.append(builder.bitcast(builder.xor(value, sign), _FLOATS))
             total = builder.fadd(builder.fadd(s[0], s[1]), builder.fadd(s[2], s[3]))
-            # The reads of `copies` jump, which blinds the processor's own prefetching to the one stream
-            # there is.
+            # The reads of `copies` jump, which blinds the processor's own prefetching to the one stream here.
             ahead = builder.add(here, ir.Constant(wide, _AHEAD))
             ahead = builder.bitcast(_address(context, builder, kinds[1], base, ahead), _BYTE.as_pointer())
             builder.call(fetch, [ahead, *(ir.Constant(_I32, n) for n in (1, 3, 1))])
@@ -79,7 +101,12 @@ def add_signed(typingctx, out, base, at, copies, place, start0, start1, start2, 
             builder.store(new, _pointer(context, builder, kinds[0], out, here, _FLOATS), align=4)
         return context.get_dummy_value()
 
-    return types.void(out, base, at, copies, place, start0, start1, start2, start3, signs, bits), generate
+    return generate
+
+
+def _permute(builder: Any) -> Any:
+    kind = ir.FunctionType(_WORDS, [_WORDS, _WORDS])
+    return builder.module.declare_intrinsic("llvm.x86.avx512.permvar.si.512", (), kind)
 
 
 @_intrinsic
@@ -89,16 +116,13 @@ def lookup16(typingctx, total, at, words, place, tables):  # type: ignore[no-unt
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         total, at, words, place, tables = arguments
         kinds = signature.args
-        permute = builder.module.declare_intrinsic(
-            "llvm.x86.avx512.permvar.si.512", (), ir.FunctionType(_WORDS, [_WORDS, _WORDS])
-        )
         word = builder.load(_pointer(context, builder, kinds[2], words, place, _WORDS), align=4)
         sums = []
         for nibble in range(8):
             start = ir.Constant(ir.IntType(64), 16 * nibble)
             table = builder.load(_pointer(context, builder, kinds[4], tables, start, _WORDS), align=4)
             shifted = builder.lshr(word, ir.Constant(_WORDS, [4 * nibble] * 16)) if nibble else word
-            sums.append(builder.call(permute, [table, shifted]))  # looks at the low 4 bits alone
+            sums.append(builder.call(_permute(builder), [table, shifted]))  # looks at the low 4 bits alone
         while len(sums) > 1:
             sums = [builder.add(one, two) for one, two in zip(sums[::2], sums[1::2], strict=True)]
         target = _pointer(context, builder, kinds[0], total, at, _WORDS)
