@@ -275,7 +275,7 @@ def test_initial_weights_may_be_read_only_but_not_what_is_written():
         warnings.simplefilter("error")
         rebuild_(w, w0, pool, "w", a)
     assert same_bits(w, w0 + delta(pool, "w", 2000, a))
-    with pytest.raises(InputError, match="w: the array to be written is read-only"):
+    with pytest.raises(InputError, match="w: the array to write is read-only"):
         rebuild_(w0, w0, pool, "w", a)
 
 

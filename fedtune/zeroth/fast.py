@@ -60,9 +60,7 @@ class Update:
         """
         out, base = flat(w, name), flat(w0, name)
         if isinstance(w, np.ndarray) and not w.flags.writeable:
-            raise InputError(
-                f"{name}: the array to be written is read-only; pass a copy as w and this one as w0"
-            )
+            raise InputError(f"{name}: the array to write is read-only; pass a copy as w and this one as w0")
         if out.shape != base.shape or out.dtype != base.dtype:
             raise InputError(
                 f"{name}: w and w0 must have one size and dtype, got {out.numel():,} {out.dtype} "
@@ -207,7 +205,7 @@ def flat(w: Weights, name: str) -> Tensor:
         )
     if isinstance(w, np.ndarray):
         with warnings.catch_warnings():
-            # PyTorch knows no read-only tensors. `jobs` refuses to write to such an array; as w0 it is only read.
+            # PyTorch has no read-only tensors. `jobs` refuses to write to such an array, w0 is read.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             w = torch.from_numpy(w)
     return w.detach().view(-1)
