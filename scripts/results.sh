@@ -29,6 +29,7 @@ if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml -
 fi
 
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
+COLUMNS=110 $fedtune bench zo-step | fenced | insert docs/fedkseed.md bench-zo-step
 for bench in aggregation simulation; do
     COLUMNS=110 $fedtune bench $bench | fenced | insert docs/results.md bench-$bench
 done

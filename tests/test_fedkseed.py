@@ -138,7 +138,7 @@ def test_the_base_model_keeps_its_bits_and_tied_weights_stay_tied(kind: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_client_computes_with_is_the_rebuild_bit_for_bit(dtype: torch.dtype) -> None:
-    from fedtune.methods.fedkseed import _FromW0, _weights
+    from fedtune.methods.fedkseed import _FromW0, step_weights
 
     b = Bench(FedKSeed(Config(seeds=64, local_steps=25, lr=1e-3, epsilon=1e-3), seed=0), tiny(dtype), text(1))
     kept = replies(b)
@@ -150,10 +150,15 @@ def test_what_a_client_computes_with_is_the_rebuild_bit_for_bit(dtype: torch.dty
     accumulator = torch.zeros(64, dtype=torch.float64)
     for j, g in drawn:
         accumulator[j] += g
-    with _weights(b.model, pool, accumulator.float(), 1e-3) as weights:
+    with step_weights(b.model, pool, accumulator.float(), 1e-3) as weights:
         assert isinstance(weights, _FromW0)
         form = weights.form
-        weights.form = lambda name, w0: seen.setdefault(name, form(name, w0))  # type: ignore[method-assign]
+
+        def watched(name: str, w0: torch.Tensor, out: torch.Tensor) -> None:
+            form(name, w0, out)
+            seen[name] = out.clone()
+
+        weights.form = watched  # type: ignore[method-assign]
         weights.loss(batch, 0, 0.0)
     state = State(b.state.w0, accumulator.float(), b.state.before, b.state.magnitude, b.state.draws)
     for _, exported in b.method.export(state, b.model):

@@ -16,6 +16,7 @@ from fedtune.measure.environment import environment
 BENCHES = {
     "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
     "rebuild": "weights from K seeds: each kind of noise against the paper's loop and one plain pass",
+    "zo-step": "a zeroth-order step against its two forward passes, and its memory against inference",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
 }
 
@@ -35,7 +36,7 @@ def run_benches(name: str | None) -> list[dict[str, Any]]:
         )
     documents = []
     for each in [name] if name else BENCHES:
-        rows, ratios = importlib.import_module(f"fedtune.bench.{each}").measure()
+        rows, ratios = importlib.import_module(f"fedtune.bench.{each.replace('-', '_')}").measure()
         documents.append({"bench": each, "machine": environment(), "rows": rows, "ratios": ratios})
     return documents
 

@@ -3,7 +3,7 @@
 Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost
 under 18 Kilobytes" (2024), Algorithm 1.
 
-    w = w0 − η Σ_j a_j z_j                                    Eq. 4    `_Weights`
+    w = w0 − η Σ_j a_j z_j                                    Eq. 4    `step_weights`
     ĝ = (L(w + ε z_j; x) − L(w − ε z_j; x)) / 2ε              Eq. 5    `client_step`
     w ← w − η ĝ z_j                                           Eq. 6    `client_step`
     a_j ← a_j + Σ_i c_i Σ ĝ,   c_i = n_i / Σ n of those that replied   `server_step`
@@ -148,13 +148,13 @@ class FedKSeed:
         draws = self._draw(job, env)
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
         scalars, loss_sum = [], 0.0
-        with _weights(env.model, pool, received, config.lr) as weights:
+        with step_weights(env.model, pool, received, config.lr) as weights:
             for step in range(config.local_steps):
                 batch = collate([env.items[i] for i in next(batches)], env.pad_id)
                 tokens = batch["input_ids"].numel()
                 on_device = {key: value.to(env.device) for key, value in batch.items()}
                 estimates = []
-                with env.memory.step(tokens, resident=[env.model]):
+                with env.memory.step(tokens, resident=[env.model, weights.held]):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(on_device, j, config.epsilon)
                         minus = weights.loss(on_device, j, -config.epsilon)
@@ -318,12 +318,12 @@ class _FromW0:
     def __init__(self, model: nn.Module, pool: SeedPool, coefficients: Tensor, lr: float) -> None:
         self._model, self._pool, self._a, self._lr = model, pool, coefficients, lr
         self._update: fast.Update | None = None
+        self.held: dict[str, Tensor] = {}  # beside the model: nothing
 
-    def form(self, name: str, w0: Tensor) -> Tensor:
+    def form(self, name: str, w0: Tensor, out: Tensor) -> None:
         assert self._update is not None
-        effective = torch.empty_like(w0)
-        fast.run(self._update.jobs(effective, w0, name))
-        return effective
+        # one thread: PyTorch's own still spin on the other cores after the layer before
+        fast.run(self._update.jobs(out, w0, name), threads=1)
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         shifted = self._a.clone()
@@ -342,7 +342,12 @@ class _InPlace:
     def __init__(self, model: nn.Module, pool: SeedPool, coefficients: Tensor, lr: float) -> None:
         self._model, self._pool, self._lr = model, pool, lr
         self._parameters = trainable(model)
+        self.held = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}  # w0
         self._add(coefficients)
+
+    def restore(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(self.held[name])
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         self._move(j, scale)
@@ -366,18 +371,17 @@ class _InPlace:
 
 
 @contextmanager
-def _weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: float) -> Iterator[Any]:
+def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: float) -> Iterator[Any]:
     """The local weights of one client; afterwards the model holds w0 again, bit for bit."""
     model.eval()
     coefficients = _coefficients(accumulator, lr)
     if pool.noise == "hadamard4":
         weights = _FromW0(model, pool, coefficients, lr)
-        with formed(model, lambda name, w0: weights.form(name, w0)):
+        with formed(model, lambda name, w0, out: weights.form(name, w0, out)):
             yield weights
         return
-    w0 = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    moved = _InPlace(model, pool, coefficients, lr)
     try:
-        yield _InPlace(model, pool, coefficients, lr)
+        yield moved
     finally:
-        for name, parameter in trainable(model).items():
-            parameter.data.copy_(w0[name])
+        moved.restore()
