@@ -251,6 +251,7 @@ class _Federation:
                 self._parts.loaded.tokenizer,
                 self._folder.path / "final",
                 merge=method.saves_merged,
+                what="the result",
             )
 
     def _per_round(self) -> float | int | None:
@@ -294,18 +295,23 @@ class _Federation:
 
 
 def save_models(
-    models: Iterable[tuple[str, nn.Module]], tokenizer: PreTrainedTokenizerBase, path: Path, *, merge: bool
+    models: Iterable[tuple[str, nn.Module]],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    merge: bool,
+    what: str,
 ) -> list[Path]:
     """Writes models into `path`, all of them or none: the one called global there, others in folders.
 
     Returns:
-        The folders written.
+        The folders written; `what` names them in an error.
 
     Raises:
         FederationError: The disk is full or cannot be written.
     """
     written = []
-    with disk_errors(str(path)), whole_folder(path) as new:
+    with disk_errors(what), whole_folder(path) as new:
         for name, model in models:
             where = new if name == "global" else new / name
             where.mkdir(exist_ok=True)

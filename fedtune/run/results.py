@@ -66,7 +66,9 @@ def export_run(path: Path, out: Path, *, merge: bool) -> list[Path]:
     refuse_existing(out)
     split = prepare_data(config, pooled=False)
     models = ((name, loaded.model) for name, loaded in _results(path, config, split))
-    return save_models(models, load_tokenizer(config.model.name, Path(".")), out, merge=merge)
+    return save_models(
+        models, load_tokenizer(config.model.name, Path(".")), out, merge=merge, what=f"export {out}"
+    )
 
 
 def replay(path: Path, round: int, out: Path) -> list[Path]:
@@ -92,7 +94,9 @@ def replay(path: Path, round: int, out: Path) -> list[Path]:
     model = parts.method.client_model(lambda: parts.loaded.model)
     state = from_payload(registry.state_class(config.method_name), saved.state)
     models = parts.method.export(state, model)
-    return save_models(models, parts.loaded.tokenizer, out, merge=parts.method.saves_merged)
+    return save_models(
+        models, parts.loaded.tokenizer, out, merge=parts.method.saves_merged, what=f"replay {out}"
+    )
 
 
 def _results(path: Path, config: RunConfig, split: Split) -> Iterator[tuple[str, Loaded]]:
