@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -230,6 +231,13 @@ def test_other_weights_are_refused_with_both_hashes() -> None:
     b.round(1)
     with pytest.raises(InputError, match=rf"{b.state.w0[:16]}, this model has (?!{b.state.w0[:16]})"):
         list(b.method.export(b.state, Toy(w=1.5)))
+
+
+def test_noise_of_another_version_is_refused() -> None:
+    b = toy({0: items(3)})
+    b.round(1)
+    with pytest.raises(InputError, match=r"noise version 99, this fedtune makes version 1"):
+        list(b.method.export(replace(b.state, noise_version=99), b.model))
 
 
 def test_scalars_beyond_the_limit_and_foreign_seeds_are_refused_and_named() -> None:

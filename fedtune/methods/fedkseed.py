@@ -42,7 +42,7 @@ from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
 from fedtune.models.just_in_time import formed
 from fedtune.models.tuning import train_all, trainable
-from fedtune.zeroth import SeedPool, fast
+from fedtune.zeroth import NOISE_VERSION, SeedPool, fast, perturb_all_, rebuild_all_
 
 log = logging.getLogger("fedtune")
 
@@ -81,6 +81,7 @@ class State:
         before: The accumulator that the last round began with.
         holders: Clients that replied in the last round, and so hold `before`.
         magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
+        noise_version: Of the noise that the accumulator belongs to.
     """
 
     w0: str
@@ -89,6 +90,7 @@ class State:
     magnitude: Tensor
     draws: Tensor
     holders: dict[str, bool] = field(default_factory=dict)
+    noise_version: int = NOISE_VERSION
 
 
 class FedKSeed:
@@ -214,6 +216,11 @@ class FedKSeed:
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The global model of Eq. 4, written into `model` for as long as it is looked at."""
+        if state.noise_version != NOISE_VERSION:
+            raise InputError(
+                f"the state belongs to noise version {state.noise_version}, this fedtune makes version "
+                f"{NOISE_VERSION}; use the fedtune that the run began with"
+            )
         found = self._w0.of(model)
         if found != state.w0:
             raise InputError(
@@ -225,8 +232,7 @@ class FedKSeed:
         parameters = trainable(model)
         w0 = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
-            update = fast.Update(pool, coefficients)
-            fast.run([j for n, p in parameters.items() for j in update.jobs(p.data, w0[n], n)])
+            rebuild_all_({name: p.data for name, p in parameters.items()}, w0, pool, coefficients)
             yield "global", model
         finally:
             for name, parameter in parameters.items():
@@ -343,7 +349,7 @@ class _InPlace:
         self._model, self._pool, self._lr = model, pool, lr
         self._parameters = trainable(model)
         self.held = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}  # w0
-        self._add(coefficients)
+        rebuild_all_(self._weights(), self.held, pool, coefficients)
 
     def restore(self) -> None:
         for name, parameter in self._parameters.items():
@@ -361,13 +367,10 @@ class _InPlace:
             self._move(j, -self._lr * scalar)
 
     def _move(self, j: int, scale: float) -> None:
-        alone = torch.zeros(self._pool.size, dtype=torch.float64)
-        alone[j] = scale
-        self._add(alone)
+        perturb_all_(self._weights(), self._pool, j, scale)
 
-    def _add(self, coefficients: Tensor) -> None:
-        update = fast.Update(self._pool, coefficients)
-        fast.run([j for n, p in self._parameters.items() for j in update.jobs(p.data, p.data, n)])
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self._parameters.items()}
 
 
 @contextmanager
