@@ -33,6 +33,10 @@ from make_bundled_data import (
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedtune.data.examples import Example
+from fedtune.evaluation.tasks import EvalSettings
+from fedtune.evaluation.tasks import evaluate as evaluate_tasks
+
 OUT = Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled"
 VOCABULARY = 768  # at most; the corpus has words for fewer
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -195,34 +199,18 @@ def batches(
             yield torch.tensor(padded), torch.tensor(weighted)
 
 
-@torch.no_grad()
 def accuracy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    examples: list[dict[str, str]],
-    max_new_tokens: int = 14,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[dict[str, str]]
 ) -> dict[str, float]:
-    """Share of greedy answers that equal the output exactly, by category and as ``"all"``."""
-    model.eval()
-    by_length: dict[int, list[tuple[list[int], dict[str, str]]]] = {}
-    for example in examples:
-        text = _prompt(example["instruction"], example["input"])
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        by_length.setdefault(len(ids), []).append((ids, example))
-    right: dict[str, list[bool]] = {}
-    for length, group in by_length.items():  # equal lengths need no padding
-        rows = torch.tensor([prompt for prompt, _ in group])
-        for _ in range(max_new_tokens):
-            rows = torch.cat([rows, model(rows).logits[:, -1:].argmax(-1)], 1)
-            if (rows[:, length:] == tokenizer.eos_token_id).any(1).all():
-                break
-        for row, (_, example) in zip(rows[:, length:].tolist(), group, strict=True):
-            answer = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-            correct = tokenizer.decode(answer) == f" {example['output']}"
-            right.setdefault(example["category"], []).append(correct)
-            right.setdefault("all", []).append(correct)
-    model.train()
-    return {name: sum(flags) / len(flags) for name, flags in sorted(right.items())}
+    """Share of right greedy answers, by category and as ``"all"``, as `fedtune eval` has it."""
+    settings = EvalSettings(template="plain", loss_on="response", max_length=64, max_new_tokens=24)
+    scores = evaluate_tasks(model, tokenizer, [Example(**row) for row in examples], ["accuracy"], settings)
+    by_category = {
+        name.partition("/")[2]: score
+        for name, score in scores["accuracy"].items()
+        if name.startswith("accuracy/")
+    }
+    return dict(sorted({"all": scores["accuracy"]["accuracy"], **by_category}.items()))
 
 
 def pretrain(

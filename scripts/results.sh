@@ -11,6 +11,7 @@ bundled="configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml
 configs/bundled_multi_round_scratch.yaml configs/bundled_one_shot_scratch.yaml"
 
 mkdir -p runs/results
+$python scripts/pretrain_bundled.py --evaluate | insert docs/bundled.md zero-shot
 [ -d runs/results/demo ] || $fedtune run configs/demo.yaml --out runs/results/demo --quiet >/dev/null
 COLUMNS=90 $fedtune run configs/demo.yaml --resume runs/results/demo --quiet | grep -v '^Run folder' | fenced | insert README.md demo
 
