@@ -6,7 +6,7 @@ unset CDPATH
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 
-extras=dev,report
+extras=dev,eval,report
 # The CPU build that the tests run with. Exact, because the newest torch that an index offers need not have a CPU build beside it.
 torch=2.13.0
 
@@ -43,7 +43,7 @@ lines = [*project["dependencies"]]
 for extra in extras.split(","):
     lines += project["optional-dependencies"][extra]
 for requirement in map(Requirement, lines):
-    if names and requirement.name not in names:
+    if names and requirement.name not in names or requirement.marker and not requirement.marker.evaluate():
         continue
     try:
         installed = version(requirement.name)

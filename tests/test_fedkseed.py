@@ -139,7 +139,7 @@ def test_the_base_model_keeps_its_bits_and_tied_weights_stay_tied(kind: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_client_computes_with_is_the_rebuild_bit_for_bit(dtype: torch.dtype) -> None:
-    from fedtune.methods.fedkseed import _FromW0, step_weights
+    from fedtune.methods.zeroth_step import _FromW0, step_weights
 
     b = Bench(FedKSeed(Config(seeds=64, local_steps=25, lr=1e-3, epsilon=1e-3), seed=0), tiny(dtype), text(1))
     kept = replies(b)

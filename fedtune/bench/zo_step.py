@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods.fedkseed import step_weights
+from fedtune.methods.zeroth_step import step_weights
 from fedtune.models.load import seeded
 from fedtune.models.tuning import attach_lora, train_all, trainable
 from fedtune.zeroth import SeedPool

@@ -25,9 +25,8 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -40,9 +39,9 @@ from fedtune.core.settings import Settings
 from fedtune.core.types import Arrival, ClientEnv, ClientResult, Cohort, Order, Payload, Reply, TensorSpec
 from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
-from fedtune.models.just_in_time import formed
+from fedtune.methods.zeroth_step import coefficients, step_weights
 from fedtune.models.tuning import train_all, trainable
-from fedtune.zeroth import NOISE_VERSION, SeedPool, fast, perturb_all_, rebuild_all_
+from fedtune.zeroth import NOISE_VERSION, SeedPool, rebuild_all_
 
 log = logging.getLogger("fedtune")
 
@@ -228,11 +227,11 @@ class FedKSeed:
                 "give the model that the run began with"
             )
         pool = SeedPool(self._key, self.config.seeds, self.config.noise)
-        coefficients = _coefficients(state.accumulator, self.config.lr)
+        a = coefficients(state.accumulator, self.config.lr)
         parameters = trainable(model)
         w0 = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
-            rebuild_all_({name: p.data for name, p in parameters.items()}, w0, pool, coefficients)
+            rebuild_all_({name: p.data for name, p in parameters.items()}, w0, pool, a)
             yield "global", model
         finally:
             for name, parameter in parameters.items():
@@ -295,11 +294,6 @@ class FedKSeed:
         return Payload({"sums": sums.float()})
 
 
-def _coefficients(accumulator: Tensor, lr: float) -> Tensor:
-    """−η a, float64 (K)."""
-    return accumulator.double() * -lr
-
-
 class _Fingerprint:
     """SHA-256 over the trainable weights; computed once a model, for they are never written for long."""
 
@@ -316,75 +310,3 @@ class _Fingerprint:
                 )
             self._known = (id(model), digest.hexdigest())
         return self._known[1]
-
-
-class _FromW0:
-    """hadamard4: the model is w0 and stays so; each forward pass forms w0 + Σ a_j z_j ± ε z_j in one pass."""
-
-    def __init__(self, model: nn.Module, pool: SeedPool, coefficients: Tensor, lr: float) -> None:
-        self._model, self._pool, self._a, self._lr = model, pool, coefficients, lr
-        self._update: fast.Update | None = None
-        self.held: dict[str, Tensor] = {}  # beside the model: nothing
-
-    def form(self, name: str, w0: Tensor, out: Tensor) -> None:
-        assert self._update is not None
-        # one thread: PyTorch's own still spin on the other cores after the layer before
-        fast.run(self._update.jobs(out, w0, name), threads=1)
-
-    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
-        shifted = self._a.clone()
-        shifted[j] += scale
-        self._update = fast.Update(self._pool, shifted)
-        return float(self._model(**batch).loss)
-
-    def update(self, estimates: list[tuple[int, float]]) -> None:
-        for j, scalar in estimates:
-            self._a[j] -= self._lr * scalar
-
-
-class _InPlace:
-    """Other noise: weights are rebuilt once, then moved by ±ε z_j and −η ĝ z_j where they lie."""
-
-    def __init__(self, model: nn.Module, pool: SeedPool, coefficients: Tensor, lr: float) -> None:
-        self._model, self._pool, self._lr = model, pool, lr
-        self._parameters = trainable(model)
-        self.held = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}  # w0
-        rebuild_all_(self._weights(), self.held, pool, coefficients)
-
-    def restore(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(self.held[name])
-
-    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
-        self._move(j, scale)
-        with torch.no_grad():
-            value = float(self._model(**batch).loss)
-        self._move(j, -scale)
-        return value
-
-    def update(self, estimates: list[tuple[int, float]]) -> None:
-        for j, scalar in estimates:
-            self._move(j, -self._lr * scalar)
-
-    def _move(self, j: int, scale: float) -> None:
-        perturb_all_(self._weights(), self._pool, j, scale)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self._parameters.items()}
-
-
-@contextmanager
-def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: float) -> Iterator[Any]:
-    """The local weights of one client; afterwards the model holds w0 again, bit for bit."""
-    model.eval()
-    coefficients = _coefficients(accumulator, lr)
-    if pool.noise == "hadamard4":
-        weights = _FromW0(model, pool, coefficients, lr)
-        with formed(model, lambda name, w0, out: weights.form(name, w0, out)):
-            yield weights
-        return
-    moved = _InPlace(model, pool, coefficients, lr)
-    try:
-        yield moved
-    finally:
-        moved.restore()
