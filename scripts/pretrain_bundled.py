@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedtune.data.examples import Example
-from fedtune.evaluation.tasks import EvalSettings
+from fedtune.evaluation.subject import EvalSettings
 from fedtune.evaluation.tasks import evaluate as evaluate_tasks
 
 OUT = Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled"

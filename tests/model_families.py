@@ -68,8 +68,13 @@ ENCODERS: dict[str, PretrainedConfig] = {
 FAMILIES = {**DECODERS, **ENCODERS}
 
 
-def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(family: str, dtype: torch.dtype = torch.float32, blocks: int = BLOCKS) -> PreTrainedModel:
     """The family's tiny model in eval mode, always the same weights."""
+    config = copy.deepcopy(FAMILIES[family])
+    if blocks != BLOCKS:
+        if hasattr(config, "layer_types"):
+            config.layer_types = [config.layer_types[0]] * blocks
+        config.num_hidden_layers = blocks
     auto = (
         transformers.AutoModelForSequenceClassification
         if family in ENCODERS
@@ -77,7 +82,7 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(7)
-        model = auto.from_config(copy.deepcopy(FAMILIES[family]), dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
         for (
             parameter
         ) in model.parameters():  # biases start at 0 and norms at 1, where mistakes would not show
@@ -95,9 +100,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+def save_folder(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, blocks: int = BLOCKS
+) -> Path:
     """A complete Hugging Face folder with the family's model."""
-    build(family, dtype).save_pretrained(folder)
+    build(family, dtype, blocks).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedtune.data import templates
 from fedtune.data.encode import IGNORED, encode_causal, encode_classification, encode_prompts
 from fedtune.data.examples import Example
 from fedtune.data.sources import load_examples
@@ -101,7 +102,10 @@ words = st.lists(st.sampled_from("abcdef"), max_size=6).map(" ".join)
 def test_causal_properties(examples: list[Example], max_length: int, loss_on: str, begin: bool) -> None:
     tokenizer = toy() if begin else toy(bos_token=None)
     found = encode_causal(examples, tokenizer, template="plain", loss_on=loss_on, max_length=max_length)
-    prompts = encode_prompts(examples, tokenizer, template="plain", max_length=1000)
+    prompts, cut = encode_prompts(
+        [templates.prompt(e, "plain") for e in examples], tokenizer, max_length=1000
+    )
+    assert cut == 0
     for example, item, prompt in zip(examples, found.items, prompts, strict=True):
         assert len(item.input_ids) == len(item.labels) <= max_length
         pairs = zip(item.input_ids, item.labels, strict=True)
@@ -123,13 +127,15 @@ def test_causal_properties(examples: list[Example], max_length: int, loss_on: st
 
 
 def test_prompts_for_generation() -> None:
-    def prompts(length: int, **special: str | None) -> list[list[int]]:
-        return encode_prompts([EXAMPLE, Example("f")], toy(**special), template="plain", max_length=length)
+    texts = [templates.prompt(example, "plain") for example in (EXAMPLE, Example("f"))]
 
-    assert prompts(9) == [[BOS, A, B, C, ANSWER], [BOS, F, ANSWER]]
-    assert prompts(3) == [[BOS, C, ANSWER], [BOS, F, ANSWER]]
-    assert prompts(2, bos_token=None) == [[C, ANSWER], [F, ANSWER]]
-    assert encode_prompts([], toy(), template="plain", max_length=9) == []
+    def prompts(length: int | None, **special: str | None) -> tuple[list[list[int]], int]:
+        return encode_prompts(texts, toy(**special), max_length=length)
+
+    assert prompts(9) == prompts(None) == ([[BOS, A, B, C, ANSWER], [BOS, F, ANSWER]], 0)
+    assert prompts(3) == ([[BOS, C, ANSWER], [BOS, F, ANSWER]], 1)
+    assert prompts(2, bos_token=None) == ([[C, ANSWER], [F, ANSWER]], 1)
+    assert encode_prompts([], toy(), max_length=9) == ([], 0)
 
 
 def test_classification() -> None:
@@ -166,7 +172,7 @@ def test_causal_refuses() -> None:
     with pytest.raises(InputError, match="max_length must be at least 2, got 1"):
         causal(1)
     with pytest.raises(InputError, match="max_length must be at least 2, got 0"):
-        encode_prompts([EXAMPLE], toy(), template="plain", max_length=0)
+        encode_prompts(["a"], toy(), max_length=0)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         causal(9, "response", eos_token=None)
     with pytest.raises(InputError, match='unknown template "chat"'):
@@ -180,7 +186,7 @@ def test_real_tokenizers_on_real_text(shared_data: Path, shared_models: Path, na
         "input": "instances.0.input", "output": "instances.0.output"
     })  # fmt: skip
     found = encode_causal(examples, tokenizer, template="alpaca", loss_on="response", max_length=256)
-    prompts = encode_prompts(examples, tokenizer, template="alpaca", max_length=10_000)
+    prompts, _ = encode_prompts([templates.prompt(e, "alpaca") for e in examples], tokenizer, max_length=None)
     lengths = []
     for example, item, prompt in zip(examples, found.items, prompts, strict=True):
         answer = [token for token in item.labels if token != IGNORED]

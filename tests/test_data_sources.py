@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.data import sources
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.data.templates import TEMPLATES, prompt, response
 from fedtune.errors import InputError
 
+PROJECT = Path(__file__).resolve().parents[1]
 GOOD = b'{"instruction": "add", "output": "3"}\n'
 
 
@@ -177,6 +179,115 @@ def test_bad_fields_and_splits(tmp_path: Path) -> None:
         load_examples("bundled", fields={}, split="validation")
 
 
+# --- folders of Natural Instructions tasks ------------------------------------------------------------------
+
+
+def write_task(folder: Path, name: str, instances: object, definition: object = ("Count.",)) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"Definition": definition, "Instances": instances}))
+
+
+def instances(count: int) -> list[dict[str, object]]:
+    return [{"id": f"{i}", "input": f"in {i}", "output": [f"out {i}", "another"]} for i in range(count)]
+
+
+def test_a_task_folder(tmp_path: Path) -> None:
+    write_task(tmp_path / "tasks", "task2_b", instances(2))
+    write_task(tmp_path / "tasks", "task1_a", [{"input": "", "output": "one"}], "Say one.")  # older versions
+    assert load_examples("tasks", fields={}, base=tmp_path) == [
+        Example("Say one.", "", "one", "task1_a"),
+        Example("Count.", "in 0", "out 0", "task2_b"),
+        Example("Count.", "in 1", "out 1", "task2_b"),
+    ]
+    assert [
+        e.instruction for e in load_examples("tasks", fields={"instruction": "input"}, base=tmp_path)
+    ] == [
+        "",
+        "in 0",
+        "in 1",
+    ]
+
+
+def test_listed_tasks_and_a_part_of_each(tmp_path: Path) -> None:
+    for name, count in (("a", 10), ("b", 90), ("c", 3)):
+        write_task(tmp_path / "tasks", name, instances(count))
+    (tmp_path / "some.txt").write_text("c\n\n b\n")
+    some = load_examples("tasks", fields={}, split="some.txt", base=tmp_path)
+    assert [e.category for e in some] == ["c"] * 3 + ["b"] * 90
+    part = load_examples("tasks", fields={}, split="some.txt[20%]", base=tmp_path)
+    # 0.6 of three is one, 18 of 90
+    assert Counter(e.category for e in part) == {"c": 1, "b": 18}
+    assert [e for e in some if e in part] == part  # some of them, in their order
+    assert part != load_examples("tasks", fields={}, split="some.txt", base=tmp_path)[:19]
+    assert part == load_examples("tasks", fields={}, split="some.txt[20%]", base=tmp_path)
+    few = load_examples("tasks", fields={}, split="train[0.5%]", base=tmp_path)
+    assert Counter(e.category for e in few) == {"a": 1, "b": 1, "c": 1}
+    assert len(load_examples("tasks", fields={}, split="train[100%]", base=tmp_path)) == 103
+
+
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_a_part_of_a_task_is_that_part_and_spread_out(count: int, percent: int) -> None:
+    part = sources._part("task1_a", count, percent)
+    assert len(part) == min(count, max(1, round(count * percent / 100)))
+    assert part == sorted(set(part)) and part[0] >= 0 and part[-1] < count
+    assert set(sources._part("task1_a", count, max(1, percent - 1))) <= set(part)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("test", r'must be "train" for all tasks or a file that lists tasks; there is no file .*test'),
+        ("gone.txt[20%]", "there is no file .*gone.txt"),
+        ("train[0%]", "0 < P <= 100"),
+        ("train[101%]", "0 < P <= 100"),
+        ("", "0 < P <= 100"),
+        ("typo.txt", r'typo.txt: .*tasks has no task "task1_b".*Did you mean "task1_a"'),
+        ("twice.txt", "listed twice"),
+        ("empty.txt", "tasks: holds no examples"),
+    ],
+)
+def test_bad_splits_of_a_task_folder(tmp_path: Path, split: str, words: str) -> None:
+    write_task(tmp_path / "tasks", "task1_a", instances(2))
+    (tmp_path / "typo.txt").write_text("task1_b\n")
+    (tmp_path / "twice.txt").write_text("task1_a\ntask1_a\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InputError, match=words):
+        load_examples("tasks", fields={}, split=split, base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("instances_", "definition", "words"),
+    [
+        ([{"input": "a", "output": []}], "Do.", r't.json: instance 1: "output".*got null'),
+        ([{"input": "a"}], "Do.", r't.json: instance 1: "output".*got null'),
+        ([{"output": ["b"]}], "Do.", None),
+        ([{"input": "a", "output": ["b"]}, "text"], "Do.", "instance 2: a record must be a JSON object"),
+        ([{"input": "a", "output": ["b"]}], [], 'instance 1: "instruction".*got null'),
+        ("none", "Do.", 'not a task of Natural Instructions: it has no list "Instances"'),
+        ([], "Do.", "holds no examples"),
+    ],
+)
+def test_bad_tasks(tmp_path: Path, instances_: object, definition: object, words: str | None) -> None:
+    write_task(tmp_path / "tasks", "t", instances_, definition)
+    if words is None:  # an absent input is an empty one, as in files
+        assert load_examples("tasks", fields={}, base=tmp_path) == [Example("Do.", "", "b", "t")]
+        return
+    with pytest.raises(InputError, match=words):
+        load_examples("tasks", fields={}, base=tmp_path)
+
+
+def test_a_folder_that_holds_no_tasks(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(InputError, match=r"tasks: this folder has no \.json file"):
+        load_examples("tasks", fields={}, base=tmp_path)
+    (tmp_path / "tasks" / "x.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"x\.json: not a task of Natural Instructions"):
+        load_examples("tasks", fields={}, base=tmp_path)
+    (tmp_path / "tasks" / "x.json").write_text('{"Instances": ')
+    with pytest.raises(InputError, match=r"x\.json:1: not valid JSON"):
+        load_examples("tasks", fields={}, base=tmp_path)
+
+
 # --- Hugging Face data sets, without network ----------------------------------------------------------------
 
 
@@ -310,6 +421,21 @@ def test_bad_holdouts(names: str, fraction: float | None, category: str | None, 
 
 
 # --- real data ----------------------------------------------------------------------------------------------
+
+
+def test_natural_instructions_as_in_the_fedkseed_paper(shared_data: Path) -> None:
+    """The split of configs/fedkseed_ni.yaml: no task on both sides, a client a training task."""
+    lists, folder = PROJECT / "configs" / "natural_instructions", "natural_instructions/tasks"
+    train, test = (
+        load_examples(folder, fields={}, split=f"{lists / part}_tasks.txt[{percent}%]", base=shared_data)
+        for part, percent in (("train", 20), ("test", 2))
+    )
+    counts, held = Counter(e.category for e in train), Counter(e.category for e in test)
+    assert (len(counts), len(held), not counts & held) == (206, 8, True)
+    whole = Counter(e.category for e in load_examples(folder, fields={}, base=shared_data))
+    assert whole.keys() == counts.keys() | held.keys() and whole.total() == 40846
+    assert all(count == round(whole[task] / 5) for task, count in counts.items())
+    assert all(count == max(1, round(whole[task] / 50)) for task, count in held.items())
 
 
 def test_dolly(shared_data: Path) -> None:

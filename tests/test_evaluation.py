@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune.bench.generation import measure
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.evaluation.generation import context_length, evaluating, generate, generate_ids
+from fedtune.evaluation.bootstrap import metrics_of
+from fedtune.evaluation.generation import Sampling, context_length, evaluating, generate, generate_ids
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
-from fedtune.evaluation.tasks import TASKS, EvalSettings, evaluate
+from fedtune.evaluation.subject import EvalSettings, Subject
+from fedtune.evaluation.tasks import TASKS, evaluate
 from fedtune.models.tuning import attach_adapter, attach_lora, attach_p_tuning, attach_prompt
 
 VOCABULARY = 48
@@ -288,6 +293,84 @@ def test_a_real_model_answers_as_one_prompt_at_a_time(shared_models: Path) -> No
     assert len(set(expected)) == 4
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "prompt on gpt2"])
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_draws_are_those_of_one_prompt_at_a_time(name: str, top_p: float) -> None:
+    model, prompts, new = MODELS[name](), some_prompts(), 12
+    sampling = Sampling(temperature=1.5, top_p=top_p, seeds=[100 + place for place in range(len(prompts))])
+    expected = []
+    for place, prompt in enumerate(prompts):
+        uniform = torch.rand(new, generator=torch.Generator().manual_seed(100 + place), dtype=torch.float64)
+        answer: list[int] = []
+        while len(answer) < new:
+            one = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logits = model(input_ids=one, attention_mask=torch.ones_like(one)).logits[0, -1].double()
+            chances = (logits / 1.5).softmax(-1).tolist()
+            kept, total = set(), 0.0
+            for token in sorted(range(VOCABULARY), key=lambda t: -chances[t]):
+                if total >= top_p:
+                    break
+                kept.add(token)
+                total += chances[token]
+            rest = float(uniform[len(answer)]) * total
+            for token in range(VOCABULARY):  # the first whose chances so far exceed the draw
+                rest -= chances[token] if token in kept else 0.0
+                if rest < 0:
+                    break
+            if token == END:
+                break
+            answer.append(token)
+        expected.append(answer)
+    assert expected != [one_at_a_time(model, prompt, new) for prompt in prompts]  # not greedy
+    for batch_size in (1, 5, 50):
+        got = generate_ids(
+            model, tokenizer(), prompts, max_new_tokens=new, batch_size=batch_size, sampling=sampling
+        )
+        assert got == expected
+
+
+def test_draws_follow_the_models_probabilities() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[:] = 0  # uniform over 48 tokens
+    sampling = Sampling(temperature=0.7, top_p=1.0, seeds=list(range(4800)))
+    ids = generate_ids(model, tokenizer(), [[3]] * 4800, max_new_tokens=1, batch_size=4800, sampling=sampling)
+    counts = Counter(tuple(answer) for answer in ids)
+    assert len(counts) == VOCABULARY  # the end token gives ()
+    chi_squared = sum((count - 100) ** 2 / 100 for count in counts.values())
+    assert chi_squared < 95  # 47 degrees of freedom: above with a chance of 5 in 100,000
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_answers_end_before_the_first_stopping_text(batch_size: int) -> None:
+    model, prompts = llama(), some_prompts(20)
+    whole = generate(model, tokenizer(), prompts, max_new_tokens=30, batch_size=20)
+    words = Counter(word for text in whole for word in text.split())
+    stop = [f"{words.most_common(3)[2][0]} ", whole[3][4:12]]
+    expected = [min((text.partition(s)[0] for s in stop), key=len) for text in whole]
+    assert expected != whole
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    got = generate(model, tokenizer(), prompts, max_new_tokens=30, batch_size=batch_size, stop=stop)
+    assert got == expected
+    if batch_size == 1:
+        assert len(calls) < sum(len(text.split()) + 1 for text in whole)  # it does not go on to the end
+
+
+def test_rows_that_have_ended_leave_the_batch() -> None:
+    model, prompts = llama(), some_prompts(40)
+    lengths = [len(a) for a in generate_ids(model, tokenizer(), prompts, max_new_tokens=40, batch_size=40)]
+    sizes = []
+    model.register_forward_hook(lambda *call: sizes.append(call[-1].logits.shape[0]))
+    generate_ids(model, tokenizer(), prompts, max_new_tokens=40, batch_size=40)
+    assert sizes[0] == 40
+    for step, size in enumerate(sizes):
+        going = sum(length >= step for length in lengths)
+        assert going <= size <= max(2 * going, 1)  # at most half of the rows have ended
+    assert sizes[-1] < 40
+
+
 @pytest.mark.parametrize(
     ("answer", "reference", "right"),
     [
@@ -333,6 +416,11 @@ EXAMPLES = [
 def settings(**changes: Any) -> EvalSettings:
     plain: dict[str, Any] = {"template": "plain", "loss_on": "response", "max_length": 64}
     return EvalSettings(**plain | changes)
+
+
+def plain(scores: dict[str, float]) -> dict[str, float]:
+    """The metrics of a task without their errors and counts."""
+    return {name: scores[name] for name in metrics_of(scores)}
 
 
 def hand_loss(model: Any, example: Example) -> list[float]:
@@ -387,11 +475,13 @@ def test_accuracy_counts_exact_answers_by_category(monkeypatch: pytest.MonkeyPat
         calls.append(prompts)
         return given_answers
 
-    monkeypatch.setattr("fedtune.evaluation.tasks.generate", fake)
+    monkeypatch.setattr("fedtune.evaluation.subject.generate", fake)
     got = evaluate(llama(), tokenizer(), EXAMPLES, ["accuracy", "rouge-l"], settings())
-    assert got["accuracy"] == {"accuracy": 3 / 5, "examples": 5, "accuracy/a": 1 / 2, "accuracy/b": 1 / 2}
+    assert plain(got["accuracy"]) == {"accuracy": 3 / 5, "accuracy/a": 1 / 2, "accuracy/b": 1 / 2}
     third = 2 * 1 * (3 / 4) / (1 + 3 / 4)
-    assert got["rouge-l"] == {"rouge_l": pytest.approx((1 + 0 + third + 1 + 1) / 5), "examples": 5}
+    assert plain(got["rouge-l"]) == {"rouge_l": pytest.approx((1 + 0 + third + 1 + 1) / 5)}
+    assert got["accuracy"]["examples"] == got["rouge-l"]["examples"] == 5
+    assert got["accuracy"]["truncated"] == got["rouge-l"]["truncated"] == 0
     assert len(calls) == 1  # generated once for both tasks
     assert calls[0][4] == [BEGIN, 26, 27, 3]
 
@@ -402,7 +492,7 @@ def test_accuracy_of_a_model_that_knows_one_answer() -> None:
     known = generate(model, tokenizer(), prompts, max_new_tokens=6, batch_size=2)
     examples = [Example("w14", "", known[0], "x"), Example("w26 w27", "", known[1] + " w3", "y")]
     got = evaluate(model, tokenizer(), examples, ["accuracy"], settings(max_new_tokens=6))["accuracy"]
-    assert got == {"accuracy": 0.5, "examples": 2, "accuracy/x": 1.0, "accuracy/y": 0.0}
+    assert plain(got) == {"accuracy": 0.5, "accuracy/x": 1.0, "accuracy/y": 0.0}
 
 
 def test_a_prompt_cut_to_the_context_keeps_its_begin_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,9 +502,14 @@ def test_a_prompt_cut_to_the_context_keeps_its_begin_token(monkeypatch: pytest.M
         seen.extend(prompts)
         return [""] * len(prompts)
 
-    monkeypatch.setattr("fedtune.evaluation.tasks.generate", fake)
+    monkeypatch.setattr("fedtune.evaluation.subject.generate", fake)
     long = Example(" ".join(["w5"] * 300), "", "w6")
-    evaluate(llama(), tokenizer(), [long], ["accuracy"], settings(max_length=4096, max_new_tokens=36))
+    short = Example("w5", "", "w6")
+    got = evaluate(
+        llama(), tokenizer(), [long, short], ["accuracy"], settings(max_length=4096, max_new_tokens=36)
+    )
+    assert got["accuracy"]["truncated"] == 1
+    assert seen.pop() == [BEGIN, 5, 3]
     assert seen == [[BEGIN] + [5] * 58 + [3]]  # 96 - 36 = 60 tokens
 
 
@@ -449,7 +544,8 @@ def test_a_classifier_is_scored_by_argmax_and_cross_entropy(batch_size: int) -> 
     got = evaluate(
         model, tokenizer(), examples, ["loss", "accuracy"], settings(labels=labels, batch_size=batch_size)
     )
-    assert got["accuracy"] == {"accuracy": 0.75, "examples": 4, "accuracy/p": 1.0, "accuracy/q": 0.5}
+    assert plain(got["accuracy"]) == {"accuracy": 0.75, "accuracy/p": 1.0, "accuracy/q": 0.5}
+    assert "truncated" not in got["accuracy"]
     assert got["loss"]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
     assert got["loss"]["tokens"] == 4
     with pytest.raises(InputError, match="rouge-l is for generated text"):
@@ -458,19 +554,89 @@ def test_a_classifier_is_scored_by_argmax_and_cross_entropy(batch_size: int) -> 
 
 def test_evaluate_restores_mode_and_gradients() -> None:
     model = llama().train()
-    evaluate(model, tokenizer(), EXAMPLES, list(TASKS), settings(max_new_tokens=4))
+    evaluate(model, tokenizer(), EXAMPLES, ["loss", "accuracy", "rouge-l"], settings(max_new_tokens=4))
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_wrong_tasks_and_no_examples() -> None:
-    with pytest.raises(InputError, match=r'unknown evaluation task "acuracy".*Did you mean "accuracy"\?'):
+    with pytest.raises(InputError, match=r"task 'acuracy' is not known.*Did you mean \"accuracy\"\?"):
         evaluate(llama(), tokenizer(), EXAMPLES, ["loss", "acuracy"], settings())
     with pytest.raises(InputError, match="no examples to evaluate on"):
         evaluate(llama(), tokenizer(), [], ["loss"], settings())
 
 
 def test_every_task_has_a_one_line_summary() -> None:
-    assert set(TASKS) == {"loss", "accuracy", "rouge-l"}
+    assert {"loss", "accuracy", "rouge-l"} <= set(TASKS)
     assert all(task.summary and "\n" not in task.summary for task in TASKS.values())
+
+
+def test_a_task_draws_samples_for_each_prompt() -> None:
+    model, prompts = llama(), ["w5 w6", "w7", " ".join(["w8"] * 200)]
+    drawn: dict[int, list[list[str]]] = {}
+    for batch_size in (1, 16):
+        subject = Subject(model, tokenizer(), [], settings(batch_size=batch_size))
+        drawn[batch_size] = subject.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0)
+        assert subject.truncated == 1
+        subject.generate(prompts, max_new_tokens=8)
+        assert subject.truncated == 2
+    assert drawn[1] == drawn[16]
+    assert [len(set(texts)) > 1 for texts in drawn[1]] == [True] * 3
+    subject = Subject(model, tokenizer(), [], settings())
+    assert subject.generate(prompts, max_new_tokens=8, samples=2, temperature=1.0) == [
+        t[:2] for t in drawn[1]
+    ]
+    assert subject.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0, seed=1) != drawn[1]
+    other = Subject(model, tokenizer(), [], settings(seed=1))
+    assert other.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0) != drawn[1]
+    greedy = subject.generate(prompts, max_new_tokens=8, samples=2)
+    ids = [[BEGIN, 5, 6], [BEGIN, 7], [BEGIN] + [8] * 87]  # 96 tokens less 8
+    assert greedy == [
+        [text] * 2 for text in generate(model, tokenizer(), ids, max_new_tokens=8, batch_size=3)
+    ]
+
+
+def test_rows_of_a_tasks_file(tmp_path: Path) -> None:
+    def rows(text: str, **changes: Any) -> list[dict[str, Any]]:
+        (tmp_path / "f.jsonl").write_text(text, encoding="utf-8")
+        files = {"task": str(tmp_path / "f.jsonl")}
+        return Subject(llama(), tokenizer(), [], settings(files=files, **changes)).rows(
+            "task", {"question": str, "score": (int, float)}
+        )
+
+    good = json.dumps({"question": "a\u2028b", "score": 1, "more": None}, ensure_ascii=False)
+    assert rows(f"{good}\n\n{good}\n") == [{"question": "a\u2028b", "score": 1, "more": None}] * 2
+    assert len(rows(f"{good}\n{good}\n", limit=1)) == 1
+    for bad, message in (
+        (
+            '{"question": "a"}',
+            r"f\.jsonl, line 2: task task needs the fields question, score; score is missing",
+        ),
+        ('{"question": 3, "score": 1}', "line 2: question must be str for task task, got 3"),
+        ('{"question": "a", "score": true}', "line 2: score must be int or float for task task, got True"),
+        ("[]", "line 2: task task needs an object on each line, got list"),
+        ("{", "line 2: not JSON"),
+    ):
+        with pytest.raises(InputError, match=message):
+            rows(f"{good}\n{bad}\n")
+    with pytest.raises(InputError, match="has no examples for task task"):
+        rows("\n")
+    subject = Subject(llama(), tokenizer(), [], settings(files={"task": str(tmp_path / "none.jsonl")}))
+    with pytest.raises(InputError, match=r"evaluation\.files\.task: no such file: .*none\.jsonl"):
+        subject.file("task")
+    with pytest.raises(InputError, match=r"task other reads a data file: give evaluation\.files\.other=FILE"):
+        subject.file("other")
+
+
+def test_the_benchmark_counts_the_same_tokens_both_ways() -> None:
+    rows, ratios = measure(short=5, long=2)  # raises where the two ways answer differently
+    assert [row["case"] for row in rows] == [
+        "answers to the end, transformers.generate one at a time",
+        "answers to the end, batches of 5",
+        "32 tokens each, transformers.generate one at a time",
+        "32 tokens each, batches of 2",
+    ]
+    assert rows[0]["tokens"] == rows[1]["tokens"] < rows[2]["tokens"] == rows[3]["tokens"] == 64
+    assert all(row["tokens_per_second"] == row["tokens"] / row["seconds"] for row in rows)
+    assert len(ratios) == 2

@@ -16,7 +16,7 @@ from toy import Bench, Toy, items
 from fedtune.core.client import ClientError
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import Arrival, QuorumError, quorum_of, sample_cohort
-from fedtune.core.types import ClientEnv, ClientResult, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.core.types import ClientEnv, ClientResult, Cohort, Order, Payload, Reply, ServerEnv, TensorSpec
 from fedtune.core.wire import Message, decode, encode
 from fedtune.methods.fedavg import Config, FedAvg
 from fedtune.transport.in_process import InProcess, Simulation
@@ -32,10 +32,20 @@ class State:
 class Adding:
     """Client i sends i; the server adds the mean. Client 2 sends what `bad` makes."""
 
-    rounds, arrival, pools_data, uses_wire, saves_merged = 1, "any-order", False, True, False
+    rounds, arrival, pools_data, uses_wire, saves_merged, sends_model = (
+        1,
+        "any-order",
+        False,
+        True,
+        False,
+        False,
+    )
 
     def __init__(self, bad: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
         self.bad = bad
+
+    def prepare(self, server: ServerEnv) -> None:
+        pass
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         return build()
@@ -342,3 +352,49 @@ def test_everyone_is_asked_even_when_the_quorum_is_out_of_reach() -> None:
     with pytest.raises(QuorumError):
         federation.round(1, quorum=4)
     assert {entry["client"] for entry in federation.wire} == {0, 1, 2, 3}
+
+
+class InTurn(Adding):
+    """Client i adds i to what the turn before left; client 2 may fail. The state counts turns."""
+
+    arrival, sends_model = "in-turn", True
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterable[Order]:
+        client = cohort.clients[int(state.w[1])]
+        model = {"model:base": torch.ones(10)} if state.w[1] == 0 else {}
+        yield Order(client, Payload({"w": state.w} | model), {"w": TensorSpec(torch.float32, (2,), 100.0)})
+
+    def init(self, model: nn.Module) -> State:
+        return State(torch.zeros(2))
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        assert not list(env.model.parameters())  # the server's model is not the client's
+        if env.client == 2 and self.bad:
+            self.bad()
+        held = {n: t for n, t in job.tensors.items() if n.startswith("model:")}
+        if held:
+            env.store.put(Payload(held))
+        return ClientResult(Payload({"w": job.tensors["w"] + torch.tensor([env.client, 1.0])}), {})
+
+    def server_step(self, state: State, replies: Iterable[Reply]) -> State:
+        for reply in replies:
+            return State(reply.payload.tensors["w"])
+        return State(state.w + torch.tensor([0.0, 1.0]))
+
+
+def test_clients_in_turn_see_what_the_one_before_left() -> None:
+    b = bench(InTurn())
+    outcome = b.round(1)
+    assert outcome.clients == sorted(DATA)
+    assert b.state.w.tolist() == [sum(DATA), len(DATA)]
+    held = [(e["kind"], e["client"], e["payload_bytes"]) for e in b.wire if e["direction"] == "down"][:2]
+    first = min(DATA)
+    assert held == [("model", first, 40), ("train", first, 8)]
+    assert b.ledger.framed_bytes["down"] == sum(e["framed_bytes"] for e in b.wire if e["direction"] == "down")
+
+
+def test_a_client_that_fails_in_its_turn_is_passed_over() -> None:
+    b = bench(InTurn(_fails))
+    outcome = b.round(1, quorum=1)
+    assert set(outcome.left_out) == {2} and "no battery" in outcome.left_out[2]
+    assert b.state.w.tolist() == [sum(DATA) - 2, len(DATA)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedtune.core.client import ClientRunner
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.types import ServerEnv
 from fedtune.data.encode import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.transport.in_process import InProcess, Simulation
@@ -44,6 +45,7 @@ class Bench:
         deadline_s: float | None = None,
     ) -> None:
         self.method, self.data = method, data
+        method.prepare(ServerEnv((), 0, torch.device("cpu")))
         self.model = method.client_model(lambda: model)
         self.wire: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []

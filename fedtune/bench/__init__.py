@@ -17,6 +17,7 @@ BENCHES = {
     "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
     "rebuild": "weights from K seeds: each kind of noise against the paper's loop and one plain pass",
     "zo-step": "a zeroth-order step against its two forward passes, and its memory against inference",
+    "generation": "answers in padded batches against transformers.generate, one example after the other",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
 }
 

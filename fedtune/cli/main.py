@@ -135,7 +135,7 @@ def compare(
 
     Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
     """
-    from fedtune.run.compare import MAIN_METRIC, Candidate
+    from fedtune.run.compare import Candidate, main_metrics
     from fedtune.run.compare import compare as compare_all
     from fedtune.run.config_file import load_config
 
@@ -148,7 +148,7 @@ def compare(
     from fedtune.report.tables import compare_markdown, compare_table, print_whole
     from fedtune.run.files import write_text
 
-    metrics = [f"{task}.{MAIN_METRIC[task]}" for task in candidates[0].config.evaluation.tasks]
+    metrics = main_metrics(document["rows"], candidates[0].config.evaluation.tasks)
     write_text(path / "table.md", compare_markdown(document, metrics))
     if as_json:
         _print_json(document)
@@ -198,7 +198,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate what a run made, or any model, on held-out examples.
+    """Evaluate what a run made, or any model: on held-out examples, files, or lm-evaluation-harness's tasks.
 
     Example: fedtune eval runs/demo --tasks loss,accuracy
     """
@@ -208,12 +208,10 @@ def evaluate(
     if as_json:
         _print_json(scores)
         return
-    from fedtune.report.tables import number
+    from fedtune.report.tables import score_lines
 
-    for name, by_task in scores["scores"].items():
-        for task, metrics in by_task.items():
-            for metric, value in metrics.items():
-                print(f"{name}  {task}  {metric}  {number(value)}")
+    for line in score_lines(scores):
+        print(line)
 
 
 @app.command(no_args_is_help=True)
@@ -265,6 +263,8 @@ def list_things(
     width = max(len(entry["name"]) for entry in entries)
     for entry in entries:
         print(f"{entry['name']:{width}}  {entry['summary']}")
+    if what is Listing.tasks:
+        print("Those of lm-evaluation-harness: lm_eval ls tasks [--include_path FOLDER]", file=sys.stderr)
 
 
 @app.command(no_args_is_help=False)

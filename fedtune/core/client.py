@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedtune.core.seeds import derive_seed
+from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Method, Payload, Scalar
 from fedtune.core.wire import Message, decode, encode
 from fedtune.measure.memory import MemoryMeter
@@ -35,6 +36,7 @@ class ClientRunner:
         pad_id: The padding token.
         seed: The run's seed.
         device: Where the model lies.
+        store: What clients were sent to hold; in memory by default.
     """
 
     def __init__(
@@ -46,14 +48,17 @@ class ClientRunner:
         pad_id: int,
         seed: int,
         device: torch.device,
+        store: Store | None = None,
     ) -> None:
-        self._method, self._model, self._data = method, model, data
+        self.store = store or Store()
+        self._method, self._data = method, data
+        self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
         self.states: dict[int, Payload] = {}  # what each client keeps between its rounds
 
     def use(self, model: nn.Module) -> None:
         """Replaces the model, once what the method trains is attached to it."""
-        self._model = model
+        self._model = nn.Module() if self._method.sends_model else model
 
     def handle(self, client: int, frame: bytes) -> bytes:
         """Does what the order in `frame` says and returns the reply's frame.
@@ -83,6 +88,7 @@ class ClientRunner:
             state=self.states.get(client),
             memory=meter,
             device=self._device,
+            store=self.store,
         )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.seeds import numpy_generator
-from fedtune.core.types import Cohort, Method, Order, Payload, Reply
+from fedtune.core.types import MODEL, Cohort, Method, Order, Payload, Reply
 from fedtune.core.wire import FrameError, Message, check, decode, encode
 from fedtune.errors import FederationError
 from fedtune.measure.clock import Clock
@@ -104,9 +105,16 @@ class RoundLoop:
     """Runs rounds of one method over one transport, entering every message in the ledger."""
 
     def __init__(
-        self, method: Method[Any], transport: Transport, ledger: Ledger, clock: Clock, device: torch.device
+        self,
+        method: Method[Any],
+        transport: Transport,
+        ledger: Ledger,
+        clock: Clock,
+        device: torch.device,
+        server_model: nn.Module | None = None,
     ) -> None:
         self._method, self._transport, self._ledger = method, transport, ledger
+        self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
 
     def run(
@@ -135,6 +143,13 @@ class RoundLoop:
             QuorumError: Fewer than `quorum` clients gave a usable reply; names the others.
         """
         outcome = RoundOutcome(round, cohort.clients)
+        if self._method.arrival == "in-turn":
+            for _ in cohort.clients:
+                turn = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
+                state = self._fold(state, list(turn), round)
+                on_arrival(state, outcome)
+            _hold_quorum(outcome, quorum)
+            return state, outcome
         replies = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
         if self._method.arrival == "one-by-one":
             for reply in replies:
@@ -147,7 +162,8 @@ class RoundLoop:
 
     def _fold(self, state: S, replies: Iterable[Reply], round: int) -> S:
         meter = MemoryMeter(self._device)
-        with self._clock.part("aggregation"), meter.whole(resident=_tensors(state)):
+        held = [self._server_model] if self._server_model is not None else []
+        with self._clock.part("aggregation"), meter.whole(resident=[*_tensors(state), *held]):
             state = self._method.server_step(state, replies)
         self._ledger.memory(
             round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how
@@ -238,15 +254,23 @@ class RoundLoop:
         return Reply(arrival.client, message.payload, metrics, cohort)
 
     def _enter(self, round: int, client: int, direction: str, payload: Payload, frame: bytes) -> None:
-        if self._method.uses_wire:
-            self._ledger.message(
-                round=round,
-                client=client,
-                direction=direction,
-                kind="train",
-                payload_bytes=payload.nbytes,
-                framed_bytes=len(frame),
-            )
+        if not self._method.uses_wire:
+            return
+        # what a client is sent to hold is entered on its own: papers count it once, or not at all
+        held = sum(t.nbytes for name, t in payload.tensors.items() if name.startswith(MODEL))
+        for kind, payload_bytes, framed_bytes in (
+            ("model", held, held),
+            ("train", payload.nbytes - held, len(frame) - held),
+        ):
+            if kind == "train" or payload_bytes:
+                self._ledger.message(
+                    round=round,
+                    client=client,
+                    direction=direction,
+                    kind=kind,
+                    payload_bytes=payload_bytes,
+                    framed_bytes=framed_bytes,
+                )
 
 
 def _hold_quorum(outcome: RoundOutcome, quorum: int) -> None:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.errors import InputError
 
 if TYPE_CHECKING:
+    from fedtune.core.store import Store
     from fedtune.data.encode import Encoded
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool
+MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 
 
 def scalar_bytes(value: Scalar) -> int:
@@ -105,6 +108,7 @@ class ClientEnv:
     state: Payload | None  # what this client kept from its last round
     memory: MemoryMeter
     device: torch.device
+    store: Store  # what it was sent to hold, by digest
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator of this client and round for one purpose."""
@@ -124,9 +128,25 @@ class ClientResult:
     state: Payload | None = None
 
 
+@dataclass(frozen=True)
+class ServerEnv:
+    """What the server has besides its state."""
+
+    public: Sequence[Encoded]  # the public examples of `data.public`; empty without them
+    pad_id: int
+    device: torch.device
+
+    def refuse_public(self, method: str) -> None:
+        """Raises InputError if there are public examples, for a method that has no use for them."""
+        if self.public:
+            raise InputError(
+                f"data.public is set, but {method} trains nothing on the server; remove it, or use fedbiot"
+            )
+
+
 S = TypeVar("S")
 
-Arrival = Literal["plan-order", "any-order", "one-by-one"]
+Arrival = Literal["plan-order", "any-order", "one-by-one", "in-turn"]
 
 
 class Method(Protocol[S]):
@@ -136,10 +156,14 @@ class Method(Protocol[S]):
         rounds: How many rounds a run has; 0 for a method that trains nothing.
         arrival: How replies are folded in. `plan-order`: one server step on the replies in the order
             of the plan. `any-order`: one server step on the replies as they come, with a result that
-            does not depend on their order. `one-by-one`: a server step on each reply alone.
+            does not depend on their order. `one-by-one`: a server step on each reply alone. `in-turn`:
+            one client after another; `plan` is asked anew for each turn, with the state after the one
+            before, and gives one order; a client that fails makes a server step on no reply.
         pools_data: One client holds the data of all (centralised training).
         uses_wire: False for reference rows whose clients send nothing; then nothing is in the ledger.
         saves_merged: The result lives in the base model's weights and is saved as a whole model.
+        sends_model: Clients compute with what their orders brought and never hold the server's model;
+            `client_model` is then the server's alone, and `ClientEnv.model` is empty.
     """
 
     rounds: int
@@ -147,6 +171,14 @@ class Method(Protocol[S]):
     pools_data: bool
     uses_wire: bool
     saves_merged: bool
+    sends_model: bool
+
+    def prepare(self, server: ServerEnv) -> None:
+        """What the server has besides its state; called once, before `client_model`.
+
+        Raises:
+            InputError: The method needs public examples, and there are none.
+        """
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """What a client must hold. In process `build` returns the one base model in memory."""
@@ -165,6 +197,9 @@ class Method(Protocol[S]):
 
     def export(self, state: S, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The models that `state` stands for, by name, one at a time, in `model`'s memory.
+
+        `global` is the result; `client-0000` and so on stand for a result that is one model a client. Any
+        other name is a second result, evaluated and saved beside the first.
 
         Each is valid until the next is asked for; after the last, frozen tensors are as they were.
         """

@@ -95,17 +95,27 @@ def encode_causal(
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
-) -> list[list[int]]:
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> tuple[list[list[int]], int]:
     """Encodes prompts for generation: begin token (if any) and prompt, cut from the left to `max_length`.
 
+    Args:
+        prompts: Texts, as `templates.prompt` makes them.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: The most tokens of a prompt; None: no limit.
+
+    Returns:
+        Token ids, and how many prompts were cut.
+
     Raises:
-        InputError: An unknown template, or a `max_length` under 2.
+        InputError: A `max_length` under 2.
     """
-    _check_length(max_length)
-    begin = _begin(tokenizer)
-    prompts = _tokens([templates.prompt(example, template) for example in examples], tokenizer)
-    return [begin + _tail(prompt, max_length - len(begin)) for prompt in prompts]
+    if max_length is not None:
+        _check_length(max_length)
+    begin, whole = _begin(tokenizer), _tokens(list(prompts), tokenizer)
+    kept = [ids if max_length is None else _tail(ids, max_length - len(begin)) for ids in whole]
+    cut = sum(len(short) < len(long) for short, long in zip(kept, whole, strict=True))
+    return [begin + ids for ids in kept], cut
 
 
 def encode_classification(

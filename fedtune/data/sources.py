@@ -1,14 +1,17 @@
-"""Where examples come from: JSON Lines and JSON files, Hugging Face data sets, and the set that is bundled.
+"""Where examples come from: files, folders of tasks, Hugging Face data sets, and the set that is bundled.
 
-All three go through one mapping of fields and one set of checks, so a bad record is refused with its place
-wherever it came from. Nothing remote is run: the `datasets` library reads data files only.
+All go through one mapping of fields and one set of checks, so a bad record is refused with its place wherever
+it came from. Nothing remote is run: the `datasets` library reads data files only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -29,16 +32,19 @@ def load_examples(
 
     Args:
         source: "bundled"; a path that ends in .jsonl (one object a line) or .json (an array of objects, or
-            one object a line); or the name of a Hugging Face data set, "owner/name" or
-            "owner/name:configuration".
+            one object a line); a folder of Natural Instructions task files, one .json a task; or the name of
+            a Hugging Face data set, "owner/name" or "owner/name:configuration".
         fields: Our field names to the source's keys; a field that is not named keeps its own name. Dots lead
             into nested objects and, by number, into lists ("answers.text.0").
-        split: Which part of a Hugging Face data set or of the bundled one. A file has one part only.
+        split: Which part of a Hugging Face data set or of the bundled one. A file has one part only. Of a
+            task folder: a text file with a task's name a line, or "train" for all tasks; with a percentage
+            behind it ("test_tasks.txt[2%]") a random part of each task's instances, the same for every seed.
         base: The folder that a relative path starts from.
 
     Returns:
         The examples in the source's order. Numbers become text as JSON writes them. An absent key of `input`
-        or `category` reads as "" unless `fields` names it; a null there always does.
+        or `category` reads as "" unless `fields` names it; a null there always does. Of a task: definition
+        and input, the first output, and the task's name as category.
 
     Raises:
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
@@ -54,8 +60,9 @@ def load_examples(
             what = "is not a file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {what}. Paths start from {base.resolve()}.")
         return _examples(_file_rows(path, str(path)), fields, str(path))
+    if path.is_dir():
+        return _examples(_task_rows(path, split, base), fields, str(path))
     if path.exists():
-        # load_dataset would quietly read a local folder of that name instead of the hub's data set
         raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
     return _examples(_hub_rows(source, split), fields, f'data set "{source}"')
 
@@ -91,20 +98,25 @@ def _check_fields(fields: Mapping[str, str]) -> None:
 
 def _file_rows(file: Path | Traversable, name: str) -> Iterator[tuple[str, Any]]:
     """Yields (place, decoded value) for each record of a JSON Lines or JSON file; blank lines are skipped."""
+    with _readable(name), file.open("rb") as lines:
+        if name.endswith(".json"):
+            start = lines.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+            lines.seek(0)
+            if start.startswith(b"["):
+                yield from _array_rows(lines.read(), name)
+                return
+        # lines end at line feeds only: str.splitlines would also cut at U+2028, which JSON allows in text
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line := line.strip():
+                yield f"{name}:{number}", _decoded(line, name, number)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        with file.open("rb") as lines:
-            if name.endswith(".json"):
-                start = lines.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
-                lines.seek(0)
-                if start.startswith(b"["):
-                    yield from _array_rows(lines.read(), name)
-                    return
-            # lines end at line feeds only: str.splitlines would also cut at U+2028, which JSON allows in text
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line := line.strip():
-                    yield f"{name}:{number}", _decoded(line, name, number)
+        yield
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror or error}.") from error
 
@@ -129,6 +141,66 @@ def _decoded(text: bytes, name: str, first_line: int) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
         raise InputError(f"{name}:{first_line}: JSON that cannot be read: {error}.") from error
+
+
+def _task_rows(folder: Path, split: str, base: Path) -> Iterator[tuple[str, Any]]:
+    """The instances of a folder of Natural Instructions tasks (Wang et al. 2022), one file a task."""
+    parsed = re.fullmatch(r"(.+?)(?:\[(\d+(?:\.\d+)?)%\])?", split)
+    if parsed is None or not 0 < float(parsed[2] or 100) <= 100:
+        raise InputError(
+            f'{folder}: the split must be "FILE" or "FILE[P%]" with 0 < P <= 100, got "{split}".'
+        )
+    files = {file.stem: file for file in sorted(folder.glob("*.json"))}
+    if not files:
+        raise InputError(
+            f"{folder}: this folder has no .json file; give a .jsonl file, or a folder of task files."
+        )
+    tasks = list(files) if parsed[1] == "train" else _listed(base / parsed[1], files, folder)
+    for task in tasks:
+        name = str(files[task])
+        with _readable(name), files[task].open("rb") as file:
+            content = _decoded(file.read().removeprefix(b"\xef\xbb\xbf"), name, 1)
+        if not isinstance(content, dict) or not isinstance(content.get("Instances"), list):
+            raise InputError(f'{name}: not a task of Natural Instructions: it has no list "Instances".')
+        definition, instances = _first(content.get("Definition")), content["Instances"]
+        for number in _part(task, len(instances), float(parsed[2] or 100)):
+            row = instances[number]
+            if isinstance(row, dict):
+                row |= {"instruction": definition, "output": _first(row.get("output")), "category": task}
+            yield f"{name}: instance {number + 1}", row
+
+
+def _listed(path: Path, files: Mapping[str, Path], folder: Path) -> list[str]:
+    """The tasks that a list names, one a line, in its order."""
+    if not path.is_file():
+        raise InputError(
+            f'{folder}: its split must be "train" for all tasks or a file that lists tasks; there '
+            f"is no file {path}."
+        )
+    with _readable(str(path)):
+        # a name that is damaged by another encoding is one that no file has
+        text = path.read_text(encoding="utf-8", errors="replace")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    for number, name in enumerate(names, start=1):
+        if name not in files:
+            raise InputError(f'{path}: {folder} has no task "{name}".{nearest(name, files)}')
+        if name in names[: number - 1]:
+            raise InputError(f'{path}: the task "{name}" is listed twice.')
+    return names
+
+
+def _part(task: str, count: int, percent: float) -> list[int]:
+    """Which instances are taken, in order: by rank of a hash, so that every run takes the same."""
+    wanted = min(count, max(1, round(count * percent / 100)))
+    ranked = sorted(range(count), key=lambda i: hashlib.sha256(f"{task} {i}".encode()).digest())
+    return sorted(ranked[:wanted])
+
+
+def _first(value: Any) -> Any:
+    """The first of a list: later versions of the data write definitions and outputs as lists."""
+    if isinstance(value, list):
+        return value[0] if value else None
+    return value
 
 
 def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
-"""Greedy answers to a set of prompts, in padded batches, equal to one prompt at a time.
+"""Answers to a set of prompts, in padded batches, equal to one prompt at a time.
 
-The decoding loop is our own rather than `transformers.generate`: greedy search is a few lines, a hub model's
-`generation_config` (sampling, penalties, forced tokens) must not leak into a comparison, and a soft prompt
-has to stand between the padding and the text, which PEFT's own `generate` does not do.
+The decoding loop is our own rather than `transformers.generate`: greedy search and sampling are a few lines,
+a hub model's `generation_config` (sampling, penalties, forced tokens) must not leak into a comparison, and a
+soft prompt has to stand between the padding and the text, which PEFT's own `generate` does not do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Draws in place of the likeliest token.
+
+    Attributes:
+        temperature: Above 0; logits are divided by it.
+        top_p: Tokens are drawn from the least set of likeliest ones with this probability in sum.
+        seeds: One a prompt: its draws are its own, in whatever batch it is.
+    """
+
+    temperature: float
+    top_p: float
+    seeds: Sequence[int]
+
+
 def generate(
     model: Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,8 +45,10 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """Answers each prompt greedily.
+    """Answers each prompt.
 
     Args:
         model: A causal language model of transformers, PEFT-wrapped or not (LoRA, prompt tuning, p-tuning).
@@ -39,6 +57,8 @@ def generate(
             `max_new_tokens` loses its start.
         max_new_tokens: The most tokens of an answer, the end-of-sequence token included.
         batch_size: Prompts decoded together.
+        stop: Texts; an answer ends before the first of them.
+        sampling: None: greedy.
 
     Returns:
         The answers in the order of the prompts, without prompt and special tokens.
@@ -46,8 +66,21 @@ def generate(
     Raises:
         InputError: A prompt has no tokens, or `max_new_tokens` leaves no room in the model's context.
     """
-    answers = generate_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+    answers = generate_ids(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop=stop,
+        sampling=sampling,
+    )
+    return [_text(tokenizer, ids, stop) for ids in answers]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> str:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
 
 
 def generate_ids(
@@ -57,14 +90,20 @@ def generate_ids(
     *,
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """As `generate`, but gives token ids, up to the end-of-sequence token and without it."""
+    """As `generate`, but gives token ids, up to the end-of-sequence token and without it.
+
+    The ids of a stopping text, where one was met, are still there.
+    """
     room = prompt_room(model, max_new_tokens)
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {place} has no tokens: give its example an instruction.")
     ends = _end_tokens(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if isinstance(i, int)), 0)  # any id: it is masked
+    stopped = _Stop(tokenizer, stop)
     answers: list[list[int]] = [[] for _ in prompts]
     # Longest first: like lengths share a batch, and what does not fit in memory shows at once.
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
@@ -73,13 +112,21 @@ def generate_ids(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = [list(prompts[place])[-room if room is not None else None :] for place in places]
-            for place, ids in zip(places, _decode(model, batch, pad, ends, max_new_tokens), strict=True):
+            choose = _Choice(sampling, places, max_new_tokens)
+            decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped)
+            for place, ids in zip(places, decoded, strict=True):
                 answers[place] = ids
     return answers
 
 
 def _decode(
-    model: Module, prompts: list[list[int]], pad: int, ends: frozenset[int], max_new_tokens: int
+    model: Module,
+    prompts: list[list[int]],
+    pad: int,
+    ends: frozenset[int],
+    max_new_tokens: int,
+    choose: _Choice,
+    stopped: _Stop,
 ) -> list[list[int]]:
     inner = _inner(model)
     device = next(inner.parameters()).device
@@ -91,11 +138,10 @@ def _decode(
         inputs, mask = _with_soft_prompt(model, inner, prompts, ids, mask)
     takes = inspect.signature(inner.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    end_ids = torch.tensor(sorted(ends), device=device, dtype=torch.long)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    steps: list[Tensor] = []
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # whose answer each row of the batch is; shrinks as answers end
     cache = None
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         new = next(iter(inputs.values())).shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]  # padding takes no positions
         out = inner(
@@ -106,15 +152,71 @@ def _decode(
             **({"position_ids": positions} if "position_ids" in takes else {}),
             **last_only,
         )
-        token = out.logits[:, -1].argmax(-1)  # (batch,)
-        steps.append(token)
-        done |= torch.isin(token, end_ids)
-        if done.all():
+        token = choose(out.logits[:, -1], rows, step)  # (batch,)
+        going = []
+        for place, (row, one) in enumerate(zip(rows, token.tolist(), strict=True)):
+            if row < 0 or one in ends:
+                continue
+            answers[row].append(one)
+            if not stopped(answers[row]):
+                going.append(place)
+        if not going:
             break
         cache = out.past_key_values
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if len(going) <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
+            keep = torch.tensor(going, device=device)  # half have ended: go on with the others alone
+            cache.batch_select_indices(keep)
+            token, mask, rows = token[keep], mask[keep], [rows[place] for place in going]
+        else:
+            rows = [row if place in set(going) else -1 for place, row in enumerate(rows)]
         inputs = {"input_ids": token[:, None]}
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-    return [_until(row, ends) for row in torch.stack(steps, dim=1).tolist()]
+    return answers
+
+
+class _Choice:
+    """The next token of each row: the likeliest, or a draw from the row's own stream."""
+
+    def __init__(self, sampling: Sampling | None, places: list[int], tokens: int) -> None:
+        self._sampling = sampling
+        if sampling is not None:
+            generators = [torch.Generator().manual_seed(sampling.seeds[place]) for place in places]
+            self._uniform = torch.stack(
+                [torch.rand(tokens, generator=g, dtype=torch.float64) for g in generators]
+            )
+
+    def __call__(self, logits: Tensor, rows: list[int], step: int) -> Tensor:
+        """`logits` (batch, vocabulary) of the rows to tokens (batch,)."""
+        if self._sampling is None:
+            return logits.argmax(-1)
+        # on the CPU in float64, so that only the model's own rounding differs between batch sizes
+        probabilities = (logits.double().cpu() / self._sampling.temperature).softmax(-1)
+        if self._sampling.top_p < 1:
+            ranked, order = probabilities.sort(-1, descending=True)
+            beyond = ranked.cumsum(-1) - ranked >= self._sampling.top_p  # what comes before is enough
+            probabilities = probabilities.masked_fill(
+                torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0
+            )
+        reach = probabilities.cumsum(-1)
+        target = self._uniform[rows, step][:, None] * reach[:, -1:]  # a row that has ended is -1: any will do
+        drawn = torch.searchsorted(reach, target, right=True)[:, 0]
+        return drawn.clamp(max=logits.shape[-1] - 1).to(logits.device)
+
+
+class _Stop:
+    """Whether an answer has come to one of the stopping texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        self._tail = max((len(text.encode()) for text in texts), default=0) + 4  # a token has a byte or more
+
+    def __call__(self, ids: list[int]) -> bool:
+        # the end first, since reading the whole answer after each token would be quadratic
+        return bool(self._texts) and self._in(ids[-self._tail :]) and self._in(ids)
+
+    def _in(self, ids: list[int]) -> bool:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in self._texts)
 
 
 def _with_soft_prompt(
@@ -132,10 +234,6 @@ def _with_soft_prompt(
         rows.append(torch.cat([embedded[row, :gap], virtual, embedded[row, gap:]]))
         masks.append(torch.cat([mask[row, :gap], ones, mask[row, gap:]]))
     return {"inputs_embeds": torch.stack(rows)}, torch.stack(masks)
-
-
-def _until(ids: list[int], ends: frozenset[int]) -> list[int]:
-    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _end_tokens(model: Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

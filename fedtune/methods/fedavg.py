@@ -31,7 +31,17 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.seeds import derive_seed
-from fedtune.core.types import Arrival, ClientEnv, ClientResult, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.core.types import (
+    Arrival,
+    ClientEnv,
+    ClientResult,
+    Cohort,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    TensorSpec,
+)
 from fedtune.methods import lora_aggregation as lora
 from fedtune.methods.local_training import Training, train
 from fedtune.methods.server_optimizer import ServerOptimizer
@@ -109,6 +119,7 @@ class FedAvg:
 
     pools_data = False
     uses_wire = True
+    sends_model = False
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config, self._seed = config, seed
@@ -121,6 +132,10 @@ class FedAvg:
             if config.aggregation == "stack"
             else "any-order"
         )
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The whole model, with the adapter where one is trained."""

@@ -8,7 +8,7 @@ times and one shot decays it once; `lr_schedule: constant` takes that difference
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -94,6 +94,7 @@ def train(
     *,
     proximal: float = 0.0,
     correction: Mapping[str, Tensor] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> Trained:
     """Trains `parameters` of `env.model`, which hold the round's start, on the client's examples.
 
@@ -106,6 +107,7 @@ def train(
         settings: Epochs or steps, batch, optimiser, schedule.
         proximal: μ of FedProx: μ/2·‖w − w(t)‖² is added to the loss (its gradient, to be exact).
         correction: Added to each gradient, by name (SCAFFOLD's c − c_i).
+        penalty: A term of the loss that depends on the parameters alone; not part of `train_loss`.
 
     Raises:
         ClientError: The loss became NaN or infinite.
@@ -136,6 +138,8 @@ def train(
                     raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
                 loss_sum += value * len(batch["input_ids"])
                 seen += len(batch["input_ids"])
+            if penalty is not None:
+                penalty().backward()
             _take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
     env.model.eval()
     return Trained(

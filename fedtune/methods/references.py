@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
-from fedtune.core.types import Arrival, ClientEnv, ClientResult, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.core.types import (
+    Arrival,
+    ClientEnv,
+    ClientResult,
+    Cohort,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    TensorSpec,
+)
 from fedtune.methods.fedavg import load
 from fedtune.methods.local_training import Training, train
 from fedtune.methods.tuning import Tuning
@@ -53,10 +63,15 @@ class Local:
     arrival: Arrival = "plan-order"
     uses_wire = False
     saves_merged = False
+    sends_model = False
 
     def __init__(self, config: StandaloneConfig | CentralizedConfig, seed: int) -> None:
         self.config, self._seed = config, seed
         self.pools_data = isinstance(config, CentralizedConfig)
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The whole model, with the adapter where one is trained."""
@@ -113,9 +128,14 @@ class ZeroShot:
     pools_data = False
     uses_wire = False
     saves_merged = False
+    sends_model = False
 
     def __init__(self, config: ZeroShotConfig, seed: int) -> None:
         self.config = config
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The model as it is, nothing to train."""

@@ -65,6 +65,36 @@ register(
     ),
 )
 register(
+    "fedbiot",
+    Entry(
+        "fedtune.methods.fedbiot",
+        "FedBiOT",
+        "Config",
+        "State",
+        "clients tune an adapter on a compressed emulator that the server aligns; they never get the model",
+    ),
+)
+register(
+    "fedot",
+    Entry(
+        "fedtune.methods.fedbiot",
+        "FedBiOT",
+        "OffsiteConfig",
+        "State",
+        "offsite-tuning by several clients: first and last blocks as adapter, the emulator fixed",
+    ),
+)
+register(
+    "offsite-tuning",
+    Entry(
+        "fedtune.methods.fedbiot",
+        "FedBiOT",
+        "OneClientConfig",
+        "State",
+        "the adapter tuned on a fixed emulator by one client that holds all data",
+    ),
+)
+register(
     "standalone",
     Entry(
         "fedtune.methods.references",

@@ -3,22 +3,37 @@
     L(w0 − η Σ_j a_j z_j ± ε z_j; x)        `loss`
     a_j ← a_j + ĝ                           `update`
 
-With `hadamard4` weights are formed from w0 anew in every forward pass and the model is never written. Other
-noise is rebuilt once and then moved where the weights lie.
+With `hadamard4` weights are formed from w0 anew in every forward pass, and the model is never written. A sum
+of other noise costs time for each seed in use, so they are rebuilt once and then moved where they lie; except
+in half precision, which would lose what is added: there they are formed anew, however long that takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fedtune.models.just_in_time import formed
+from fedtune.models.just_in_time import Formed
+from fedtune.models.spill import spilled
 from fedtune.models.tuning import trainable
-from fedtune.zeroth import SeedPool, fast, perturb_all_, rebuild_all_
+from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
+from fedtune.zeroth.tensors import Prepared
+
+
+class StepWeights(Protocol):
+    """The weights w that a client's steps move."""
+
+    held: Mapping[str, Tensor]  # what they keep in memory beside the model
+
+    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
+        """L(w + scale · z_j; x); w is as before afterwards."""
+
+    def update(self, estimates: list[tuple[int, float]]) -> None:
+        """W ← w − η Σ ĝ z_j over pairs (j, ĝ)."""
 
 
 def coefficients(accumulator: Tensor, lr: float) -> Tensor:
@@ -27,41 +42,40 @@ def coefficients(accumulator: Tensor, lr: float) -> Tensor:
 
 
 class _FromW0:
-    """hadamard4: the model is w0 and stays so; each forward pass forms w0 + Σ a_j z_j ± ε z_j in one pass."""
+    """The model is w0 and stays so; each forward pass forms w0 + Σ a_j z_j ± ε z_j, a piece at a time."""
+
+    held: Mapping[str, Tensor] = {}  # in memory beside the model: nothing
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._a, self._lr = model, pool, a, lr
-        self._update: fast.Update | None = None
-        self.held: dict[str, Tensor] = {}  # beside the model: nothing
-
-    def form(self, name: str, w0: Tensor, out: Tensor) -> None:
-        assert self._update is not None
-        # one thread: PyTorch's own still spin on the other cores after the layer before
-        fast.run(self._update.jobs(out, w0, name), threads=1)
+        self._formed = Formed(trainable(model), self._form)
+        self._prepared: Prepared | None = None
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         shifted = self._a.clone()
         shifted[j] += scale
-        self._update = fast.Update(self._pool, shifted)
-        return float(self._model(**batch).loss)
+        self._prepared = Prepared(self._pool, shifted)
+        with torch.no_grad(), self._formed:
+            return float(self._model(**batch).loss)
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         for j, scalar in estimates:
             self._a[j] -= self._lr * scalar
 
+    def _form(self, name: str, w0: Tensor, out: Tensor, first: int) -> None:
+        assert self._prepared is not None
+        self._prepared.write(out, w0, name, first=first, threads=1)
+
 
 class _InPlace:
-    """Other noise: weights are rebuilt once, then moved by ±ε z_j and −η ĝ z_j where they lie."""
+    """Weights are rebuilt once, then moved by ±ε z_j and −η ĝ z_j where they lie."""
+
+    held: Mapping[str, Tensor] = {}  # w0 is on disk
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._lr = model, pool, lr
-        self._parameters = trainable(model)
-        self.held = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}  # w0
-        rebuild_all_(self._weights(), self.held, pool, a)
-
-    def restore(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(self.held[name])
+        self._weights = {name: parameter.data for name, parameter in trainable(model).items()}
+        rebuild_all_(self._weights, self._weights, pool, a)
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         self._move(j, scale)
@@ -75,24 +89,26 @@ class _InPlace:
             self._move(j, -self._lr * scalar)
 
     def _move(self, j: int, scale: float) -> None:
-        perturb_all_(self._weights(), self._pool, j, scale)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self._parameters.items()}
+        perturb_all_(self._weights, self._pool, j, scale)
 
 
 @contextmanager
-def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: float) -> Iterator[Any]:
-    """The local weights of one client; afterwards the model holds w0 again, bit for bit."""
+def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: float) -> Iterator[StepWeights]:
+    """The local weights of one client, for as long as its steps last.
+
+    Args:
+        model: Holds w0, and afterwards holds it again, bit for bit; put in evaluation mode.
+        pool: The shared seeds.
+        accumulator: a, float (K); the client's weights begin as w0 − η Σ_j a_j z_j.
+        lr: η.
+
+    Raises:
+        InputError: The temporary file that keeps w0 while it is changed cannot be written.
+    """
     model.eval()
-    a = coefficients(accumulator, lr)
-    if pool.noise == "hadamard4":
-        weights = _FromW0(model, pool, a, lr)
-        with formed(model, lambda name, w0, out: weights.form(name, w0, out)):
-            yield weights
+    a, parameters = coefficients(accumulator, lr), trainable(model)
+    if pool.noise == "hadamard4" or any(p.dtype != torch.float32 for p in parameters.values()):
+        yield _FromW0(model, pool, a, lr)
         return
-    moved = _InPlace(model, pool, a, lr)
-    try:
-        yield moved
-    finally:
-        moved.restore()
+    with spilled(parameters):
+        yield _InPlace(model, pool, a, lr)

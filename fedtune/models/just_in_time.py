@@ -1,88 +1,177 @@
-"""Weights formed just in time: the model stays as it was loaded, and each module computes with others.
+"""Weights formed just in time: the model stays as it was loaded and computes with others.
 
-While `formed` is open, a module's own parameters are replaced right before its forward pass and put back
-right after it. One module's weights exist in memory beside the model at a time, in a buffer that all
-modules use in turn, nothing is ever written into the model, and so nothing drifts however many forward
-passes there are.
+While `Formed` is open, every operation of PyTorch that is given a parameter gets what `form` makes of it, for
+that operation alone. A linear layer's matrix never exists whole: some of its rows at a time are formed where
+a core's cache holds them, multiplied and forgotten. Of an embedding only the rows that are looked up are
+formed. Nothing is ever written into the model, so nothing drifts however many forward passes there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from fedtune.models.tuning import canonical_name
+from fedtune.models.openmp import team
 
-Form = Callable[[str, Tensor, Tensor], None]
-_ALIGNMENT = 64  # bytes
+Form = Callable[[str, Tensor, Tensor, int], None]
+
+# Bytes of a weight that are formed at a time: what a core's cache holds; what is worth a launch on a GPU.
+CHUNK = {"cpu": 2 << 20, "cuda": 16 << 20}
+# Bytes between two rows of an embedding that are formed sooner than another call is made.
+GAP = {"cpu": 1 << 17, "cuda": 16 << 20}
+SHARE = 1 << 19  # bytes of a weight for which one more thread pays
+
+# An attribute says something about a tensor, or is made of its values.
+_OF_VALUES = {getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH", "data", "real", "imag")}
+_ABOUT = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+}
 
 
-@contextmanager
-def formed(model: nn.Module, form: Form) -> Iterator[None]:
-    """Inside, every floating-point parameter of `model` acts as what `form` makes of it.
+class Formed(TorchFunctionMode):
+    """Inside, each of `parameters` acts as what `form` makes of it; may be entered again and again.
 
-    For inference only: gradients would belong to the replaced weights. A parameter that two modules share
-    has one name and so one form.
+    For inference only: gradients would not reach the parameters. Compiled or scripted modules do not call
+    PyTorch in a way that is seen here; they would compute with the parameters' own values.
 
     Args:
-        model: Used through its modules' `forward`; a parameter that some other module reads directly keeps
-            its own value there (no model of transformers that fedtune loads does that).
-        form: Gets the parameter's canonical name, its own value, which it must not change, and a tensor of
-            the same shape and dtype to write to.
+        parameters: By name, each once. Others act as they are.
+        form: Gets a parameter's name, a flat piece of its own values, which it must not change, a tensor of
+            the same size, dtype and device to write to, and the index in the flattened parameter where both
+            begin. Several threads call it at once; it must not share its work out further.
     """
-    buffer = torch.empty(max(map(_own_bytes, model.modules()), default=0), dtype=torch.uint8)
-    taken = 0  # bytes of the buffer in use: more than one module's only where modules with weights nest
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters():  # a tied parameter comes once, under its first name
-        names[id(parameter)] = canonical_name(model, name)
-    hidden: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
 
-    def place(own: Tensor) -> Tensor:
-        nonlocal taken
-        begin, taken = taken, taken + _aligned(own.nbytes)
-        if taken > buffer.numel() or own.device != buffer.device:
-            return torch.empty_like(own)
-        return buffer[begin : begin + own.nbytes].view(own.dtype).view(own.shape)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], form: Form) -> None:
+        super().__init__()
+        self._form = form
+        self._parameters = dict(parameters)  # kept: an id stands for one object only while that lives
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def replace(module: nn.Module, args: Any) -> None:
-        swapped = hidden.setdefault(id(module), [])
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                own = parameter.data
-                swapped.append((parameter, own))
-                effective = place(own)
-                form(names[id(parameter)], own, effective)
-                parameter.data = effective
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Computes `func` with formed weights; PyTorch calls this for each operation."""
+        kwargs = kwargs or {}
+        if not self._among(args) and not self._among(kwargs.values()):
+            return func(*args, **kwargs)
+        if func in _ABOUT or (func.__name__ == "__get__" and func not in _OF_VALUES):
+            return func(*args, **kwargs)
+        if len(args) > 1 and id(args[1]) in self._names:
+            if func is functional.linear and _multiplies(*args[:2]):
+                return self._linear(*args, **kwargs)
+            if func is functional.embedding and _looks_up(*args, **kwargs):
+                return self._embedding(*args[:2])
+        return func(
+            *map(self._effective, args), **{key: self._effective(value) for key, value in kwargs.items()}
+        )
 
-    def restore(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal taken
-        for parameter, own in hidden.pop(id(module), []):
-            parameter.data = own
-            taken -= _aligned(own.nbytes)
+    def _among(self, values: Iterable[Any]) -> bool:
+        """Whether there is a parameter among them, or in a list of them."""
+        for value in values:
+            if id(value) in self._names or (type(value) in (list, tuple) and self._among(value)):
+                return True
+        return False
 
-    handles = []
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            handles.append(module.register_forward_pre_hook(replace))
-            handles.append(module.register_forward_hook(restore, always_call=True))
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for swapped in hidden.values():
-            for parameter, own in swapped:
-                parameter.data = own
+    def _effective(self, value: Any) -> Any:
+        if id(value) in self._names:
+            return self._whole(value)
+        return type(value)(map(self._effective, value)) if type(value) in (list, tuple) else value
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """The parameter, formed."""
+        own = parameter.detach()
+        formed = torch.empty_like(own)
+        name, source, out = self._names[id(parameter)], own.view(-1), formed.view(-1)
+        threads, pieces = _shares(own, own.numel())
+        todo = iter(pieces)
+
+        def work() -> None:
+            for begin, end in todo:
+                self._form(name, source[begin:end], out[begin:end], begin)
+
+        team(work, threads)
+        return formed
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer, W (outputs, inputs): each chunk of W's rows gives columns of x Wᵀ + b."""
+        name, own = self._names[id(weight)], weight.detach()
+        outputs, inputs = own.shape
+        rows_of_x, source = x.reshape(-1, inputs), own.view(-1)
+        added = self._effective(bias)
+        result = x.new_empty(rows_of_x.shape[0], outputs)
+        threads, chunks = _shares(own, outputs)
+        room = chunks[0][1] * inputs
+        buffers, todo = [own.new_empty(room) for _ in range(threads)], iter(chunks)
+
+        def work() -> None:
+            buffer = buffers.pop()
+            for begin, end in todo:
+                chunk = buffer[: (end - begin) * inputs]
+                self._form(name, source[begin * inputs : end * inputs], chunk, begin * inputs)
+                matrix, columns = chunk.view(-1, inputs).t(), result[:, begin:end]
+                if added is None:
+                    torch.mm(rows_of_x, matrix, out=columns)
+                else:
+                    torch.addmm(added[begin:end], rows_of_x, matrix, out=columns)
+
+        team(work, threads)
+        return result.view(*x.shape[:-1], outputs)
+
+    def _embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """The rows of a weight (entries, width) that `ids` (...) names, each formed once."""
+        name, own = self._names[id(weight)], weight.detach()
+        width = own.shape[1]
+        used, position = ids.unique(return_inverse=True)
+        wanted: list[int] = used.tolist()
+        if not 0 <= wanted[0] <= wanted[-1] < own.shape[0]:
+            return functional.embedding(ids, own)  # PyTorch's own error
+        source, rows = own.view(-1), own.new_empty(len(wanted), width)
+        row_bytes = width * own.element_size()
+        for first, last in _runs(
+            wanted, GAP[own.device.type] // row_bytes, CHUNK[own.device.type] // row_bytes
+        ):
+            begin, end = wanted[first], wanted[last - 1] + 1
+            dense = end - begin == last - first
+            span = rows[first:last] if dense else own.new_empty(end - begin, width)
+            self._form(name, source[begin * width : end * width], span.view(-1), begin * width)
+            if not dense:
+                torch.index_select(span, 0, used[first:last] - begin, out=rows[first:last])
+        return functional.embedding(position, rows)
 
 
-def _own_bytes(module: nn.Module) -> int:
-    return sum(_aligned(p.nbytes) for p in module.parameters(recurse=False) if p.is_floating_point())
+def _shares(own: Tensor, units: int) -> tuple[int, list[tuple[int, int]]]:
+    """How many threads work on a parameter, and the ranges of `units` that they take: as many for each."""
+    threads = max(1, min(torch.get_num_threads(), own.nbytes // SHARE)) if own.device.type == "cpu" else 1
+    chunks = -(-own.nbytes // CHUNK[own.device.type])
+    chunks = min(-(-chunks // threads) * threads, units)
+    size = -(-units // max(chunks, 1))
+    return threads, [(begin, min(begin + size, units)) for begin in range(0, units, max(size, 1))]
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+def _runs(wanted: list[int], gap: int, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions in ascending row numbers: rows no further apart than `gap`, over `most` in all."""
+    first = 0
+    for i in range(1, len(wanted) + 1):
+        if i == len(wanted) or wanted[i] - wanted[i - 1] > max(gap, 1) or wanted[i] - wanted[first] >= most:
+            yield first, i
+            first = i
+
+
+def _multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product can be taken in chunks."""
+    return x.dtype == weight.dtype and x.numel() > 0 and weight.numel() > 0 and weight.is_contiguous()
+
+
+def _looks_up(
+    ids: Tensor, weight: Tensor, padding: Any = None, max_norm: Any = None, *rest: Any, **more: Any
+) -> bool:
+    """Whether a look-up reads rows and nothing else."""
+    return max_norm is None and ids.numel() > 0 and weight.is_contiguous()

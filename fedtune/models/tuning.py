@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,14 @@ def train_all(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attach_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: list[str] | None, seed: int
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str] | None,
+    seed: int,
+    layers: Sequence[int] | None = None,
 ) -> PeftModel:
     """Adds low-rank updates W + (alpha / rank) B A (Hu et al. 2022, eq. 3) to linear layers.
 
@@ -61,6 +69,7 @@ def attach_lora(
         targets: Names of linear layers, matched as the end of a module's path ("q_proj",
             "attention.output.dense"). None takes PEFT's choice for the architecture, usually query and value.
         seed: What A is drawn from.
+        layers: The blocks that get it, counted from 0; None: all.
 
     Raises:
         InputError: A target matches no linear layer, or there is no default for the architecture.
@@ -74,6 +83,10 @@ def attach_lora(
                 f'method.lora.targets: no linear layer of the blocks is named "{target}".'
                 f"{nearest(target, known)} Linear layers: {', '.join(known)}."
             )
+    if layers is not None:
+        inside = tuple(f"{find_blocks(model).path}.{layer}." for layer in layers)
+        ends = tuple(f".{target}" for target in chosen)
+        chosen = [path for path in linears if path.startswith(inside) and path.endswith(ends)]
     config = LoraConfig(
         task_type=_task_type(model),
         r=rank,

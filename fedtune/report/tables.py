@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from fedtune.evaluation.bootstrap import metrics_of
+
 WIDEST = 400  # characters; no table here needs more
-COUNTS = ("tokens", "examples")  # what a score rests on; in the JSON, not in the tables
 
 
 def size(count: float) -> str:
@@ -33,11 +34,15 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     ):
         scores.add_column(column, justify=justify)  # type: ignore[arg-type]
     for task, metrics in summary["evaluation"].items():
-        for metric, value in metrics.items():
-            if metric in COUNTS:
+        for metric in metrics_of(metrics):
+            if metric == "tokens":
                 continue
             before = summary["zero_shot"].get(task, {}).get(metric)
-            scores.add_row(task, metric, "" if before is None else number(before), number(value))
+            after = number(metrics[metric]) + interval(metrics, metric)
+            scores.add_row(task, metric, "" if before is None else number(before), after)
+        for metric, spread in summary.get("per_client", {}).get(task, {}).items():
+            worst = f"{number(spread['worst'])} (client {spread['worst_client']})"
+            scores.add_row(task, f"{metric}, worst client", "", worst)
     cost = Table(title="What it cost", title_justify="left", show_header=False)
     cost.add_column()
     cost.add_column(justify="right")
@@ -59,20 +64,31 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a configuration: mean ± sd over seeds, and the difference from the first."""
+    """Header and one row a configuration.
+
+    Of each metric: mean ± sd over seeds; the 95 % interval over examples and the worst client's score, where
+    some row has them; and the difference from the first.
+    """
     entries = document["table"]
-    header = ["configuration"]
+    columns = {"low": "95 % over examples", "worst": "worst client"}
+    header, shown = ["configuration"], dict[str, list[str]]()
     for metric in metrics:
-        header += [metric.partition(".")[2], "against the first"]
+        shown[metric] = [key for key in columns if any(key in e["metrics"].get(metric, {}) for e in entries)]
+        header += [metric.partition(".")[2], *(columns[key] for key in shown[metric]), "against the first"]
     rows = []
     for entry in entries:
         cells = [entry["config"]]
         for metric in metrics:
             found = entry["metrics"].get(metric)
             if found is None:
-                cells += ["", ""]
-            else:
-                cells += [_spread(found["mean"], found["sd"]), _difference(entry, entries, found)]
+                cells += [""] * (2 + len(shown[metric]))
+                continue
+            cells.append(_spread(found["mean"], found["sd"]))
+            if "low" in shown[metric]:
+                cells.append(f"{number(found['low'])} to {number(found['high'])}" if "low" in found else "")
+            if "worst" in shown[metric]:
+                cells.append(number(found["worst"]) if "worst" in found else "")
+            cells.append(_difference(entry, entries, found))
         payload = entry["payload_bytes"]
         cells += [f"{size(payload['down'])}, {size(payload['up'])}", size(entry["client_peak_memory_bytes"])]
         rows.append([*cells, f"{entry['seconds']:.1f}"])
@@ -103,6 +119,31 @@ def _caption(document: Mapping[str, Any]) -> str:
     seeds = document["table"][0]["seeds"]
     several = f"Mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f"Seed {seeds[0]}"
     return f"{several}; held-out examples"
+
+
+def score_lines(document: Mapping[str, Any]) -> list[str]:
+    """What `fedtune eval` found, a line a metric; a main metric with what it rests on and what scored it."""
+    lines = []
+    for name, by_task in document["scores"].items():
+        for task, metrics in by_task.items():
+            about = document["tasks"][task]
+            for metric in metrics_of(metrics):
+                line = f"{name}  {task}  {metric}  {number(metrics[metric])}"
+                if f"{metric}_stderr" in metrics:
+                    line += f" ± {number(metrics[f'{metric}_stderr'])}{interval(metrics, metric)}"
+                if metric == about["metric"]:
+                    cut = f", {metrics['truncated']} truncated" if metrics.get("truncated") else ""
+                    line += f"  {metrics['examples']} examples{cut}  {about['scorer']}"
+                lines.append(line)
+    notes = {task: about["notes"] for task, about in document["tasks"].items()}
+    return lines + [f"{task}: {note}" for task, found in notes.items() for note in found]
+
+
+def interval(metrics: Mapping[str, Any], metric: str) -> str:
+    """The 95 % interval of a metric in brackets, after a blank; nothing where there is none."""
+    if f"{metric}_low" not in metrics:
+        return ""
+    return f" [{number(metrics[f'{metric}_low'])}, {number(metrics[f'{metric}_high'])}]"
 
 
 def number(value: float | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import quorum_of, sample_cohort
 from fedtune.core.seeds import derive_seed
-from fedtune.core.types import Method
+from fedtune.core.types import Method, ServerEnv
 from fedtune.errors import InputError
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
@@ -19,7 +19,7 @@ from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.tuning import count_parameters
 from fedtune.run.config import RunConfig
-from fedtune.run.data import Split, encode_for, prepare_data
+from fedtune.run.data import Split, encode_for, prepare_data, public_examples
 from fedtune.run.files import read_json
 
 
@@ -64,6 +64,8 @@ class Parts:
                 c: encode_for(config, items, loaded.tokenizer, split.labels)
                 for c, items in split.clients.items()
             }
+            public = encode_for(config, public_examples(config), loaded.tokenizer, split.labels)
+        method.prepare(ServerEnv(public, loaded.tokenizer.pad_token_id, device))
         runner = ClientRunner(
             method, loaded.model, data, pad_id=loaded.tokenizer.pad_token_id, seed=config.seed, device=device
         )

@@ -6,6 +6,7 @@ configuration it belongs to and is refused by any other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedtune.core.types import Payload
 from fedtune.errors import InputError
@@ -50,13 +53,15 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
     path = folder / f"round-{checkpoint.round:04d}"
     with disk_errors(f"checkpoint {path.name}"), whole_folder(path) as new:
         _save_payload(new, "state", checkpoint.state)
-        clients = sorted(checkpoint.clients)
+        clients, same = sorted(checkpoint.clients), dict[str, str]()
         if clients:
+            kept = {f"{c}/{n}": t for c in clients for n, t in checkpoint.clients[c].tensors.items()}
+            same = _repeated(kept)
             _save_payload(
                 new,
                 "clients",
                 Payload(
-                    {f"{c}/{n}": t for c in clients for n, t in checkpoint.clients[c].tensors.items()},
+                    {name: tensor for name, tensor in kept.items() if name not in same},
                     {f"{c}/{n}": v for c in clients for n, v in checkpoint.clients[c].scalars.items()},
                 ),
             )
@@ -66,6 +71,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
                 "round": checkpoint.round,
                 "config_sha256": config_sha256,
                 "clients": clients,
+                "same": same,
                 "logs": dict(checkpoint.logs),
                 "seconds": dict(checkpoint.seconds),
                 "crc32": {file.name: _crc32(file) for file in sorted(new.iterdir())},
@@ -82,6 +88,16 @@ def rounds(folder: Path) -> list[int]:
         return []
     names = [re.fullmatch(r"round-(\d{4,})", path.name) for path in folder.iterdir()]
     return sorted(int(name[1]) for name in names if name)
+
+
+def require(folder: Path, round: int) -> None:
+    """Raises InputError if `folder` has no checkpoint of a round; names those that it has."""
+    there = rounds(folder)
+    if round not in there:
+        raise InputError(
+            f"{folder.parent} has checkpoints of rounds {', '.join(map(str, there)) or 'none'}, not of "
+            f"{round}; choose one of these. A run with checkpoints.keep=null keeps all of them"
+        )
 
 
 def load(folder: Path, round: int, *, config_sha256: str) -> Checkpoint:
@@ -103,6 +119,9 @@ def load(folder: Path, round: int, *, config_sha256: str) -> Checkpoint:
                 raise ValueError(f"{name} was altered")
         state = _load_payload(path, "state")
         both = _load_payload(path, "clients") if about["clients"] else Payload()
+        tensors = dict(both.tensors) | {
+            name: both.tensors[first].clone() for name, first in about["same"].items()
+        }
         done, logs, seconds = int(about["round"]), dict(about["logs"]), dict(about["seconds"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
@@ -113,10 +132,22 @@ def load(folder: Path, round: int, *, config_sha256: str) -> Checkpoint:
     for client in about["clients"]:
         prefix = f"{client}/"
         clients[client] = Payload(
-            {n.removeprefix(prefix): t for n, t in both.tensors.items() if n.startswith(prefix)},
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
             {n.removeprefix(prefix): v for n, v in both.scalars.items() if n.startswith(prefix)},
         )
     return Checkpoint(done, state, clients, logs, seconds)
+
+
+def _repeated(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are an earlier one over again, with its name: clients may well keep the same."""
+    firsts: dict[tuple[object, ...], str] = {}
+    same = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        key = (tensor.dtype, tensor.shape, hashlib.sha256(data).digest())
+        if firsts.setdefault(key, name) != name:
+            same[name] = firsts[key]
+    return same
 
 
 def _save_payload(folder: Path, name: str, payload: Payload) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import InputError
+from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.methods.local_training import Training
 from fedtune.methods.tuning import Tuning
 from fedtune.run.config import RunConfig
@@ -18,8 +19,6 @@ from fedtune.run.data import prepare_data
 from fedtune.run.federation import run
 from fedtune.run.files import disk_errors, write_json
 from fedtune.run.progress import Progress
-
-MAIN_METRIC = {"loss": "loss", "accuracy": "accuracy", "rouge-l": "rouge_l"}  # of each task, for the table
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means and spreads over the seeds, one entry a configuration, in order of appearance.
 
     Each metric has `mean`, `sd` (sample standard deviation; None for one seed), and `difference` and
-    `difference_sd` of the per-seed differences from the first configuration.
+    `difference_sd` of the per-seed differences from the first configuration. Where the runs have them, it
+    also has `low` and `high`, the ends of the interval over examples, and `worst` and `client_sd`, the worst
+    client's score and the spread over clients: each a mean over the seeds.
     """
     labels = list(dict.fromkeys(row["config"] for row in rows))
     by_label = {label: {row["seed"]: row for row in rows if row["config"] == label} for label in labels}
@@ -99,6 +100,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "sd": _sd(list(values.values())),
                 "difference": statistics.fmean(pairs) if pairs else None,
                 "difference_sd": _sd(pairs),
+                **_within(runs.values(), metric),
             }
         result.append(
             {
@@ -125,10 +127,37 @@ def _by_metric(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, flo
     values: dict[str, dict[int, float]] = {}
     for seed, row in runs.items():
         for task, scores in row["evaluation"].items():
-            for metric, value in scores.items():
+            for metric in metrics_of(scores):
                 of_metric = values.setdefault(f"{task}.{metric}", {})
-                of_metric[seed] = math.nan if value is None else float(value)
+                of_metric[seed] = math.nan if scores[metric] is None else float(scores[metric])
     return values
+
+
+def _within(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Ends of the interval over examples, and the spread over clients; means over the rows that have them."""
+    task, _, name = metric.partition(".")
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        scores = row["evaluation"].get(task, {})
+        clients = row.get("per_client", {}).get(task, {}).get(name, {})
+        ends = {"low": f"{name}_low", "high": f"{name}_high"}
+        of_row = {end: scores[key] for end, key in ends.items() if key in scores}
+        of_row |= {
+            ours: clients[theirs] for ours, theirs in (("worst", "worst"), ("client_sd", "sd")) if clients
+        }
+        for key, value in of_row.items():
+            found.setdefault(key, []).append(math.nan if value is None else value)
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
+def main_metrics(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """The first metric of each task, as `task.metric`; a task that no row could score is left out."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for task, scores in row["evaluation"].items():
+            if "examples" in scores:
+                found.setdefault(task, f"{task}.{next(iter(scores))}")
+    return [found[task] for task in tasks if task in found]
 
 
 def _sd(values: Sequence[float]) -> float | None:
@@ -197,6 +226,7 @@ def _zero_shot(candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]
             "peak_memory_bytes": {"client": 0, "server": 0},
             "seconds": dict.fromkeys(row["seconds"], 0.0),
             "evaluation": row["zero_shot"],
+            "per_client": row.get("zero_shot_per_client", {}),
         }
         for source, suffix in _one_a_model(candidates)
         if not any(

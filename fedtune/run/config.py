@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from fedtune.core.settings import Settings
-from fedtune.errors import nearest
-from fedtune.evaluation.tasks import TASKS
+from fedtune.errors import InputError
+from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.evaluation.subject import JudgeSettings
+from fedtune.evaluation.tasks import TASKS, check_tasks
 
 
 class ModelSettings(Settings):
@@ -81,20 +83,31 @@ Partition = Annotated[Iid | Dirichlet | ByField | Shards | Quantity, Field(discr
 
 
 class Holdout(Settings):
-    """What is kept from all clients for evaluation: a fraction, a category, or another file."""
+    """What is kept for evaluation: a fraction, a part of each client's, a category, or another file."""
 
     fraction: float | None = Field(None, gt=0, lt=1)
+    client_fraction: float | None = Field(None, gt=0, lt=1)  # each client keeps this part of its own examples
     category: str | None = None  # a name, or `last` in sorted order
     source: str | None = None  # a file or hub name read like data.train
     split: str | None = None  # of a hub data set; default test
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(value is not None for value in (self.fraction, self.category, self.source)) != 1:
-            raise ValueError("set exactly one of fraction, category and source")
+        ways = (self.fraction, self.client_fraction, self.category, self.source)
+        if sum(value is not None for value in ways) != 1:
+            raise ValueError("set exactly one of fraction, client_fraction, category and source")
         if self.split is not None and self.source is None:
             raise ValueError("split belongs to source")
         return self
+
+
+class Public(Settings):
+    """Examples that the server holds itself, for methods that train there; read like data.train."""
+
+    source: str  # bundled, a .jsonl file, or a hub name
+    split: str = "train"  # of a hub data set
+    fields: dict[Literal["instruction", "input", "output", "category"], str] = Field(default_factory=dict)
+    max_examples: int | None = Field(None, ge=1)  # a random subset
 
 
 class DataSettings(Settings):
@@ -110,6 +123,7 @@ class DataSettings(Settings):
     clients: int | None = Field(10, ge=1)  # None with by-field: one client a value
     partition: Partition = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
+    public: Public | None = None
 
     @model_validator(mode="after")
     def _clients(self) -> Self:
@@ -139,22 +153,36 @@ class Federation(Settings):
 
 
 class Evaluation(Settings):
-    """What is measured on the held-out examples, and when."""
+    """What is measured, on which examples, and when."""
 
-    tasks: list[str] = Field(["loss"], min_length=1)
+    tasks: list[str] = Field(["loss"], min_length=1)  # fedtune's own, or any of lm-evaluation-harness
     every: int = Field(1, ge=0)  # rounds; 0: only at the end
     arrivals: bool = False  # asynchronous: also after each arrival
     max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int | None = Field(
+        None, ge=1
+    )  # of an answer; null: what each task needs
     batch_size: int = Field(64, ge=1)
+    bootstrap: int = Field(1000, ge=0)  # resamples of the 95 % interval; 0: no interval
+    limit: int | None = Field(None, ge=1)  # examples of a task that brings its own; null: all
+    files: dict[str, str] = Field(default_factory=dict)  # the data file of each task that reads one
+    task_folder: str | None = None  # YAML tasks for lm-evaluation-harness, beside its own
+    data_folder: str | None = None  # where those tasks read their files
+    few_shot: int | None = Field(
+        None, ge=0
+    )  # solved examples of a harness task; null: its own
+    samples: int = Field(1, ge=1)  # answers drawn for one question, for Pass@k
+    temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
+    top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum
+    judge: JudgeSettings | None = None  # who marks answers, for mt-bench
+    code: CodeSettings = CodeSettings()  # how programs that the model wrote are run
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(
-                    f"task {task!r} is not known; known are {', '.join(TASKS)}.{nearest(task, TASKS)}"
-                )
+        try:
+            check_tasks(self.tasks, self.task_folder)
+        except InputError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -168,6 +196,7 @@ class Checkpoints(Settings):
     """What a run keeps on the way."""
 
     keep: int | None = Field(2, ge=1)  # newest rounds; None: all
+    rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
 
 
 class RunConfig(Settings):
@@ -202,8 +231,10 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
-        if self.model.task == "classification" and "rouge-l" in self.evaluation.tasks:
-            raise ValueError("task rouge-l needs generated text; model.task is classification")
+        if self.model.task == "classification":
+            for task in self.evaluation.tasks:
+                if task not in TASKS or not TASKS[task].classifier:
+                    raise ValueError(f"task {task} needs generated text; model.task is classification")
         return self
 
     @property
@@ -212,8 +243,11 @@ class RunConfig(Settings):
         return str(self.method.name)  # type: ignore[attr-defined]
 
     def resolved(self) -> dict[str, Any]:
-        """The whole configuration as plain values, defaults included; reading it back gives an equal one."""
-        return self.model_dump(mode="json")
+        """The whole configuration as plain values, defaults included; reading it back gives an equal one.
+
+        Without `checkpoints.rollback`, which is done once and is no property of the run.
+        """
+        return self.model_dump(mode="json", exclude={"checkpoints": {"rollback"}})
 
     def sha256(self) -> str:
         """Identifies the resolved configuration."""

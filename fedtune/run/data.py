@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.seeds import numpy_generator
@@ -31,6 +32,7 @@ class Split:
         labels: The classes, sorted, for a classification model; else empty.
         partition: What partition.json says: examples a client, by index into the training examples.
         sha256: Identifies the training and held-out examples.
+        owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
     """
 
     clients: dict[int, list[Example]]
@@ -38,6 +40,7 @@ class Split:
     labels: tuple[str, ...]
     partition: dict[str, Any]
     sha256: str
+    owners: tuple[int, ...] = ()
 
 
 def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
@@ -57,17 +60,23 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
+    indices, owners, kept = _deal(config, train), list[int](), train
+    if config.data.holdout.client_fraction is not None:
+        indices, own = _hold_out_own(config, indices)
+        held_out = [train[i] for part in own for i in part]
+        owners = [client for client, part in enumerate(own) for _ in part]
+        kept = [train[i] for i in sorted(i for part in indices for i in part)]
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
-    evaluation = [held_out[i] for i in order[: config.evaluation.max_examples]]
+    order = order[: config.evaluation.max_examples]
+    evaluation = [held_out[i] for i in order]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(sorted({example.output for example in train}))
+        labels = tuple(sorted({example.output for example in kept}))
         unseen = {example.output for example in evaluation} - set(labels)
         if unseen:
             raise InputError(
                 f"held-out examples have classes that no training example has: {sorted(unseen)[:5]}"
             )
-    indices = _deal(config, train)
     values = [example.category or example.output for example in train]
     summary = {
         "name": config.data.partition.name,
@@ -78,10 +87,34 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
         "held_out": len(evaluation),
     }
     if pooled:
-        clients = {0: train}
+        clients = {0: kept}
     else:
         clients = {client: [train[i] for i in part] for client, part in enumerate(indices)}
-    return Split(clients, evaluation, labels, summary, _sha256(train, evaluation))
+    return Split(
+        clients,
+        evaluation,
+        labels,
+        summary,
+        _sha256(kept, evaluation),
+        tuple(owners[i] for i in order) if owners else (),
+    )
+
+
+def public_examples(config: RunConfig) -> list[Example]:
+    """The examples that the server holds itself; none without `data.public`.
+
+    Raises:
+        InputError: The file is missing or malformed.
+    """
+    public = config.data.public
+    if public is None:
+        return []
+    fields = {str(ours): theirs for ours, theirs in public.fields.items()}
+    examples = load_examples(public.source, fields=fields, split=public.split, base=Path("."))
+    if public.max_examples is not None and public.max_examples < len(examples):
+        chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
+        examples = [examples[i] for i in sorted(chosen)]
+    return examples
 
 
 def encode_for(
@@ -109,8 +142,28 @@ def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example]
     if holdout.source is not None:
         split = holdout.split or ("train" if holdout.source.endswith((".json", ".jsonl")) else "test")
         return examples, load_examples(holdout.source, fields=_fields(config), split=split, base=Path("."))
+    if holdout.client_fraction is not None:
+        return examples, []
     rng = numpy_generator(config.seed, "holdout")
     return split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng)
+
+
+def _hold_out_own(config: RunConfig, parts: split_by.Parts) -> tuple[split_by.Parts, split_by.Parts]:
+    """Each client's examples in two: those it trains on, and those it keeps for evaluation."""
+    fraction = config.data.holdout.client_fraction
+    assert fraction is not None
+    left, own = [], []
+    for client, part in enumerate(parts):
+        count = max(1, round(fraction * len(part)))
+        if count >= len(part):
+            raise InputError(
+                f"data.holdout.client_fraction is {fraction}, but client {client} has {len(part)} examples; "
+                "it must keep one to train on. Use fewer clients, or another partition"
+            )
+        shuffled = numpy_generator(config.seed, "holdout", client).permutation(part)
+        left.append(np.sort(shuffled[count:]))
+        own.append(np.sort(shuffled[:count]))
+    return left, own
 
 
 def _fields(config: RunConfig) -> dict[str, str]:

@@ -7,9 +7,9 @@ bits of a run that was never killed.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.state import from_payload, to_payload
+from fedtune.core.store import Store
 from fedtune.errors import FederationError, InputError
-from fedtune.evaluation.tasks import TASKS, EvalSettings, evaluate
+from fedtune.evaluation.clients import spread
+from fedtune.evaluation.subject import EvalSettings, Outcome
+from fedtune.evaluation.tasks import score, scorer, summarize
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.save import save_result
 from fedtune.models.tuning import count_parameters
-from fedtune.run import checkpoint
+from fedtune.run import checkpoint, rollback
 from fedtune.run.assemble import Parts
 from fedtune.run.config import RunConfig
 from fedtune.run.files import disk_errors, whole_folder, write_json
@@ -40,6 +43,15 @@ from fedtune.transport.in_process import InProcess, Simulation
 Scores = dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class _Evaluated:
+    """Scores of a state's result (of one model a client their mean), of each model, and over the clients."""
+
+    result: Scores = field(default_factory=dict)
+    models: dict[str, Scores] = field(default_factory=dict)  # where there are several
+    per_client: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+
 def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
     """Runs one federation, or continues one, in the folder `path`; returns its summary.
 
@@ -49,11 +61,19 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
             checkpoint and a summary with `status: stopped`.
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
+    back_to = config.checkpoints.rollback
     if resume:
-        done = _reopen(config, path).summary()
-        if done and done["status"] == "done":
+        folder = _reopen(config, path)
+        rollback.finish(path)  # one that a kill cut short
+        if back_to is not None:
+            rollback.check(path, back_to, config_sha256=config.sha256())
+        elif (done := folder.summary()) and done["status"] == "done":
             return done
     else:
+        if back_to is not None:
+            raise InputError(
+                f"checkpoints.rollback={back_to} needs a run to go back in; name its folder with --resume"
+            )
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
@@ -62,6 +82,8 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
             parts = Parts.assemble(config, clock)
         if resume:
             parts.refuse_other_inputs(path)
+            if back_to is not None:
+                rollback.roll_back(path, back_to)
         federation = _Federation(config, RunFolder(path), parts, clock, progress)
         federation.prepare()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
@@ -96,6 +118,7 @@ class _Federation:
     ) -> None:
         self._config, self._folder, self._parts = config, folder, parts
         self._clock, self._progress = clock, progress
+        parts.runner.store = Store(folder.path / "held")
         self._ledger = Ledger(
             lambda entry: folder.append("wire.jsonl", entry),
             lambda entry: folder.append("memory.jsonl", entry),
@@ -107,7 +130,7 @@ class _Federation:
         self._sha = config.sha256()
         self._model: nn.Module = parts.loaded.model
         self._start: checkpoint.Checkpoint | None = None
-        self._zero_shot: tuple[Scores, dict[str, Scores]] = ({}, {})
+        self._zero_shot = _Evaluated()
 
     def prepare(self) -> None:
         """Reads the newest checkpoint, scores the untrained model, attaches what is trained; writes nothing.
@@ -139,7 +162,14 @@ class _Federation:
             else method.init(model)
         )
         journal = self._journal(checkpoints)
-        loop = RoundLoop(method, journal, self._ledger, self._clock, self._parts.device)
+        loop = RoundLoop(
+            method,
+            journal,
+            self._ledger,
+            self._clock,
+            self._parts.device,
+            server_model=model if method.sends_model else None,
+        )
         for round in range(start.round + 1 if start else 1, method.rounds + 1):
             try:
                 state = self._round(loop, state, model, round)
@@ -162,7 +192,7 @@ class _Federation:
         def on_arrival(now: Any, outcome: RoundOutcome) -> None:
             self._progress.client(len(outcome.clients) + len(outcome.left_out))
             if config.evaluation.arrivals:
-                scores, _ = self._evaluate((now, model))
+                scores = self._evaluate((now, model)).result
                 arrivals.append({"clients": list(outcome.clients), "eval": scores})
 
         quorum = quorum_of(len(cohort.clients), config.federation.quorum)
@@ -179,14 +209,14 @@ class _Federation:
             entry["arrivals"] = arrivals
         every = config.evaluation.every
         due = round == self._parts.method.rounds or (every > 0 and round % every == 0)
-        scores = self._evaluate((state, model)) if due else ({}, {})
+        scores = self._evaluate((state, model)) if due else _Evaluated()
         self._record(entry, scores, self._clock.total - before)
         return state
 
-    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> tuple[Scores, dict[str, Scores]]:
-        """Scores of the model(s) that a state stands for, and of each where there are several."""
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> _Evaluated:
         self._progress.stage("evaluating")
-        by_name: dict[str, Scores] = {}
+        split, settings = self._parts.split, eval_settings(self._config, self._parts.split.labels)
+        outcomes: dict[str, dict[str, Outcome]] = {}
         with self._clock.part("evaluation"):
             models = (
                 self._parts.method.export(*trained)
@@ -195,24 +225,26 @@ class _Federation:
             )
             for name, model in models:
                 model.eval()
-                by_name[name] = evaluate(
+                outcomes[name] = score(
                     model,
                     self._parts.loaded.tokenizer,
-                    self._parts.split.evaluation,
+                    split.evaluation,
                     self._config.evaluation.tasks,
-                    eval_settings(self._config, self._parts.split.labels),
+                    settings,
                 )
-        return mean_scores(list(by_name.values())), by_name if len(by_name) > 1 else {}
+            each = {name: summarize([found], settings) for name, found in outcomes.items()}
+            result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
+        return _Evaluated(result, each if len(each) > 1 else {}, spread(outcomes, split.owners))
 
-    def _record(
-        self, entry: dict[str, Any], scores: tuple[Scores, dict[str, Scores]], seconds: float
-    ) -> None:
-        entry |= {"eval": scores[0], "seconds": round(seconds, 3)}
-        if scores[1]:
-            entry["eval_clients"] = scores[1]
+    def _record(self, entry: dict[str, Any], scores: _Evaluated, seconds: float) -> None:
+        entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
+        if scores.models:
+            entry["eval_clients"] = scores.models
+        if scores.per_client:
+            entry["per_client"] = scores.per_client
         self._rounds.append(entry)
         self._folder.append("rounds.jsonl", entry)
-        self._progress.scores(entry["round"], scores[0])
+        self._progress.scores(entry["round"], scores.result)
 
     def _restore(self, start: checkpoint.Checkpoint | None) -> None:
         if start is None:
@@ -267,6 +299,7 @@ class _Federation:
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
         evaluated = [entry for entry in self._rounds if entry["eval"]]
+        settings = eval_settings(self._config, self._parts.split.labels)
         seconds = (
             dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
             | self._seconds()
@@ -284,9 +317,11 @@ class _Federation:
             "payload_bytes_per_client_round": self._ledger.payload_bytes_per_client_round(),
             "peak_memory_bytes": self._ledger.peak_memory_bytes,
             "seconds": seconds,
-            "scorers": {task: TASKS[task].scorer() for task in self._config.evaluation.tasks},
+            "scorers": {task: scorer(task, settings) for task in self._config.evaluation.tasks},
             "evaluation": evaluated[-1]["eval"] if evaluated else {},
+            "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
+            "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
             "status": status,
         }
         with disk_errors("summary.json"):
@@ -315,7 +350,10 @@ def save_models(
         for name, model in models:
             where = new if name == "global" else new / name
             where.mkdir(exist_ok=True)
-            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=merge and _is_adapter(model))
+            # what stands beside the result has a base model that only this method can build
+            beside = name != "global" and not name.startswith("client-")
+            whole = (merge or beside) and _is_adapter(model)
+            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=whole)
             written.append(path if name == "global" else path / name)
     return written
 
@@ -327,22 +365,17 @@ def _is_adapter(model: nn.Module) -> bool:
 
 def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
     """The evaluation layer's settings of a configuration."""
+    data, evaluation = config.data, config.evaluation
     return EvalSettings(
-        template=config.data.template,
-        loss_on=config.data.loss_on,
-        max_length=config.data.max_length,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        batch_size=config.evaluation.batch_size,
+        template=data.template,
+        loss_on=data.loss_on,
+        max_length=data.max_length,
         labels=tuple(labels) or None,
+        seed=config.seed,
+        judge=evaluation.judge,
+        code=evaluation.code,
+        **evaluation.model_dump(exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code"}),
     )
-
-
-def mean_scores(scores: Sequence[Scores]) -> Scores:
-    """Metric by metric mean over several models' scores."""
-    return {
-        task: {metric: statistics.fmean(s[task][metric] for s in scores) for metric in scores[0][task]}
-        for task in scores[0]
-    }
 
 
 def _reopen(config: RunConfig, path: Path) -> RunFolder:

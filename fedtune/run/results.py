@@ -9,7 +9,8 @@ from typing import Any
 from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.errors import InputError
-from fedtune.evaluation.tasks import evaluate
+from fedtune.evaluation.subject import Outcome
+from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_model, load_tokenizer
@@ -32,7 +33,8 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
         overrides: `key=value` settings to change.
 
     Returns:
-        `target`, `examples` (how many were held out) and `scores`: by result name, task and metric.
+        `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
+        `metric` and `notes`; and `scores`: by result name, task and metric.
 
     Raises:
         InputError: The target is neither, the run has no result yet, or a task or setting is wrong.
@@ -47,13 +49,26 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
         config = _model_config(target, wanted)
         split = prepare_data(config, pooled=False)
         models = iter([("model", _load(config, config.model.name, split))])
-    scores = {}
-    for name, loaded in models:
-        loaded.model.eval()
-        scores[name] = evaluate(
-            loaded.model, loaded.tokenizer, split.evaluation, tasks, eval_settings(config, split.labels)
-        )
-    return {"target": target, "examples": len(split.evaluation), "scores": scores}
+    settings = eval_settings(config, split.labels)
+    outcomes = {
+        name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
+        for name, loaded in models
+    }
+    return {
+        "target": target,
+        "examples": len(split.evaluation),
+        "tasks": {
+            task: _about(task, scorer(task, settings), [each[task] for each in outcomes.values()])
+            for task in tasks
+        },
+        "scores": {name: summarize([found], settings) for name, found in outcomes.items()},
+    }
+
+
+def _about(task: str, scorer: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    metric = TASKS[task].metric if task in TASKS else next(iter(outcomes[0].metrics))
+    notes = dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
+    return {"scorer": scorer, "metric": metric, "notes": list(notes)}
 
 
 def export_run(path: Path, out: Path, *, merge: bool) -> list[Path]:
@@ -82,12 +97,7 @@ def replay(path: Path, round: int, out: Path) -> list[Path]:
     config = RunFolder.open(path).config()
     refuse_existing(out)
     folder = path / "checkpoints"
-    there = checkpoint.rounds(folder)
-    if round not in there:
-        raise InputError(
-            f"{path} has checkpoints of rounds {', '.join(map(str, there)) or 'none'}, not of {round}; "
-            "set checkpoints.keep=null to keep all of them"
-        )
+    checkpoint.require(folder, round)
     saved = checkpoint.load(folder, round, config_sha256=config.sha256())
     parts = Parts.assemble(config, Clock())
     parts.refuse_other_inputs(path)
@@ -100,18 +110,15 @@ def replay(path: Path, round: int, out: Path) -> list[Path]:
 
 
 def _results(path: Path, config: RunConfig, split: Split) -> Iterator[tuple[str, Loaded]]:
-    """The models in a run's final/ folder: one, or one a client."""
+    """The models in a run's final/ folder: one a client, or the result and what stands beside it."""
     final = path / "final"
     if not final.is_dir():
         raise InputError(f"{path} has no result yet; continue it with fedtune run --resume {path}")
-    several = sorted(
-        folder for folder in final.iterdir() if folder.is_dir() and folder.name.startswith("client-")
-    )
-    for folder in several or [final]:
-        yield (
-            (folder.name if several else "global"),
-            load_result(folder, lambda name: _load(config, name, split)),
-        )
+    named = {folder.name: folder for folder in sorted(final.iterdir()) if folder.is_dir()}
+    if not any(name.startswith("client-") for name in named):
+        named = {"global": final, **named}
+    for name, folder in named.items():
+        yield name, load_result(folder, lambda base: _load(config, base, split))
 
 
 def _load(config: RunConfig, name: str, split: Split) -> Loaded:

@@ -160,17 +160,32 @@ def _grouped(q: reference.F64, size: int) -> tuple[np.ndarray[Any, Any], referen
     return used.astype(np.uint64), rows[used]
 
 
-def _rademacher(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
-    q, unit = reference.quantised(pool, a)
-    groups, rows = _grouped(q, 32)
-    signs = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1  # (16 nibbles, 4 seeds)
-    tables = rows.reshape(-1, 8, 4).astype(np.int64) @ signs.T  # (groups, 8 nibbles of a word, 16)
-    return groups, _aligned(tables.astype(np.int32).reshape(-1, 128)), unit
+def tabled(pool: SeedPool, a: object) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
+    """What `rademacher` and `gaussian` look up: keys (uint64) and rows of 128 int32 by group; the unit.
+
+    Halfword v of a group adds row[v mod 64] + row[64 + ⌊v/64⌋ mod 32] + row[96 + ⌊v/2048⌋]. Groups whose
+    coefficients are all zero add nothing and are left out.
+
+    Raises:
+        InputError: `a` is not K finite numbers.
+    """
+    q, unit = reference.quantised(pool, reference.coefficients(pool, a))
+    groups, rows = _grouped(q, reference.GROUP[pool.noise])
+    parts = []
+    for (bit, width), f in zip(reference.FIELDS, reference.gaussian_tables(), strict=True):
+        if pool.noise == "gaussian":
+            parts.append(np.rint(rows * f.astype(np.float64)))
+        else:
+            signs = 2.0 * (np.arange(2**width)[:, None] >> np.arange(width) & 1) - 1
+            parts.append(rows[:, bit : bit + width] @ signs.T)  # sums of integers below 2^53: exact
+    keys = reference.group_keys(pool, groups.astype(np.int64))
+    return keys, np.concatenate(parts, axis=1).astype(np.int32), unit
 
 
-def _gaussian(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
-    q, unit = reference.quantised(pool, a)
-    return (*_grouped(q, 2), reference.gaussian_table().astype(np.float64), unit)
+def _looked_up(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
+    keys, tables, unit = tabled(pool, a)
+    low = ((tables + 8192) & 16383) - 8192
+    return keys, _aligned(np.concatenate([low, (tables - low) >> 14], axis=1).astype(np.int16)), unit
 
 
 def _binomial32(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
@@ -181,8 +196,8 @@ def _binomial32(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
 
 _PREPARE: dict[str, Callable[[SeedPool, reference.F64], tuple[Any, ...]]] = {
     "hadamard4": _hadamard4,
-    "rademacher": _rademacher,
-    "gaussian": _gaussian,
+    "rademacher": _looked_up,
+    "gaussian": _looked_up,
     "binomial32": _binomial32,
 }
 

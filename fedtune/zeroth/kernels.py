@@ -16,7 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from fedtune.zeroth.vector import HAS_PERMUTE, add_permuted, add_signed, lookup16, popcount
+from fedtune.zeroth.reference import MIX
+from fedtune.zeroth.vector import HAS_PERMUTE, add_looked_up, add_permuted, add_signed, popcount
 
 TILE = 1024
 _LANES = 256  # Philox calls a tile, for one word an element
@@ -26,7 +27,9 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _HALF = np.uint64(32)
 _LOW4 = np.uint64(15)
-_WORD, _SUM = np.zeros(0, np.uint32), np.zeros(0, np.int32)
+_MIX0, _MIX1 = np.uint64(MIX[0]), np.uint64(MIX[1])
+_SIX, _SIXTEEN, _LOW6, _LOW10 = np.uint64(6), np.uint64(16), np.uint64(63), np.uint64(1023)
+_WORD, _SUM, _STATE = np.zeros(0, np.uint32), np.zeros(0, np.int32), np.zeros(0, np.uint64)
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -123,68 +126,68 @@ def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[n
 
 
 @_jit
-def rademacher(out, base, first, low, high, groups, tables, unit, stream):  # type: ignore[no-untyped-def]
-    """Tiles low … high − 1. `tables[g]`: 8 × 16 partial sums, a nibble of group `groups[g]` a row."""
+def draw_states(words, low, high, stream):  # type: ignore[no-untyped-def]
+    """The states of tiles low … high − 1, in the order of `reference.states`."""
     c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
-    words = _aligned(TILE, _WORD)
+    states = _aligned((high - low) * TILE // 4, _STATE)
+    calls = TILE // 8
+    for tile in range(low, high):
+        philox_lanes(words, np.uint64(calls), np.uint64(tile * calls), c1, c2, c3, k0, k1)
+        row = states[(tile - low) * TILE // 4 : (tile - low + 1) * TILE // 4]
+        for call in range(calls):
+            at = call // 8 * 16 + call % 8
+            row[at] = np.uint64(words[call]) | np.uint64(words[calls + call]) << _HALF
+            row[at + 8] = np.uint64(words[2 * calls + call]) | np.uint64(words[3 * calls + call]) << _HALF
+    return states
+
+
+@_jit
+def looked_up(out, base, first, low, high, keys, digits, unit, stream):  # type: ignore[no-untyped-def]
+    """`rademacher` and `gaussian`, tiles low … high − 1; a row of keys and digits for each group of seeds."""
+    words = _aligned(TILE // 2, _WORD)
+    states = draw_states(words, low, high, stream)
     total = _aligned((high - low) * TILE, _SUM)
     total[:] = 0
-    for g in range(groups.size):
-        for tile in range(low, high):
-            philox_lanes(words, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
-            for i in range(0, TILE, 16):
-                lookup16(total, np.uint64((tile - low) * TILE + i), words, np.uint64(i), tables[g])
+    for g in range(keys.size):
+        add_looked_up(total, states, keys[g], digits[g], np.uint64(total.size))
     add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
 
 
 @_jit
-def rademacher_plain(out, base, first, low, high, groups, tables, unit, stream):  # type: ignore[no-untyped-def]
-    """The same for processors without AVX-512: one load for each byte of a word, from tables of 256 sums."""
-    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
-    words = _aligned(TILE, _WORD)
+def looked_up_plain(out, base, first, low, high, keys, digits, unit, stream):  # type: ignore[no-untyped-def]
+    """The same for processors without AVX-512: two loads for each halfword."""
+    words = _aligned(TILE // 2, _WORD)
+    states = draw_states(words, low, high, stream)
     total = _aligned((high - low) * TILE, _SUM)
     total[:] = 0
-    sums = np.empty((4, 256), np.int32)
-    byte = np.uint32(255)
-    for g in range(groups.size):
-        for part in range(4):
-            for value in range(256):
-                lower, upper = 32 * part + value % 16, 32 * part + 16 + value // 16
-                sums[part, value] = tables[g, lower] + tables[g, upper]
-        for tile in range(low, high):
-            philox_lanes(words, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
-            row = total[(tile - low) * TILE : (tile - low + 1) * TILE]
-            for i in range(TILE):
-                word = words[i]
-                row[i] += (
-                    sums[0, np.uint64(word & byte)]
-                    + sums[1, np.uint64(word >> np.uint32(8) & byte)]
-                    + sums[2, np.uint64(word >> np.uint32(16) & byte)]
-                    + sums[3, np.uint64(word >> np.uint32(24))]
-                )
+    six, ten = np.empty(64, np.int32), np.empty(1024, np.int32)
+    mixed = _aligned(TILE // 4, _STATE)
+    for g in range(keys.size):
+        key = keys[g]
+        row = digits[g]
+        for value in range(64):
+            six[value] = _entry(row, value)
+        for value in range(1024):
+            ten[value] = _entry(row, 64 + value % 32) + _entry(row, 96 + value // 32)
+        for at in range(0, states.size, mixed.size):
+            part = states[at : at + mixed.size]
+            for n in range(mixed.size):
+                x = (part[n] ^ key) * _MIX0
+                x = (x ^ x >> _HALF) * _MIX1
+                mixed[n] = x ^ x >> _HALF
+            sums = total[4 * at : 4 * at + TILE]
+            for n in range(mixed.size):
+                x = mixed[n]
+                i = n // 8 * 32 + n % 8 * 2
+                for place in (i, i + 16, i + 1, i + 17):
+                    sums[np.uint64(place)] += six[x & _LOW6] + ten[x >> _SIX & _LOW10]
+                    x >>= _SIXTEEN
     add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
 
 
 @_jit
-def gaussian(out, base, first, low, high, groups, q, table, unit, stream):  # type: ignore[no-untyped-def]
-    """Tiles low … high − 1. q[g] holds the coefficients of the two seeds of group `groups[g]`."""
-    c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
-    words = np.empty((high - low) * TILE, np.uint32)
-    total = _aligned((high - low) * TILE, _SUM)
-    total[:] = 0
-    even, odd = np.empty(table.size, np.int32), np.empty(table.size, np.int32)
-    for g in range(groups.size):
-        for h in range(table.size):
-            even[h] = np.int32(np.rint(q[g, 0] * table[h]))
-            odd[h] = np.int32(np.rint(q[g, 1] * table[h]))
-        for tile in range(low, high):
-            row = words[(tile - low) * TILE : (tile - low + 1) * TILE]
-            philox_lanes(row, np.uint64(_LANES), np.uint64(tile * _LANES), c1 + groups[g], c2, c3, k0, k1)
-        for i in range(words.size):
-            total[i] += (
-                even[np.uint64(words[i] & np.uint32(4095))] + odd[np.uint64(words[i] >> np.uint32(20))]
-            )
-    add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
+def _entry(row, value):  # type: ignore[no-untyped-def]
+    return np.int32(row[value]) + (np.int32(row[128 + value]) << np.int32(14))
 
 
 @_jit
@@ -205,7 +208,7 @@ def binomial32(out, base, first, low, high, groups, q, unit, stream):  # type: i
 
 KERNELS = {
     "hadamard4": hadamard4,
-    "rademacher": rademacher if HAS_PERMUTE else rademacher_plain,
-    "gaussian": gaussian,
+    "rademacher": looked_up if HAS_PERMUTE else looked_up_plain,
+    "gaussian": looked_up if HAS_PERMUTE else looked_up_plain,
     "binomial32": binomial32,
 }

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from fedtune.errors import InputError, nearest
 
-NOISE_VERSION = 1
+NOISE_VERSION = 2
 """Belongs into every file and frame that names a pool. It changes whenever any bit of any noise does."""
 
 Noise = Literal["gaussian", "rademacher", "binomial32", "hadamard4"]
@@ -33,8 +33,8 @@ class SeedPool:
     Args:
         key: Names the pool; pools of other keys are independent. In [0, 2^64).
         size: K, the number of seeds, in [1, 65536]: a seed's index has 16 bits on the wire.
-        noise: `hadamard4` (a rebuild costs one pass whatever K is), `rademacher` (±1), `gaussian` (4096
-            quantiles) or `binomial32` (32 coin flips). All have mean 0 and variance 1.
+        noise: `hadamard4` (a rebuild costs one pass whatever K is), `rademacher` (±1), `gaussian` (65,536
+            values, kurtosis 3) or `binomial32` (32 coin flips). All have mean 0 and variance 1.
 
     Raises:
         InputError: A value is outside its limits.

@@ -5,8 +5,13 @@ Philox4x32-10 (Salmon et al., SC 2011) maps a 128-bit counter and a 64-bit key t
     key     = (pool key, low 32 bits; high 32 bits)
     counter = (call, kind << 24 | group, tensor id low, tensor id high)
 
-and which call, group, word and bit belong to element i and seed j is said at each kind below. Tiles of
-1,024 elements keep the lanes of one call apart by a fixed stride, so that vector registers load neighbours.
+and which call, group, word and bit belong to element i and seed j is said at each kind below. Elements share
+a call in an order that lets vector registers load and store neighbours.
+
+`rademacher` and `gaussian` need K numbers an element, too many for ten rounds each. They draw one
+64-bit state for 4 elements and one 64-bit key for each group of seeds by Philox, and mix the two by two
+multiplications (`halfwords`). For one seed alone the mixing is a bijection of the states, which leaves it as
+good as Philox.
 
 A rebuild is w = float32(w0) + Δ with Δ[i] = Σ_j a_j z_j[i] for a float64 K-vector a; a single perturbation
 is the same with a = scale · e_j. For the kinds drawn independently by seed, a_j is quantised with one
@@ -30,16 +35,25 @@ from fedtune.zeroth.pool import KINDS, MAX_ELEMENTS, SeedPool, tensor_id
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
 TILE = 1024  # elements
 ROOT_EIGHTH = 0.35355339059327379  # 1/√8: the standard deviation of 32 coin flips is √8
-GAUSSIAN_ENTRIES = 4096
+
+MIX = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53  # the multipliers of MurmurHash3's 64-bit finaliser
+FIELDS = ((0, 6), (6, 5), (11, 5))  # first bit and width of the three parts of a halfword
+GROUP = {"rademacher": 16, "gaussian": 1}  # seeds a halfword
+# Σ|a| times this has room in 29 bits and a sign: a halfword's sum is of two digits, 14 and 16 bits wide.
+REACH = {"rademacher": 1 + 2**-10, "gaussian": 4.25}
+
 _GAUSSIAN_UNIT = 65536.0
-_GAUSSIAN_GAIN = 1.0001603147040454  # brings the variance of the rounded table to 1
-_GAUSSIAN_DIGEST = "1894a50f82ae47fb"
+# Factors of Q and Q³, Q a standard normal quantile, for variances near 0.40, 0.33 and 0.27 and kurtosis 3.
+_GAUSSIAN_CURVES = (0.611578, 0.009913), (0.537020, 0.019023), (0.485753, 0.017207)
+_GAUSSIAN_DIGEST = "8910fa607b3415cb"
 
 OFFSETS_GROUP = 1  # hadamard4: sign planes are group 0, XOR offsets group 1
+KEYS_GROUP = 1  # rademacher, gaussian: states are group 0, keys of groups 1
 
 
 def philox(counter: tuple[object, object, object, object], key: tuple[int, int]) -> tuple[U32, U32, U32, U32]:
@@ -73,32 +87,70 @@ def words(pool: SeedPool, name: str, elements: I64, group: int) -> U32:
     return np.choose(inside // 256, four).astype(np.uint32)
 
 
+def states(pool: SeedPool, name: str, elements: I64) -> U64:
+    """rademacher, gaussian: the 64 bits that element i = 64 t + 32 r + 16 h + 2 l + s shares for all h and s.
+
+    They are words 2r (low) and 2r + 1 (high) of call 8 t + l of group 0, with r, h, s < 2 and l < 8.
+    """
+    four = stream(pool, name, elements // 64 * 8 + elements // 2 % 8, 0)
+    r = elements // 32 % 2
+    low, high = np.choose(r, four[::2]), np.choose(r, four[1::2])
+    return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+
+
+def group_keys(pool: SeedPool, groups: I64) -> U64:
+    """rademacher, gaussian: 64 bits a group of seeds, words 0 (low) and 1 of call `group`."""
+    key = (pool.key & 0xFFFFFFFF, pool.key >> 32)
+    low, high, _, _ = philox((groups, KINDS.index(pool.noise) << 24 | KEYS_GROUP, 0, 0), key)
+    return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+
+
+def halfwords(state: U64, key: np.uint64, elements: I64) -> I64:
+    """16 bits an element: of state ⊕ key, mixed, bits 32 s + 16 h and up (s and h as in `states`).
+
+    x ← (S ⊕ G)·MIX₀, x ← (x ⊕ ⌊x/2³²⌋)·MIX₁, x ← x ⊕ ⌊x/2³²⌋, all modulo 2⁶⁴.
+    """
+    half = np.uint64(32)
+    x = (state ^ key) * np.uint64(MIX[0])
+    x = (x ^ x >> half) * np.uint64(MIX[1])
+    x ^= x >> half
+    shift = 32 * (elements % 2) + 16 * (elements // 16 % 2)
+    return (x >> shift.astype(np.uint64) & np.uint64(0xFFFF)).astype(np.int64)
+
+
 @lru_cache(1)
-def gaussian_table() -> F32:
-    """The standard normal's quantiles at (h + ½)/4096, h < 4096, in units of 2^-16, with variance 1.
+def gaussian_tables() -> tuple[F32, F32, F32]:
+    """f_0 (64 entries), f_1 and f_2 (32 each), in units of 2^-16: a Gaussian value is the sum of one of each.
+
+    f_t[h] = α_t Q + β_t Q³ where Q is the standard normal's quantile at (h + ½)/n: each table's kurtosis,
+    and so the sum's, is 3.
 
     Raises:
         RuntimeError: This platform's logarithm is so far off that a value came out another: it cannot take
             part.
     """
-    quantile = NormalDist().inv_cdf
-    upper = [quantile((h + 0.5) / GAUSSIAN_ENTRIES) for h in range(GAUSSIAN_ENTRIES // 2, GAUSSIAN_ENTRIES)]
-    rounded = np.rint(np.array(upper) * (_GAUSSIAN_GAIN * _GAUSSIAN_UNIT))
-    table = (np.concatenate([-rounded[::-1], rounded]) / _GAUSSIAN_UNIT).astype(np.float32)
-    digest = hashlib.blake2b(table.astype("<f4").tobytes(), digest_size=8).hexdigest()
+    tables = []
+    for (_, bits), (linear, cubic) in zip(FIELDS, _GAUSSIAN_CURVES, strict=True):
+        n = 2**bits
+        q = np.array([NormalDist().inv_cdf((h + 0.5) / n) for h in range(n // 2, n)])
+        upper = np.rint((linear * q + cubic * (q * q * q)) * _GAUSSIAN_UNIT) / _GAUSSIAN_UNIT
+        tables.append(np.concatenate([-upper[::-1], upper]).astype(np.float32))
+    together = np.concatenate(tables)
+    digest = hashlib.blake2b(together.astype("<f4").tobytes(), digest_size=8).hexdigest()
     if digest != _GAUSSIAN_DIGEST:
         raise RuntimeError(
-            f"the Gaussian table came out as {digest}, not {_GAUSSIAN_DIGEST}: use another noise"
+            f"the Gaussian tables came out as {digest}, not {_GAUSSIAN_DIGEST}: use another noise"
         )
-    table.setflags(write=False)
-    return table
+    for table in tables:
+        table.setflags(write=False)
+    return tables[0], tables[1], tables[2]
 
 
 def z(pool: SeedPool, name: str, n: int, j: int, *, first: int = 0) -> F32:
     """The noise of seed j for elements [first, first + n) of a flattened tensor.
 
-    rademacher: bit j mod 32 of the word of group ⌊j/32⌋: 1 is +1, 0 is −1.
-    gaussian: the word of group ⌊j/2⌋; its low 12 bits (j even) or high 12 bits (j odd) index the table.
+    rademacher: bit j mod 16 of the halfword of group ⌊j/16⌋: 1 is +1, 0 is −1.
+    gaussian: the halfword v of group j gives f_0[v mod 64] + f_1[⌊v/64⌋ mod 32] + f_2[⌊v/2048⌋].
     binomial32: (bits set in the word of group j − 16) / √8.
     hadamard4: ½ Σ_{t<4} D_t[i] H[(i mod B) ⊕ r_t(⌊i/B⌋), j], with H[m, j] = −1 where m & j has odd parity.
 
@@ -107,12 +159,13 @@ def z(pool: SeedPool, name: str, n: int, j: int, *, first: int = 0) -> F32:
     """
     j = pool.check_seed(j)
     elements = indices(first, n)
-    if pool.noise == "rademacher":
-        bit = words(pool, name, elements, j // 32) >> np.uint32(j % 32) & np.uint32(1)
-        return np.where(bit == 1, np.float32(1), np.float32(-1))
-    if pool.noise == "gaussian":
-        word = words(pool, name, elements, j // 2)
-        return gaussian_table()[word >> 20 if j % 2 else word & 0xFFF]
+    if pool.noise in GROUP:
+        group = j // GROUP[pool.noise]
+        v = halfwords(states(pool, name, elements), group_keys(pool, np.array([group]))[0], elements)
+        if pool.noise == "rademacher":
+            return (2 * (v >> j % 16 & 1) - 1).astype(np.float32)
+        f0, f1, f2 = gaussian_tables()  # multiples of 2^-16 below 8: their sums are exact
+        return f0[v % 64] + f1[v // 64 % 32] + f2[v // 2048]
     if pool.noise == "binomial32":
         ones = np.bitwise_count(words(pool, name, elements, j)).astype(np.float64)
         return ((ones - 16.0) * ROOT_EIGHTH).astype(np.float32)
@@ -139,36 +192,38 @@ def delta(pool: SeedPool, name: str, n: int, a: F64, *, first: int = 0) -> F32:
     if pool.noise == "hadamard4":
         return _hadamard_delta(pool, name, elements, transformed(pool, a))
     q, unit = quantised(pool, a)
-    if pool.noise == "gaussian":
-        total = np.zeros(n, np.int64)
-        for j in np.flatnonzero(q):
-            word = words(pool, name, elements, int(j) // 2)
-            total += contributions(q[j])[word >> 20 if j % 2 else word & 0xFFF]
-        return (total * unit).astype(np.float32)
     total = np.zeros(n, np.int64)
-    for j in np.flatnonzero(q):
-        if pool.noise == "rademacher":
-            bit = words(pool, name, elements, int(j) // 32) >> np.uint32(j % 32) & np.uint32(1)
-            total += int(q[j]) * (2 * bit.astype(np.int64) - 1)
-        else:
+    if pool.noise == "binomial32":
+        for j in np.flatnonzero(q):
             total += int(q[j]) * (np.bitwise_count(words(pool, name, elements, int(j))).astype(np.int64) - 16)
+        return (total * unit).astype(np.float32)
+    state = states(pool, name, elements)
+    keys = group_keys(pool, np.arange(pool.size) // GROUP[pool.noise])
+    for j in np.flatnonzero(q):
+        v = halfwords(state, keys[j], elements)
+        if pool.noise == "rademacher":
+            total += int(q[j]) * (2 * (v >> j % 16 & 1) - 1)
+        else:
+            for (bit, width), table in zip(FIELDS, contributions(q[j]), strict=True):
+                total += table[v >> bit & 2**width - 1]
     return (total * unit).astype(np.float32)
 
 
 def quantised(pool: SeedPool, a: F64) -> tuple[F64, float]:
     """Coefficients in units of a power of two, and the float64 unit of the integer sum.
 
-    rademacher: integers q with Σ|q_j| ≤ 2^30 + K/2, so every partial sum fits an int32.
-    gaussian: unrounded, Σ|q_j| < 2^29; what is rounded is each q_j · z (`contributions`), with |z| < 4.
+    rademacher: integers q with Σ|q_j| < 2^29, so every partial sum fits 30 bits and any sum an int32.
+    gaussian: unrounded; what is rounded is each q_j · f_t (`contributions`). Σ|q_j z_j| < 2^29 likewise.
     binomial32: integers with |q_j| ≤ 2^30, summed in int64; the unit holds the 1/√8.
     """
     sizes = np.abs(a)
-    # fsum is exact, so the scale does not depend on the order of the seeds.
-    total = float(sizes.max(initial=0.0)) if pool.noise == "binomial32" else math.fsum(sizes)
+    if pool.noise == "binomial32":
+        bits, total = 30, float(sizes.max(initial=0.0))
+    else:  # fsum is exact, so the scale does not depend on the order of the seeds
+        bits, total = 29, math.fsum(sizes) * REACH[pool.noise]
     if total == 0.0:
         return np.zeros_like(a), 1.0
-    bits = (29 if pool.noise == "gaussian" else 30) - math.frexp(total)[1]
-    bits = min(bits, 1000)
+    bits = min(bits - math.frexp(total)[1], 1000)
     q = np.ldexp(a, bits)
     unit = math.ldexp(1.0, -bits)
     if pool.noise == "gaussian":
@@ -176,9 +231,10 @@ def quantised(pool: SeedPool, a: F64) -> tuple[F64, float]:
     return np.rint(q), unit * ROOT_EIGHTH if pool.noise == "binomial32" else unit
 
 
-def contributions(q: float) -> I64:
-    """gaussian: the integer that one seed adds, for each of the table's 4,096 values."""
-    return np.rint(q * gaussian_table().astype(np.float64)).astype(np.int64)
+def contributions(q: float) -> tuple[I64, I64, I64]:
+    """gaussian: the integers that one seed adds, for each value of the three tables."""
+    one, two, three = (np.rint(q * f.astype(np.float64)).astype(np.int64) for f in gaussian_tables())
+    return one, two, three
 
 
 def transformed(pool: SeedPool, a: F64) -> F32:

@@ -1,24 +1,98 @@
-"""Noise over tensors by name: one at a time, or all of a model's.
+"""Noise over tensors by name, on the device they are on: one at a time, or all of a model's.
 
 Each operation is one pass over the weights, straight from w0, so nothing drifts. A mapping's tensors are
 matched by canonical name (`fedtune.zeroth.pool.canonical_name`), never by position. Tied tensors are
 written once; tensors that are no floating-point numbers, and parameters that do not require gradients, are
 left alone.
+
+Tensors in the CPU's memory and arrays go to `fedtune.zeroth.fast`, those on a GPU to `fedtune.zeroth.gpu`.
+Both give the same bits, so one model may lie on several devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from itertools import pairwise
+from threading import Lock
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import nn
 
 from fedtune.errors import InputError
-from fedtune.zeroth import reference
-from fedtune.zeroth.fast import Update, Weights, flat, run
+from fedtune.zeroth import fast, gpu, reference
+from fedtune.zeroth.fast import Weights
 from fedtune.zeroth.pool import SeedPool, canonical_name
+
+
+class Prepared:
+    """Σ_j a_j z_j of one pool, prepared once to be added to any number of tensors on any device.
+
+    Several threads may write different tensors, or different shards of one, at the same time.
+
+    Args:
+        pool: The pool.
+        a: K coefficients, float64: already −η times the accumulator.
+
+    Raises:
+        InputError: `a` is not K finite numbers.
+    """
+
+    def __init__(self, pool: SeedPool, a: object) -> None:
+        self.pool = pool
+        self._a = _coefficients(pool, a)
+        self._lock = Lock()  # of the preparation: the first thread makes it, the others wait
+
+    def write(
+        self, w: Weights, w0: Weights, name: str, *, first: int = 0, threads: int | None = None
+    ) -> None:
+        """Writes cast(float32(w0) + Σ_j a_j z_j) into w.
+
+        On a GPU this is one launch on the current stream, in order with PyTorch's own.
+
+        Args:
+            w: A contiguous tensor (or array) of float32, float16 or bfloat16, of any shape; may be w0.
+            w0: The initial weights, of the same size and dtype and on the same device.
+            name: The tensor's name, which its noise depends on.
+            first: Where w begins in the flattened tensor, if it is a shard of it.
+            threads: How many threads share the work on a CPU; PyTorch's setting by default.
+
+        Raises:
+            InputError: The tensors do not match, or cannot be written where they are.
+        """
+        self._write([(w, w0, name)], first, threads)
+
+    def _write(
+        self, tensors: Iterable[tuple[Weights, Weights, str]], first: int, threads: int | None
+    ) -> None:
+        jobs: list[fast.Job] = []
+        launches: list[fast.Job] = []
+        for w, w0, name in tensors:
+            if _device(w) != _device(w0):
+                raise InputError(
+                    f"{name}: w and w0 must be on one device, got {_device(w)} and {_device(w0)}"
+                )
+            if _on_gpu(w) and _on_gpu(w0):
+                with self._lock:
+                    launches += self._gpu.jobs(w, w0, name, first=first)  # uploads, once to each device
+            else:
+                with self._lock:
+                    update = self._cpu
+                jobs += update.jobs(w, w0, name, first=first)
+        # Everything has been checked before the first weight is written.
+        fast.run(jobs, threads)
+        for launch in launches:  # in this thread: its current stream is the caller's
+            launch()
+
+    @cached_property
+    def _cpu(self) -> fast.Update:
+        return fast.Update(self.pool, self._a)
+
+    @cached_property
+    def _gpu(self) -> gpu.Update:
+        return gpu.Update(self.pool, self._a)
 
 
 def perturb_(
@@ -27,18 +101,19 @@ def perturb_(
     """Adds scale · z_j to w in place.
 
     Args:
-        w: A contiguous CPU tensor or array of float32, float16 or bfloat16; of any shape.
+        w: A contiguous tensor or array of float32, float16 or bfloat16, on a CPU or GPU; of any shape.
         pool: The pool.
         name: The tensor's name.
         j: The seed's index.
         scale: For instance ε.
         first: Where w begins in the flattened tensor, if it is a shard of it.
-        threads: How many threads share the work (PyTorch's setting by default); the bits do not depend on it.
+        threads: How many threads share the work on a CPU (PyTorch's setting by default); the bits do not
+            depend on it.
 
     Raises:
         InputError: j is not in the pool, the scale is not finite, or w cannot be written.
     """
-    run(Update(pool, _plus(pool, None, j, scale)).jobs(w, w, name, first=first), threads)
+    Prepared(pool, _plus(pool, None, j, scale)).write(w, w, name, first=first, threads=threads)
 
 
 def rebuild_(
@@ -58,7 +133,7 @@ def rebuild_(
     Raises:
         InputError: `a` is not K finite numbers, or w and w0 do not match or cannot be written.
     """
-    run(Update(pool, a).jobs(w, w0, name, first=first), threads)
+    Prepared(pool, a).write(w, w0, name, first=first, threads=threads)
 
 
 def rebuild_perturbed_(
@@ -78,14 +153,14 @@ def rebuild_perturbed_(
     Raises:
         InputError: As `rebuild_` and `perturb_`.
     """
-    run(Update(pool, _plus(pool, a, j, scale)).jobs(w, w0, name, first=first), threads)
+    Prepared(pool, _plus(pool, a, j, scale)).write(w, w0, name, first=first, threads=threads)
 
 
 def perturb_all_(
     weights: Mapping[str, Weights], pool: SeedPool, j: int, scale: float, *, threads: int | None = None
 ) -> None:
     """`perturb_` of every tensor of a model."""
-    _all(weights, weights, Update(pool, _plus(pool, None, j, scale)), threads)
+    _all(weights, weights, Prepared(pool, _plus(pool, None, j, scale)), threads)
 
 
 def rebuild_all_(
@@ -97,7 +172,7 @@ def rebuild_all_(
     threads: int | None = None,
 ) -> None:
     """`rebuild_` of every tensor of a model from its initial weights, which may be the same tensors."""
-    _all(weights, initial, Update(pool, a), threads)
+    _all(weights, initial, Prepared(pool, a), threads)
 
 
 def rebuild_perturbed_all_(
@@ -111,7 +186,7 @@ def rebuild_perturbed_all_(
     threads: int | None = None,
 ) -> None:
     """`rebuild_perturbed_` of every tensor of a model from its initial weights."""
-    _all(weights, initial, Update(pool, _plus(pool, a, j, scale)), threads)
+    _all(weights, initial, Prepared(pool, _plus(pool, a, j, scale)), threads)
 
 
 def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
@@ -124,7 +199,7 @@ def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
         InputError: Two tensors share a canonical name, or share memory without being the same.
     """
     chosen: dict[str, Weights] = {}
-    spans: dict[tuple[int, int], str] = {}
+    spans: dict[tuple[str, int, int], str] = {}  # device, first byte, end
     for name, w in sorted(weights.items(), key=lambda pair: canonical_name(pair[0])):
         if isinstance(w, nn.Parameter) and not w.requires_grad:
             continue
@@ -132,8 +207,8 @@ def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
             w.is_floating_point() if isinstance(w, torch.Tensor) else np.issubdtype(w.dtype, np.floating)
         ):
             continue
-        canonical, row = canonical_name(name), flat(w, name)
-        span = (row.data_ptr(), row.data_ptr() + row.nbytes)
+        canonical, row = canonical_name(name), gpu.flat(w, name) if _on_gpu(w) else fast.flat(w, name)
+        span = (str(row.device), row.data_ptr(), row.data_ptr() + row.nbytes)
         if row.numel() and span in spans:
             continue
         if canonical in chosen:
@@ -143,7 +218,7 @@ def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
             spans[span] = canonical
     ordered = sorted(spans)
     for one, two in pairwise(ordered):
-        if two[0] < one[1]:
+        if one[0] == two[0] and two[1] < one[2]:
             raise InputError(
                 f"{spans[one]!r} and {spans[two]!r} share a part of their memory: pass one of them"
             )
@@ -151,18 +226,30 @@ def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
 
 
 def _all(
-    weights: Mapping[str, Weights], initial: Mapping[str, Weights], update: Update, threads: int | None
+    weights: Mapping[str, Weights], initial: Mapping[str, Weights], prepared: Prepared, threads: int | None
 ) -> None:
     origin = {canonical_name(name): w0 for name, w0 in initial.items()}
     chosen = perturbed_names(weights)
     missing = [name for name in chosen if name not in origin]
     if missing:
         raise InputError(f"no initial weights for {missing[0]!r} ({len(missing)} tensors are missing)")
-    # Everything is checked before the first weight is written.
-    run([job for name, w in chosen.items() for job in update.jobs(w, origin[name], name)], threads)
+    prepared._write([(w, origin[name], name) for name, w in chosen.items()], 0, threads)
 
 
 def _plus(pool: SeedPool, a: object | None, j: int, scale: float) -> reference.F64:
-    vector = np.zeros(pool.size) if a is None else reference.coefficients(pool, a).copy()
+    vector = np.zeros(pool.size) if a is None else _coefficients(pool, a)
     vector[pool.check_seed(j)] += scale
     return vector
+
+
+def _coefficients(pool: SeedPool, a: object) -> reference.F64:
+    """A copy of its own, from whichever device."""
+    return reference.coefficients(pool, a.detach().cpu() if isinstance(a, torch.Tensor) else a).copy()
+
+
+def _device(w: Weights) -> torch.device:
+    return w.device if isinstance(w, torch.Tensor) else torch.device("cpu")
+
+
+def _on_gpu(w: Weights) -> TypeGuard[torch.Tensor]:
+    return _device(w).type == "cuda"

@@ -1,8 +1,8 @@
-"""Four operations on 16 lanes that Numba's compiler does not find by itself, as LLVM vector instructions.
+"""Four operations that Numba's compiler does not find by itself, as LLVM vector instructions.
 
-`add_signed` and `popcount` are plain LLVM and run on any processor; `lookup16` and `add_permuted` need the
-AVX-512 permutation and are used only where `HAS_PERMUTE` is true. Nothing is multiplied, and floats are added
-exactly as written, in the order written.
+`add_signed` and `popcount` are plain LLVM and run on any processor; `add_looked_up` and `add_permuted` need
+AVX-512's permutations and are used only where `HAS_PERMUTE` is true. Floats are never multiplied, and they
+are added exactly as written, in the order written.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ from typing import Any
 import llvmlite.binding  # type: ignore[import-untyped]
 from llvmlite import ir
 from numba import extending, types
-from numba.core import config
+from numba.core import cgutils, config
+
+from fedtune.zeroth import reference
 
 _intrinsic: Any = extending.intrinsic  # its own type takes the first argument for one of the caller's
 
 # Who sets NUMBA_CPU_NAME (a cache shared by unlike machines, say) gets the kernels that run anywhere.
 HAS_PERMUTE = getattr(config, "CPU_NAME", None) is None and bool(
-    llvmlite.binding.get_host_cpu_features().get("avx512f")
+    llvmlite.binding.get_host_cpu_features().get("avx512bw")
 )
 
 _AHEAD = 1024  # elements: far enough for memory, near enough for the first cache
 _BYTE = ir.IntType(8)
 _I32 = ir.IntType(32)
 _WORDS = ir.VectorType(_I32, 16)
+_I64 = ir.IntType(64)
+_QUADS = ir.VectorType(_I64, 8)
+_HALVES = ir.VectorType(ir.IntType(16), 32)
 _FLOATS = ir.VectorType(ir.FloatType(), 16)
+_CHUNKS = 4  # of 32 elements, side by side: a processor does not look far enough ahead itself
 
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -39,6 +45,13 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, vect
 def _splat(builder: Any, value: Any) -> Any:
     one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, [0] * 16))
+
+
+def _splat64(builder: Any, value: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_QUADS, ir.Undefined), value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(
+        one, ir.Constant(_QUADS, ir.Undefined), ir.Constant(ir.VectorType(_I32, 8), [0] * 8)
+    )
 
 
 @_intrinsic
@@ -110,26 +123,82 @@ def _permute(builder: Any) -> Any:
 
 
 @_intrinsic
-def lookup16(typingctx, total, at, words, place, tables):  # type: ignore[no-untyped-def]
-    """16 lanes of total[at] += Σ_{n<8} tables[16 n + (nibble n of words[place])], modulo 2^32."""
+def add_looked_up(typingctx, total, states, key, digits, elements):  # type: ignore[no-untyped-def]
+    """total[i] += Σ_t T_t[part t of halfword i], modulo 2^32, for i < `elements`, a multiple of 128.
+
+    `states` holds 8 uint64 for 32 elements, in the order of `fedtune.zeroth.reference.states`. `digits` holds the tables' entries as two int16, low + 2^14 high with
+    |low| ≤ 2^13: 128 low ones, then 128 high ones.
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        total, at, words, place, tables = arguments
+        total, states, key, digits, elements = arguments
         kinds = signature.args
-        word = builder.load(_pointer(context, builder, kinds[2], words, place, _WORDS), align=4)
-        sums = []
-        for nibble in range(8):
-            start = ir.Constant(ir.IntType(64), 16 * nibble)
-            table = builder.load(_pointer(context, builder, kinds[4], tables, start, _WORDS), align=4)
-            shifted = builder.lshr(word, ir.Constant(_WORDS, [4 * nibble] * 16)) if nibble else word
-            sums.append(builder.call(_permute(builder), [table, shifted]))  # looks at the low 4 bits alone
-        while len(sums) > 1:
-            sums = [builder.add(one, two) for one, two in zip(sums[::2], sums[1::2], strict=True)]
-        target = _pointer(context, builder, kinds[0], total, at, _WORDS)
-        builder.store(builder.add(builder.load(target, align=4), sums[0]), target, align=4)
+        spread = _splat64(builder, key)
+
+        def mixed(first: Any) -> list[Any]:
+            xs = []
+            for n in range(_CHUNKS):
+                at = builder.add(first, ir.Constant(_I64, 8 * n))
+                state = builder.load(_pointer(context, builder, kinds[1], states, at, _QUADS), align=4)
+                xs.append(builder.mul(builder.xor(state, spread), _constant(_QUADS, reference.MIX[0])))
+            xs = [builder.mul(_folded(builder, x), _constant(_QUADS, reference.MIX[1])) for x in xs]
+            return [builder.bitcast(_folded(builder, x), _HALVES) for x in xs]
+
+        tables = []
+        for start in range(0, 256, 32):
+            pointer = _pointer(context, builder, kinds[3], digits, ir.Constant(_I64, start), _HALVES)
+            tables.append(builder.load(pointer, align=2))
+        step = ir.Constant(_I64, 32 * _CHUNKS)
+        with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), elements, step, _I64) as (i, _):
+            for n, word in enumerate(mixed(builder.lshr(i, ir.Constant(_I64, 2)))):
+                low, high = _looked_up(builder, tables[:4], word), _looked_up(builder, tables[4:], word)
+                for half in range(2):
+                    at = builder.add(i, ir.Constant(_I64, 32 * n + 16 * half))
+                    target = _pointer(context, builder, kinds[0], total, at, _WORDS)
+                    result = builder.load(target, align=4)
+                    for digit, weight in ((high, 1 << 14), (low, 1)):
+                        # Pairs of int16 times (weight, 0) or (0, weight), added up: one of the two, widened.
+                        weights = ir.Constant(_HALVES, [weight * (k % 2 == half) for k in range(32)])
+                        result = _multiply_add(builder, result, digit, weights)
+                    builder.store(result, target, align=4)
         return context.get_dummy_value()
 
-    return types.void(total, at, words, place, tables), generate
+    return types.void(total, states, key, digits, elements), generate
+
+
+def _folded(builder: Any, x: Any) -> Any:
+    return builder.xor(x, builder.lshr(x, _constant(_QUADS, 32)))
+
+
+def _constant(vector: Any, value: int) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _looked_up(builder: Any, tables: list[Any], word: Any) -> Any:
+    """32 lanes of the sum of three entries; an instruction looks only at the bits that it needs."""
+    lower, upper, second, third = tables
+    one = builder.call(_permute_pair(builder), [lower, word, upper])
+    two, three = (
+        builder.call(_permute_halves(builder), [table, builder.lshr(word, _constant(_HALVES, bit))])
+        for table, (bit, _) in zip((second, third), reference.FIELDS[1:], strict=True)
+    )
+    return builder.add(builder.add(one, two), three)
+
+
+def _permute_pair(builder: Any) -> Any:
+    kind = ir.FunctionType(_HALVES, [_HALVES] * 3)
+    return builder.module.declare_intrinsic("llvm.x86.avx512.vpermi2var.hi.512", (), kind)
+
+
+def _permute_halves(builder: Any) -> Any:
+    kind = ir.FunctionType(_HALVES, [_HALVES] * 2)
+    return builder.module.declare_intrinsic("llvm.x86.avx512.permvar.hi.512", (), kind)
+
+
+def _multiply_add(builder: Any, total: Any, one: Any, two: Any) -> Any:
+    kind = ir.FunctionType(_WORDS, [_HALVES] * 2)
+    pairs = builder.module.declare_intrinsic("llvm.x86.avx512.pmaddw.d.512", (), kind)
+    return builder.add(total, builder.call(pairs, [one, two]))
 
 
 @_intrinsic

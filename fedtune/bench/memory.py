@@ -1,0 +1,148 @@
+"""Peak memory of a client: tuning methods against inference, with the same random model and batch.
+
+Each case is a process of its own. `peak_bytes` is the most that tensors held at once, the model among them.
+`rss_bytes` checks it from outside: the most that the process held in its steps, less what it held before it
+had the model (but had done the same with a tiny one, so that all libraries were loaded). It is left out where
+the system does not tell, and good to some tens of megabytes, which allocators keep and libraries take.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaForCausalLM
+
+from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
+from fedtune.measure.memory import MemoryMeter, Resident
+from fedtune.methods.zeroth_step import step_weights
+from fedtune.models.tuning import attach_lora, train_all
+from fedtune.zeroth import SeedPool
+
+STEPS = 2  # an optimizer has its state from the second on
+
+
+class Client(NamedTuple):
+    """What a case does again and again, and what it keeps in memory meanwhile."""
+
+    step: Callable[[], object]
+    resident: list[Resident]
+
+
+@contextmanager
+def _inference(model: LlamaForCausalLM) -> Iterator[Client]:
+    batch = random_batch()
+    with torch.no_grad():
+        yield Client(lambda: float(model(**batch).loss), [model])
+
+
+def _fedkseed(noise: Any) -> Callable[[LlamaForCausalLM], AbstractContextManager[Client]]:
+    @contextmanager
+    def client(model: LlamaForCausalLM) -> Iterator[Client]:
+        batch, pool = random_batch(), SeedPool(0, 4096, noise)
+        with step_weights(train_all(model), pool, torch.zeros(pool.size), 1e-6) as weights:
+
+            def step() -> None:
+                plus, minus = weights.loss(batch, 7, 1e-3), weights.loss(batch, 7, -1e-3)
+                weights.update([(7, (plus - minus) / 2e-3)])
+
+            yield Client(step, [model])
+
+    return client
+
+
+def _gradients(attach: Callable[..., Any]) -> Callable[[LlamaForCausalLM], AbstractContextManager[Client]]:
+    @contextmanager
+    def client(base: LlamaForCausalLM) -> Iterator[Client]:
+        model, batch = attach(base), random_batch()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+        def step() -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        yield Client(step, [model, optimizer])
+
+    return client
+
+
+def _lora(model: LlamaForCausalLM) -> Any:
+    return attach_lora(model, rank=16, alpha=32.0, dropout=0.0, targets=None, seed=0)
+
+
+CASES: dict[str, Callable[[LlamaForCausalLM], AbstractContextManager[Client]]] = {
+    "inference": _inference,
+    "FedKSeed, hadamard4": _fedkseed("hadamard4"),
+    "FedKSeed, rademacher": _fedkseed("rademacher"),
+    "full fine-tuning, AdamW": _gradients(train_all),
+    "LoRA, AdamW": _gradients(_lora),
+}
+"""What can be measured; the first is what the others are compared with."""
+
+
+def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each case, and its ratios to inference."""
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        command = [sys.executable, "-m", "fedtune.bench.memory", case, str(hidden), str(layers)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    first = rows[0]
+    ratios = {
+        f"{key}: {row['case']} / {first['case']}": row[key] / first[key]
+        for key in ("peak_bytes", "rss_bytes")
+        for row in rows[1:]
+        if key in row
+    }
+    return rows, ratios
+
+
+def measure_case(case: str, hidden: int, layers: int) -> dict[str, Any]:
+    """One row, of this process."""
+    with CASES[case](random_llama(64, 1)) as tiny:
+        tiny.step()
+    del tiny
+    gc.collect()
+    before = _status("VmRSS")
+    with CASES[case](random_llama(hidden, layers)) as client:
+        known = _forget_peak()
+        for _ in range(STEPS):
+            client.step()
+        peak = _status("VmHWM")
+        meter = MemoryMeter("cpu")
+        with meter.whole(client.resident):
+            client.step()
+    row: dict[str, Any] = {"case": case, "peak_bytes": meter.peak_bytes}
+    if known and before is not None and peak is not None:
+        row["rss_bytes"] = peak - before
+    return row
+
+
+def _status(key: str) -> int | None:
+    """A line of Linux's account of this process, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _forget_peak() -> bool:
+    """Lets VmHWM begin anew; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_case(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

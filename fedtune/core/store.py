@@ -1,0 +1,96 @@
+"""What a client holds beside what it kept from its last round: large, read-only content under its SHA-256.
+
+A method whose clients never get the whole model sends them a smaller one, once. It is kept here, on disk
+where there is a folder, so that a client that was restarted does not ask for it again. Content has its
+digest as its name: simulated clients of one process that were sent the same bytes share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedtune.core.types import Payload
+
+T = TypeVar("T")
+
+
+def digest(payload: Payload) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, and the scalars."""
+    sha = hashlib.sha256(json.dumps(dict(payload.scalars), sort_keys=True).encode())
+    for name in sorted(payload.tensors):
+        tensor = payload.tensors[name].detach().cpu().contiguous()
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+class Store:
+    """Payloads by digest, in memory and, with a folder, on disk; and what was built from them.
+
+    Args:
+        folder: Where they are kept; made when the first comes. None: in memory alone.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._payloads: dict[str, Payload] = {}
+        self._built: dict[str, Any] = {}
+
+    def put(self, payload: Payload) -> str:
+        """Keeps `payload` and returns its digest."""
+        key = digest(payload)
+        if key not in self._payloads:
+            self._payloads[key] = payload
+            if self._folder is not None:
+                self._write(self._folder, key, payload)
+        return key
+
+    def get(self, key: str) -> Payload | None:
+        """What has this digest, or None: it never came, was lost, or is not what it was any more."""
+        if key not in self._payloads and self._folder is not None:
+            payload = self._read(self._folder / f"{key}.safetensors")
+            if payload is not None and digest(payload) == key:
+                self._payloads[key] = payload
+        return self._payloads.get(key)
+
+    def built(self, key: str, build: Callable[[], T]) -> T:
+        """What `build` makes, once for each key."""
+        if key not in self._built:
+            self._built[key] = build()
+        found: T = self._built[key]
+        return found
+
+    def clear(self) -> None:
+        """Forgets everything, on disk too."""
+        self._payloads.clear()
+        self._built.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, folder: Path, key: str, payload: Payload) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / f".{key}.new"
+        # clone: safetensors refuses tensors that share memory
+        tensors = {n: t.detach().cpu().clone().contiguous() for n, t in payload.tensors.items()}
+        save_file(tensors, new, metadata={"scalars": json.dumps(dict(payload.scalars))})
+        os.replace(new, folder / f"{key}.safetensors")
+
+    def _read(self, path: Path) -> Payload | None:
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                scalars = json.loads(file.metadata()["scalars"])
+                return Payload({name: file.get_tensor(name) for name in file.keys()}, scalars)  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return None  # as good as lost: the server sends it again

@@ -1,0 +1,343 @@
+"""What a task is given, and what it gives back.
+
+A task is a function from `Subject` (a model before its examples) to `Outcome` (each example's part of each
+metric). Values, standard errors and intervals are computed from the outcome in one place, `bootstrap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fedtune import __version__
+from fedtune.core.seeds import derive_seed
+from fedtune.core.settings import Settings
+from fedtune.data import templates
+from fedtune.data.batches import collate
+from fedtune.data.encode import IGNORED, Encoded, encode_causal, encode_classification, encode_prompts
+from fedtune.data.examples import Example
+from fedtune.errors import InputError
+from fedtune.evaluation.generation import Sampling, context_length, generate, prompt_room
+from fedtune.evaluation.rows import Fields, read_rows
+from fedtune.evaluation.sandbox import CodeSettings
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
+
+
+class JudgeSettings(Settings):
+    """A language model that marks answers (mt-bench), behind an OpenAI-compatible endpoint."""
+
+    url: str  # base of the endpoint, as http://localhost:8000/v1
+    model: str  # the judge's name there
+    key_variable: str | None = None  # environment variable with the key, which is never written anywhere
+    timeout_s: float = Field(60.0, gt=0)  # of one request
+    retries: int = Field(2, ge=0)  # after a failed request; then the question counts as unjudged
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How examples are put to the model, and where tasks find what they need.
+
+    Attributes:
+        template: Prompt template, see `fedtune.data.templates`.
+        loss_on: "response" or "all": the tokens that the loss is the mean of.
+        max_length: The most tokens of an example (loss) or a prompt (answers); a smaller context of the model
+            goes before.
+        max_new_tokens: The most tokens of an answer; None: what each task needs.
+        batch_size: Examples a forward pass. Changes scores by float rounding only.
+        labels: Class names in the order of the head's outputs; None for a causal language model.
+        files: The local data file of each task that reads one.
+        limit: The most examples of a task that brings its own; None: all.
+        few_shot: Solved examples before each question of an lm-eval task; None: what the task says.
+        samples: Answers drawn for one question where a task scores several (Pass@k).
+        temperature: Of those draws; a single answer is greedy.
+        top_p: Of those draws: the least set of likeliest tokens with this probability in sum.
+        task_folder: Folder of YAML tasks of the harness, before its own.
+        data_folder: Folder that those tasks read their files from.
+        judge: Who marks answers; None: nobody.
+        code: How programs that the model wrote are run.
+        bootstrap: Resamples of an interval; 0: no intervals.
+        seed: What draws and resamples are derived from.
+    """
+
+    template: str
+    loss_on: str
+    max_length: int
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    labels: tuple[str, ...] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    few_shot: int | None = None
+    samples: int = 1
+    temperature: float = 0.8
+    top_p: float = 1.0
+    task_folder: str | None = None
+    data_folder: str | None = None
+    judge: JudgeSettings | None = None
+    code: CodeSettings = field(default_factory=CodeSettings)
+    bootstrap: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One metric over the examples.
+
+    Attributes:
+        items: One an example, in their order: numbers for a mean, else what `aggregate` takes.
+        aggregate: From items to the metric; None: the mean. Also called on resampled items, with repeats.
+        weights: Of the mean (of the loss: tokens).
+        lower_is_better: What "worst" means.
+        exact: The metric as another package computed it, to the last digit; None: compute it.
+    """
+
+    items: Sequence[Any]
+    aggregate: Callable[[Sequence[Any]], float] | None = None
+    weights: Sequence[float] | None = None
+    lower_is_better: bool = False
+    exact: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The metric."""
+        if self.exact is not None:
+            return self.exact
+        if self.aggregate is not None:
+            return float(self.aggregate(self.items))
+        if self.weights is None:
+            return float(sum(self.items) / len(self.items))
+        return float(sum(w * v for w, v in zip(self.weights, self.items, strict=True)) / sum(self.weights))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task found out about one model.
+
+    Attributes:
+        metrics: The main one first; empty where nothing could be scored.
+        more: Numbers without an error bar: parts by category, counts of what failed.
+        notes: Sentences for people.
+    """
+
+    metrics: Mapping[str, Scored]
+    more: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Subject:
+    """A model before its examples: what several tasks need is computed once.
+
+    Expects the model in eval mode and gradients off, as `tasks.score` sets them.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        settings: EvalSettings,
+    ) -> None:
+        self.model, self.tokenizer, self.examples, self.settings = model, tokenizer, examples, settings
+        self.truncated: int | None = None  # prompts that lost their start; None before any was answered
+
+    def file(self, task: str) -> Path:
+        """The local data file given for a task. Raises InputError if there is none."""
+        if task not in self.settings.files:
+            raise InputError(
+                f"task {task} reads a data file: give evaluation.files.{task}=FILE (docs/evaluation.md)"
+            )
+        path = Path(self.settings.files[task])
+        if not path.is_file():
+            raise InputError(f"evaluation.files.{task}: no such file: {path}")
+        return path
+
+    def rows(self, task: str, fields: Fields) -> list[dict[str, Any]]:
+        """The objects of a task's JSON Lines file, the first `limit` of them; see `rows.read_rows`.
+
+        Raises:
+            InputError: No file, no JSON, no objects, or a field that is missing or of another type.
+        """
+        return read_rows(self.file(task), fields, limit=self.settings.limit, task=task)
+
+    def prompt(self, instruction: str, input: str = "") -> str:
+        """An instruction in the run's template."""
+        return templates.prompt(Example(instruction, input), self.settings.template)
+
+    def max_new_tokens(self, default: int) -> int:
+        """The most tokens of an answer: what was set, else a task's own number."""
+        return self.settings.max_new_tokens or default
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        samples: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """Answers prompts, in batches.
+
+        Args:
+            prompts: What goes after the begin token. One that is too long for the context loses its start and
+                is counted in `truncated`.
+            max_new_tokens: The most tokens of an answer.
+            stop: An answer ends before the first of these.
+            samples: Answers to each prompt.
+            temperature: 0 is greedy: every sample the same.
+            top_p: Draw from the least set of likeliest tokens with this probability in sum.
+            seed: Draws with another seed are independent. They do not depend on the batch size.
+
+        Returns:
+            For each prompt its answers, without special tokens.
+
+        Raises:
+            InputError: A prompt without tokens, or no room for a prompt in the model's context.
+        """
+        room = prompt_room(self.model, max_new_tokens)
+        encoded, cut = encode_prompts(prompts, self.tokenizer, max_length=room)
+        self.truncated = (self.truncated or 0) + cut
+        if temperature == 0:
+            sampling, repeats = None, 1
+        else:
+            repeats = samples
+            seeds = [
+                self.draw_seed(seed, place, sample)
+                for place in range(len(prompts))
+                for sample in range(samples)
+            ]
+            sampling = Sampling(temperature, top_p, seeds)
+        texts = generate(
+            self.model,
+            self.tokenizer,
+            [ids for ids in encoded for _ in range(repeats)],
+            max_new_tokens=max_new_tokens,
+            batch_size=self.settings.batch_size,
+            stop=stop,
+            sampling=sampling,
+        )
+        if sampling is None:
+            return [[text] * samples for text in texts]
+        return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+    def draw_seed(self, seed: int, place: int, sample: int) -> int:
+        """The seed of one answer's draws: `sample` to the prompt in `place`."""
+        return derive_seed(self.settings.seed, "answers", seed, place, sample)
+
+    @cached_property
+    def _greedy(self) -> tuple[list[str], int]:
+        """Answers to the examples, and how many prompts lost their start."""
+        tokens, length = self.max_new_tokens(64), self.settings.max_length
+        room = prompt_room(self.model, tokens)
+        # Cut here, where the begin token is kept, and not by the length of the context in generate.
+        encoded, cut = encode_prompts(
+            [templates.prompt(example, self.settings.template) for example in self.examples],
+            self.tokenizer,
+            max_length=length if room is None else min(length, room),
+        )
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            encoded,
+            max_new_tokens=tokens,
+            batch_size=self.settings.batch_size,
+        )
+        return answers, cut
+
+    @property
+    def answers(self) -> list[str]:
+        """The model's greedy answer to each example; for a classifier the label of its highest output."""
+        if self.settings.labels is not None:
+            return [self.settings.labels[index] for index in self.class_scores[1]]
+        self.truncated = self._greedy[1]
+        return self._greedy[0]
+
+    @cached_property
+    def token_losses(self) -> tuple[list[float], list[int]]:
+        """Of each example the sum of its tokens' losses in nats, and how many tokens carry loss."""
+        encoded = encode_causal(
+            self.examples,
+            self.tokenizer,
+            template=self.settings.template,
+            loss_on=self.settings.loss_on,
+            max_length=self._max_length,
+        ).items
+        totals, counts = [0.0] * len(encoded), [0] * len(encoded)
+        for places, logits, labels in self._forward(encoded):
+            targets = labels[:, 1:]
+            # from the right: a soft prompt's positions come before the text's
+            guesses = logits[:, -labels.shape[1] :][:, :-1]
+            for row, place in enumerate(places):
+                counted = targets[row] != IGNORED
+                totals[place] = float(_losses(guesses[row][counted], targets[row][counted]).sum())
+                counts[place] = int(counted.sum())
+        return totals, counts
+
+    @cached_property
+    def class_scores(self) -> tuple[list[float], list[int]]:
+        """A classifier's loss on each example, and the class of its highest output."""
+        assert self.settings.labels is not None
+        encoded = encode_classification(
+            self.examples, self.tokenizer, labels=self.settings.labels, max_length=self._max_length
+        ).items
+        losses, classes = [0.0] * len(encoded), [0] * len(encoded)
+        for places, logits, labels in self._forward(encoded):
+            each = _losses(logits, labels[:, 0]).tolist()
+            for place, loss, index in zip(places, each, logits.argmax(-1).tolist(), strict=True):
+                losses[place], classes[place] = loss, index
+        return losses, classes
+
+    @property
+    def _max_length(self) -> int:
+        context = context_length(self.model)
+        return self.settings.max_length if context is None else min(self.settings.max_length, context)
+
+    def _forward(self, encoded: list[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Places, logits and labels of each batch; like lengths share a batch."""
+        device = next(self.model.parameters()).device
+        pad = self.tokenizer.pad_token_id
+        pad_id = pad if isinstance(pad, int) else 0
+        order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
+        for start in range(0, len(order), self.settings.batch_size):
+            places = order[start : start + self.settings.batch_size]
+            batch = {k: v.to(device) for k, v in collate([encoded[p] for p in places], pad_id).items()}
+            labels = batch.pop("labels")
+            yield places, self.model(**batch).logits, labels
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies in float64, so that how the set was cut into batches does not show in their sum."""
+    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to score a model.
+
+    Attributes:
+        summary: One line for people.
+        function: Scores a subject.
+        metric: The main one of its outcome.
+        scorer: Name and version of what scores.
+        examples: Whether it scores the held-out examples; else it brings its own.
+        classifier: Whether it can score a classifier.
+    """
+
+    summary: str
+    function: Callable[[Subject], Outcome]
+    metric: str
+    scorer: Callable[[], str] = lambda: f"fedtune {__version__}"
+    examples: bool = False
+    classifier: bool = False

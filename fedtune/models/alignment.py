@@ -1,0 +1,190 @@
+"""Emulator alignment: an emulator's LoRA is tuned on public data to do what the blocks do that it replaces.
+
+Wu et al., FedBiOT (KDD 2024), section 3.1 step 3 and Eq. 7: for the tokens of the answer,
+
+    ‖E(x) − E*(x)‖² + λ · KL(M(x; A, E*) ‖ M(x; A, E))
+
+E(x) is what enters the adapter's blocks behind the emulator. The paper leaves open how tokens are combined:
+here both terms are means over the answer's tokens. `rms-normalized` is the form of the authors' code: the
+mean square difference over all tokens and features, divided by the teacher's root mean square.
+
+E* is frozen, so what it makes of a public example is computed once and kept; only the adapter behind it has
+to be run again when the adapter has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtune.data.batches import collate
+from fedtune.data.encode import IGNORED, Encoded
+from fedtune.errors import FederationError
+
+Form = Literal["paper", "rms-normalized"]
+
+
+@contextmanager
+def entering(block: nn.Module, put: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """Inside, what enters `block` is written down, (batch, tokens, width), and replaced by `put` if given."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = args[0] if args else kwargs["hidden_states"]
+        seen.append(own)
+        if put is None:
+            return None
+        return ((put, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": put})
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def representation_loss(student: Tensor, teacher: Tensor, counted: Tensor, form: Form) -> Tensor:
+    """The first term.
+
+    Args:
+        student: E(x), (batch, tokens, width).
+        teacher: E*(x), likewise.
+        counted: (batch, tokens), true where a token's output predicts a token of the answer.
+        form: See the module's text.
+    """
+    if form == "paper":
+        return (student[counted] - teacher[counted]).float().square().sum(-1).mean()
+    return F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean().sqrt()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student), the mean over tokens in nats; both are logits (tokens, vocabulary)."""
+    return F.kl_div(
+        student.float().log_softmax(-1),
+        teacher.float().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+@dataclass
+class Teacher:
+    """The model with its own blocks, asked for what the emulator should do.
+
+    Attributes:
+        model: The whole model; its adapter holds the current weights whenever it is asked.
+        tail: The adapter's blocks behind E* alone, with the same weights, or None where blocks of the adapter
+            stand before E* too: then what E* makes changes with them.
+        block, tail_block: The first block behind E* in either.
+        kept: E*(x) of the public examples that were used so far, by their index.
+        room: Bytes that may still be kept.
+    """
+
+    model: nn.Module
+    tail: nn.Module | None
+    block: nn.Module
+    tail_block: nn.Module | None
+    kept: dict[int, Tensor]
+    room: int
+
+    @torch.no_grad()
+    def ask(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """E*(x) and the logits for a batch of examples with these indices."""
+        lengths = batch["attention_mask"].sum(1).tolist()
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.tail is None or self.tail_block is None or any(index not in self.kept for index in indices):
+            with entering(self.block) as seen:
+                logits = self.model(**inputs).logits
+            if self.tail is not None:
+                for row, index in enumerate(indices):
+                    self._keep(index, seen[0][row, : lengths[row]])
+            return seen[0], logits
+        width = batch["input_ids"].shape[1]
+        rows = [F.pad(self.kept[index], (0, 0, 0, width - len(self.kept[index]))) for index in indices]
+        hidden = torch.stack(rows)
+        with entering(self.tail_block, hidden):
+            return hidden, self.tail(**inputs).logits
+
+    def _keep(self, index: int, hidden: Tensor) -> None:
+        if index not in self.kept and hidden.nbytes <= self.room:
+            self.kept[index] = hidden.clone()
+            self.room -= hidden.nbytes
+
+
+def align(
+    student: nn.Module,
+    block: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    teacher: Teacher,
+    batches: Iterator[list[int]],
+    public: Sequence[Encoded],
+    *,
+    pad_id: int,
+    device: torch.device,
+    steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    distill_weight: float,
+    form: Form,
+) -> float:
+    """Tunes `parameters` of the student; returns the mean loss over the steps.
+
+    Args:
+        student: The adapter on the emulator.
+        block: The student's first block behind the emulator.
+        parameters: The emulator's LoRA.
+        teacher: The adapter on E*.
+        batches: Indices into `public`.
+        public: The public examples.
+        pad_id: The padding token.
+        device: Where the models lie.
+        steps: AdamW steps, with a constant rate and no weight decay.
+        lr: Their rate.
+        betas: Their momenta.
+        distill_weight: λ.
+        form: Of the first term.
+
+    Raises:
+        FederationError: The loss became NaN or infinite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0)
+    total = 0.0
+    for step in range(steps):
+        indices = next(batches)
+        batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
+        hidden, logits = teacher.ask(indices, batch)
+        loss = alignment_loss(student, block, batch, hidden, logits, distill_weight, form)
+        if not bool(loss.isfinite()):
+            raise FederationError(
+                f"the alignment loss became {float(loss)} at step {step + 1}; lower method.alignment.lr"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += float(loss.detach())
+    return total / max(steps, 1)
+
+
+def alignment_loss(
+    student: nn.Module,
+    block: nn.Module,
+    batch: Mapping[str, Tensor],
+    hidden: Tensor,
+    logits: Tensor,
+    distill_weight: float,
+    form: Form,
+) -> Tensor:
+    """Eq. 7 on one batch, from what the teacher gave."""
+    with entering(block) as seen:
+        own = student(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    counted = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # the last token predicts nothing
+    loss = representation_loss(seen[0], hidden, counted, form)
+    if distill_weight:
+        loss = loss + distill_weight * distillation_loss(own[counted], logits[counted])
+    return loss
