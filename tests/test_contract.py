@@ -51,6 +51,7 @@ LORA = {**STEPS, "trainable": "lora", "lora": {"rank": 2, "alpha": 4.0}}
 FULL = {**STEPS, "trainable": "full"}
 TWO = {"rounds": 2}
 SEEDS = {"seeds": 16, "local_steps": 3, "lr": 1e-2, "epsilon": 1e-3}
+UNLIMITED = {name: value for name, value in SEEDS.items() if name != "seeds"}
 ALIGNMENT = {"steps_before": 3, "steps": 2, "batch_size": 2, "lr": 1e-2}
 EMULATED = {
     "local_steps": 2,
@@ -106,6 +107,11 @@ FORMS: dict[str, dict[str, Form]] = {
         "median-of-means": Form({**SEEDS, **TWO, "seeds": 4, "aggregation": "median-of-means", "groups": 2}),
     },
     "fedkseed-pro": {"hadamard4": Form({**SEEDS, **TWO})},
+    "infinite-pool": {
+        "steps": Form({**UNLIMITED, **TWO}),
+        "model-rademacher": Form({**UNLIMITED, **TWO, "download": "model", "noise": "rademacher"}),
+        "steps-classifier": Form({**UNLIMITED, **TWO}, family="roberta"),
+    },
     "fedbiot": {
         "last-block": Form({**EMULATED, **TWO}, blocks=4, public=True),
         "bfloat16-rms": Form(

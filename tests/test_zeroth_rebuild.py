@@ -27,6 +27,7 @@ from fedtune.zeroth import (
     rebuild_all_,
     rebuild_perturbed_,
     rebuild_perturbed_all_,
+    reference,
     z,
 )
 
@@ -81,14 +82,48 @@ def test_the_fast_path_is_the_reference_for_large_pools(kind, k, n):
     assert same_bits(w, w0 + delta(pool, "w", n, a))
 
 
-def test_the_kernel_for_processors_without_avx512_gives_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_the_kernel_for_processors_without_avx512_gives_the_same_bits(kind, monkeypatch):
     from fedtune.zeroth import kernels
 
-    pool, a, w0 = SeedPool(11, 100, "rademacher"), coefficients(100), weights(5000)
+    pool, a, w0 = SeedPool(11, 100, kind), coefficients(100), weights(5000)
     w = np.empty_like(w0)
-    monkeypatch.setitem(kernels.KERNELS, "rademacher", kernels.rademacher_plain)
+    monkeypatch.setitem(kernels.KERNELS, kind, kernels.looked_up_plain)
     rebuild_(w, w0, pool, "w", a, first=3)
     assert same_bits(w, w0 + delta(pool, "w", 5000, a, first=3))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(
+    "a", [np.eye(1, 40, 17)[0] * (1 - 2.0**-40), np.full(40, -1.0), np.full(40, 2.0**-900)]
+)
+def test_the_largest_sums_still_fit_their_digits(kind, a):
+    pool = SeedPool(3, 40, kind)
+    q, _ = reference.quantised(pool, a)
+    assert np.abs(q).sum() * (4.184 if kind == "gaussian" else 1) + 40 < 2**29 - 24_576
+    if kind == "rademacher":  # 16 equal signs: the largest sum of a group
+        assert np.abs(fast.tabled(pool, a)[1]).max() < 2**29
+    n = 100_000
+    w = np.zeros(n, np.float32)
+    rebuild_(w, w, pool, "w", a)
+    assert same_bits(w + np.float32(0), delta(pool, "w", n, a) + np.float32(0))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_tables_hold_what_a_halfword_adds(kind):
+    pool, a = SeedPool(3, 40, kind), coefficients(40)
+    a[16:32] = 0  # a group of rademacher, sixteen of gaussian
+    keys, tables, unit = fast.tabled(pool, a)
+    assert tables.shape == (len(keys), 128)
+    assert len(keys) == (2 if kind == "rademacher" else 24)
+    v, row = 0b10110_01101_110010, tables[-1].astype(np.int64)
+    got = (row[v % 64] + row[64 + v // 64 % 32] + row[96 + v // 2048]) * unit
+    if kind == "gaussian":
+        f0, f1, f2 = reference.gaussian_tables()
+        expected = a[39] * float(f0[0b110010] + f1[0b01101] + f2[0b10110])
+    else:
+        expected = sum(a[32 + bit] * (1 if v >> bit & 1 else -1) for bit in range(8))
+    assert got == pytest.approx(expected, abs=20 * unit)
 
 
 def test_hadamard4_for_processors_without_avx512_gives_the_same_bits(monkeypatch):
@@ -352,17 +387,33 @@ def test_the_benchmark_compares_every_kind_with_the_loop_and_the_plain_pass():
 
     before = torch.get_num_threads()
     state = torch.get_rng_state()
-    rows, ratios = rebuild.measure(2 * 64**2, width=64, seeds=(8,), threads=(1, 2))
+    rows, ratios = rebuild.measure(2 * 64**2, large=4 * 64**2, width=64, seeds=(4, 8), threads=(1, 2))
     assert torch.get_num_threads() == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(rows) == 2 * (1 + 1 + len(KINDS))
-    assert all(row["seconds"] > 0 and row["parameters"] == 8192 for row in rows)
+    small = [row for row in rows if row["parameters"] == 8192]
+    assert len(small) == 2 * (1 + 2 * (2 + len(KINDS)))
+    assert len(rows) - len(small) == 1 + 2 + len(KINDS)
+    assert all((row["K"] or 8, row["threads"]) == (8, 2) for row in rows if row["parameters"] == 16_384)
+    assert all(row["seconds"] > 0 for row in rows)
     assert {row["case"] for row in rows} >= {"w += 1", "hadamard4", "gaussian (one tensor of 2, scaled)"}
-    by_case = {(row["case"].split()[0], row["threads"]): row["seconds"] for row in rows}
+    by_case = {(row["case"].split(" (")[0], row["threads"]): row["seconds"] for row in small if row["K"] != 4}
+    for name in ("paper's torch loop", "torch loop in place"):
+        assert ratios[f"seconds: {name} / rademacher, K = 8, 1 thread"] == pytest.approx(
+            by_case[name, 1] / by_case["rademacher", 1]
+        )
     assert ratios["seconds: hadamard4 / w += 1, K = 8, 2 threads"] == pytest.approx(
-        by_case["hadamard4", 2] / by_case["w", 2]
+        by_case["hadamard4", 2] / by_case["w += 1", 2]
     )
-    assert ratios["seconds: torch loop / rademacher, K = 8, 1 thread"] == pytest.approx(
-        by_case["torch", 1] / by_case["rademacher", 1]
-    )
-    assert len(ratios) == 2 * (len(KINDS) + 1)
+    assert len(ratios) == 2 * 2 * (2 * len(KINDS) + 1)
+
+
+def test_the_benchmark_times_the_papers_update_in_both_forms():
+    from fedtune.bench import rebuild
+
+    torch.manual_seed(7)
+    z0, z1 = torch.normal(0.0, 1.0, (3, 4)), torch.normal(0.0, 1.0, (5,))
+    for step in (rebuild._out_of_place, rebuild._in_place):
+        model = {"a": torch.ones(3, 4), "b": torch.ones(5)}
+        rebuild._seed_of_loop(model, step)
+        torch.testing.assert_close(model["a"], 1 - 1e-6 * z0)
+        torch.testing.assert_close(model["b"], 1 - 1e-6 * z1)

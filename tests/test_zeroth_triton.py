@@ -21,8 +21,10 @@ from fedtune import zeroth
 from fedtune.errors import InputError
 from fedtune.zeroth import (
     KINDS,
+    Prepared,
     SeedPool,
     delta,
+    fast,
     gpu,
     perturb_,
     perturb_all_,
@@ -34,7 +36,6 @@ from fedtune.zeroth import (
     tensors,
     z,
 )
-from fedtune.zeroth.tensors import Prepared
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -101,7 +102,7 @@ def by_reference(w0: torch.Tensor, pool: SeedPool, a: np.ndarray, first: int = 0
     data=st.data(),
 )
 def test_the_kernels_are_the_reference_bit_for_bit(interpreter, kind, dtype, n, first, data):
-    k = data.draw(st.integers(1, {"hadamard4": 2000, "rademacher": 70}.get(kind, 6)))
+    k = data.draw(st.integers(1, {"hadamard4": 2000, "rademacher": 50}.get(kind, 5)))
     pool = SeedPool(data.draw(st.integers(0, 2**64 - 1)), k, kind)
     a = coefficients(k) * data.draw(st.sampled_from([0.0, 1e-30, 1.0, 1e5]))
     w0 = weights(n, dtype)
@@ -116,13 +117,47 @@ def test_large_pools(interpreter, kind, k, first):
     assert same_bits(by_kernel(w0, pool, a, first), by_reference(w0, pool, a, first))
 
 
-def test_every_nibble_of_every_group_counts(interpreter):
-    pool, w0, a = SeedPool(3, 200, "rademacher"), weights(1100), coefficients(200)
-    assert same_bits(by_kernel(w0, pool, a), by_reference(w0, pool, a))
-    for j in (0, 3, 4, 31, 32, 199):
+@pytest.mark.parametrize(
+    ("kind", "seeds"),
+    [
+        ("rademacher", (0, 5, 6, 10, 11, 15, 16, 39)),  # the ends of a halfword's three parts; other groups
+        ("gaussian", (0, 1, 39)),
+        ("binomial32", (0, 1, 39)),
+        ("hadamard4", (0, 1, 39)),
+    ],
+)
+def test_one_seed_alone_is_its_noise(interpreter, kind, seeds):
+    pool = SeedPool(3, 40, kind)
+    for j in seeds:
         assert same_bits(
-            by_kernel(torch.zeros(40), pool, np.eye(200)[j]), torch.from_numpy(z(pool, "w", 40, j))
+            by_kernel(torch.zeros(130), pool, np.eye(40)[j], 1000),
+            torch.from_numpy(z(pool, "w", 130, j, first=1000)) + 0.0,  # no sum of integers is −0
         )
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_every_entry_of_the_tables_counts(interpreter, monkeypatch, kind):
+    """One look-up of each of 128 entries, in a group whose key and tables are given by hand."""
+    pool, key = SeedPool(6, 16, kind), np.array([0x0123456789ABCDEF], np.uint64)
+    elements = reference.indices(0, 2048)
+    v = reference.halfwords(reference.states(pool, "w", elements), key[0], elements)
+    parts = v % 64, 64 + v // 64 % 32, 96 + v // 2048
+    assert {int(entry) for part in parts for entry in part} == set(range(128))
+    table = np.random.default_rng(0).integers(-(2**28), 2**28, (1, 128)).astype(np.int32)
+    monkeypatch.setattr(fast, "tabled", lambda pool, a: (key, table, 2.0**-29))
+    expected = sum(table[0, part].astype(np.int64) for part in parts) * 2.0**-29
+    got = by_kernel(torch.zeros(2048), pool, np.ones(16))
+    assert same_bits(got, torch.from_numpy(expected.astype(np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_sums_reach_the_ends_of_30_bits(interpreter, kind):
+    """One coefficient far above the others leaves them a few units, and its own sum next to no room."""
+    pool, w0 = SeedPool(3, 20, kind), torch.zeros(1100)
+    a = np.full(20, 2.0**-28)
+    a[17] = 1 - 2.0**-20
+    assert np.abs(fast.tabled(pool, a)[1]).max() > 2**26
+    assert same_bits(by_kernel(w0, pool, a), by_reference(w0, pool, a))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy's, to infinity in float16
@@ -307,14 +342,13 @@ class Hopper:  # what the compiler asks of a GPU's driver
 driver.set_active(Hopper())
 found = {}
 for kind in KINDS:
-    for fused in (False, True)[: 1 + (kind == "gaussian")]:
-        for key, n, first, name in ((1, 4096, 0, "a"), (2**64 - 1, 5, 16, "b"), (16, 1000, 1, "c")):
-            w = torch.zeros(n)
-            (job,) = gpu.Update(SeedPool(key, 40, kind), np.ones(40)).jobs(w, w, name, first=first)
-            kernel, tiles, arguments = job.args
-            code = kernel.warmup(*arguments, grid=(tiles,), num_warps=4, enable_fp_fusion=fused)
-        arithmetic = re.findall(r"\\b((?:add|sub|mul|fma|mad)\\S*\\.f(?:16|32|64))\\b", code.asm["ptx"])
-        found[f"{kind} {fused}"] = sorted(set(arithmetic)), len(kernel.device_caches[0][0])
+    for key, n, first, name in ((1, 4096, 0, "a"), (2**64 - 1, 5, 16, "b"), (16, 1000, 1, "c")):
+        w = torch.zeros(n)
+        (job,) = gpu.Update(SeedPool(key, 40, kind), np.ones(40)).jobs(w, w, name, first=first)
+        kernel, tiles, arguments = job.args
+        code = kernel.warmup(*arguments, grid=(tiles,), num_warps=4, enable_fp_fusion=False)
+    arithmetic = re.findall(r"\\b((?:add|sub|mul|fma|mad)\\S*\\.f(?:16|32|64))\\b", code.asm["ptx"])
+    found[kind] = sorted(set(arithmetic)), len(kernel.device_caches[0][0])
 print(json.dumps(found))
 """
 
@@ -331,11 +365,10 @@ def test_compiled_for_a_gpu_nothing_is_fused_or_flushed_and_no_size_is_compiled_
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found == {
-        "gaussian False": [["add.rn.f32", "add.rn.f64", "mul.rn.f64"], 1],
-        "gaussian True": [["add.f32", "fma.rn.f64", "mul.f64"], 2],  # what the option prevents
-        "rademacher False": [["add.rn.f32", "mul.rn.f64"], 1],
-        "binomial32 False": [["add.rn.f32", "mul.rn.f64"], 1],
-        "hadamard4 False": [["add.rn.f32"], 1],
+        "gaussian": [["add.rn.f32", "mul.rn.f64"], 1],
+        "rademacher": [["add.rn.f32", "mul.rn.f64"], 1],  # the Gaussian's kernel, not compiled again
+        "binomial32": [["add.rn.f32", "mul.rn.f64"], 1],
+        "hadamard4": [["add.rn.f32"], 1],
     }
 
 

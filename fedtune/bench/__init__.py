@@ -16,6 +16,7 @@ from fedtune.measure.environment import environment
 BENCHES = {
     "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
     "rebuild": "weights from K seeds: each kind of noise against the paper's loop and one plain pass",
+    "synchronize": "time and bytes to the newest model: K seeds, seeds without end, a download; by rounds",
     "zo-step": "a zeroth-order step against its two forward passes, and its memory against inference",
     "generation": "answers in padded batches against transformers.generate, one example after the other",
     "simulation": "memory of simulated clients: one base model in all, against a model each",

@@ -1,13 +1,16 @@
 """Rebuilding a model from its seeds: every kind of noise against the paper's loop and against one plain pass.
 
-The paper's loop (torch.manual_seed, then torch.normal and an addition for every tensor, seed by seed) would
-take hours, so it is timed on a few seeds and scaled to K; `gaussian` and `binomial32`, whose cost follows the
-number of elements, are timed on one tensor and scaled to all. The names of the cases say so. `w += 1` reads
-and writes the same memory and does nothing else.
+Two loops stand for the paper's. Its own form (MeZO's, which FedKSeed's code has too) is out of place: seed by
+seed `torch.manual_seed`, then for each tensor z = torch.normal(0, 1) and w.data = w.data − lr · (grad · z).
+"In place" is the same with `add_(z, alpha=…)`, which spares three passes and two buffers: what a careful writer
+of that loop would do. Both would take hours, so they are timed on a few seeds and scaled to K; `gaussian` and
+`binomial32`, whose cost follows the number of elements, are timed on one tensor and scaled to all. The names
+of the cases say so. `w += 1` reads and writes the same memory and does nothing else.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +22,20 @@ from torch import Tensor
 from fedtune.zeroth import KINDS, SeedPool, rebuild_all_
 
 PARAMETERS = 104_857_600  # 25 square matrices of width 2,048
+LARGE = 1_300_000_000  # the size of the paper's smaller model, OPT-1.3B's
 WIDTH = 2048
 SEEDS = (1024, 4096)
 THREADS = (1, 2)
 _TIMED_SEEDS = 3
 _ON_ONE_TENSOR = ("gaussian", "binomial32")
 
+Weights = dict[str, Tensor]
+
 
 def measure(
     parameters: int = PARAMETERS,
     *,
+    large: int | None = LARGE,
     width: int = WIDTH,
     seeds: tuple[int, ...] = SEEDS,
     threads: tuple[int, ...] = THREADS,
@@ -37,14 +44,34 @@ def measure(
 
     Args:
         parameters: How many weights, float32, in square matrices.
+        large: A second size, with the last of `seeds` and of `threads` only, for its absolute times; None
+            leaves it out, and so does a machine with less than twice its memory.
         width: Of the matrices.
         seeds: The pool sizes K.
         threads: How many threads, for PyTorch and for ours.
     """
-    tensors = max(parameters // width**2, 1)
-    weights = {f"layers.{i}.weight": torch.full((width, width), 0.02) for i in range(tensors)}
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
+    before = torch.get_num_threads()
+    try:
+        _measure(parameters, width, seeds, threads, rows, ratios)
+        if large and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= 2 * 4 * large:
+            _measure(large, width, seeds[-1:], threads[-1:], rows, {})
+    finally:
+        torch.set_num_threads(before)
+    return rows, ratios
+
+
+def _measure(
+    parameters: int,
+    width: int,
+    seeds: tuple[int, ...],
+    threads: tuple[int, ...],
+    rows: list[dict[str, Any]],
+    ratios: dict[str, float],
+) -> None:
+    tensors = max(parameters // width**2, 1)
+    weights = {f"layers.{i}.weight": torch.full((width, width), 0.02) for i in range(tensors)}
 
     def row(case: str, size: int | None, count: int, seconds: float) -> None:
         total = tensors * width**2
@@ -52,30 +79,29 @@ def measure(
             {"case": case, "parameters": total, "K": size or "", "threads": count, "seconds": seconds}
         )
 
-    before = torch.get_num_threads()
-    try:
-        for count in threads:
-            torch.set_num_threads(count)
-            a_seed = _best(lambda: _paper_seed(weights), _TIMED_SEEDS)
-            one_pass = _best(lambda: _plain_pass(weights), 5)
-            row("w += 1", None, count, one_pass)
-            for size in seeds:
-                loop = a_seed * size
-                row(f"torch loop (the best of {_TIMED_SEEDS} seeds, times K)", size, count, loop)
-                with_threads = f"K = {size}, {count} thread{'s' if count > 1 else ''}"
-                for kind in KINDS:
-                    scaled = kind in _ON_ONE_TENSOR and tensors > 1
-                    case = f"{kind} (one tensor of {tensors}, scaled)" if scaled else kind
-                    chosen = dict(list(weights.items())[:1]) if scaled else weights
-                    seconds = _rebuild_seconds(SeedPool(1, size, kind), chosen, count)  # type: ignore[arg-type]
-                    seconds *= len(weights) / len(chosen)
-                    row(case, size, count, seconds)
-                    ratios[f"seconds: torch loop / {kind}, {with_threads}"] = loop / seconds
-                    if kind == "hadamard4":
-                        ratios[f"seconds: hadamard4 / w += 1, {with_threads}"] = seconds / one_pass
-    finally:
-        torch.set_num_threads(before)
-    return rows, ratios
+    for count in threads:
+        torch.set_num_threads(count)
+        a_seed = {
+            name: _best(lambda step=step: _seed_of_loop(weights, step), _TIMED_SEEDS)  # type: ignore[misc]
+            for name, step in (("paper's torch loop", _out_of_place), ("torch loop in place", _in_place))
+        }
+        one_pass = _best(lambda: _plain_pass(weights), 5)
+        row("w += 1", None, count, one_pass)
+        for size in seeds:
+            with_threads = f"K = {size}, {count} thread{'s' if count > 1 else ''}"
+            for name, seconds in a_seed.items():
+                row(f"{name} (the best of {_TIMED_SEEDS} seeds, times K)", size, count, seconds * size)
+            for kind in KINDS:
+                scaled = kind in _ON_ONE_TENSOR and tensors > 1
+                case = f"{kind} (one tensor of {tensors}, scaled)" if scaled else kind
+                chosen = dict(list(weights.items())[:1]) if scaled else weights
+                seconds = _rebuild_seconds(SeedPool(1, size, kind), chosen, count)  # type: ignore[arg-type]
+                seconds *= len(weights) / len(chosen)
+                row(case, size, count, seconds)
+                for name, of_one in a_seed.items():
+                    ratios[f"seconds: {name} / {kind}, {with_threads}"] = of_one * size / seconds
+                if kind == "hadamard4":
+                    ratios[f"seconds: hadamard4 / w += 1, {with_threads}"] = seconds / one_pass
 
 
 def _best(action: Callable[[], None], times: int) -> float:
@@ -87,21 +113,29 @@ def _best(action: Callable[[], None], times: int) -> float:
     return min(seconds)
 
 
-def _paper_seed(weights: dict[str, Tensor]) -> None:
+def _seed_of_loop(weights: Weights, step: Callable[[Tensor, Tensor], None]) -> None:
     with torch.random.fork_rng(devices=[]):  # what the loop does to the global generator is undone
         torch.manual_seed(7)
         for w in weights.values():
-            w.add_(torch.normal(mean=0.0, std=1.0, size=w.shape), alpha=-1e-6)
+            step(w, torch.normal(mean=0.0, std=1.0, size=w.shape))
 
 
-def _plain_pass(weights: dict[str, Tensor]) -> None:
+def _out_of_place(w: Tensor, z: Tensor) -> None:
+    w.data = w.data - 1e-6 * (1.0 * z)
+
+
+def _in_place(w: Tensor, z: Tensor) -> None:
+    w.add_(z, alpha=-1e-6)
+
+
+def _plain_pass(weights: Weights) -> None:
     for w in weights.values():
         w += 1
 
 
-def _rebuild_seconds(pool: SeedPool, weights: dict[str, Tensor], threads: int) -> float:
+def _rebuild_seconds(pool: SeedPool, weights: Weights, threads: int) -> float:
     a = np.random.default_rng(0).normal(scale=1e-6, size=pool.size)
     small = {"small": torch.zeros(1)}
     rebuild_all_(small, small, pool, a)  # compiles
-    times = 5 if pool.noise == "hadamard4" else 1
+    times = 5 if pool.noise == "hadamard4" else 2
     return _best(lambda: rebuild_all_(weights, weights, pool, a, threads=threads), times)

@@ -136,6 +136,7 @@ class FedKSeed:
 
     def prepare(self, server: ServerEnv) -> None:
         """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The whole model, all of it tuned; evaluation mode, no gradients are ever needed."""

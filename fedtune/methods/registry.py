@@ -65,6 +65,16 @@ register(
     ),
 )
 register(
+    "infinite-pool",
+    Entry(
+        "fedtune.methods.infinite_pool",
+        "InfinitePool",
+        "Config",
+        "State",
+        "FedKSeed's baselines: fresh seeds for ever, all steps replayed or the model downloaded",
+    ),
+)
+register(
     "fedbiot",
     Entry(
         "fedtune.methods.fedbiot",

@@ -1,13 +1,14 @@
 """Counter-based noise for seed-replayed zeroth-order tuning (FedKSeed, arXiv 2312.06353).
 
 `pool.py` says what noise is a function of, `reference.py` defines every kind of it in plain NumPy,
-`kernels.py`, `vector.py` and `fast.py` compute the same bits quickly, and `tensors.py` applies them to
-weights by name.
+`kernels.py`, `vector.py` and `fast.py` compute the same bits quickly, `gpu.py` and `triton_kernels.py` do so
+on GPUs, and `tensors.py` applies them to weights by name.
 """
 
 from fedtune.zeroth.pool import KINDS, MAX_SEEDS, NOISE_VERSION, SeedPool, canonical_name, tensor_id
 from fedtune.zeroth.reference import delta, z
 from fedtune.zeroth.tensors import (
+    Prepared,
     perturb_,
     perturb_all_,
     perturbed_names,
@@ -21,6 +22,7 @@ __all__ = [
     "KINDS",
     "MAX_SEEDS",
     "NOISE_VERSION",
+    "Prepared",
     "SeedPool",
     "canonical_name",
     "delta",

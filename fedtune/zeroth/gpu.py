@@ -1,7 +1,8 @@
 """The path on a GPU: what `fedtune.zeroth.reference` defines, bit for bit, by the Triton kernels.
 
-`Update` prepares a K-vector once on the CPU (one transform of K numbers, or quantised coefficients), uploads
-it once to each device, and then adds it to any number of tensors there, one launch a tensor.
+`Update` prepares a K-vector once on the CPU (one transform of K numbers, or quantised coefficients and tables
+of partial sums), uploads it once to each device, and then adds it to any number of tensors there, one launch
+a tensor.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Update:
             )
         n = out.numel()
         reference.check_range(first, n)
-        kernel = getattr(_kernels(name, out.device), self.pool.noise)
+        kernel = _kernels(name, out.device).KERNELS[self.pool.noise]
         if not n:
             return []
         if out.device not in self._uploaded:
@@ -123,29 +124,20 @@ def _hadamard4(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
     return reference.transformed(pool, a), (pool.block // TILE).bit_length() - 1
 
 
-def _independent(size: int, table: Callable[[reference.F64], tuple[np.ndarray[Any, Any], ...]]) -> Any:
-    """Coefficients in rows of `size` seeds, without the rows that are all zero, which add nothing."""
-
-    def prepare(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
-        q, unit = reference.quantised(pool, a)
-        rows = np.zeros((-(-q.size // size), size))
-        rows.reshape(-1)[: q.size] = q
-        used = np.flatnonzero(rows.any(axis=1))
-        # As an array because Triton takes Python's floats for float32.
-        return used.astype(np.int32), *table(rows[used]), used.size, np.array([unit])
-
-    return prepare
+def _looked_up(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
+    keys, tables, unit = fast.tabled(pool, a)
+    return keys, tables, keys.size, np.array([unit])  # an array: Triton takes Python's floats for float32
 
 
-def _nibbles(rows: reference.F64) -> tuple[np.ndarray[Any, Any], ...]:
-    signs = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1  # (16 nibbles, 4 seeds)
-    tables = rows.reshape(-1, 8, 4).astype(np.int64) @ signs.T  # (groups, 8 nibbles of a word, 16)
-    return (tables.astype(np.int32),)
+def _binomial32(pool: SeedPool, a: reference.F64) -> tuple[Any, ...]:
+    q, unit = reference.quantised(pool, a)
+    used = np.flatnonzero(q)  # the others add nothing
+    return used.astype(np.int32), q[used].astype(np.int32), used.size, np.array([unit])
 
 
 _PREPARE: dict[str, Callable[[SeedPool, reference.F64], tuple[Any, ...]]] = {
     "hadamard4": _hadamard4,
-    "rademacher": _independent(32, _nibbles),
-    "gaussian": _independent(2, lambda rows: (rows, reference.gaussian_table().astype(np.float64))),
-    "binomial32": _independent(1, lambda rows: (rows.astype(np.int32),)),
+    "rademacher": _looked_up,
+    "gaussian": _looked_up,
+    "binomial32": _binomial32,
 }

@@ -1,8 +1,8 @@
 """Triton kernels: out[i] = cast(float32(base[i]) + Δ[first + i]) for a whole tensor or a shard of one.
 
 They give the bits of `fedtune.zeroth.reference`; `fedtune.zeroth.gpu` prepares what they read and launches
-them. A program writes one tile of 1,024 elements. Sums are of integers, or of float32 in the order written.
-Where a product meets a sum of its own type, the launch forbids fusing the two.
+them. A program writes one tile of 1,024 elements. Sums are of integers, or of float32 in the order written;
+no float product is added to anything before it is rounded, so nothing could be fused.
 
 bfloat16 comes and goes as its bits in uint16, and is rounded here by integer operations: Triton's
 interpreter truncates where a GPU rounds. Words of 2^31 and more come as negative int32, because the
@@ -14,13 +14,17 @@ loaded for the interpreter in a process where Triton is already loaded for a GPU
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
+
+from fedtune.zeroth.reference import MIX
 
 _TILE = tl.constexpr(1024)
 _LANES = tl.constexpr(256)  # Philox calls a tile, for one word an element
+_CALLS = tl.constexpr(128)  # Philox calls a tile, for one state to four elements
 _M0, _M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 _W0, _W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+_MIX0, _MIX1 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
 _SCALARS = ["n", "first", "count", "shift", "c1", "c2", "c3", "k0", "k1"]
 
 
@@ -87,14 +91,9 @@ def _signed(y, element, offset, last, plane, row):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _add_scaled(out, base, n, first, tile, t0, t1, t2, t3, unit):  # type: ignore[no-untyped-def]
-    """The integer sums of a tile's quarters, float64(sum) · unit rounded to float32 as in the reference."""
-    at = tile * _TILE - first + tl.arange(0, _LANES)
-    scale = tl.load(unit)
-    _add(out, base, at, n, (t0.to(tl.float64) * scale).to(tl.float32))
-    _add(out, base, at + _LANES, n, (t1.to(tl.float64) * scale).to(tl.float32))
-    _add(out, base, at + 2 * _LANES, n, (t2.to(tl.float64) * scale).to(tl.float32))
-    _add(out, base, at + 3 * _LANES, n, (t3.to(tl.float64) * scale).to(tl.float32))
+def _add_scaled(out, base, at, n, total, unit):  # type: ignore[no-untyped-def]
+    """`_add` of integer sums: float64(total) · unit, rounded to float32 as in the reference."""
+    _add(out, base, at, n, (total.to(tl.float64) * tl.load(unit)).to(tl.float32))
 
 
 @triton.jit
@@ -121,53 +120,69 @@ def binomial32(out, base, n, first, groups, q, count, unit, c1, c2, c3, k0, k1):
         t1 += factor * (_ones(w1) - 16)
         t2 += factor * (_ones(w2) - 16)
         t3 += factor * (_ones(w3) - 16)
-    _add_scaled(out, base, n, first, tile, t0, t1, t2, t3, unit)
+    at = tile * _TILE - first + tl.arange(0, _LANES)
+    _add_scaled(out, base, at, n, t0, unit)
+    _add_scaled(out, base, at + _LANES, n, t1, unit)
+    _add_scaled(out, base, at + 2 * _LANES, n, t2, unit)
+    _add_scaled(out, base, at + 3 * _LANES, n, t3, unit)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def rademacher(out, base, n, first, groups, tables, count, unit, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """Tile `first` // 1,024 + program. tables[g]: 8 × 16 partial sums, a nibble of group groups[g] a row."""
+def looked_up(out, base, n, first, keys, tables, count, unit, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """`rademacher` and `gaussian`, tile `first` // 1,024 + program.
+
+    Group g < count of the seeds has keys[g] (uint64) and 128 partial sums from tables[128 g] on.
+    """
     c1, c2, c3, k0, k1 = _bits(c1), _bits(c2), _bits(c3), _bits(k0), _bits(k1)
     tile = (first // _TILE + tl.program_id(0)).to(tl.int64)
-    call = (tile * _LANES + tl.arange(0, _LANES)).to(tl.uint32)
-    t0 = tl.full([_LANES], 0, tl.int32)
-    t1, t2, t3 = t0, t0, t0
+    lane = tl.arange(0, _CALLS)
+    w0, w1, w2, w3 = _philox((tile * _CALLS + lane).to(tl.uint32), c1, c2, c3, k0, k1)
+    state0 = w0.to(tl.uint64) | w1.to(tl.uint64) << 32
+    state1 = w2.to(tl.uint64) | w3.to(tl.uint64) << 32
+    # Call 8 t + l has elements 64 t + 32 r + 16 h + 2 l + s: of state 0 those at 0, 1, 16 and 17 from its
+    # first, of state 1 those 32 further on.
+    t0 = tl.full([_CALLS], 0, tl.int32)
+    t1, t16, t17, t32, t33, t48, t49 = t0, t0, t0, t0, t0, t0, t0
     for g in range(count):
-        w0, w1, w2, w3 = _philox(call, c1 + _bits(tl.load(groups + g)), c2, c3, k0, k1)
-        for nibble in tl.static_range(8):
-            sums = tables + g * 128 + 16 * nibble
-            t0 += tl.load(sums + (w0 >> 4 * nibble & 15).to(tl.int32))
-            t1 += tl.load(sums + (w1 >> 4 * nibble & 15).to(tl.int32))
-            t2 += tl.load(sums + (w2 >> 4 * nibble & 15).to(tl.int32))
-            t3 += tl.load(sums + (w3 >> 4 * nibble & 15).to(tl.int32))
-    _add_scaled(out, base, n, first, tile, t0, t1, t2, t3, unit)
-
-
-@triton.jit(do_not_specialize=_SCALARS)
-def gaussian(out, base, n, first, groups, q, table, count, unit, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """Tile `first` // 1,024 + program. q[g]: the coefficients of the two seeds of group groups[g]."""
-    c1, c2, c3, k0, k1 = _bits(c1), _bits(c2), _bits(c3), _bits(k0), _bits(k1)
-    tile = (first // _TILE + tl.program_id(0)).to(tl.int64)
-    call = (tile * _LANES + tl.arange(0, _LANES)).to(tl.uint32)
-    t0 = tl.full([_LANES], 0, tl.int32)
-    t1, t2, t3 = t0, t0, t0
-    for g in range(count):
-        even, odd = tl.load(q + 2 * g), tl.load(q + 2 * g + 1)
-        w0, w1, w2, w3 = _philox(call, c1 + _bits(tl.load(groups + g)), c2, c3, k0, k1)
-        t0 += _pair(table, w0, even, odd)
-        t1 += _pair(table, w1, even, odd)
-        t2 += _pair(table, w2, even, odd)
-        t3 += _pair(table, w3, even, odd)
-    _add_scaled(out, base, n, first, tile, t0, t1, t2, t3, unit)
+        key, row = tl.load(keys + g), tables + g * 128
+        low, high = _mixed(state0 ^ key)
+        t0 += _entries(row, low)
+        t1 += _entries(row, high)
+        t16 += _entries(row, low >> 16)
+        t17 += _entries(row, high >> 16)
+        low, high = _mixed(state1 ^ key)
+        t32 += _entries(row, low)
+        t33 += _entries(row, high)
+        t48 += _entries(row, low >> 16)
+        t49 += _entries(row, high >> 16)
+    at = tile * _TILE - first + lane // 8 * 64 + lane % 8 * 2
+    at = at[:, None] + tl.arange(0, 2)[None, :]
+    _add_scaled(out, base, at, n, tl.join(t0, t1), unit)
+    _add_scaled(out, base, at + 16, n, tl.join(t16, t17), unit)
+    _add_scaled(out, base, at + 32, n, tl.join(t32, t33), unit)
+    _add_scaled(out, base, at + 48, n, tl.join(t48, t49), unit)
 
 
 @triton.jit
-def _pair(table, word, even, odd):  # type: ignore[no-untyped-def]
-    one = _nearest(even * tl.load(table + (word & 4095).to(tl.int32)))
-    return one + _nearest(odd * tl.load(table + (word >> 20).to(tl.int32)))
+def _mixed(x):  # type: ignore[no-untyped-def]
+    """The two halves of the mixed 64 bits, low and high."""
+    x = x * _MIX0
+    x = (x ^ x >> 32) * _MIX1
+    high = (x >> 32).to(tl.uint32)
+    return x.to(tl.uint32) ^ high, high
 
 
 @triton.jit
-def _nearest(x):  # type: ignore[no-untyped-def]
-    """Float64 below 2^31 to the nearest int32, ties to even: it stands in the low bits of x + 1.5 · 2^52."""
-    return (x + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int32)
+def _entries(row, v):  # type: ignore[no-untyped-def]
+    """What the halfword in the low 16 bits of v adds."""
+    one = tl.load(row + (v & 63).to(tl.int32))
+    two = tl.load(row + 64 + (v >> 6 & 31).to(tl.int32))
+    return one + two + tl.load(row + 96 + (v >> 11 & 31).to(tl.int32))
+
+
+KERNELS = {
+    "hadamard4": hadamard4,
+    "rademacher": looked_up,
+    "gaussian": looked_up,
+    "binomial32": binomial32,
+}

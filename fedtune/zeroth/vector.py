@@ -126,8 +126,8 @@ def _permute(builder: Any) -> Any:
 def add_looked_up(typingctx, total, states, key, digits, elements):  # type: ignore[no-untyped-def]
     """total[i] += Σ_t T_t[part t of halfword i], modulo 2^32, for i < `elements`, a multiple of 128.
 
-    `states` holds 8 uint64 for 32 elements, in the order of `fedtune.zeroth.reference.states`. `digits` holds the tables' entries as two int16, low + 2^14 high with
-    |low| ≤ 2^13: 128 low ones, then 128 high ones.
+    `states` holds 8 uint64 for 32 elements, in the order of `fedtune.zeroth.reference.states`. `digits` holds
+    the tables' entries as two int16, low + 2^14 high with |low| ≤ 2^13: 128 low ones, then 128 high ones.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
