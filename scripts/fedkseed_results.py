@@ -1,6 +1,7 @@
 """Tables and the figure of FedKSeed's part of docs/results.md, from run folders that `fedtune compare` made.
 
     python scripts/fedkseed_results.py curves FOLDER           loss against steps, by kind of noise
+    python scripts/fedkseed_results.py methods FOLDER          scores, bytes and memory by configuration
     python scripts/fedkseed_results.py seeds FOLDER...         final loss and bytes, by number of seeds K
     python scripts/fedkseed_results.py plot FILE.svg FOLDER... the curves as a figure, one panel a folder
 
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fedtune.report.tables import size
 
 LAST = 4  # evaluations in the mean at the end of a curve: one alone moves by more than the kinds differ
 
@@ -113,6 +116,29 @@ def curves(folder: Path) -> str:
     )
 
 
+def methods(folder: Path) -> str:
+    """Loss and Rouge-L with their paired differences from the untrained model, bytes, memory and time."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs(folder):
+        groups[run.summary["config"]].append(run.summary)
+    metrics = (("loss", "loss"), ("rouge-l", "rouge_l"))
+    some = next(iter(groups.values()))
+    before = [spread([run["zero_shot"][task][metric] for run in some]) for task, metric in metrics]
+    rows = [["zero-shot", before[0], "", before[1], "", "0 B", "", ""]]
+    for name, group in groups.items():
+        row = [name]
+        for task, metric in metrics:
+            after = [run["evaluation"][task][metric] for run in group]
+            gained = [run["evaluation"][task][metric] - run["zero_shot"][task][metric] for run in group]
+            row += [spread(after), spread(gained, "+")]
+        row.append(size(statistics.fmean(run["payload_bytes_per_client_round"] for run in group)))
+        row.append(size(max(run["peak_memory_bytes"]["client"] for run in group)))
+        rows.append([*row, f"{statistics.fmean(run['seconds']['training'] for run in group):.0f}"])
+    difference, costs = "against zero-shot", ["bytes a client and round", "client memory", "training seconds"]
+    header = ["configuration", "loss", difference, "Rouge-L", difference, *costs]
+    return f"Held-out examples, mean ± standard deviation over {len(some)} seeds:\n\n{table(header, rows)}"
+
+
 def seeds(folders: Sequence[Path]) -> str:
     """Final loss and bytes by K, FedKSeed beside FedKSeed-Pro."""
     rows, count, before = [], 0, 0.0
@@ -174,6 +200,8 @@ if __name__ == "__main__":
     what, *paths = sys.argv[1], *map(Path, sys.argv[2:])
     if what == "curves":
         print(curves(paths[0]))
+    elif what == "methods":
+        print(methods(paths[0]))
     elif what == "seeds":
         print(seeds(paths))
     elif what == "plot":

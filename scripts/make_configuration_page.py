@@ -68,7 +68,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Simulate.delay_s": "mean time until a client's reply, exponentially distributed; virtual seconds",
     "Federation.deadline_s": "seconds after which a reply is late and its client is left out of the round",
     "Evaluation.tasks": "see `fedtune ls tasks`",
-    "Evaluation.max_new_tokens": "tokens of a generated answer",
     "Evaluation.batch_size": "examples a forward pass",
     "Transport.name": "all clients in this process, one after another, on one base model",
     "fedavg.rounds": "communication rounds; 1 is one-shot",
@@ -226,8 +225,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():  # the method: parse_config has its default
-        return "`{name: fedavg}`"
+    if field.is_required():  # of the method, parse_config has a default
+        return "needed" if field.annotation is str else "`{name: fedavg}`"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         given = value.model_dump(exclude_none=True)

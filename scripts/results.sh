@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes every number of README.md and docs/ anew: about an hour on two cores. Runs that are done are taken over.
-# The Dolly comparison needs the data and the model that configs/dolly_*.yaml name; without them it is left out.
+# Makes every number of README.md and docs/ anew: about three hours on two cores. Runs that are done are taken over.
+# What needs the data and models that configs/*dolly*.yaml name is left out without them.
 set -eu
 cd "$(dirname "$0")/.."
 fedtune=.venv/bin/fedtune
@@ -28,6 +28,35 @@ done
 if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --out runs/results/dolly; then
     insert docs/results.md dolly <runs/results/dolly/table.md
 fi
+
+several() { $fedtune compare "$@" --seeds 0,1,2 --no-references --quiet; }
+noises="configs/fedkseed_gaussian.yaml configs/fedkseed_rademacher.yaml configs/fedkseed_binomial32.yaml
+configs/fedkseed_hadamard4.yaml"
+# shellcheck disable=SC2086
+several $noises --out runs/results/noise-bundled
+$python scripts/fedkseed_results.py curves runs/results/noise-bundled | insert docs/results.md noise-bundled
+# shellcheck disable=SC2086
+if several $noises --out runs/results/noise-stories --set model.name=../shared/models/stories260K-hf \
+    --set method.lr=2e-5 --set method.batch_size=1 --set evaluation.max_examples=100 \
+    --set 'data={train: ../shared/data/dolly15k/databricks-dolly-15k.jsonl, fields: {input: context, output: response},
+        template: plain, max_length: 96, max_examples: 2000, clients: 1, holdout: {fraction: 0.02}}'; then
+    $python scripts/fedkseed_results.py curves runs/results/noise-stories | insert docs/results.md noise-stories
+    $python scripts/fedkseed_results.py plot docs/noise_curves.svg runs/results/noise-bundled runs/results/noise-stories
+fi
+for data in bundled dolly; do
+    if several configs/fedptuning_${data}_0.5.yaml configs/fedprompt_${data}_0.5.yaml configs/fedit_sgd_${data}_0.5.yaml \
+        configs/fedit_${data}_0.5.yaml configs/fedkseed_${data}_0.5.yaml configs/fedkseed_pro_${data}_0.5.yaml \
+        --out runs/results/methods-$data; then
+        $python scripts/fedkseed_results.py methods runs/results/methods-$data | insert docs/results.md methods-$data
+    fi
+done
+for seeds in 64 256 1024 4096 8192; do
+    several configs/fedkseed.yaml configs/fedkseed_pro.yaml --out runs/results/seeds-$seeds --set method.seeds=$seeds \
+        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 --set 'data.partition={name: iid}' \
+        --set federation.clients_per_round=1 --set evaluation.every=0 --set 'evaluation.tasks=[loss]'
+done
+$python scripts/fedkseed_results.py seeds runs/results/seeds-64 runs/results/seeds-256 runs/results/seeds-1024 \
+    runs/results/seeds-4096 runs/results/seeds-8192 | insert docs/results.md seeds
 
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 COLUMNS=110 $fedtune bench zo-step | fenced | insert docs/fedkseed.md bench-zo-step

@@ -22,7 +22,7 @@ from fedtune.core.loop import Arrival, RoundLoop, RoundOutcome, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
-from fedtune.core.types import Cohort, Payload, ServerEnv
+from fedtune.core.types import Cohort, Order, Payload, Reply, ServerEnv
 from fedtune.core.wire import Message, check, decode, encode
 from fedtune.data.encode import Encoded
 from fedtune.errors import FederationError
@@ -62,6 +62,7 @@ EMULATED = {
     "lora": {"rank": 2, "alpha": 4.0},
     "alignment": ALIGNMENT,
 }
+CYCLE = {**STEPS, "local_epochs": 2}
 # One entry a method, one line a form of it. A registered method that is not here fails the first test below.
 FORMS: dict[str, dict[str, Form]] = {
     "fedavg": {
@@ -137,6 +138,30 @@ FORMS: dict[str, dict[str, Form]] = {
             blocks=6,
             public=True,
         )
+    },
+    "fedcybgd": {
+        "none": Form({**CYCLE, **TWO}, blocks=3),
+        "bfloat16": Form({**CYCLE, **TWO}, dtype="bfloat16", blocks=3),
+        "classifier-two-blocks": Form({**CYCLE, **TWO, "blocks_per_client": 2}, family="roberta", blocks=3),
+        "extra-random": Form(
+            {**CYCLE, **TWO, "block_order": "random", "extra_blocks": ["embeddings", "norm", "head"]}
+        ),
+        "layer-drop": Form({**CYCLE, **TWO, "compression": "layer-drop"}, family="gpt2", blocks=4),
+        "hybrid": Form({**CYCLE, **TWO, "compression": "hybrid"}, blocks=3),
+        "hybrid-gpt2": Form({**CYCLE, **TWO, "compression": "hybrid"}, family="gpt2", blocks=3),
+        "powersgd-checkpointing": Form(
+            {
+                **CYCLE,
+                **TWO,
+                "optimizer": "sgd",
+                "powersgd": {"start_step": 1},
+                "gradient_checkpointing": True,
+            }
+        ),
+    },
+    "fedbavg": {
+        "none": Form({**CYCLE, **TWO}),
+        "layer-drop": Form({**CYCLE, **TWO, "compression": "layer-drop"}, blocks=3),
     },
     "standalone": {"lora": Form(LORA)},
     "centralized": {"full": Form(FULL)},
@@ -399,7 +424,7 @@ def test_replies_hold_what_was_asked_for_and_the_ledger_what_was_sent(name: str,
     expected = {}
     for round in range(1, original.method.rounds + 1):
         planner.restore(original.saved[round - 1])
-        planned = list(planner.method.plan(planner.state, round, planner.cohort(round)))
+        planned = list(planned_orders(planner, round, original))
         assert sorted(order.client for order in planned) == sorted(planner.sizes)
         for order in planned:
             down, up = sent[round, order.client], original.transport.replies[round, order.client]
@@ -416,6 +441,19 @@ def test_replies_hold_what_was_asked_for_and_the_ledger_what_was_sent(name: str,
         before = entries.get(key, (0, 0))
         entries[key] = (before[0] + e["payload_bytes"], before[1] + e["framed_bytes"])
     assert entries == (expected if original.method.uses_wire else {})
+
+
+def planned_orders(planner: Federation, round: int, original: Federation) -> Iterator[Order]:
+    """A round's orders; where clients come in turn, each after the reply of the one before."""
+    cohort, state = planner.cohort(round), planner.state
+    if planner.method.arrival != "in-turn":
+        yield from planner.method.plan(state, round, cohort)
+        return
+    for _ in cohort.clients:
+        (order,) = planner.method.plan(state, round, cohort)
+        yield order
+        up = decode(original.transport.replies[round, order.client]).payload
+        state = planner.method.server_step(state, [Reply(order.client, up, {}, cohort)])
 
 
 @every_form

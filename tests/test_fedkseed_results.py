@@ -30,7 +30,10 @@ def write(folder: Path, losses: Losses, seeds: int = 4096) -> None:
                 {
                     "config": f"{method}-{noise}",
                     "seed": seed,
-                    "evaluation": {"loss": {"loss": curve[-1]}},
+                    "zero_shot": {"loss": {"loss": curve[0]}, "rouge-l": {"rouge_l": 0.25}},
+                    "evaluation": {"loss": {"loss": curve[-1]}, "rouge-l": {"rouge_l": 0.5 * seed}},
+                    "peak_memory_bytes": {"client": 2_000_000 + seed * 1_000_000},
+                    "seconds": {"training": 10.0 + 2 * seed},
                     "payload_bytes_per_client_round": 1000 * (seed + 1),
                 }
             )
@@ -53,6 +56,15 @@ def test_curves(tmp_path: Path) -> None:
         "| 1,500 | 2.5000 | 5.0000 |",
         "| 2,000 | 3.0000 | 5.5000 |",
     ]
+
+
+def test_methods(tmp_path: Path) -> None:
+    write(tmp_path, {("fedkseed", "hadamard4"): [[4.0, 1.0], [6.0, 4.0]]})
+    lines = runpy.run_path(str(SCRIPT))["methods"](tmp_path).splitlines()
+    assert lines[-2] == "| zero-shot | 5.0000 ± 1.4142 |  | 0.2500 ± 0.0000 |  | 0 B |  |  |"
+    # loss falls by 3 and 2; Rouge-L is 0 and 0.5
+    scores = "2.5000 ± 2.1213 | -2.5000 ± 0.7071 | 0.2500 ± 0.3536 | +0.0000 ± 0.3536"
+    assert lines[-1] == f"| fedkseed-hadamard4 | {scores} | 1.50 kB | 3.00 MB | 11 |"
 
 
 def test_seeds(tmp_path: Path) -> None:

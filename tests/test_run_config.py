@@ -78,7 +78,7 @@ WRONG = {
     "data: {partition: iid}": "data.partition: ",
     "data: {partition: {alpha: 1}}": "data.partition",
     "data: {partition: {name: quantity, alpha: 1.0, fractions: [1.0]}}": "alpha and fractions are both set",
-    "data: {holdout: {fraction: 0.1, category: x}}": "exactly one of fraction, category and source",
+    "data: {holdout: {fraction: 0.1, category: x}}": "exactly one of fraction, client_fraction, category and source",
     "data: {holdout: {fraction: 0.1, split: x}}": "split belongs to source",
     "method: fedavg": "method must be a block of settings with a name, got 'fedavg'",
     "method: {rounds: 3}": "method.name is missing; known are fedavg",

@@ -404,7 +404,11 @@ def test_the_benchmark_compares_every_kind_with_the_loop_and_the_plain_pass():
     assert ratios["seconds: hadamard4 / w += 1, K = 8, 2 threads"] == pytest.approx(
         by_case["hadamard4", 2] / by_case["w += 1", 2]
     )
-    assert len(ratios) == 2 * 2 * (2 * len(KINDS) + 1)
+    assert len(ratios) == 2 * 3 * (2 * len(KINDS) + 1)  # by K: both clocks, and one with 2 threads
+    cpu = {(row["case"], row["threads"]): row["CPU seconds"] for row in small if row["K"] != 4}
+    assert ratios["CPU seconds: hadamard4 / w += 1, K = 8, 1 thread"] == pytest.approx(
+        cpu["hadamard4", 1] / cpu["w += 1", 1]
+    )
 
 
 def test_the_benchmark_times_the_papers_update_in_both_forms():

@@ -93,7 +93,7 @@ def by_reference(w0: torch.Tensor, pool: SeedPool, a: np.ndarray, first: int = 0
     return (w0.float() + torch.from_numpy(delta(pool, "w", w0.numel(), a, first=first))).to(w0.dtype)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(DTYPES),
@@ -131,7 +131,7 @@ def test_one_seed_alone_is_its_noise(interpreter, kind, seeds):
     for j in seeds:
         assert same_bits(
             by_kernel(torch.zeros(130), pool, np.eye(40)[j], 1000),
-            torch.from_numpy(z(pool, "w", 130, j, first=1000)) + 0.0,  # no sum of integers is −0
+            torch.from_numpy(z(pool, "w", 130, j, first=1000)) + 0.0,  # a weight of 0 and −0 make 0
         )
 
 
@@ -151,12 +151,14 @@ def test_every_entry_of_the_tables_counts(interpreter, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_sums_reach_the_ends_of_30_bits(interpreter, kind):
-    """One coefficient far above the others leaves them a few units, and its own sum next to no room."""
+def test_sums_near_the_limit_of_2_to_the_29(interpreter, kind):
+    """One coefficient takes most of the room, and leaves a few units to each of the others."""
     pool, w0 = SeedPool(3, 20, kind), torch.zeros(1100)
-    a = np.full(20, 2.0**-28)
-    a[17] = 1 - 2.0**-20
-    assert np.abs(fast.tabled(pool, a)[1]).max() > 2**26
+    a = np.full(20, 2.0**-24)
+    a[17] = 1 - 2.0**-16
+    table = np.abs(fast.tabled(pool, a)[1])
+    largest = table[:, :64].max(1) + table[:, 64:96].max(1) + table[:, 96:].max(1)
+    assert 2**28 - 2**14 < largest.max() < 2**29 and 4 <= largest.min() < 2**10
     assert same_bits(by_kernel(w0, pool, a), by_reference(w0, pool, a))
 
 
@@ -184,10 +186,10 @@ def test_the_cast_is_pytorchs(interpreter, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_are_the_whole_in_pieces(interpreter, kind, dtype):
-    pool, a, w0 = SeedPool(8, 5, kind), coefficients(5), weights(2500, dtype)
+    pool, a, w0 = SeedPool(8, 3, kind), coefficients(3), weights(1800, dtype)
     whole, cut = by_kernel(w0, pool, a), w0.clone()
     update = gpu.Update(pool, a)
-    for start, stop in ((0, 1), (1, 1000), (1000, 1000), (1000, 2500)):
+    for start, stop in ((0, 1), (1, 1000), (1000, 1000), (1000, 1800)):
         piece = cut[start:stop]
         for launch in update.jobs(piece, piece, "w", first=start):  # w is w0
             launch()

@@ -19,6 +19,8 @@ BENCHES = {
     "synchronize": "time and bytes to the newest model: K seeds, seeds without end, a download; by rounds",
     "zo-step": "a zeroth-order step against its two forward passes, and its memory against inference",
     "generation": "answers in padded batches against transformers.generate, one example after the other",
+    "proximal": "FedBiOT's proximal term from products of the rank's size, against the dense product",
+    "emulator": "a client's step on an adapter and emulator, against LoRA on the whole model",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
 }
 

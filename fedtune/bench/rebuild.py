@@ -2,10 +2,13 @@
 
 Two loops stand for the paper's. Its own form (MeZO's, which FedKSeed's code has too) is out of place: seed by
 seed `torch.manual_seed`, then for each tensor z = torch.normal(0, 1) and w.data = w.data − lr · (grad · z).
-"In place" is the same with `add_(z, alpha=…)`, which spares three passes and two buffers: what a careful writer
-of that loop would do. Both would take hours, so they are timed on a few seeds and scaled to K; `gaussian` and
-`binomial32`, whose cost follows the number of elements, are timed on one tensor and scaled to all. The names
-of the cases say so. `w += 1` reads and writes the same memory and does nothing else.
+"In place" is the same with `add_(z, alpha=…)`, which spares two passes and two buffers. Both would take
+hours, so they are timed on a few seeds and scaled to K; `gaussian` and `binomial32`, whose cost follows the
+number of elements, are timed on one tensor and scaled to all. The names of the cases say so. `w += 1` reads
+and writes the same memory and does nothing else.
+
+Seconds are those of the clock. Where other programs take turns with this one, the CPU seconds of one thread
+are what to compare.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _TIMED_SEEDS = 3
 _ON_ONE_TENSOR = ("gaussian", "binomial32")
 
 Weights = dict[str, Tensor]
+Cost = tuple[float, float]  # seconds of the clock, CPU seconds of all threads
 
 
 def measure(
@@ -73,11 +77,10 @@ def _measure(
     tensors = max(parameters // width**2, 1)
     weights = {f"layers.{i}.weight": torch.full((width, width), 0.02) for i in range(tensors)}
 
-    def row(case: str, size: int | None, count: int, seconds: float) -> None:
+    def row(case: str, size: int | None, count: int, cost: Cost) -> None:
         total = tensors * width**2
-        rows.append(
-            {"case": case, "parameters": total, "K": size or "", "threads": count, "seconds": seconds}
-        )
+        head = {"case": case, "parameters": total, "K": size or "", "threads": count}
+        rows.append(head | {"seconds": cost[0], "CPU seconds": cost[1]})
 
     for count in threads:
         torch.set_num_threads(count)
@@ -89,28 +92,34 @@ def _measure(
         row("w += 1", None, count, one_pass)
         for size in seeds:
             with_threads = f"K = {size}, {count} thread{'s' if count > 1 else ''}"
-            for name, seconds in a_seed.items():
-                row(f"{name} (the best of {_TIMED_SEEDS} seeds, times K)", size, count, seconds * size)
+            for name, of_one in a_seed.items():
+                case = f"{name} (the best of {_TIMED_SEEDS} seeds, times K)"
+                row(case, size, count, (of_one[0] * size, of_one[1] * size))
             for kind in KINDS:
                 scaled = kind in _ON_ONE_TENSOR and tensors > 1
                 case = f"{kind} (one tensor of {tensors}, scaled)" if scaled else kind
                 chosen = dict(list(weights.items())[:1]) if scaled else weights
-                seconds = _rebuild_seconds(SeedPool(1, size, kind), chosen, count)  # type: ignore[arg-type]
-                seconds *= len(weights) / len(chosen)
-                row(case, size, count, seconds)
-                for name, of_one in a_seed.items():
-                    ratios[f"seconds: {name} / {kind}, {with_threads}"] = of_one * size / seconds
-                if kind == "hadamard4":
-                    ratios[f"seconds: hadamard4 / w += 1, {with_threads}"] = seconds / one_pass
+                cost = _rebuild(SeedPool(1, size, kind), chosen, count)  # type: ignore[arg-type]
+                factor = len(weights) / len(chosen)
+                cost = cost[0] * factor, cost[1] * factor
+                row(case, size, count, cost)
+                # With more threads, PyTorch's waiting for each other counts as CPU time.
+                for clock, unit in enumerate(("seconds", "CPU seconds") if count == 1 else ("seconds",)):
+                    for name, of_one in a_seed.items():
+                        ratio = of_one[clock] * size / cost[clock]
+                        ratios[f"{unit}: {name} / {kind}, {with_threads}"] = ratio
+                    if kind == "hadamard4":
+                        ratios[f"{unit}: hadamard4 / w += 1, {with_threads}"] = cost[clock] / one_pass[clock]
 
 
-def _best(action: Callable[[], None], times: int) -> float:
-    seconds = []
+def _best(action: Callable[[], None], times: int) -> Cost:
+    clock, cpu = [], []
     for _ in range(times):
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         action()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        clock.append(time.perf_counter() - started[0])
+        cpu.append(time.process_time() - started[1])
+    return min(clock), min(cpu)
 
 
 def _seed_of_loop(weights: Weights, step: Callable[[Tensor, Tensor], None]) -> None:
@@ -133,7 +142,7 @@ def _plain_pass(weights: Weights) -> None:
         w += 1
 
 
-def _rebuild_seconds(pool: SeedPool, weights: Weights, threads: int) -> float:
+def _rebuild(pool: SeedPool, weights: Weights, threads: int) -> Cost:
     a = np.random.default_rng(0).normal(scale=1e-6, size=pool.size)
     small = {"small": torch.zeros(1)}
     rebuild_all_(small, small, pool, a)  # compiles

@@ -55,9 +55,7 @@ class CodeSettings(Settings):
 
     isolation: Isolation = "namespaces"  # none: they can use the network, and the files that you can
     seconds: float = Field(10.0, gt=0)  # of a program, by the clock and the processor's; its compiler has 60
-    memory_mb: int = Field(
-        1024, ge=256
-    )  # MiB of a program, all its processes together; its compiler has 2048
+    memory_mb: int = Field(1024, ge=256)  # MiB of a program and its processes; its compiler has 2048
     workers: int = Field(2, ge=1)  # programs compiled and run at a time
 
 

@@ -59,7 +59,7 @@ from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import EMULATORS, Block, Cut, build, cut, submodel, take
 from fedtune.models.proximal import moved_squared
 from fedtune.models.pruning import find_mlp, pad_mlp
-from fedtune.models.tuning import attach_lora, canonical_name
+from fedtune.models.tuning import HEAD_NAMES, attach_lora, canonical_name
 
 log = logging.getLogger("fedtune")
 
@@ -128,6 +128,14 @@ class OffsiteConfig(Config):
     both_ends: bool = True
     alignment: Alignment = Alignment(steps=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _before_only(cls, values: object) -> object:
+        """No steps between rounds, also where other settings of the alignment are given."""
+        if isinstance(values, dict) and isinstance(values.get("alignment"), dict):
+            return {**values, "alignment": {"steps": 0, **values["alignment"]}}
+        return values
+
 
 class OneClientConfig(OffsiteConfig):
     """Settings of `method.name: offsite-tuning`."""
@@ -185,6 +193,11 @@ class FedBiOT:
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model, AdapFu: the whole of it with LoRA on the adapter's blocks."""
         model = cast(PreTrainedModel, build())
+        if any(name in HEAD_NAMES for name, _ in model.named_children()):
+            raise InputError(
+                f"{self.config.name} needs a model that generates text, got {type(model).__name__}, which "
+                "classifies; set model.task: causal-lm"
+            )
         blocks = len(find_blocks(model).modules)
         places = cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
         compressed = EMULATORS[self.config.emulator](model, places.middle, self.config.layer_dropout)
@@ -197,7 +210,7 @@ class FedBiOT:
             tuned = {name.partition(".")[2].removesuffix(A) for name in factors(full, places.adapter, "")}
             if tuned & {*pruned.ups, pruned.down}:
                 raise InputError(
-                    "method.emulator channel-pruning takes channels out of the MLP, so LoRA must be elsewhere: "
+                    "method.emulator channel-pruning takes channels out of the MLP; LoRA must be elsewhere: "
                     f"leave {', '.join((*pruned.ups, pruned.down))} out of method.lora.targets"
                 )
         scaling = self.config.lora.alpha / self.config.lora.rank
@@ -343,9 +356,10 @@ class FedBiOT:
         places = self._cut(student)
         teacher = server.teacher()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
-        if teacher.tail is not None:
-            tail = range(self.config.adapter_layers)
-            load(factors(teacher.tail, tail, ADAPTER), state.adapter)
+        tail = server.tail_factors()
+        load(tail, {name: state.adapter[name] for name in tail})
+        if places.front:
+            teacher.forget()
         load(factors(student, places.adapter, ADAPTER), state.adapter)
         parameters = server.emulator_factors()
         load(parameters, emulator)
@@ -425,16 +439,18 @@ class _Server:
         return factors(self.emulated, range(first, first + len(self.parts[1])), EMULATOR)
 
     def teacher(self) -> Teacher:
-        """AdapFu as teacher; where the adapter is all behind E*, with its blocks also on their own."""
+        """AdapFu as teacher, with the blocks behind E* also on their own."""
         if self.asked is None:
             behind = find_blocks(self.full).modules[self.places.back[0]]
-            tail = tail_block = None
-            if not self.places.front:
-                alone = build(submodel(self.base, self.parts[2]))
-                tail = self.attach(alone, range(len(self.parts[2]))).eval()
-                tail_block = find_blocks(tail).modules[0]
-            self.asked = Teacher(self.full.eval(), tail, behind, tail_block, {}, self.room)
+            alone = build(submodel(self.base, self.parts[2]))
+            tail = self.attach(alone, range(len(self.parts[2]))).eval()
+            self.asked = Teacher(self.full.eval(), tail, behind, find_blocks(tail).modules[0], self.room)
         return self.asked
+
+    def tail_factors(self) -> dict[str, nn.Parameter]:
+        """The LoRA in the teacher's tail, by the names of those blocks in the adapter."""
+        blocks = range(len(self.places.back))
+        return factors(self.teacher().tail, blocks, ADAPTER, first=len(self.places.front))
 
     def _merged(self, k: int, block: Block, lora: Mapping[str, Tensor]) -> Block:
         """A block of the emulator with s B A added to its weights, in float32, rounded once."""
@@ -451,13 +467,22 @@ class _Server:
         return Block(block.origin, tensors)
 
 
-def factors(model: nn.Module, blocks: Iterable[int], prefix: str) -> dict[str, nn.Parameter]:
-    """The LoRA factors of some blocks, by prefix, place among those blocks, and path inside the block."""
+def factors(
+    model: nn.Module, blocks: Iterable[int], prefix: str, *, first: int = 0
+) -> dict[str, nn.Parameter]:
+    """The LoRA factors of some blocks, by prefix, place among those blocks, and path inside the block.
+
+    Args:
+        model: With LoRA attached.
+        blocks: Indices of blocks of `model`.
+        prefix: What the names begin with.
+        first: The place of the first of them.
+    """
     path = find_blocks(model).path
     named = {canonical_name(model, name): parameter for name, parameter in model.named_parameters()}
     inner = canonical_name(model, f"{path}.")
     found = {}
-    for k, index in enumerate(blocks):
+    for k, index in enumerate(blocks, first):
         start = f"{inner}{index}."
         for name, parameter in named.items():
             if name.startswith(start) and name.endswith((A, B)):

@@ -105,6 +105,26 @@ register(
     ),
 )
 register(
+    "fedcybgd",
+    Entry(
+        "fedtune.methods.fedcybgd",
+        "FedCyBGD",
+        "Config",
+        "State",
+        "all weights tuned, one block a client, one client after another; downloads can be compressed",
+    ),
+)
+register(
+    "fedbavg",
+    Entry(
+        "fedtune.methods.fedcybgd",
+        "FedCyBGD",
+        "FedBAvgConfig",
+        "State",
+        "all clients train the same block and the server averages it; the next round takes the next block",
+    ),
+)
+register(
     "standalone",
     Entry(
         "fedtune.methods.references",

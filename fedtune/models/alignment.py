@@ -6,17 +6,19 @@ Wu et al., FedBiOT (KDD 2024), section 3.1 step 3 and Eq. 7: for the tokens of t
 
 E(x) is what enters the adapter's blocks behind the emulator. The paper leaves open how tokens are combined:
 here both terms are means over the answer's tokens. `rms-normalized` is the form of the authors' code: the
-mean square difference over all tokens and features, divided by the teacher's root mean square.
+mean square difference over all tokens and features, divided by the teacher's root mean square. That code
+counts padding too; here padding never counts, so that a loss does not depend on what shares a batch.
 
 E* is frozen, so what it makes of a public example is computed once and kept; only the adapter behind it has
-to be run again when the adapter has changed.
+to be run again when the adapter has changed. Where blocks of the adapter stand before E* too, what they give
+holds as long as they do not change: through one alignment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -49,18 +51,18 @@ def entering(block: nn.Module, put: Tensor | None = None) -> Iterator[list[Tenso
         handle.remove()
 
 
-def representation_loss(student: Tensor, teacher: Tensor, counted: Tensor, form: Form) -> Tensor:
+def representation_loss(student: Tensor, teacher: Tensor, form: Form) -> Tensor:
     """The first term.
 
     Args:
-        student: E(x), (batch, tokens, width).
+        student: E(x) of the tokens that count, (tokens, width).
         teacher: E*(x), likewise.
-        counted: (batch, tokens), true where a token's output predicts a token of the answer.
         form: See the module's text.
     """
+    student, teacher = student.float(), teacher.float()
     if form == "paper":
-        return (student[counted] - teacher[counted]).float().square().sum(-1).mean()
-    return F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean().sqrt()
+        return (student - teacher).square().sum(-1).mean()
+    return F.mse_loss(student, teacher) / teacher.square().mean().sqrt()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -79,31 +81,29 @@ class Teacher:
 
     Attributes:
         model: The whole model; its adapter holds the current weights whenever it is asked.
-        tail: The adapter's blocks behind E* alone, with the same weights, or None where blocks of the adapter
-            stand before E* too: then what E* makes changes with them.
+        tail: The adapter's blocks behind E* alone, with the same weights.
         block, tail_block: The first block behind E* in either.
-        kept: E*(x) of the public examples that were used so far, by their index.
         room: Bytes that may still be kept.
+        kept: E*(x) of the public examples that were used so far, by their index.
     """
 
     model: nn.Module
-    tail: nn.Module | None
+    tail: nn.Module
     block: nn.Module
-    tail_block: nn.Module | None
-    kept: dict[int, Tensor]
+    tail_block: nn.Module
     room: int
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def ask(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """E*(x) and the logits for a batch of examples with these indices."""
         lengths = batch["attention_mask"].sum(1).tolist()
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if self.tail is None or self.tail_block is None or any(index not in self.kept for index in indices):
+        if any(index not in self.kept for index in indices):
             with entering(self.block) as seen:
                 logits = self.model(**inputs).logits
-            if self.tail is not None:
-                for row, index in enumerate(indices):
-                    self._keep(index, seen[0][row, : lengths[row]])
+            for row, index in enumerate(indices):
+                self._keep(index, seen[0][row, : lengths[row]])
             return seen[0], logits
         width = batch["input_ids"].shape[1]
         rows = [F.pad(self.kept[index], (0, 0, 0, width - len(self.kept[index]))) for index in indices]
@@ -115,6 +115,11 @@ class Teacher:
         if index not in self.kept and hidden.nbytes <= self.room:
             self.kept[index] = hidden.clone()
             self.room -= hidden.nbytes
+
+    def forget(self) -> None:
+        """Drops what was kept: what stands before E* has changed."""
+        self.room += sum(hidden.nbytes for hidden in self.kept.values())
+        self.kept.clear()
 
 
 def align(
@@ -183,8 +188,9 @@ def alignment_loss(
     """Eq. 7 on one batch, from what the teacher gave."""
     with entering(block) as seen:
         own = student(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    counted = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # the last token predicts nothing
-    loss = representation_loss(seen[0], hidden, counted, form)
+    answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # a token's output predicts the next one
+    counted = answer if form == "paper" else batch["attention_mask"].bool()
+    loss = representation_loss(seen[0][counted], hidden[counted], form)
     if distill_weight:
-        loss = loss + distill_weight * distillation_loss(own[counted], logits[counted])
+        loss = loss + distill_weight * distillation_loss(own[answer], logits[answer])
     return loss

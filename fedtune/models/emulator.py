@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 import transformers
@@ -77,6 +78,22 @@ def kept_blocks(blocks: int, dropout: float) -> tuple[int, ...]:
     return tuple(j * (blocks - 1) // (kept - 1) for j in range(kept))
 
 
+def flops_per_token(block_parameters: int, places: Cut) -> int:
+    """A client's cost a token as the paper's Table 5 counts it: P (L + B − 1).
+
+    L blocks run forward, and B of them, those from the first block of the adapter on, backward. A formula for
+    comparing with that table and no measurement: it counts one operation for a multiplication with its
+    addition and for forward and backward alike, one block less than run, and nothing for the attention's own
+    products, the embeddings and the head.
+
+    Args:
+        block_parameters: P, of one block with its LoRA.
+        places: The division of the model that the client has, with the emulator as its middle.
+    """
+    layers = len(places.adapter) + len(places.middle)
+    return block_parameters * (layers + layers - places.adapter[0] - 1)
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of a model to be built: its tensors, and whose place in the configuration it takes.
@@ -125,14 +142,20 @@ def submodel(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Tenso
     Embeddings, norms and head are the model's own, not copies; tied tensors come once.
     """
     path = find_blocks(model).path
-    tensors = {n: tensor for n, tensor in _tensors(model).items() if not n.startswith(f"{path}.")}
-    for index, block in enumerate(blocks):
-        tensors |= {f"{path}.{index}.{name}": tensor for name, tensor in block.tensors.items()}
     about = {
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": _with_blocks(model.config, [block.origin for block in blocks]),
     }
+    # Gemma 3 has rotary frequencies for each kind of attention among its blocks, and only for those
+    buffers = {name for name, _ in model.named_buffers()} - _tensors(_skeleton(about)).keys()
+    tensors = {
+        name: tensor
+        for name, tensor in _tensors(model).items()
+        if not name.startswith(f"{path}.") and name not in buffers
+    }
+    for index, block in enumerate(blocks):
+        tensors |= {f"{path}.{index}.{name}": tensor for name, tensor in block.tensors.items()}
     text = json.dumps(about, sort_keys=True).encode()
     return {**tensors, ARCHITECTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
@@ -145,13 +168,7 @@ def build(tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     Raises:
         InputError: The architecture is not one of transformers' own, or tensors are missing or foreign.
     """
-    about = json.loads(bytes(tensors[ARCHITECTURE].numpy()))
-    kind = getattr(transformers, about["class"], None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise InputError(f"the model's class is {about['class']!r}, which transformers does not have")
-    config = AutoConfig.for_model(**about["config"])
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    model = _skeleton(json.loads(bytes(tensors[ARCHITECTURE].numpy())))
     weights = {name: tensor for name, tensor in tensors.items() if name != ARCHITECTURE}
     # a tied tensor comes under one of its names; buffers are not in the state dict where they are not saved
     odd = sorted(_tensors(model).keys() ^ weights.keys())
@@ -161,6 +178,17 @@ def build(tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         _assign(model, name, tensor)
     model.tie_weights()
     return model.requires_grad_(False).eval()
+
+
+def _skeleton(about: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of this class and configuration, without memory for its tensors."""
+    kind = getattr(transformers, about["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise InputError(f"the model's class is {about['class']!r}, which transformers does not have")
+    config = AutoConfig.for_model(**about["config"])
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    return model
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -185,9 +213,15 @@ def _with_blocks(config: PretrainedConfig, origins: Iterable[int]) -> dict[str, 
     """The configuration for as many blocks, each taking what the configuration says of its origin."""
     places = list(origins)
     layers = config.num_hidden_layers
+    if places != list(range(layers)) and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise InputError(
+            "the model scales attention by the layer's index (scale_attn_by_inverse_layer_idx), so a layer "
+            "does not compute the same at another place; use another model"
+        )
     smaller = type(config).from_dict(config.to_dict())
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == layers and key != "architectures":
+        one_a_layer = isinstance(value, list) and len(value) == layers
+        if one_a_layer and key != "architectures" and not key.endswith("_token_id"):
             setattr(smaller, key, [value[place] for place in places])
     smaller.num_hidden_layers = len(places)
     about: dict[str, object] = json.loads(smaller.to_json_string(use_diff=False))

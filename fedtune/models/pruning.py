@@ -106,3 +106,127 @@ def _channel_dim(block: nn.Module, path: str, mlp: Mlp) -> int:
     """Where channels lie in a weight: rows of `nn.Linear` into the MLP, columns of the one out of it."""
     transposed = isinstance(block.get_submodule(path), Conv1D)
     return int((path == mlp.down) != transposed)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A block's attention, as groups that can be taken out: a key-value head with the queries that share it.
+
+    Attributes:
+        slices: Each linear layer into it, where in its output q, k or v begins, and how wide a group is.
+        out: The linear layer out of it, and how wide a group is in its input.
+        groups: How many there are.
+    """
+
+    slices: tuple[tuple[str, int, int], ...]
+    out: tuple[str, int]
+    groups: int
+
+
+def find_attention(block: nn.Module) -> Attention:
+    """Locates query, key, value and output layers: separate ones (Llama, BERT, OPT), or GPT-2's joined one.
+
+    Raises:
+        InputError: The block's attention is of another kind (BLOOM, GPT-NeoX); names its linear layers.
+    """
+    linears = {p: x for p, x in linear_layers(block).items() if "att" in p.split(".")[0]}
+    names = {path.rpartition(".")[2]: path for path in linears}
+    projections = [
+        next((names[n] for n in choice if n in names), "")
+        for choice in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    ]
+    rest = [path for path in linears if path not in projections and path != names.get("c_attn")]
+    if len(rest) == 1 and all(projections):
+        head = _head_width(block.get_submodule(projections[0].rpartition(".")[0]))
+        groups = out_features(linears[projections[1]]) // head
+        widths = [out_features(linears[path]) // groups for path in projections]
+        slices = tuple((path, 0, width) for path, width in zip(projections, widths, strict=True))
+        return Attention(slices, (rest[0], in_features(linears[rest[0]]) // groups), groups)
+    if len(rest) == 1 and "c_attn" in names:
+        head = _head_width(block.get_submodule(names["c_attn"].rpartition(".")[0]))
+        width = out_features(linears[names["c_attn"]]) // 3
+        slices = tuple((names["c_attn"], part * width, head) for part in range(3))
+        return Attention(slices, (rest[0], head), width // head)
+    raise InputError(
+        f"cannot take heads out of {type(block).__name__}; its linear layers in attention: "
+        f"{', '.join(linears) or 'none'}. Use method.compression layer-drop or none."
+    )
+
+
+def fit_attention(block: nn.Module) -> None:
+    """Tells a block's attention how many heads its tensors have, where the family's code asks."""
+    try:
+        attention = find_attention(block)
+    except InputError:
+        return  # of a kind that is never pruned
+    module = block.get_submodule(attention.slices[0][0].rpartition(".")[0])
+    width = in_features(block.get_submodule(attention.out[0]))
+    for name, value in (("num_heads", width // _head_width(module)), ("split_size", width)):
+        if hasattr(module, name):
+            setattr(module, name, value)
+
+
+def group_scores(
+    block: nn.Module, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """First-order importance Σ |w · ∂L/∂w| of each attention group and each MLP channel, float32.
+
+    Ma et al. (2023), section 3.2, Eq. 5 without its second-order term, summed over a group's weights.
+    """
+    product = {name: (w.double() * gradients[name].double()).abs() for name, w in weights.items()}
+    attention, mlp = find_attention(block), find_mlp(block)
+    heads = torch.zeros(attention.groups, dtype=torch.float64, device=next(iter(product.values())).device)
+    channels = torch.zeros(mlp.width, dtype=torch.float64, device=heads.device)
+    for name, dim, start, width in _group_places(block, attention, product):
+        part = product[name].narrow(dim, start, attention.groups * width).movedim(dim, 0)
+        heads += part.reshape(attention.groups, -1).sum(1)
+    for path in (*mlp.ups, mlp.down):
+        dim = _channel_dim(block, path, mlp)
+        channels += product[f"{path}.weight"].sum(1 - dim)
+        if path != mlp.down and f"{path}.bias" in product:
+            channels += product[f"{path}.bias"]
+    return heads.float(), channels.float()
+
+
+def best(scores: Tensor, ratio: float) -> Tensor:
+    """Indices, ascending, int32, of the ⌊(1 − ratio) n⌋ (at least one) largest; of equals the first."""
+    order = scores.argsort(descending=True, stable=True)
+    return order[: kept_channels(len(scores), ratio)].sort().values.to(torch.int32)
+
+
+def prune_groups(
+    block: nn.Module, tensors: Mapping[str, Tensor], heads: Tensor, channels: Tensor
+) -> dict[str, Tensor]:
+    """A block's tensors with these attention groups and MLP channels alone; everything else is not copied."""
+    attention = find_attention(block)
+    result = prune_mlp(block, tensors, channels.long())
+    chosen: dict[str, list[Tensor]] = {}
+    for name, _, start, width in _group_places(block, attention, tensors):
+        places = heads.long()[:, None] * width + torch.arange(width)
+        chosen.setdefault(name, []).append(start + places.flatten())
+    for name, dim, _, _ in _group_places(block, attention, tensors):
+        if name in chosen:  # a joined layer comes once for each of q, k and v
+            result[name] = result[name].index_select(dim, torch.cat(chosen.pop(name)))
+    return result
+
+
+def _group_places(
+    block: nn.Module, attention: Attention, tensors: Mapping[str, Tensor]
+) -> list[tuple[str, int, int, int]]:
+    """Tensor, dimension, start and width of a group, wherever groups lie."""
+    places = []
+    for path, start, width in attention.slices:
+        transposed = isinstance(block.get_submodule(path), Conv1D)
+        places.append((f"{path}.weight", int(transposed), start, width))
+        if f"{path}.bias" in tensors:
+            places.append((f"{path}.bias", 0, start, width))
+    path, width = attention.out
+    transposed = isinstance(block.get_submodule(path), Conv1D)
+    return [*places, (f"{path}.weight", int(not transposed), 0, width)]
+
+
+def _head_width(attention: nn.Module) -> int:
+    width = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    if not isinstance(width, int):
+        raise InputError(f"{type(attention).__name__} does not say how wide its heads are")
+    return width

@@ -150,7 +150,8 @@ def number(value: float | None) -> str:
     """Counts whole, everything else with four decimals; `-` for what was not finite."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
+    whole = isinstance(value, int) or (value.is_integer() and abs(value) > 1)
+    return f"{value:,.0f}" if whole else f"{value:.4f}"
 
 
 def _spread(mean: float | None, sd: float | None) -> str:

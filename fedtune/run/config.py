@@ -155,22 +155,18 @@ class Federation(Settings):
 class Evaluation(Settings):
     """What is measured, on which examples, and when."""
 
-    tasks: list[str] = Field(["loss"], min_length=1)  # fedtune's own, or any of lm-evaluation-harness
+    tasks: list[str] = Field(["loss"], min_length=1)
     every: int = Field(1, ge=0)  # rounds; 0: only at the end
     arrivals: bool = False  # asynchronous: also after each arrival
     max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
-    max_new_tokens: int | None = Field(
-        None, ge=1
-    )  # of an answer; null: what each task needs
+    max_new_tokens: int | None = Field(None, ge=1)  # of an answer; null: what each task needs
     batch_size: int = Field(64, ge=1)
     bootstrap: int = Field(1000, ge=0)  # resamples of the 95 % interval; 0: no interval
     limit: int | None = Field(None, ge=1)  # examples of a task that brings its own; null: all
     files: dict[str, str] = Field(default_factory=dict)  # the data file of each task that reads one
     task_folder: str | None = None  # YAML tasks for lm-evaluation-harness, beside its own
     data_folder: str | None = None  # where those tasks read their files
-    few_shot: int | None = Field(
-        None, ge=0
-    )  # solved examples of a harness task; null: its own
+    few_shot: int | None = Field(None, ge=0)  # solved examples of a harness task; null: its own
     samples: int = Field(1, ge=1)  # answers drawn for one question, for Pass@k
     temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
     top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum

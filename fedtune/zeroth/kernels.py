@@ -73,8 +73,10 @@ def philox_lanes(out, lanes, call, c1, c2, c3, k0, k1):  # type: ignore[no-untyp
 @_jit
 def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-def]
     """out[start + i] = base[start + i] + float32(total[i] * unit), both roundings as in the reference."""
-    for i in range(max(start, 0), min(stop, out.size)):
-        out[i] = base[i] + np.float32(np.float64(total[i - start]) * unit)
+    begin, end = max(start, 0), min(stop, out.size)
+    new, old, sums = out[begin:end], base[begin:end], total[begin - start : end - start]
+    for i in range(new.size):
+        new[i] = old[i] + np.float32(np.float64(sums[i]) * unit)
 
 
 @_jit
@@ -126,18 +128,20 @@ def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[n
 
 
 @_jit
-def draw_states(words, low, high, stream):  # type: ignore[no-untyped-def]
-    """The states of tiles low … high − 1, in the order of `reference.states`."""
+def draw_states(words, first, last, stream):  # type: ignore[no-untyped-def]
+    """The states of tiles first … last − 1, in the order of `reference.states`."""
     c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
-    states = _aligned((high - low) * TILE // 4, _STATE)
+    states = _aligned((last - first) * TILE // 4, _STATE)
     calls = TILE // 8
-    for tile in range(low, high):
+    for tile in range(first, last):
         philox_lanes(words, np.uint64(calls), np.uint64(tile * calls), c1, c2, c3, k0, k1)
-        row = states[(tile - low) * TILE // 4 : (tile - low + 1) * TILE // 4]
-        for call in range(calls):
-            at = call // 8 * 16 + call % 8
-            row[at] = np.uint64(words[call]) | np.uint64(words[calls + call]) << _HALF
-            row[at + 8] = np.uint64(words[2 * calls + call]) | np.uint64(words[3 * calls + call]) << _HALF
+        row = states[(tile - first) * TILE // 4 : (tile - first + 1) * TILE // 4]
+        for eight in range(0, calls, 8):
+            for half in range(2):
+                low, high = words[2 * half * calls + eight :], words[(2 * half + 1) * calls + eight :]
+                eights = row[2 * eight + 8 * half : 2 * eight + 8 * half + 8]
+                for call in range(8):
+                    eights[call] = np.uint64(low[call]) | np.uint64(high[call]) << _HALF
     return states
 
 
