@@ -1,6 +1,7 @@
-"""The table of FedBiOT's part of docs/results.md, from a folder that `fedtune compare` made.
+"""The tables of FedBiOT's part of docs/results.md, from run folders.
 
-    python scripts/fedbiot_results.py FOLDER
+    python scripts/fedbiot_results.py compare FOLDER   one that `fedtune compare` made
+    python scripts/fedbiot_results.py sweep RUN...     one line a run, by settings
 
 `fedtune compare` shows one model a run, AdapFu; here AdapEmu stands beside it, and both references are taken
 from each run with the same seed. scripts/results.sh makes the folders and inserts the output.
@@ -15,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fedtune.report.tables import size
 
@@ -35,12 +38,12 @@ def loss(row: Mapping[str, Any]) -> float:
     return float(row["evaluation"]["loss"]["loss"])
 
 
-def emulated(folder: Path, row: Mapping[str, Any]) -> float | None:
+def emulated(run: Path) -> float | None:
     """Held-out loss of AdapEmu after the last round; None for a run without an emulator."""
-    run = folder / f"{row['config']}-seed{row['seed']}" / "rounds.jsonl"
-    if not run.exists():  # zero-shot rows are taken from other runs
+    rounds = run / "rounds.jsonl"
+    if not rounds.exists():  # zero-shot rows are taken from other runs
         return None
-    last = json.loads(run.read_text(encoding="utf-8").splitlines()[-1])
+    last = json.loads(rounds.read_text(encoding="utf-8").splitlines()[-1])
     models = last.get("eval_clients", {})
     return float(models["adapemu"]["loss"]["loss"]) if "adapemu" in models else None
 
@@ -51,8 +54,30 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
-def page(folder: Path) -> str:
-    """The table as Markdown."""
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    whole = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in whole)
+
+
+def sweep(runs: Sequence[Path]) -> str:
+    """What was tried: the settings that were varied, and both results."""
+    lines = []
+    for run in runs:
+        method = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["method"]
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        alignment, emu = method.get("alignment"), emulated(run)
+        line = [method["name"], f"{method['lr']:g}"]
+        line += [f"{alignment['lr']:g}", str(alignment["steps_before"])] if alignment else ["", ""]
+        line += [f"{method[key]:g}" if emu is not None else "" for key in ("proximal", "distill_weight")]
+        line += [f"{loss(summary):.4f}", "" if emu is None else f"{emu:.4f}"]
+        lines.append(line)
+    header = ["method", "lr", "alignment.lr", "steps_before", "ε", "λ", "AdapFu", "AdapEmu"]
+    return table(header, lines)
+
+
+def compare(folder: Path) -> str:
+    """A comparison's configurations with both results and AdapFu's differences from the references."""
     found = rows(folder)
     losses: dict[str, BySeed] = {
         name: {row["seed"]: loss(row) for row in group} for name, group in found.items()
@@ -65,18 +90,23 @@ def page(folder: Path) -> str:
         for other in REFERENCES:
             pairs = [value - losses[other][seed] for seed, value in losses[name].items()]
             line.append("" if name == other else spread(pairs, "+"))
-        own = [value for row in group if (value := emulated(folder, row)) is not None]
+        own = [
+            value for row in group if (value := emulated(folder / f"{name}-seed{row['seed']}")) is not None
+        ]
         line.append(spread(own) if own else "")
         line.append(size(statistics.fmean(row["payload_bytes_per_client_round"] for row in group)))
         line.append(size(max(row["peak_memory_bytes"]["client"] for row in group)))
         lines.append(line)
     seeds = len(next(iter(found.values())))
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in table)
-    return f"Held-out loss a token, mean ± standard deviation over {seeds} seeds:\n\n{body}"
+    caption = f"Held-out loss a token, mean ± standard deviation over {seeds} seeds:"
+    return f"{caption}\n\n{table(header, lines)}"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    what, *paths = sys.argv[1], *map(Path, sys.argv[2:])
+    if what == "compare":
+        print(compare(paths[0]))
+    elif what == "sweep":
+        print(sweep(paths))
+    else:
         raise SystemExit(__doc__)
-    print(page(Path(sys.argv[1])))

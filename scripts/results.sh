@@ -58,6 +58,53 @@ done
 $python scripts/fedkseed_results.py seeds runs/results/seeds-64 runs/results/seeds-256 runs/results/seeds-1024 \
     runs/results/seeds-4096 runs/results/seeds-8192 | insert docs/results.md seeds
 
+tried() { # NAME CONFIG SETTING...: a short run of the search for rates
+    out=runs/results/fedbiot-sweep/$1 config=configs/$2.yaml
+    shift 2
+    [ -d "$out" ] || $fedtune run "$config" seed=7 evaluation.bootstrap=0 "$@" --out "$out" --quiet >/dev/null
+}
+names=""
+for try in 3e-3,1e-3,60,0,1 1e-2,1e-3,60,0,1 1e-2,3e-4,60,0,1 1e-2,3e-3,60,0,1 1e-2,1e-2,60,0,1 1e-2,3e-3,300,0,1 \
+    3e-2,3e-3,60,0,1 3e-2,3e-3,60,1e-2,1 3e-2,3e-3,60,0,10 1e-1,3e-3,60,0,1; do
+    IFS=, read -r lr align before proximal distill <<END
+$try
+END
+    tried "$try" fedbiot method.rounds=4 method.local_steps=10 method.lr="$lr" method.alignment.lr="$align" \
+        method.alignment.steps_before="$before" method.proximal="$proximal" method.distill_weight="$distill"
+    names="$names runs/results/fedbiot-sweep/$try"
+done
+for lr in 1e-2 3e-2; do
+    tried fedavg-$lr fedbiot_fedavg method.rounds=4 method.local_steps=10 method.lr=$lr 'method.betas=[0.9, 0.999]'
+    names="$names runs/results/fedbiot-sweep/fedavg-$lr"
+done
+# shellcheck disable=SC2086
+$python scripts/fedbiot_results.py sweep $names | insert docs/results.md fedbiot-sweep
+if [ -d ../shared ]; then
+    longer="method.rounds=3 evaluation.max_examples=100"
+    # shellcheck disable=SC2086
+    tried dolly-1e-2 fedbiot_dolly_0.2 $longer method.lr=1e-2 method.alignment.lr=1e-3
+    # shellcheck disable=SC2086
+    tried dolly-3e-2 fedbiot_dolly_0.2 $longer method.lr=3e-2 method.alignment.lr=3e-3
+    $python scripts/fedbiot_results.py sweep runs/results/fedbiot-sweep/dolly-* | insert docs/results.md fedbiot-sweep-dolly
+fi
+
+fedbiot_rows() { # $1: how the configurations end
+    for dropout in 0.2 0.5; do
+        for method in fedbiot fedot offsite; do printf 'configs/%s_%s_%s.yaml ' $method "$1" $dropout; done
+    done
+}
+# shellcheck disable=SC2046
+$fedtune compare configs/fedbiot_fedavg.yaml configs/fedbiot.yaml $(fedbiot_rows pruning) --seeds 0,1,2 --quiet \
+    --out runs/results/fedbiot-bundled
+$python scripts/fedbiot_results.py compare runs/results/fedbiot-bundled | insert docs/results.md fedbiot-bundled
+# shellcheck disable=SC2046
+if $fedtune compare configs/fedbiot_fedavg_dolly.yaml $(fedbiot_rows dolly) --seeds 0,1,2 --quiet \
+    --out runs/results/fedbiot-dolly; then
+    for page in fedbiot results; do
+        $python scripts/fedbiot_results.py compare runs/results/fedbiot-dolly | insert docs/$page.md fedbiot-dolly
+    done
+fi
+
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 COLUMNS=110 $fedtune bench zo-step | fenced | insert docs/fedkseed.md bench-zo-step
 for bench in aggregation simulation; do

@@ -80,7 +80,7 @@ def test_terms_by_hand() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_which_tokens_count(form: Any) -> None:
     """Answer tokens in the paper's form, all but padding in the other; the tokens are those that predict."""
-    made, full = method()
+    _, full = method()
     student, items = (
         full.eval(),
         [Encoded((5, 6, 7, 8), (IGNORED, IGNORED, 7, 8)), Encoded((9, 10), (IGNORED, 10))],
@@ -95,12 +95,11 @@ def test_which_tokens_count(form: Any) -> None:
             hidden = seen[0].clone()
             hidden[row, token] += 1
             loss = alignment_loss(student, block, batch, hidden, logits, 0.0, form)
-            assert (float(loss) > 1e-4) == ((row, token) in (answers if form == "paper" else real))
+            assert (float(loss.detach()) > 1e-4) == ((row, token) in (answers if form == "paper" else real))
             other = logits.clone()
             other[row, token, 3] += 5
             loss = alignment_loss(student, block, batch, seen[0], other, 1.0, form)
-            assert (float(loss) > 1e-4) == ((row, token) in answers)
-    del made
+            assert (float(loss.detach()) > 1e-4) == ((row, token) in answers)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,9 +118,15 @@ def test_without_anything_left_out_the_loss_is_zero_to_rounding(family: str, for
 
 
 def spied(
-    monkeypatch: pytest.MonkeyPatch, steps: int, room: int, *, both_ends: bool, rounds: int, form: str = "paper"
-) -> tuple[list[float], dict[str, int], State]:  # fmt: skip
-    """Losses of every step before the first round and after others, and forward passes of the teacher's models."""
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    room: int,
+    *,
+    both_ends: bool,
+    rounds: int,
+    form: str = "paper",
+) -> tuple[list[float], dict[str, int], State]:
+    """Losses of every step, before and between rounds, and forward passes of the teacher's two models."""
     made, full = method(
         both_ends=both_ends,
         adapter_layers=2,
@@ -218,8 +223,8 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
         assert {n for n in different if ids[n] not in adapter} == {n for n, i in ids.items() if i in tuned}
         assert (which == "student") == bool(different & {n for n, i in ids.items() if i in tuned})
         ours = {n: p for n, p in model.named_parameters() if id(p) in adapter}
-        wanted = dict(factors(model, places.adapter if which == "student" else server.places.adapter, ADAPTER)) \
-            if which != "tail" else server.tail_factors()  # fmt: skip
+        where = places.adapter if which == "student" else server.places.adapter
+        wanted = server.tail_factors() if which == "tail" else factors(model, where, ADAPTER)
         assert len(ours) == len(wanted) > 0
         for name, parameter in wanted.items():
             assert torch.equal(parameter, state.adapter[name])

@@ -163,6 +163,10 @@ FORMS: dict[str, dict[str, Form]] = {
         "none": Form({**CYCLE, **TWO}),
         "layer-drop": Form({**CYCLE, **TWO, "compression": "layer-drop"}, blocks=3),
     },
+    "badam": {
+        "random": Form({**CYCLE, "switch_interval": 2}, blocks=3),
+        "classifier-bfloat16": Form({**CYCLE, "switch_interval": 4}, family="roberta", dtype="bfloat16"),
+    },
     "standalone": {"lora": Form(LORA)},
     "centralized": {"full": Form(FULL)},
     "zero-shot": {"plain": Form()},

@@ -56,7 +56,7 @@ def test_by_hand() -> None:
     value = moved_squared(a, b, a0, b0, 0.5)
     value.backward()
     # B A = [8, 8], B0 A0 = [3, 6]: half the difference is [2.5, 1]
-    assert float(value) == 2.5**2 + 1
+    assert float(value.detach()) == 2.5**2 + 1
     # d/dA = 2 · 0.5 · 4 · [2.5, 1], d/dB = 2 · 0.5 · ([2.5, 1] · [2, 2])
     assert a.grad is not None and a.grad.tolist() == [[10.0, 4.0]]
     assert b.grad is not None and b.grad.tolist() == [[7.0]]

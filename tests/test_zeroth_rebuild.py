@@ -151,6 +151,23 @@ def test_a_rebuild_is_the_sum_of_the_single_noises(kind):
     assert np.linalg.norm(got - dense) < 2e-6 * np.linalg.norm(dense)
 
 
+@pytest.mark.parametrize(
+    ("kind", "bound"), [("rademacher", 3e-6), ("gaussian", 2e-5), ("binomial32", 1e-7), ("hadamard4", 1e-7)]
+)
+def test_what_a_sum_over_4096_seeds_rounds_off(kind, bound):
+    k, n = 4096, 200
+    pool, a = SeedPool(5, k, kind), coefficients(k)
+    got = np.zeros(n, np.float32)
+    rebuild_(got, got, pool, "w", a)
+    # The sum of single noises in float64, each drawn by the fast path with a scale that it holds exactly.
+    dense, one = np.zeros(n), np.zeros(n, np.float32)
+    for j in range(k):
+        one[:] = 0
+        perturb_(one, pool, "w", j, 1.0, threads=1)
+        dense += a[j] * one.astype(np.float64)
+    assert np.linalg.norm(got - dense) < bound * np.linalg.norm(dense)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_perturbation_adds_scale_times_z(kind):
     pool, w0 = SeedPool(5, 77, kind), weights(2000)

@@ -33,7 +33,9 @@ TRAINING: dict[str, Any] = {"rounds": 2, "local_steps": STEPS, "batch_size": 1, 
 LORA = Lora(rank=8, alpha=16.0)
 
 
-def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(
+    hidden: int = HIDDEN, layers: int = LAYERS, repeats: int = REPEATS
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for LoRA on the whole model and for each dropout of the emulator, and their ratios."""
     whole, row = _client(fedavg.FedAvg(fedavg.Config(lora=LORA, **TRAINING), 0), hidden, layers)
     rows = [{"case": "LoRA, whole model", **row}]
@@ -47,7 +49,7 @@ def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, 
             **TRAINING,
         )
         step, row = _client(fedbiot.FedBiOT(config, 0), hidden, layers)
-        pairs = [(_seconds(step), _seconds(whole)) for _ in range(REPEATS)]
+        pairs = [(_seconds(step), _seconds(whole)) for _ in range(repeats)]
         row["seconds"] = statistics.median(own for own, _ in pairs)
         rows[0].setdefault("seconds", statistics.median(other for _, other in pairs))
         case = f"FedBiOT, dropout {dropout:g}, adapter {ADAPTER_LAYERS}"

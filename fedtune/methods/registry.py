@@ -125,6 +125,16 @@ register(
     ),
 )
 register(
+    "badam",
+    Entry(
+        "fedtune.methods.badam",
+        "BAdam",
+        "Config",
+        "State",
+        "all data in one place, Adam on one block at a time",
+    ),
+)
+register(
     "standalone",
     Entry(
         "fedtune.methods.references",

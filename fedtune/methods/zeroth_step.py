@@ -27,8 +27,6 @@ from fedtune.zeroth.tensors import Prepared
 class StepWeights(Protocol):
     """The weights w that a client's steps move."""
 
-    held: Mapping[str, Tensor]  # what they keep in memory beside the model
-
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         """L(w + scale · z_j; x); w is as before afterwards."""
 
@@ -43,8 +41,6 @@ def coefficients(accumulator: Tensor, lr: float) -> Tensor:
 
 class _FromW0:
     """The model is w0 and stays so; each forward pass forms w0 + Σ a_j z_j ± ε z_j, a piece at a time."""
-
-    held: Mapping[str, Tensor] = {}  # in memory beside the model: nothing
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._a, self._lr = model, pool, a, lr
@@ -69,8 +65,6 @@ class _FromW0:
 
 class _InPlace:
     """Weights are rebuilt once, then moved by ±ε z_j and −η ĝ z_j where they lie."""
-
-    held: Mapping[str, Tensor] = {}  # w0 is on disk
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._lr = model, pool, lr

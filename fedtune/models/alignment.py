@@ -16,6 +16,7 @@ holds as long as they do not change: through one alignment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,14 +166,15 @@ def align(
         batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
         hidden, logits = teacher.ask(indices, batch)
         loss = alignment_loss(student, block, batch, hidden, logits, distill_weight, form)
-        if not bool(loss.isfinite()):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise FederationError(
-                f"the alignment loss became {float(loss)} at step {step + 1}; lower method.alignment.lr"
+                f"the alignment loss became {value} at step {step + 1}; lower method.alignment.lr"
             )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total += float(loss.detach())
+        total += value
     return total / max(steps, 1)
 
 

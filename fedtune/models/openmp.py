@@ -57,5 +57,5 @@ def _parallel() -> Callable[..., Any] | None:
             continue
         region.argtypes = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         region.restype = None
-        return region  # type: ignore[no-any-return]
+        return region
     return None
