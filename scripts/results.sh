@@ -88,18 +88,19 @@ if [ -d ../shared ]; then
     $python scripts/fedbiot_results.py sweep runs/results/fedbiot-sweep/dolly-* | insert docs/results.md fedbiot-sweep-dolly
 fi
 
-fedbiot_rows() { # $1: how the configurations end
+fedbiot_rows() { # names of configurations without the dropout rate at their end
     for dropout in 0.2 0.5; do
-        for method in fedbiot fedot offsite; do printf 'configs/%s_%s_%s.yaml ' $method "$1" $dropout; done
+        for name in "$@"; do printf 'configs/%s_%s.yaml ' "$name" $dropout; done
     done
 }
 # shellcheck disable=SC2046
-$fedtune compare configs/fedbiot_fedavg.yaml configs/fedbiot.yaml $(fedbiot_rows pruning) --seeds 0,1,2 --quiet \
+$fedtune compare configs/fedbiot_fedavg.yaml configs/fedbiot.yaml \
+    $(fedbiot_rows fedbiot_pruning fedot_pruning offsite_pruning) --seeds 0,1,2 --quiet \
     --out runs/results/fedbiot-bundled
 $python scripts/fedbiot_results.py compare runs/results/fedbiot-bundled | insert docs/results.md fedbiot-bundled
 # shellcheck disable=SC2046
-if $fedtune compare configs/fedbiot_fedavg_dolly.yaml $(fedbiot_rows dolly) --seeds 0,1,2 --quiet \
-    --out runs/results/fedbiot-dolly; then
+if $fedtune compare configs/fedbiot_fedavg_dolly.yaml \
+    $(fedbiot_rows fedbiot_dolly fedbiot_dolly_s4 fedot_dolly offsite_dolly) --seeds 0,1,2 --quiet --out runs/results/fedbiot-dolly; then
     for page in fedbiot results; do
         $python scripts/fedbiot_results.py compare runs/results/fedbiot-dolly | insert docs/$page.md fedbiot-dolly
     done

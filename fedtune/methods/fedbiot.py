@@ -71,7 +71,7 @@ class Alignment(Settings):
 
     steps_before: int = Field(500, ge=0)  # before the first round
     steps: int = Field(10, ge=0)  # after each round
-    batch_size: int = Field(10, ge=1)
+    batch_size: int = Field(10, ge=1)  # public examples a step
     lr: float = Field(1e-4, gt=0)  # constant
     form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
     keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
@@ -81,17 +81,19 @@ class Config(Training):
     """Settings of `method.name: fedbiot`."""
 
     name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedbiot"  # the method
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1)  # communication rounds
     adapter_layers: int = Field(2, ge=1)  # s, the blocks that clients train
     both_ends: bool = False  # the adapter is the first and the last s/2 blocks instead of the last s
     emulator: Literal["layer-dropout", "channel-pruning"] = "layer-dropout"  # how E* is compressed
     layer_dropout: float = Field(0.2, ge=0, lt=1)  # β, the share of E* (blocks, or channels) that is left out
     proximal: float = Field(0.0, ge=0)  # ε, of the distance from the round's start, in reconstructed weights
     distill_weight: float = Field(1.0, ge=0)  # λ
-    lora: Lora = Lora(rank=8, alpha=16.0)
+    lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
     alignment: Alignment = Alignment()
-    batch_size: int = Field(10, ge=1)
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    batch_size: int = Field(10, ge=1)  # examples a batch
+    betas: list[float] = Field(
+        [0.9, 0.95], min_length=2, max_length=2
+    )  # of AdamW, also in the alignment
 
     @model_validator(mode="before")
     @classmethod
@@ -123,10 +125,10 @@ class Config(Training):
 class OffsiteConfig(Config):
     """Settings of `method.name: fedot` and `offsite-tuning`."""
 
-    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedot"
-    adapter_layers: int = Field(4, ge=1)
-    both_ends: bool = True
-    alignment: Alignment = Alignment(steps=0)
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedot"  # the method
+    adapter_layers: int = Field(4, ge=1)  # s, half of them at either end
+    both_ends: bool = True  # the first and the last s/2 blocks
+    alignment: Alignment = Alignment(steps=0)  # on public data, before the first round alone
 
     @model_validator(mode="before")
     @classmethod
@@ -140,7 +142,7 @@ class OffsiteConfig(Config):
 class OneClientConfig(OffsiteConfig):
     """Settings of `method.name: offsite-tuning`."""
 
-    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"  # the method
 
 
 @dataclass(frozen=True)

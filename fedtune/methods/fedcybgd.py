@@ -69,7 +69,7 @@ class Config(Training):
 
     name: Literal["fedcybgd", "fedbavg"] = "fedcybgd"  # the method
     rounds: int = Field(3, ge=1)  # cycles; of fedbavg, rounds of one turn each
-    blocks_per_client: int = Field(1, ge=1)
+    blocks_per_client: int = Field(1, ge=1)  # blocks that a client trains in its turn
     block_order: BlockOrder = "ascending"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
     compression: Compression = "none"  # of what a client gets beside its own blocks

@@ -22,7 +22,7 @@ from fedtune.core.settings import Settings
 class PowerSGD(Settings):
     """Each matrix's gradient is replaced by one of low rank; the rest is added to the next step's."""
 
-    rank: int = Field(2, ge=1)
+    rank: int = Field(2, ge=1)  # of the approximated gradient
     iterations: int = Field(4, ge=1)  # of subspace iteration a step
     start_step: int = Field(0, ge=0)  # steps before it begins, with whole gradients
 

@@ -101,12 +101,15 @@ class Holdout(Settings):
         return self
 
 
+Fields = dict[Literal["instruction", "input", "output", "category"], str]
+
+
 class Public(Settings):
     """Examples that the server holds itself, for methods that train there; read like data.train."""
 
     source: str  # bundled, a .jsonl file, or a hub name
     split: str = "train"  # of a hub data set
-    fields: dict[Literal["instruction", "input", "output", "category"], str] = Field(default_factory=dict)
+    fields: Fields = Field(default_factory=dict)  # our field names to the source's, as in data.fields
     max_examples: int | None = Field(None, ge=1)  # a random subset
 
 
@@ -115,7 +118,7 @@ class DataSettings(Settings):
 
     train: str = "bundled"  # bundled, a .jsonl file, or a hub name
     split: str = "train"  # of a hub data set
-    fields: dict[Literal["instruction", "input", "output", "category"], str] = Field(default_factory=dict)
+    fields: Fields = Field(default_factory=dict)
     template: Literal["alpaca", "plain"] = "alpaca"
     loss_on: Literal["response", "all"] = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together
