@@ -59,7 +59,7 @@ def runs(folder: Path) -> list[Run]:
         lines = [
             json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
         ]
-        steps = config["method"]["local_steps"]
+        steps = config["method"].get("local_steps") or 0  # a method that trains epochs has no curve here
         curve = {line["round"] * steps: line["eval"]["loss"]["loss"] for line in lines if line.get("eval")}
         found.append(Run(config, row, curve))
     return found

@@ -91,9 +91,7 @@ class Config(Training):
     lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
     alignment: Alignment = Alignment()
     batch_size: int = Field(10, ge=1)  # examples a batch
-    betas: list[float] = Field(
-        [0.9, 0.95], min_length=2, max_length=2
-    )  # of AdamW, also in the alignment
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)  # adamw, also when aligning
 
     @model_validator(mode="before")
     @classmethod
