@@ -72,9 +72,11 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
     def base(name: str) -> Any:
         return load_model(name, dtype="float32", initial="pretrained", seed=0, base=tmp_path)
 
-    results = [folder for folder in (tmp_path / "run" / "final").iterdir() if folder.is_dir()]
-    assert len(results) == (2 if config.method_name == "standalone" else 0)
-    for folder in results or [tmp_path / "run" / "final"]:
+    final = tmp_path / "run" / "final"
+    results = [folder for folder in final.iterdir() if folder.is_dir()]
+    beside = {"standalone": 2, "fedbiot": 1, "fedot": 1, "offsite-tuning": 1}  # one a client, or AdapEmu
+    assert len(results) == beside.get(config.method_name, 0)
+    for folder in results if config.method_name == "standalone" else [final, *results]:
         assert load_result(folder, base).tokenizer.pad_token_id is not None
 
 
@@ -91,7 +93,7 @@ def test_the_pages_name_files_and_limits_that_exist() -> None:
     named = {
         file
         for text in pages.values()
-        for file in re.findall(r"\b(?:configs|docs|tests|fedtune)/[\w/-]+\.\w+", text)
+        for file in re.findall(r"\b(?:configs|docs|tests|fedtune)/[\w/-]+(?:\.\w+)+", text)
     }
     assert "configs/fedit.yaml" in named
     assert [file for file in sorted(named) if not (PROJECT / file).is_file()] == []

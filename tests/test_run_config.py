@@ -25,7 +25,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.methods import registry
 from fedtune.methods.fedavg import Config
 from fedtune.run import federation
-from fedtune.run.config import RunConfig
+from fedtune.run.config import Public, RunConfig
 from fedtune.run.config_file import _blocks, apply_overrides, dump_config, load_config, parse_config
 from fedtune.run.progress import Silent
 
@@ -370,7 +370,9 @@ ALONG: dict[str, dict[str, Any]] = {
 }
 MAY_STOP = {"model.device", "federation.quorum"}  # where the change may be that the run does not go through
 ONE_VALUE = {"transport.name"}  # a second transport will need an entry above
-ELSEWHERE = {  # these need compilers or a server, which their own tests have
+ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
+    "checkpoints.rollback",  # test_rollback.py
+    *(f"data.public.{name}" for name in Public.model_fields),  # test_public_data.py
     *(f"evaluation.{name}" for name in ("samples", "temperature", "top_p")),  # test_code_evaluation.py
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py
     *(f"evaluation.judge.{name}" for name in subject.JudgeSettings.model_fields),  # test_judge.py

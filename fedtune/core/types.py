@@ -139,9 +139,7 @@ class ServerEnv:
     def refuse_public(self, method: str) -> None:
         """Raises InputError if there are public examples, for a method that has no use for them."""
         if self.public:
-            raise InputError(
-                f"data.public is set, but {method} trains nothing on the server; remove it, or use fedbiot"
-            )
+            raise InputError(f"data.public is set, but {method} trains nothing on the server; remove it")
 
 
 S = TypeVar("S")

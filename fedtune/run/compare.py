@@ -206,6 +206,7 @@ def _references(candidates: Sequence[Candidate]) -> list[Candidate]:
             ):
                 document = {**source.config.resolved(), "method": {"name": name, **settings}}
                 document["evaluation"] = {**document["evaluation"], "arrivals": False}
+                document["data"] = {**document["data"], "public": None}  # they train nothing on the server
                 added.append(Candidate(f"{name}{suffix}", parse_config(document, name)))
     return added
 

@@ -1,0 +1,60 @@
+"""Every setting of `data.public` changes what the server trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import parse_config
+from fedtune.run.data import public_examples
+
+
+def config(**public: Any) -> RunConfig:
+    document: dict[str, Any] = {"method": {"name": "zero-shot"}}
+    if public:
+        document["data"] = {"public": public}
+    return parse_config(document, "test")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    rows = [{"instruction": f"w{i}", "output": f"v{i}", "better": f"u{i}"} for i in range(20)]
+    named = {}
+    for name, some in (("a", rows), ("b", rows[:5])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        named[name] = str(path)
+    return named
+
+
+def test_without_the_block_there_are_none() -> None:
+    assert public_examples(config()) == []
+
+
+def test_source_fields_and_size(files: dict[str, str]) -> None:
+    assert len(public_examples(config(source=files["a"]))) == 20
+    assert [e.output for e in public_examples(config(source=files["b"]))] == [f"v{i}" for i in range(5)]
+    other = public_examples(config(source=files["b"], fields={"output": "better"}))
+    assert [e.output for e in other] == [f"u{i}" for i in range(5)]
+    some = public_examples(config(source=files["a"], max_examples=7))
+    assert len(some) == 7 and some == public_examples(config(source=files["a"], max_examples=7))
+    assert {e.output for e in some} < {f"v{i}" for i in range(20)}
+    assert len(public_examples(config(source=files["b"], max_examples=7))) == 5
+
+
+def test_split_of_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, *args: Any, split: str, **kwargs: Any) -> Any:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"instruction": "w", "output": "v"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    public_examples(config(source="owner/set"))
+    public_examples(config(source="owner/set", split="validation"))
+    assert asked == [("owner/set", "train"), ("owner/set", "validation")]
