@@ -107,7 +107,6 @@ if $fedtune compare configs/fedbiot_fedavg_dolly.yaml \
 fi
 
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
-COLUMNS=110 $fedtune bench zo-step | fenced | insert docs/fedkseed.md bench-zo-step
 for bench in aggregation simulation; do
     COLUMNS=110 $fedtune bench $bench | fenced | insert docs/results.md bench-$bench
 done
