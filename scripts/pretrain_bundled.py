@@ -2,6 +2,7 @@
 
     nice -n 5 python scripts/pretrain_bundled.py [--steps 3400] [--out fedtune/models/bundled]
     python scripts/pretrain_bundled.py --evaluate      # zero-shot accuracy of the weights in --out
+    python scripts/pretrain_bundled.py --width 32 --layers 2 --steps 600 --out runs/sizes/32   # another size
 
 The corpus teaches the prompt format and part of what the instruction set asks: some skills in the same
 wording, some only in other words or easier ranges, two not as tasks at all. None of its tasks is one of the
@@ -40,6 +41,7 @@ from fedtune.evaluation.tasks import evaluate as evaluate_tasks
 OUT = Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled"
 VOCABULARY = 768  # at most; the corpus has words for fewer
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+WIDTH, LAYERS, HEAD = 128, 4, 32  # the bundled model; HEAD is the width of one attention head
 BATCH = 64  # documents
 CHUNK = 64  # batches whose documents are sorted by length together, so that little is padded
 MUON_LR, ADAMW_LR = 0.02, 3e-3  # peaks: matrices of the blocks; embedding and norms
@@ -151,14 +153,16 @@ def train_tokenizer(documents: Iterator[Document]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, width: int = WIDTH, layers: int = LAYERS
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -214,11 +218,17 @@ def accuracy(
 
 
 def pretrain(
-    steps: int, seed: int, test: list[dict[str, str]], used: frozenset[Instance], every: int
+    steps: int,
+    seed: int,
+    test: list[dict[str, str]],
+    used: frozenset[Instance],
+    every: int,
+    width: int = WIDTH,
+    layers: int = LAYERS,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train tokenizer and model, printing progress. ``test`` is only measured, never trained on."""
     tokenizer = train_tokenizer(islice(corpus(seed + 1, used), 40_000))
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed, width, layers)
     # Muon on the blocks' matrices: it learns to copy from the prompt in about half of AdamW's steps.
     matrices = {
         id(parameter): parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2
@@ -275,6 +285,8 @@ def evaluate(folder: Path, test: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the bundled model.")
     parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"of a layer; a multiple of {HEAD}")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--every", type=int, default=200, help="steps between two lines of progress")
@@ -288,7 +300,10 @@ def main() -> None:
     if arguments.evaluate:
         evaluate(arguments.out, test)
         return
-    model, tokenizer = pretrain(arguments.steps, arguments.seed, test, used, arguments.every)
+    if arguments.width < HEAD or arguments.width % HEAD:
+        parser.error(f"--width must be a multiple of {HEAD}, got {arguments.width}")
+    size = (arguments.width, arguments.layers)
+    model, tokenizer = pretrain(arguments.steps, arguments.seed, test, used, arguments.every, *size)
     arguments.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)

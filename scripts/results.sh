@@ -106,6 +106,25 @@ if $fedtune compare configs/fedbiot_fedavg_dolly.yaml \
     done
 fi
 
+$fedtune eval bundled --tasks loss,accuracy,rouge-l | fenced | insert docs/evaluation.md eval-bundled
+if [ -d ../shared ]; then
+    model=../shared/models/instruct-7m data=../shared/data
+    $fedtune eval $model --tasks arc_easy_local,openbookqa_local,glue_local evaluation.data_folder=$data \
+        evaluation.limit=100 | fenced | insert docs/evaluation.md eval-local
+    $python scripts/check_evaluation.py $model $data | insert docs/evaluation.md eval-all
+    $python scripts/check_humaneval_x.py $data/humaneval_x | insert docs/evaluation.md humaneval-x-check
+    $fedtune compare configs/gsm8k_multi_round.yaml configs/gsm8k_one_shot.yaml --seeds 0,1,2 --out runs/results/gsm8k
+    insert docs/results.md gsm8k <runs/results/gsm8k/table.md
+fi
+
+page() { # BENCH PAGE
+    COLUMNS=118 $fedtune bench "$1" | sed 's/ *$//' | fenced | insert "docs/$2.md" "bench-$1"
+}
+page rebuild noise
+for bench in zo-step memory synchronize; do page $bench fedkseed; done
+for bench in emulator proximal; do page $bench fedbiot; done
+page generation evaluation
+
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 for bench in aggregation simulation; do
     COLUMNS=110 $fedtune bench $bench | fenced | insert docs/results.md bench-$bench

@@ -15,7 +15,8 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
-from fedtune.methods.fedbiot import ADAPTER, EMULATOR, Config, FedBiOT, OffsiteConfig, State, factors
+from fedtune.methods.fedbiot import Config, FedBiOT, OffsiteConfig, State
+from fedtune.methods.fedbiot_server import ADAPTER, EMULATOR, factors
 from fedtune.models import alignment
 from fedtune.models.alignment import alignment_loss, distillation_loss, entering, representation_loss
 from fedtune.models.blocks import find_blocks
@@ -149,7 +150,7 @@ def spied(
     state = made.init(full)
     for round in range(rounds):
         state = woken(state, seed=round)
-        server.emulate(state)
+        server.emulate(state.merged)
         emulator = made._align(state, state.emulator, steps, round + 1)
         state = State(state.adapter, emulator, state.merged)
     monkeypatch.setattr(alignment, "alignment_loss", plain)
@@ -203,7 +204,7 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
     start = made.init(full)
     assert set(start.emulator) and all(name.startswith(EMULATOR) for name in start.emulator)
     state = woken(start)
-    student, teacher = server.emulate(state), server.teacher()
+    student, teacher = server.emulate(state.merged), server.teacher()
     seen = {
         "whole": every_tensor(server.full),
         "tail": every_tensor(teacher.tail),
@@ -240,7 +241,7 @@ def test_alignment_brings_the_emulator_closer() -> None:
     )
     server, state = made._server, woken(made.init(full))
     assert server is not None
-    student = server.emulate(state)
+    student = server.emulate(state.merged)
     made._align(state, state.emulator, 1, 1)
     batch = collate(public, 0)
     block = find_blocks(student).modules[made._cut(student).back[0]]

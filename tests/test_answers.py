@@ -73,7 +73,7 @@ SUMS = [
 def test_gsm8k_by_hand(tmp_path: Path) -> None:
     rows = [{"question": f"How many? {i}", "answer": sum_[1]} for i, sum_ in enumerate(SUMS)]
     subject = Scripted([sum_[0] for sum_ in SUMS], files={"gsm8k": lines(tmp_path / "test.jsonl", rows)})
-    outcome = module.TASKS["gsm8k"].function(subject)
+    outcome = module.TASKS["gsm8k-0shot"].function(subject)
     assert list(outcome.metrics["exact_match"].items) == [strict for _, _, strict, _ in SUMS]
     assert list(outcome.metrics["exact_match_flexible"].items) == [flexible for *_, flexible in SUMS]
     assert values(outcome) == {"exact_match": 3 / 6, "exact_match_flexible": 4 / 6}
@@ -150,9 +150,9 @@ def test_exemplars_are_drawn_from_a_longer_file_always_the_same(tmp_path: Path) 
 def test_gsm8k_needs_marked_references(tmp_path: Path) -> None:
     path = lines(tmp_path / "test.jsonl", [{"question": "1 + 1?", "answer": "It is two"}])
     with pytest.raises(InputError, match=r'ends with "#### " and a number; got one that ends .It is two'):
-        module.TASKS["gsm8k"].function(Scripted(["2"], files={"gsm8k": path}))
+        module.TASKS["gsm8k-0shot"].function(Scripted(["2"], files={"gsm8k": path}))
     with pytest.raises(InputError, match=r"evaluation\.files\.gsm8k"):
-        module.TASKS["gsm8k"].function(Scripted(["2"]))
+        module.TASKS["gsm8k-0shot"].function(Scripted(["2"]))
 
 
 def test_every_gsm8k_solution_scores_itself_right(shared_data: Path) -> None:
@@ -160,7 +160,7 @@ def test_every_gsm8k_solution_scores_itself_right(shared_data: Path) -> None:
     subject = Scripted(
         [row["answer"] for row in rows], files={"gsm8k": str(shared_data / "gsm8k" / "test.jsonl")}
     )
-    assert values(module.TASKS["gsm8k"].function(subject)) == {
+    assert values(module.TASKS["gsm8k-0shot"].function(subject)) == {
         "exact_match": 1.0,
         "exact_match_flexible": 1.0,
     }

@@ -147,15 +147,33 @@ FORMS: dict[str, dict[str, Form]] = {
             {**CYCLE, **TWO, "block_order": "random", "extra_blocks": ["embeddings", "norm", "head"]}
         ),
         "layer-drop": Form({**CYCLE, **TWO, "compression": "layer-drop"}, family="gpt2", blocks=4),
+        "lora": Form({**CYCLE, **TWO, "trainable": "lora", "lora": {"rank": 2, "alpha": 4.0}}, blocks=3),
+        "lora-gpt2-layer-drop": Form(
+            {**CYCLE, **TWO, "trainable": "lora", "lora": {"rank": 2}, "compression": "layer-drop"},
+            family="gpt2",
+            blocks=4,
+        ),
+        "lora-dropout-classifier-bfloat16": Form(
+            {**CYCLE, **TWO, "trainable": "lora", "lora": {"rank": 2, "dropout": 0.5}},
+            family="roberta",
+            dtype="bfloat16",
+        ),
+        "adapter": Form({**CYCLE, **TWO, "trainable": "adapter", "adapter": {"size": 3}}, blocks=3),
+        "adapter-classifier-two-blocks": Form(
+            {**CYCLE, **TWO, "trainable": "adapter", "adapter": {"size": 3}, "blocks_per_client": 2},
+            family="roberta",
+            dtype="bfloat16",
+            blocks=3,
+        ),
         "hybrid": Form({**CYCLE, **TWO, "compression": "hybrid"}, blocks=3),
         "hybrid-gpt2": Form({**CYCLE, **TWO, "compression": "hybrid"}, family="gpt2", blocks=3),
-        "powersgd-checkpointing": Form(
+        "powersgd-no-checkpointing": Form(
             {
                 **CYCLE,
                 **TWO,
                 "optimizer": "sgd",
                 "powersgd": {"start_step": 1},
-                "gradient_checkpointing": True,
+                "gradient_checkpointing": False,
             }
         ),
     },

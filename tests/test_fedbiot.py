@@ -29,7 +29,8 @@ from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.methods.fedbiot import ADAPTER, EMULATOR, Alignment, OffsiteConfig, factors
+from fedtune.methods.fedbiot import Alignment, OffsiteConfig
+from fedtune.methods.fedbiot_server import ADAPTER, EMULATOR, factors
 from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import ARCHITECTURE, flops_per_token, kept_blocks, take
 from fedtune.models.pruning import find_mlp, largest_channels
@@ -160,7 +161,7 @@ def test_table_5(name: str, layers: int, dropout: float, trainable: int, mb: str
     assert up == 4 * trainable == 4 * layers * 131_072
     assert f"{(down + up) / 1e6:.2f}" == mb
     # the emulator and the adapter are among what is sent once
-    emulated = method._server.emulate(state)
+    emulated = method._server.emulate(state.merged)
     places = method._cut(emulated)
     count = len({n.split(".")[2] for n in sent if n.startswith(f"{MODEL}model.layers.")})
     assert count == len(places.adapter) + len(places.middle) == len(find_blocks(emulated).modules)
@@ -288,7 +289,7 @@ def test_a_process_of_its_own_needs_its_orders_alone(tmp_path: Path) -> None:
 def test_a_client_is_sent_its_model_once_and_again_when_it_has_lost_it() -> None:
     run = Run(**ALIGNED, rounds=6)
     run.round(1)
-    held = sum(t.nbytes for t in run.method._server.client_tensors(run.state).values())
+    held = sum(t.nbytes for t in run.method._server.client_tensors(run.state.merged).values())
     lora = 4 * sum(t.numel() for t in (run.state.adapter | run.state.emulator).values())
     assert run.sent("model") == [(1, 0, held), (1, 1, held)]
     assert run.sent("train") == [(1, 0, lora), (1, 1, lora)]

@@ -93,6 +93,20 @@ def test_several_models_are_one_mean_over_the_same_examples() -> None:
     assert (got["cut"], got["x"]) == (1.5, 5)
 
 
+def test_a_metric_that_one_model_lacks_is_the_mean_over_the_others() -> None:
+    outcomes = {
+        "client-0000": Outcome({}, {"unjudged": 2}),  # none of its answers could be judged
+        "client-0001": Outcome({"m": Scored([1.0, 3.0])}, {"unjudged": 0}),
+        "client-0002": Outcome({"m": Scored([5.0, 7.0])}, {"unjudged": 0}),
+    }
+    got = summarize(list(outcomes.values()), resamples=0, seed=0)
+    assert got["m"] == (2.0 + 6.0) / 2
+    assert got["m_stderr"] == pytest.approx(1.0)  # of 3 and 5, the models' mean on each example
+    assert (got["examples"], got["unjudged"]) == (2, 2 / 3)
+    over = spread({name: {"mt-bench": outcome} for name, outcome in outcomes.items()}, [])
+    assert over["mt-bench"]["m"]["clients"] == {"1": 2.0, "2": 6.0}
+
+
 def test_metrics_are_told_from_their_errors() -> None:
     scores = dict.fromkeys(
         ["f1", "f1_stderr", "f1_low", "f1_high", "examples", "truncated", "f1/x_low", "slow_low"], 0.0

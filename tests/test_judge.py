@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from command import write_config
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.cli.main import app
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import summarize
 from fedtune.evaluation.endpoint import Endpoint, Unanswered, check_judge, key_of
@@ -513,7 +516,16 @@ def test_mt_bench_by_hand(playing: Playing, tmp_path: Path, monkeypatch: pytest.
     assert numbers["score_stderr"] == pytest.approx(math.sqrt(1.5 * (1.6**2 + 0.6**2 + 2.2**2)) / 5)
     assert numbers["score_turn_2_stderr"] == pytest.approx(1.5)  # 6 and 3: sd / root of 2
     assert numbers["examples"] == 3
-    assert KEY not in json.dumps([found.notes, numbers])
+    assert found.details[1] == {
+        "question_id": 111,
+        "category": "math",
+        "answers": ["said{1.0}", "said{4.0}"],
+        "marks": [
+            {"score": 10, "reply": "[[10]] [key]", "unjudged": ""},
+            {"score": 3, "reply": "[3]", "unjudged": ""},
+        ],
+    }
+    assert KEY not in json.dumps([list(found.details), found.notes, numbers])
 
 
 def test_what_is_not_judged_is_counted_and_left_out(playing: Playing, tmp_path: Path) -> None:
@@ -591,8 +603,9 @@ def test_nothing_is_asked_before_the_settings_hold(
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(InputError, match=f"{VARIABLE} is not set"):
         run(subject, server, key_variable=VARIABLE)
-    with pytest.raises(InputError, match="never the key itself"):
-        run(subject, server, key_variable=KEY)
+    with pytest.raises(ValidationError, match="never the key itself") as refused:
+        JudgeSettings(url=server.url, model="judge", key_variable=KEY)
+    assert KEY not in str(refused.value)
     assert subject.calls == [] and server.asked == []
 
 
@@ -687,3 +700,34 @@ def test_a_real_model_is_judged(playing: Playing, shared_data: Path, shared_mode
     start, end = "[The Start of Assistant's Answer]\n", "\n[The End of Assistant's Answer]"
     said = server.asked[0].said.partition(start)[2].removesuffix(end)
     assert said and f"### Assistant A:\n{said}\n" in server.asked[1].said
+
+
+def test_a_run_keeps_what_the_judge_said_and_never_the_key(
+    playing: Playing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    replies = [completion(f"Fair, {KEY}. [[{mark}]]") for mark in (4, 6)]
+    server = playing(in_turn(*replies, completion("none")))
+    questions = [{"question_id": n, "category": "writing", "turns": ["Name a word."]} for n in (1, 2, 3)]
+    config = {
+        "method": {"name": "zero-shot"},
+        "evaluation": {
+            "tasks": ["mt-bench"],
+            "max_new_tokens": 4,
+            "files": files(tmp_path, mt_bench=questions),
+            "judge": {"url": server.url, "model": "judge", "key_variable": VARIABLE, "retries": 0},
+        },
+    }
+    path = write_config(tmp_path / "run.yaml", config)
+    app(["run", str(path), "--out", str(tmp_path / "run"), "--quiet"], standalone_mode=False)
+    said = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").open(encoding="utf-8")]
+    assert [(one["round"], one["result"], one["task"], one["question_id"]) for one in said] == [
+        (0, "global", "mt-bench", number) for number in (1, 2, 3)
+    ]
+    assert [one["marks"][0]["score"] for one in said] == [4, 6, None]
+    assert said[0]["marks"][0]["reply"] == "Fair, [key]. [[4]]" and isinstance(said[0]["answers"][0], str)
+    first = json.loads((tmp_path / "run/rounds.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["eval"]["mt-bench"]["score"] == 5 and first["eval"]["mt-bench"]["unjudged"] == 1
+    assert first["eval_notes"]["mt-bench"][0] == "marked by judge"
+    kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(kept) > 5 and not any(KEY.encode() in path.read_bytes() for path in kept)

@@ -256,7 +256,7 @@ SLOW = {"federation.simulate.delay_s": 5.0, "federation.quorum": 1}
 HUB = {"data.train": "owner/set", "data.holdout": {"source": "owner/set"}}
 WORDS = {"evaluation.tasks": ["accuracy"], "evaluation.max_examples": 4}
 FILE = {
-    "evaluation.tasks": ["gsm8k"],
+    "evaluation.tasks": ["gsm8k-0shot"],
     "evaluation.files": {"gsm8k": "sums-a.jsonl"},
     "evaluation.max_new_tokens": 2,
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.core.store import Store, digest
+from fedtune.core.store import Store, digest, digests_in
 from fedtune.core.types import Payload
 
 HELD = Payload({"w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "v": torch.ones(2)}, {"layers": 2})
@@ -60,3 +60,27 @@ def test_a_thing_is_built_once_for_its_key_until_the_store_is_cleared(tmp_path: 
     store.clear()
     assert store.get(key) is None and not (tmp_path / "held").exists()
     assert store.built("a", lambda: built.append(1) or len(built)) == 2  # type: ignore[func-returns-value]
+
+
+def test_what_no_client_names_is_thrown_away(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = store.put(HELD), store.put(Payload({"w": torch.zeros(3)}))
+    store.built(old, lambda: "a model")
+    store.retain(digests_in([{"0": f"12p {new}", "model": "none", "round": 3}]))
+    assert store.get(old) is None and store.get(new) is not None
+    assert [path.stem for path in tmp_path.iterdir()] == [new]
+    assert store.built(old, lambda: "another") == "another"
+    in_memory = Store()
+    key = in_memory.put(HELD)
+    in_memory.retain([])
+    assert in_memory.get(key) is None and not in_memory.on_disk
+
+
+def test_what_is_on_disk_is_mapped_and_does_not_follow_the_memory_it_came_in(tmp_path: Path) -> None:
+    came = torch.arange(6.0)
+    store = Store(tmp_path)
+    key = store.put(Payload({"w": came}))
+    came.zero_()  # trained in place
+    found = store.get(key)
+    assert store.on_disk and found is not None
+    assert found.tensors["w"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -1,5 +1,8 @@
 """Peak memory of a client: tuning methods against inference, with the same random model and batch.
 
+Behind them stand the methods that train all of a model or a block of it, on two larger shapes
+(`client_steps.py`), with their backward time.
+
 Each case is a process of its own. `peak_bytes` is the most that tensors held at once, the model among them.
 `rss_bytes` checks it from outside: the most that the process held in its steps, less what it held before it
 had the model (but had done the same with a tiny one, so that all libraries were loaded). It is left out where
@@ -14,12 +17,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaForCausalLM
 
+from fedtune.bench import client_steps
+from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.measure.memory import MemoryMeter, Resident
 from fedtune.methods.zeroth_step import step_weights
@@ -89,7 +93,7 @@ CASES: dict[str, Callable[[LlamaForCausalLM], AbstractContextManager[Client]]] =
 
 
 def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A row for each case, and its ratios to inference."""
+    """A row for each case, and its ratios to inference; then those of `client_steps`."""
     rows: list[dict[str, Any]] = []
     for case in CASES:
         command = [sys.executable, "-m", "fedtune.bench.memory", case, str(hidden), str(layers)]
@@ -102,7 +106,8 @@ def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, 
         for row in rows[1:]
         if key in row
     }
-    return rows, ratios
+    more, others = client_steps.measure()
+    return rows + more, ratios | others
 
 
 def measure_case(case: str, hidden: int, layers: int) -> dict[str, Any]:
@@ -111,12 +116,12 @@ def measure_case(case: str, hidden: int, layers: int) -> dict[str, Any]:
         tiny.step()
     del tiny
     gc.collect()
-    before = _status("VmRSS")
+    before = rss()
     with CASES[case](random_llama(hidden, layers)) as client:
-        known = _forget_peak()
+        known = forget_peak()
         for _ in range(STEPS):
             client.step()
-        peak = _status("VmHWM")
+        peak = peak_rss()
         meter = MemoryMeter("cpu")
         with meter.whole(client.resident):
             client.step()
@@ -124,24 +129,6 @@ def measure_case(case: str, hidden: int, layers: int) -> dict[str, Any]:
     if known and before is not None and peak is not None:
         row["rss_bytes"] = peak - before
     return row
-
-
-def _status(key: str) -> int | None:
-    """A line of Linux's account of this process, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _forget_peak() -> bool:
-    """Lets VmHWM begin anew; False where the system has no such thing."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

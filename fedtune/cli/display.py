@@ -50,6 +50,10 @@ class Display:
         """Names what is going on where nothing can be counted."""
         self._bar.update(self._task, description=f"{self._label}{text}")
 
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)
+
     def begin(self, rounds: int, name: str) -> None:
         """The rounds begin."""
         self._label, self._rounds, self._done = f"{name}: ", rounds, 0

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune import __version__
+from fedtune.cli.client import client
+from fedtune.cli.diagnose import diagnose
+from fedtune.cli.keys import keys
+from fedtune.cli.server import server
 from fedtune.errors import FedtuneError, InputError
 
 if TYPE_CHECKING:
@@ -186,6 +190,9 @@ def validate(
             print(f"{entry['config']}: {entry['method']} on {entry['model']}")
 
 
+app.command(no_args_is_help=True)(diagnose)
+
+
 @app.command("eval", no_args_is_help=True)
 def evaluate(
     target: Annotated[
@@ -289,6 +296,11 @@ def bench(
         print_whole([bench_table(document)])
         for ratio, value in document["ratios"].items():
             print(f"{ratio}: {value:.3g}")
+
+
+app.command(no_args_is_help=True)(keys)
+app.command(no_args_is_help=True)(server)
+app.command(no_args_is_help=True)(client)
 
 
 def _print_json(document: Any) -> None:

@@ -14,11 +14,12 @@ from torch import nn
 
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
-from fedtune.core.types import ClientEnv, Method, Payload, Scalar
+from fedtune.core.types import SECURE, ClientEnv, ClientResult, Method, Payload, Scalar
 from fedtune.core.wire import Message, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
+    from fedtune.core.protection import Privacy, SecureAggregation
     from fedtune.data.encode import Encoded
 
 
@@ -37,6 +38,8 @@ class ClientRunner:
         seed: The run's seed.
         device: Where the model lies.
         store: What clients were sent to hold; in memory by default.
+        secure: With it a client answers to secure aggregation and never sends a plain update.
+        privacy: With it too, the client clips its update and adds its part of the noise before it masks it.
     """
 
     def __init__(
@@ -49,8 +52,11 @@ class ClientRunner:
         seed: int,
         device: torch.device,
         store: Store | None = None,
+        secure: SecureAggregation | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         self.store = store or Store()
+        self._secure, self._privacy = secure, privacy
         self._method, self._data = method, data
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
@@ -60,7 +66,7 @@ class ClientRunner:
         """Replaces the model, once what the method trains is attached to it."""
         self._model = nn.Module() if self._method.sends_model else model
 
-    def handle(self, client: int, frame: bytes) -> bytes:
+    def handle(self, client: int, frame: bytes | bytearray) -> bytes:
         """Does what the order in `frame` says and returns the reply's frame.
 
         The reply's meta holds the step's metrics and its measured `peak_bytes`. It holds no wall time:
@@ -76,6 +82,21 @@ class ClientRunner:
         round = int(order.meta["round"])
         if not self._data.get(client):
             raise ClientError("it has no examples")
+        phase = str(order.meta.get("phase", ""))
+        if bool(phase) != (self._secure is not None):
+            raise ClientError(
+                "it was asked for a plain update, and its configuration has federation.secure_aggregation"
+                if self._secure
+                else "it was asked to take part in secure aggregation, which its configuration does not have"
+            )
+        job, added = _split(order.payload)
+        state, secrets = _split(self.states.get(client))
+        if phase and phase != "masked":
+            from fedtune.core import secure_client  # cryptography only where it is used
+
+            reply, secrets = secure_client.answer(phase, added, secrets, client=client, round=round)
+            self.states[client] = _joined(state, secrets)
+            return encode(Message(_joined(None, reply), {"round": round, "client": client}))
         meter = MemoryMeter(self._device)
         seed = derive_seed(self._seed, "client", client, round)
         env = ClientEnv(
@@ -85,7 +106,7 @@ class ClientRunner:
             model=self._model,
             items=self._data[client],
             pad_id=self._pad_id,
-            state=self.states.get(client),
+            state=state,
             memory=meter,
             device=self._device,
             store=self.store,
@@ -93,7 +114,9 @@ class ClientRunner:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(seed, "dropout"))
-            result = self._method.client_step(order.payload, env)
+            result = self._method.client_step(job or Payload(), env)
+        if self._secure is not None:
+            return self._masked(result, added, state, secrets, client, round)
         if result.state is not None:
             self.states[client] = result.state
         meta: dict[str, Scalar] = {
@@ -104,3 +127,55 @@ class ClientRunner:
             "how": meter.how,
         }
         return encode(Message(result.payload, meta))
+
+    def _masked(
+        self,
+        result: ClientResult,
+        added: Payload | None,
+        state: Payload | None,
+        secrets: Payload | None,
+        client: int,
+        round: int,
+    ) -> bytes:
+        """The reply under masks. It reports nothing of its own: the loss is in the sum."""
+        from fedtune.core import secure_client
+
+        assert self._secure is not None
+        reply, secrets = secure_client.mask(
+            self._method,
+            result,
+            added,
+            secure_client.of_phase("masked", secrets, round),
+            client=client,
+            bits=self._secure.bits,
+            privacy=self._privacy,
+        )
+        self.states[client] = _joined(result.state or state, secrets)
+        return encode(Message(_joined(None, reply), {"round": round, "client": client}))
+
+
+def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:
+    """What is a method's and what is secure aggregation's, without its prefix; None for nothing."""
+    if payload is None:
+        return None, None
+    parts = []
+    for secure in (False, True):
+        tensors, scalars = (
+            {
+                name.removeprefix(SECURE) if secure else name: value
+                for name, value in values.items()
+                if name.startswith(SECURE) == secure
+            }
+            for values in (payload.tensors, payload.scalars)
+        )
+        parts.append(Payload(tensors, scalars) if tensors or scalars else None)
+    return parts[0], parts[1]
+
+
+def _joined(state: Payload | None, secure: Payload | None) -> Payload:
+    """What `_split` takes apart."""
+    state, secure = state or Payload(), secure or Payload()
+    return Payload(
+        {**state.tensors, **{SECURE + name: tensor for name, tensor in secure.tensors.items()}},
+        {**state.scalars, **{SECURE + name: scalar for name, scalar in secure.scalars.items()}},
+    )

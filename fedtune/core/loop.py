@@ -10,18 +10,22 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.seeds import numpy_generator
-from fedtune.core.types import MODEL, Cohort, Method, Order, Payload, Reply
+from fedtune.core.types import MODEL, SECURE, Cohort, Method, Order, Payload, Reply
 from fedtune.core.wire import FrameError, Message, check, decode, encode
 from fedtune.errors import FederationError
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
+
+if TYPE_CHECKING:
+    from fedtune.core.summing import Summing
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
@@ -39,7 +43,7 @@ class Arrival:
     """What a transport brings from one client: a reply's frame, or why there is none."""
 
     client: int
-    frame: bytes = b""
+    frame: bytes | bytearray = b""
     fault: str = ""
 
 
@@ -62,9 +66,12 @@ class RoundOutcome:
     left_out: dict[int, str] = field(default_factory=dict)
     metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)  # means of which nothing but the mean is known
 
     def mean(self, metric: str) -> float | None:
         """A metric's mean over the clients that replied, weighted by their examples; None if none has it."""
+        if metric in self.totals:
+            return self.totals[metric]
         having = [c for c in self.clients if metric in self.metrics[c]]
         total = sum(self.examples[c] for c in having)
         return sum(self.metrics[c][metric] * self.examples[c] for c in having) / total if total else None
@@ -112,10 +119,18 @@ class RoundLoop:
         clock: Clock,
         device: torch.device,
         server_model: nn.Module | None = None,
+        summing: Summing | None = None,
     ) -> None:
         self._method, self._transport, self._ledger = method, transport, ledger
+        self._summing = summing  # where the server gets a sum, and no replies
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
+        self._expects: dict[int, Order] = {}  # the orders that have no reply yet
+
+    def reply_limit(self, client: int) -> int:
+        """Bytes that a client's reply may have, for a transport that can refuse a longer one unread."""
+        order = self._expects.get(client)
+        return _reply_limit(order.expects if order else {})
 
     def run(
         self,
@@ -148,23 +163,36 @@ class RoundLoop:
                 turn = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
                 state = self._fold(state, list(turn), round)
                 on_arrival(state, outcome)
-            _hold_quorum(outcome, quorum)
+            hold_quorum(outcome, quorum)
             return state, outcome
-        replies = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
+        orders = self._method.plan(state, round, cohort)
+        if self._summing is not None and self._summing.secure is not None:
+            step = partial(
+                self._summing.secure_step,
+                cohort=cohort,
+                outcome=outcome,
+                quorum=quorum,
+                ask=lambda orders: self._asked(orders, cohort, outcome),
+                on_arrival=on_arrival,
+            )
+            return self._fold(state, orders, round, step), outcome
+        replies = self._replies(orders, cohort, outcome)
         if self._method.arrival == "one-by-one":
             for reply in replies:
                 state = self._fold(state, [reply], round)
                 on_arrival(state, outcome)
-            _hold_quorum(outcome, quorum)
-        else:
-            state = self._fold(state, self._watched(replies, state, outcome, quorum, on_arrival), round)
-        return state, outcome
+            hold_quorum(outcome, quorum)
+            return state, outcome
+        watched = self._watched(replies, state, outcome, quorum, on_arrival)
+        if self._summing is not None:
+            return self._fold(state, watched, round, partial(self._summing.step, cohort=cohort, outcome=outcome)), outcome
+        return self._fold(state, watched, round), outcome
 
-    def _fold(self, state: S, replies: Iterable[Reply], round: int) -> S:
+    def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
         meter = MemoryMeter(self._device)
         held = [self._server_model] if self._server_model is not None else []
         with self._clock.part("aggregation"), meter.whole(resident=[*_tensors(state), *held]):
-            state = self._method.server_step(state, replies)
+            state = (step or self._method.server_step)(state, received)
         self._ledger.memory(
             round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how
         )
@@ -183,13 +211,24 @@ class RoundLoop:
             with paused():  # in process a client trains here: not the server's memory
                 reply = next(replies, None)
                 if reply is None:
-                    _hold_quorum(outcome, quorum)
+                    hold_quorum(outcome, quorum)
                     return
             yield reply
             on_arrival(state, outcome)
 
+    def _asked(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
+        """The replies of one of several exchanges of a round; who fails there is left out of the round."""
+        exchange = RoundOutcome(outcome.round, outcome.asked, left_out=outcome.left_out)
+        replies = self._replies(orders, cohort, exchange)
+        while True:
+            with paused():
+                reply = next(replies, None)
+            if reply is None:
+                return
+            yield reply
+
     def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
-        expects: dict[int, Any] = {}
+        self._expects = expects = {}
         arrivals = self._transport.exchange(
             outcome.round,
             self._frames(orders, expects, outcome.round),
@@ -215,26 +254,27 @@ class RoundLoop:
             yield reply
 
     def _frames(
-        self, orders: Iterable[Order], expects: dict[int, Any], round: int
+        self, orders: Iterable[Order], expects: dict[int, Order], round: int
     ) -> Iterator[tuple[int, bytes]]:
         payload, frame = None, b""
         for order in orders:
             if order.payload is not payload:  # one payload for all is encoded once
                 with self._clock.part("wire"):
-                    payload, frame = order.payload, encode(Message(order.payload, {"round": round}))
-            expects[order.client] = order.expects
-            self._enter(round, order.client, "down", order.payload, frame)
+                    meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
+                    payload, frame = order.payload, encode(Message(order.payload, meta))
+            expects[order.client] = order
+            self._enter(round, order, "down", order.payload, frame)
             yield order.client, frame
 
-    def _reply(self, arrival: Arrival, expects: Any, cohort: Cohort, round: int) -> Reply:
+    def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         with self._clock.part("wire"):
-            message = decode(arrival.frame, max_bytes=_reply_limit(expects))
+            message = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
             sender = (message.meta.get("round"), message.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
                     f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
                 )
-            check(message.payload, expects)
+            check(message.payload, asked.expects)
         metrics = {
             name: float(value)
             for name, value in message.meta.items()
@@ -243,29 +283,42 @@ class RoundLoop:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FrameError(f"metric {name} is {value}")
-        self._enter(round, arrival.client, "up", message.payload, arrival.frame)
-        self._ledger.memory(
-            round=round,
-            where="client",
-            client=arrival.client,
-            peak_bytes=int(metrics.pop("peak_bytes", 0)),
-            how=str(message.meta.get("how", "not measured")),
-        )
+        self._enter(round, asked, "up", message.payload, arrival.frame)
+        if not asked.phase:  # under masks a client reports nothing of its own
+            self._ledger.memory(
+                round=round,
+                where="client",
+                client=arrival.client,
+                peak_bytes=int(metrics.pop("peak_bytes", 0)),
+                how=str(message.meta.get("how", "not measured")),
+            )
         return Reply(arrival.client, message.payload, metrics, cohort)
 
-    def _enter(self, round: int, client: int, direction: str, payload: Payload, frame: bytes) -> None:
+    def _enter(
+        self, round: int, order: Order, direction: str, payload: Payload, frame: bytes | bytearray
+    ) -> None:
         if not self._method.uses_wire:
             return
-        # what a client is sent to hold is entered on its own: papers count it once, or not at all
-        held = sum(t.nbytes for name, t in payload.tensors.items() if name.startswith(MODEL))
-        for kind, payload_bytes, framed_bytes in (
-            ("model", held, held),
-            ("train", payload.nbytes - held, len(frame) - held),
-        ):
-            if kind == "train" or payload_bytes:
+        # what a client is sent to hold is entered on its own: papers count it once, or not at all; and so is
+        # what secure aggregation takes beyond the method's own content
+        held, secure = (
+            sum(t.nbytes for name, t in payload.tensors.items() if name.startswith(prefix))
+            for prefix in (MODEL, SECURE)
+        )
+        if direction == "up":
+            secure -= order.plain_bytes
+        parts = {
+            "model": (held, held),
+            "secure-aggregation": (secure, secure),
+            "train": (payload.nbytes - held - secure, len(frame) - held - secure),
+        }
+        if order.phase and order.phase != "masked":
+            parts = {"secure-aggregation": (payload.nbytes, len(frame))}
+        for kind, (payload_bytes, framed_bytes) in parts.items():
+            if kind == "train" or framed_bytes:
                 self._ledger.message(
                     round=round,
-                    client=client,
+                    client=order.client,
                     direction=direction,
                     kind=kind,
                     payload_bytes=payload_bytes,
@@ -273,7 +326,8 @@ class RoundLoop:
                 )
 
 
-def _hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
+def hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
+    """Raises QuorumError, which names who was left out, if fewer clients are in the outcome."""
     if len(outcome.clients) >= quorum:
         return
     reasons = "; ".join(

@@ -2,7 +2,8 @@
 
 A method whose clients never get the whole model sends them a smaller one, once. It is kept here, on disk
 where there is a folder, so that a client that was restarted does not ask for it again. Content has its
-digest as its name: simulated clients of one process that were sent the same bytes share them.
+digest as its name: simulated clients of one process that were sent the same bytes share them. What is on
+disk is mapped and not read into memory; what no client names any more is thrown away (`retain`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedtune.core.types import Payload
+from fedtune.core.types import Payload, Scalar
 
 T = TypeVar("T")
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 def digest(payload: Payload) -> str:
@@ -32,6 +35,12 @@ def digest(payload: Payload) -> str:
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def digests_in(states: Iterable[Mapping[str, Scalar]]) -> set[str]:
+    """Every digest that stands in what clients keep: what they hold."""
+    texts = (str(value) for scalars in states for value in scalars.values())
+    return {key for text in texts for key in _DIGEST.findall(text)}
 
 
 class Store:
@@ -50,9 +59,10 @@ class Store:
         """Keeps `payload` and returns its digest."""
         key = digest(payload)
         if key not in self._payloads:
-            self._payloads[key] = payload
             if self._folder is not None:
                 self._write(self._folder, key, payload)
+                payload = self._read(self._folder / f"{key}.safetensors") or payload
+            self._payloads[key] = payload
         return key
 
     def get(self, key: str) -> Payload | None:
@@ -70,6 +80,21 @@ class Store:
         found: T = self._built[key]
         return found
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether what was put is mapped from disk, so that the memory it came in is free for other use."""
+        return self._folder is not None
+
+    def retain(self, keys: Collection[str]) -> None:
+        """Forgets everything but these, on disk too."""
+        for known in (self._payloads, self._built):
+            for key in known.keys() - set(keys):
+                del known[key]
+        if self._folder is not None and self._folder.is_dir():
+            for path in self._folder.glob("*.safetensors"):
+                if path.stem not in keys:
+                    path.unlink()
+
     def clear(self) -> None:
         """Forgets everything, on disk too."""
         self._payloads.clear()
@@ -79,7 +104,7 @@ class Store:
 
     def _write(self, folder: Path, key: str, payload: Payload) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f".{key}.new"
+        new = folder / f".{key}.{os.getpid()}.new"  # simulated clients of several processes share a folder
         # clone: safetensors refuses tensors that share memory
         tensors = {n: t.detach().cpu().clone().contiguous() for n, t in payload.tensors.items()}
         save_file(tensors, new, metadata={"scalars": json.dumps(dict(payload.scalars))})

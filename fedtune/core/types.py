@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Scalar = int | float | str | bool
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
+SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
 
 
 def scalar_bytes(value: Scalar) -> int:
@@ -64,6 +65,7 @@ class Cohort:
     clients: tuple[int, ...]
     examples: Mapping[int, int]  # examples each of them trains on, as registered with the server
     population: int  # clients of the whole federation
+    expected: int | None = None  # clients asked on average, where chance decides how many (privacy)
 
     @property
     def total_examples(self) -> int:
@@ -78,6 +80,8 @@ class Order:
     client: int
     payload: Payload
     expects: Mapping[str, TensorSpec]
+    phase: str = ""  # of secure aggregation, where a round takes several exchanges
+    plain_bytes: int = 0  # of a reply under masks: what it would have without them
 
 
 @dataclass(frozen=True)
@@ -201,3 +205,58 @@ class Method(Protocol[S]):
 
         Each is valid until the next is asked for; after the last, frozen tensors are as they were.
         """
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What the server gets of a round whose replies it does not see, or may not use, one by one.
+
+    Attributes:
+        sums: Σ of the clients' summands by name, int64, in the method's `unit`.
+        weight: Σ of their weights.
+        total: What a weight is a share of: `weight` if all clients of the cohort are in it.
+        clients: Whose summands are in it.
+        population: Clients of the whole federation.
+    """
+
+    sums: Mapping[str, Tensor]
+    weight: int
+    total: int
+    clients: tuple[int, ...]
+    population: int
+
+
+@runtime_checkable
+class SumMethod(Protocol[S]):
+    """A method whose server needs a weighted sum and nothing else of what clients send.
+
+    With it the round can be summed under masks (secure aggregation) or with noise (privacy). Its clients
+    report the metric `train_loss`.
+    """
+
+    unit: float
+    """What 1 in a summand stands for."""
+
+    def sum_refusal(self, *, privacy: bool) -> str | None:
+        """Why a sum, or with `privacy` a noisy one of clipped updates, is not enough with these settings."""
+
+    def sum_shapes(self, state: S) -> Mapping[str, tuple[int, ...]]:
+        """The tensors of a summand, by name."""
+
+    def summand(
+        self,
+        payload: Payload,
+        *,
+        weight: int,
+        total: int,
+        population: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        """What a reply adds to the server's sum, int64 in units: the client's share is weight / total.
+
+        Raises:
+            ValueError: A value is too large for the sum.
+        """
+
+    def sum_step(self, state: S, total: Summed) -> S:
+        """The server's step, from the sum alone: the same bits as `server_step` makes of the replies."""

@@ -90,7 +90,7 @@ def encode(message: Message) -> bytes:
     return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
 
 
-def decode(frame: bytes | memoryview, *, max_bytes: int | None = None) -> Message:
+def decode(frame: bytes | bytearray | memoryview, *, max_bytes: int | None = None) -> Message:
     """The message in a frame. Tensors are views of the frame's own memory.
 
     Args:
@@ -131,6 +131,13 @@ def decode(frame: bytes | memoryview, *, max_bytes: int | None = None) -> Messag
     if at != length:
         raise FrameError(f"{length - at} bytes of the frame belong to no tensor")
     return Message(Payload(tensors, scalars), meta)
+
+
+def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:
+    """The bookkeeping of a frame that this process encoded, without its tensors."""
+    *_, flags, length, _, _ = HEADER.unpack(frame[: HEADER.size])
+    head = bytes(frame[HEADER.size : HEADER.size + length])
+    return _manifest(_inflate(head) if flags else head)[0]
 
 
 def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:

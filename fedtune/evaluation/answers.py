@@ -235,7 +235,7 @@ def _rouge_l_fedkseed(subject: Subject) -> Outcome:
 
 
 TASKS = {
-    "gsm8k": Task(
+    "gsm8k-0shot": Task(
         "GSM8K without solved examples: the number after ####, in the run's template",
         _gsm8k,
         "exact_match",

@@ -28,7 +28,8 @@ def summarize(outcomes: Sequence[Outcome], *, resamples: int, seed: int) -> dict
     """The numbers of one task, for one model or the mean over several on the same examples.
 
     Args:
-        outcomes: One a model.
+        outcomes: One a model. A metric that some models have no value of (none of its answers could be
+            judged) is the mean over the others.
         resamples: Draws of the bootstrap; 0: no intervals.
         seed: Of the draws.
 
@@ -36,9 +37,9 @@ def summarize(outcomes: Sequence[Outcome], *, resamples: int, seed: int) -> dict
         Each metric with `<metric>_stderr`, `<metric>_low` and `<metric>_high` where there are two examples or
         more; `examples`; and the numbers without error bars.
     """
-    first, result = outcomes[0], dict[str, float]()
-    for name in first.metrics:
-        scored = [outcome.metrics[name] for outcome in outcomes]
+    result = dict[str, float]()
+    for name in dict.fromkeys(name for outcome in outcomes for name in outcome.metrics):
+        scored = [outcome.metrics[name] for outcome in outcomes if name in outcome.metrics]
         result[name] = statistics.fmean(one.value for one in scored)
         if len(scored[0].items) > 1:
             draws = _draws(scored, resamples, seed)
@@ -48,8 +49,8 @@ def summarize(outcomes: Sequence[Outcome], *, resamples: int, seed: int) -> dict
             if resamples:
                 low, high = np.percentile(draws, (2.5, 97.5))
                 result[f"{name}_low"], result[f"{name}_high"] = float(low), float(high)
-    if first.metrics:
-        result["examples"] = len(next(iter(first.metrics.values())).items)
+    if found := [outcome.metrics for outcome in outcomes if outcome.metrics]:
+        result["examples"] = len(next(iter(found[0].values())).items)
     for name in dict.fromkeys(name for outcome in outcomes for name in outcome.more):
         values = [outcome.more[name] for outcome in outcomes if name in outcome.more]
         result[name] = values[0] if len(set(values)) == 1 else statistics.fmean(values)

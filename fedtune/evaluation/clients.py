@@ -34,16 +34,19 @@ def spread(
     }
     shared = outcomes.get("global")
     result: dict[str, dict[str, dict[str, Any]]] = {}
-    for task, outcome in next(iter(outcomes.values())).items():
+    for task in next(iter(outcomes.values())):
         own = bool(owners) and task in TASKS and TASKS[task].examples
         clients = sorted(set(owners) if own else models)
-        for metric, first in outcome.metrics.items():
+        metrics = {name: one for found in outcomes.values() for name, one in found[task].metrics.items()}
+        for metric, first in metrics.items():
             values = {}
             for client in clients:
                 found = models.get(client, shared)
                 if found is None:  # examples of a client whose model was lost
                     continue
-                scored = found[task].metrics[metric]
+                scored = found[task].metrics.get(metric)
+                if scored is None:  # none of this model's answers could be scored
+                    continue
                 values[client] = (_of(scored, client, owners) if own else scored).value
             if values:
                 worst = (max if first.lower_is_better else min)(values, key=values.__getitem__)

@@ -25,7 +25,7 @@ from fedtune.data import templates
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.answers import all_rows
-from fedtune.evaluation.endpoint import Endpoint, Unanswered, check_judge, key_of
+from fedtune.evaluation.endpoint import Endpoint, Unanswered, key_of
 from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
 
 TEMPERATURES = {
@@ -72,9 +72,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Mark:
-    """The judge's word on one turn: a score, or why there is none."""
+    """The judge's word on one turn: a score and its reply, or why there is none."""
 
     score: float | None
+    reply: str = ""
     unjudged: str = ""
 
 
@@ -230,13 +231,13 @@ def judge(
                 {"role": "user", "content": template.format(**_filled(question, answers[place], turn))},
             ]
             try:
-                _, score = endpoint.ask(messages, score_in, max_tokens=_JUDGE_TOKENS)
+                reply, score = endpoint.ask(messages, score_in, max_tokens=_JUDGE_TOKENS)
             except Unanswered as error:
                 failed += 1
                 marks[place].append(Mark(None, unjudged=str(error)))
             else:
                 failed = 0
-                marks[place].append(Mark(score))
+                marks[place].append(Mark(score, reply))
     return marks
 
 
@@ -300,7 +301,6 @@ def _mt_bench(subject: Subject) -> Outcome:
             "task mt-bench needs a judge: set evaluation.judge.url and evaluation.judge.model "
             "(docs/evaluation.md)"
         )
-    check_judge(settings.url, settings.key_variable)
     endpoint = Endpoint(
         settings.url,
         settings.model,
@@ -311,8 +311,18 @@ def _mt_bench(subject: Subject) -> Outcome:
     questions = load_questions(subject)
     prompts = load_prompts(subject, questions)  # what can be wrong is found before the model works
     answers = answer(subject, questions)
-    found = outcome(questions, judge(endpoint, questions, answers, prompts))
-    return replace(found, notes=(f"marked by {settings.model}", *found.notes))
+    marks = judge(endpoint, questions, answers, prompts)
+    found = outcome(questions, marks)
+    details = [
+        {
+            "question_id": question.id,
+            "category": question.category,
+            "answers": said,
+            "marks": [{"score": m.score, "reply": m.reply, "unjudged": m.unjudged} for m in one],
+        }
+        for question, said, one in zip(questions, answers, marks, strict=True)
+    ]
+    return replace(found, notes=(f"marked by {settings.model}", *found.notes), details=details)
 
 
 TASKS = {

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedtune import __version__
@@ -24,6 +24,7 @@ from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded, encode_causal, encode_classification, encode_prompts
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
+from fedtune.evaluation.endpoint import check_judge
 from fedtune.evaluation.generation import Sampling, context_length, generate, prompt_room
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
@@ -36,11 +37,21 @@ if TYPE_CHECKING:
 class JudgeSettings(Settings):
     """A language model that marks answers (mt-bench), behind an OpenAI-compatible endpoint."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # someone may have put the key itself here
+
     url: str  # base of the endpoint, as http://localhost:8000/v1
     model: str  # the judge's name there
     key_variable: str | None = None  # environment variable with the key, which is never written anywhere
     timeout_s: float = Field(60.0, gt=0)  # of one request
     retries: int = Field(2, ge=0)  # after a failed request; then the question counts as unjudged
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        try:
+            check_judge(self.url, self.key_variable)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 @dataclass(frozen=True)
@@ -127,11 +138,13 @@ class Outcome:
         metrics: The main one first; empty where nothing could be scored.
         more: Numbers without an error bar: parts by category, counts of what failed.
         notes: Sentences for people.
+        details: What cannot be had again, one plain object an example: answers and what a judge said.
     """
 
     metrics: Mapping[str, Scored]
     more: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    details: Sequence[Mapping[str, Any]] = ()
 
 
 class Subject:

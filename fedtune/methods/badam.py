@@ -44,7 +44,7 @@ class Config(Training):
     switch_interval: int = Field(100, ge=1)  # steps until the next block
     block_order: BlockOrder = "random"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
-    gradient_checkpointing: bool = False  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
 
 
 class BAdam:
@@ -89,20 +89,17 @@ class BAdam:
         model = cast(PreTrainedModel, env.model)
         parameters = self._trained(model)
         load(parameters, job.tensors)
-        cached = model.config.use_cache
-        model.config.use_cache = False  # keys and values of every block would be kept through the step
-        if self.config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         try:
             trained = train_blocks(
-                env, self._blocks(model), self.config, interval=self.config.switch_interval
+                env,
+                self._blocks(model),
+                self.config,
+                checkpointing=self.config.gradient_checkpointing,
+                interval=self.config.switch_interval,
             )
         finally:
-            model.config.use_cache = cached
-            if self.config.gradient_checkpointing:
-                model.activation_checkpointing_disable()
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}

@@ -1,14 +1,14 @@
 """Local training of one block at a time, as FedCyBGD and BAdam do it.
 
 Only the active block has gradients, a float32 master and optimiser state, and all three end with it. Blocks
-before it run without a graph, since nothing in them asks for gradients. The learning rate's schedule spans
-all steps, whichever blocks they fall on.
+before it run without a graph, since nothing in them asks for gradients; what the step needs besides is kept
+low by `models/lean.py`. The learning rate's schedule spans all steps, whichever blocks they fall on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from fedtune.core.client import ClientError
 from fedtune.core.types import ClientEnv
 from fedtune.data.batches import collate
-from fedtune.methods.local_training import Trained, Training, _groups, _master, _optimizer
+from fedtune.measure.memory import Resident
+from fedtune.methods.local_training import (
+    Trained,
+    Training,
+    build_optimizer,
+    float32_master,
+    step_batches,
+)
 from fedtune.methods.powersgd import GradientFilter, PowerSGD
+from fedtune.models.lean import lean
 
 
 def train_blocks(
@@ -26,8 +34,10 @@ def train_blocks(
     blocks: Iterator[Mapping[str, nn.Parameter]],
     settings: Training,
     *,
+    checkpointing: bool,
     interval: int | None = None,
     powersgd: PowerSGD | None = None,
+    resident: Sequence[Resident] = (),
 ) -> Trained:
     """Trains blocks of `env.model` in turn on the client's examples.
 
@@ -35,8 +45,10 @@ def train_blocks(
         env: The client; no parameter of its model asks for gradients.
         blocks: The parameters of each block, by name.
         settings: Epochs or steps, batch, optimiser, schedule.
+        checkpointing: Activations are computed again in the backward pass.
         interval: Steps until the next block; None: the first takes them all.
         powersgd: Filters gradients before the optimiser sees them.
+        resident: What the client holds in memory besides, for the account of it.
 
     Returns:
         `weights` holds the last block's alone; those of earlier ones are in the model.
@@ -49,27 +61,28 @@ def train_blocks(
     active: _Active | None = None
     env.model.train()
     try:
-        for step, group in enumerate(_groups(env, settings)):
-            if step == total:
-                break
-            if active is None or (interval is not None and step % interval == 0):
-                if active is not None:
-                    active.end()
-                active = _Active.begin(next(blocks), settings, powersgd, env.generator("powersgd", step))
-            rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
-            rate_sum += rate
-            batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
-            size = max(batch["input_ids"].numel() for batch in batches)
-            with env.memory.step(size, resident=[env.model, *active.resident()]):
-                for batch in batches:
-                    loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
-                    (loss / len(batches)).backward()
-                    value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
-                    loss_sum += value * len(batch["input_ids"])
-                    seen += len(batch["input_ids"])
-                active.step(rate, settings)
+        with lean(env.model, checkpointing=checkpointing):
+            for step, group in enumerate(step_batches(env, settings)):
+                if step == total:
+                    break
+                if active is None or (interval is not None and step % interval == 0):
+                    if active is not None:
+                        active.end()
+                    active = _Active.begin(next(blocks), settings, powersgd, env.generator("powersgd", step))
+                rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
+                rate_sum += rate
+                batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
+                size = max(batch["input_ids"].numel() for batch in batches)
+                with env.memory.step(size, resident=[env.model, *active.resident(), *resident]):
+                    for batch in batches:
+                        loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
+                        (loss / len(batches)).backward()
+                        value = float(loss.detach())
+                        if not math.isfinite(value):
+                            raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
+                        loss_sum += value * len(batch["input_ids"])
+                        seen += len(batch["input_ids"])
+                    active.step(rate, settings)
     finally:
         env.model.eval()
         if active is not None:
@@ -98,11 +111,11 @@ class _Active:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
-        masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
         filter = GradientFilter(powersgd, generator) if powersgd else None
-        return _Active(parameters, masters, _optimizer(masters, settings), filter)
+        return _Active(parameters, masters, build_optimizer(masters, settings), filter)
 
-    def resident(self) -> list[nn.Module | torch.optim.Optimizer | Tensor | Mapping[str, object]]:
+    def resident(self) -> list[Resident]:
         """What is in memory beside the model."""
         return [self.optimizer, dict(self.masters), dict(self.filter.memory) if self.filter else {}]
 

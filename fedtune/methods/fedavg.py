@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.core.aggregate import LIMIT, WeightedSum
+from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
     Arrival,
@@ -40,6 +40,7 @@ from fedtune.core.types import (
     Payload,
     Reply,
     ServerEnv,
+    Summed,
     TensorSpec,
 )
 from fedtune.methods import lora_aggregation as lora
@@ -120,6 +121,7 @@ class FedAvg:
     pools_data = False
     uses_wire = True
     sends_model = False
+    unit = 2.0**-FRACTION_BITS
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config, self._seed = config, seed
@@ -236,6 +238,48 @@ class FedAvg:
             )
         if total is None or control is None:
             raise ValueError("no client replied: there is nothing to average")
+        return self._advance(state, total, control)
+
+    def sum_refusal(self, *, privacy: bool) -> str | None:
+        """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
+        if self.config.aggregation == "stack":
+            return "aggregation: stack needs each client's factors"
+        if privacy and self.config.control_variates:
+            return "control_variates are a second update beside the first, on another scale"
+        return None
+
+    def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
+        """The global weights', and the control variates'."""
+        shapes = {name: tuple(w.shape) for name, w in state.weights.items()}
+        return shapes | {CONTROL + name: tuple(c.shape) for name, c in state.control.items()}
+
+    def summand(
+        self,
+        payload: Payload,
+        *,
+        weight: int,
+        total: int,
+        population: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        """The integers that `server_step` would add up for this reply."""
+        like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        update = {n: t for n, t in payload.tensors.items() if not n.startswith(CONTROL)}
+        control = {n: t for n, t in payload.tensors.items() if n.startswith(CONTROL)}
+        sums = WeightedSum.empty(total).add(lora.pad(update, like), weight).sums
+        return sums | WeightedSum.empty(population).add(control, 1).sums
+
+    def sum_step(self, state: State, total: Summed) -> State:
+        """The step that `server_step` makes, from the sum."""
+        control = {n.removeprefix(CONTROL): t for n, t in total.sums.items() if n.startswith(CONTROL)}
+        weights = {n: t for n, t in total.sums.items() if not n.startswith(CONTROL)}
+        return self._advance(
+            state,
+            WeightedSum(total.total, total.weight, weights),
+            WeightedSum(total.population, len(total.clients), control),
+        )
+
+    def _advance(self, state: State, total: WeightedSum, control: WeightedSum) -> State:
         renewed = {name: c + control.scaled(name) for name, c in state.control.items()}  # c + 1/N Σ Δc_i
         if self.config.arrival == "asynchronous":
             start = state.start or state.weights

@@ -30,7 +30,6 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.client import ClientError
@@ -51,19 +50,18 @@ from fedtune.core.types import (
 from fedtune.data.batches import endless_batches
 from fedtune.errors import InputError
 from fedtune.methods.fedavg import load
+from fedtune.methods.fedbiot_server import ADAPTER, EMULATOR, Server, copied, factors, partner
 from fedtune.methods.local_training import Training, train
-from fedtune.methods.lora_aggregation import A, B
+from fedtune.methods.lora_aggregation import A
 from fedtune.methods.tuning import Lora
-from fedtune.models.alignment import Teacher, align
+from fedtune.models.alignment import align
 from fedtune.models.blocks import find_blocks
-from fedtune.models.emulator import EMULATORS, Block, Cut, build, cut, submodel, take
+from fedtune.models.emulator import EMULATORS, Cut, build, cut, take
 from fedtune.models.proximal import moved_squared
-from fedtune.models.pruning import find_mlp, pad_mlp
-from fedtune.models.tuning import HEAD_NAMES, attach_lora, canonical_name
+from fedtune.models.pruning import find_mlp
+from fedtune.models.tuning import HEAD_NAMES, attach_lora
 
 log = logging.getLogger("fedtune")
-
-ADAPTER, EMULATOR = "adapter.", "emulator."  # prefixes of LoRA factors on the wire, before the block's number
 
 
 class Alignment(Settings):
@@ -174,7 +172,7 @@ class FedBiOT:
         self.config, self._seed = config, seed
         self.rounds = config.rounds
         self.pools_data = config.name == "offsite-tuning"
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._env: ServerEnv | None = None
 
     def prepare(self, server: ServerEnv) -> None:
@@ -215,24 +213,24 @@ class FedBiOT:
                 )
         scaling = self.config.lora.alpha / self.config.lora.rank
         room = self.config.alignment.keep_mb * 1_000_000
-        self._server = _Server(model, full, places, parts, self._attach, scaling, room)
+        self._server = Server(model, full, places, parts, self._attach, scaling, room)
         return full
 
     def init(self, model: nn.Module) -> State:
         """The adapter as it is, and an emulator aligned before anyone gets it."""
         server, config = self._at_server(), self.config
-        adapter = _copied(factors(server.full, server.places.adapter, ADAPTER))
+        adapter = copied(factors(server.full, server.places.adapter, ADAPTER))
         state = State(adapter)
         if config.layer_dropout > 0 and config.alignment.steps_before:
             log.info("aligning the emulator in %d steps", config.alignment.steps_before)
-            server.emulate(state)
-            drawn = _copied(server.emulator_factors())
+            server.emulate(state.merged)
+            drawn = copied(server.emulator_factors())
             merged = self._align(state, drawn, config.alignment.steps_before, "before")
             server.emulated = None
             state = replace(state, merged=merged)
         if config.aligns:
-            server.emulate(state)
-            state = replace(state, emulator=_copied(server.emulator_factors()))
+            server.emulate(state.merged)
+            state = replace(state, emulator=copied(server.emulator_factors()))
         return state
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
@@ -245,7 +243,7 @@ class FedBiOT:
                 yield Order(client, short, expects)
                 continue
             if whole is None:
-                held = self._at_server().client_tensors(state)
+                held = self._at_server().client_tensors(state.merged)
                 whole = Payload(lora | {MODEL + name: tensor for name, tensor in held.items()})
             yield Order(client, whole, expects)
 
@@ -269,7 +267,7 @@ class FedBiOT:
 
         def proximal() -> Tensor:  # ε/2 ‖ŵ − ŵ(t)‖², ŵ = s B A
             moved = [
-                moved_squared(a, parameters[_partner(name)], start[name], start[_partner(name)], scaling)
+                moved_squared(a, parameters[partner(name)], start[name], start[partner(name)], scaling)
                 for name, a in parameters.items()
                 if name.endswith(A)
             ]
@@ -303,7 +301,7 @@ class FedBiOT:
         holders |= {str(client): True for client in sorted(replied)}
         state = replace(state, adapter=adapter, holders=holders, round=state.round + 1)
         if self.config.aligns:
-            self._at_server().emulate(state)
+            self._at_server().emulate(state.merged)
             emulator = self._align(state, state.emulator, self.config.alignment.steps, state.round)
             state = replace(state, emulator=emulator)
         return state
@@ -313,7 +311,7 @@ class FedBiOT:
         server = self._at_server()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
         yield "global", server.full
-        emulated = server.emulate(state)
+        emulated = server.emulate(state.merged)
         places = self._cut(emulated)
         load(factors(emulated, places.adapter, ADAPTER), state.adapter)
         load(factors(emulated, places.middle, EMULATOR), state.emulator)
@@ -385,119 +383,8 @@ class FedBiOT:
             form=alignment.form,
         )
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
-        return _copied(parameters)
+        return copied(parameters)
 
-    def _at_server(self) -> _Server:
+    def _at_server(self) -> Server:
         assert self._server is not None, "client_model comes first"
         return self._server
-
-
-@dataclass
-class _Server:
-    """The models on the server; all share the base model's memory.
-
-    Attributes:
-        base: The model as it was loaded.
-        full: With the adapter's LoRA: AdapFu.
-        places: Which blocks are the adapter's.
-        parts: Blocks before the emulator, of the emulator, and behind it.
-        attach: Puts LoRA on some blocks of a model.
-        scaling: alpha / rank.
-        room: Bytes that the teacher may keep.
-    """
-
-    base: PreTrainedModel
-    full: nn.Module
-    places: Cut
-    parts: tuple[list[Block], list[Block], list[Block]]
-    attach: Callable[[nn.Module, Sequence[int]], nn.Module]
-    scaling: float
-    room: int
-    emulated: nn.Module | None = None
-    asked: Teacher | None = None
-
-    def emulate(self, state: State) -> nn.Module:
-        """AdapEmu, with LoRA on the emulator too; made when it is first needed."""
-        if self.emulated is None:  # pruned blocks in whole shapes, which transformers can save and load
-            model = build(self.client_tensors(state, padded=True))
-            self.emulated = self.attach(model, range(len(find_blocks(model).modules)))
-        return self.emulated
-
-    def client_tensors(self, state: State, *, padded: bool = False) -> dict[str, Tensor]:
-        """What a client gets to hold: embeddings, adapter, emulator with `merged` in it, norm and head."""
-        front, emulator, back = self.parts
-        blocks = [self._merged(k, block, state.merged) for k, block in enumerate(emulator)]
-        if padded:
-            whole = find_blocks(self.full).modules
-            blocks = [Block(b.origin, pad_mlp(whole[b.origin], b.tensors)) for b in blocks]
-        return submodel(self.base, [*front, *blocks, *back])
-
-    def emulator_factors(self) -> dict[str, nn.Parameter]:
-        """The emulator's LoRA."""
-        assert self.emulated is not None
-        first = len(self.parts[0])
-        return factors(self.emulated, range(first, first + len(self.parts[1])), EMULATOR)
-
-    def teacher(self) -> Teacher:
-        """AdapFu as teacher, with the blocks behind E* also on their own."""
-        if self.asked is None:
-            behind = find_blocks(self.full).modules[self.places.back[0]]
-            alone = build(submodel(self.base, self.parts[2]))
-            tail = self.attach(alone, range(len(self.parts[2]))).eval()
-            self.asked = Teacher(self.full.eval(), tail, behind, find_blocks(tail).modules[0], self.room)
-        return self.asked
-
-    def tail_factors(self) -> dict[str, nn.Parameter]:
-        """The LoRA in the teacher's tail, by the names of those blocks in the adapter."""
-        blocks = range(len(self.places.back))
-        return factors(self.teacher().tail, blocks, ADAPTER, first=len(self.places.front))
-
-    def _merged(self, k: int, block: Block, lora: Mapping[str, Tensor]) -> Block:
-        """A block of the emulator with s B A added to its weights, in float32, rounded once."""
-        tensors = dict(block.tensors)
-        module = find_blocks(self.full).modules[block.origin]
-        for name, a in lora.items():
-            if name.startswith(f"{EMULATOR}{k}.") and name.endswith(A):
-                path = name.removeprefix(f"{EMULATOR}{k}.").removesuffix(A)
-                weight = tensors[f"{path}.weight"]
-                delta = self.scaling * (lora[_partner(name)].to(weight.device) @ a.to(weight.device))
-                if isinstance(module.get_submodule(path), Conv1D):
-                    delta = delta.T
-                tensors[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
-        return Block(block.origin, tensors)
-
-
-def factors(
-    model: nn.Module, blocks: Iterable[int], prefix: str, *, first: int = 0
-) -> dict[str, nn.Parameter]:
-    """The LoRA factors of some blocks, by prefix, place among those blocks, and path inside the block.
-
-    Args:
-        model: With LoRA attached.
-        blocks: Indices of blocks of `model`.
-        prefix: What the names begin with.
-        first: The place of the first of them.
-    """
-    path = find_blocks(model).path
-    named = {canonical_name(model, name): parameter for name, parameter in model.named_parameters()}
-    inner = canonical_name(model, f"{path}.")
-    found = {}
-    for k, index in enumerate(blocks, first):
-        start = f"{inner}{index}."
-        for name, parameter in named.items():
-            if name.startswith(start) and name.endswith((A, B)):
-                found[f"{prefix}{k}.{name.removeprefix(start)}"] = parameter
-    return found
-
-
-def _partner(name: str) -> str:
-    """The name of B for that of A."""
-    return name.removesuffix(A) + B
-
-
-def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Their values on the CPU; on the meta device, where costs are planned, there are none."""
-    return {
-        name: p.detach() if p.is_meta else p.detach().to("cpu", torch.float32, copy=True)
-        for name, p in parameters.items()
-    }

@@ -5,19 +5,20 @@ Cycle Block Gradient Descent" (2024).
 
     π           = blocks of each turn                             Algorithm 1, line 2    `block_order.turn`
     C(θ)_i      = own block whole, others compressed              line 4, Eq. 5, 6       `plan`
-    Δ_i         = θ_πi(K) − θ_πi(0), K local steps                lines 5 to 9           `client_step`
+    Δ_i         = θ_πi(K) − θ_πi(0), K local steps                lines 5 to 9           `block_client.py`
     θ_πi(t+1)   ← θ_πi(t) + Δ_i, before the next client's turn    line 11, η = 1         `server_step`
 
 A round is a cycle: every client of the cohort once, in an order drawn anew. `fedbavg` is the paper's
 Figure 1: in each round all clients train the same blocks and the server averages their changes.
 
 A classification head trains with every block. A client keeps what it was sent; the server sends only the
-parts that a client does not have in the version and shape it needs.
+parts that a client does not have in the version and shape it needs. With `trainable: lora` or `adapter` a
+block's weights stay as they are and what is added to it takes its place (Table 6, rows ii and iii).
 
 Decisions where the paper is silent: where clients and blocks are not as many, passes over the blocks go on
 from cycle to cycle; a client with several blocks trains them one after another, each with its own optimiser
 state; importance for `hybrid` (Eq. 6) comes from the client that has just trained the block, on its own
-examples, as one number a head and a channel.
+examples, as one number a head and a channel; with LoRA or adapters a dropped block takes them along.
 """
 
 from __future__ import annotations
@@ -26,16 +27,14 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
-from fedtune.core.client import ClientError
-from fedtune.core.seeds import numpy_generator, torch_generator
+from fedtune.core.seeds import derive_seed, numpy_generator, torch_generator
 from fedtune.core.types import (
     Arrival,
     ClientEnv,
@@ -47,24 +46,25 @@ from fedtune.core.types import (
     ServerEnv,
     TensorSpec,
 )
-from fedtune.data.batches import collate
 from fedtune.errors import InputError
+from fedtune.methods.block_client import CHANNELS, HEADS, client_turn
 from fedtune.methods.block_order import BlockOrder, turn
-from fedtune.methods.block_training import train_blocks
 from fedtune.methods.local_training import Training
 from fedtune.methods.powersgd import PowerSGD
+from fedtune.methods.tuning import InBlocks
 from fedtune.models.blocks import find_blocks
-from fedtune.models.compression import Compression, architecture, assemble, check_drop, choose_blocks
-from fedtune.models.parts import CLASSIFIER, Parts, check_around, find_parts, full_name
-from fedtune.models.pruning import best, find_attention, find_mlp, group_scores, prune_groups
+from fedtune.models.compression import Compression, architecture, check_drop, choose_blocks
+from fedtune.models.emulator import ARCHITECTURE
+from fedtune.models.lean import plain
+from fedtune.models.parts import ADDED, CLASSIFIER, Parts, block_of, check_around, find_parts
+from fedtune.models.pruning import best, find_attention, find_mlp, prune_groups
 
 log = logging.getLogger("fedtune")
 
-ARCHITECTURE, HEADS, CHANNELS = "architecture", "heads", "channels"  # on the wire beside "part:name"
 _PRUNED = "p"  # behind a version's number
 
 
-class Config(Training):
+class Config(InBlocks, Training):
     """Settings of `method.name: fedcybgd`."""
 
     name: Literal["fedcybgd", "fedbavg"] = "fedcybgd"  # the method
@@ -77,7 +77,7 @@ class Config(Training):
     prune_ratio: float = Field(0.5, ge=0, lt=1)  # hybrid: of the heads and MLP channels of updated blocks
     importance_examples: int = Field(10, ge=1)  # hybrid: of the client's own, for first-order importance
     powersgd: PowerSGD | None = None  # gradients pass a low-rank filter before the optimiser
-    gradient_checkpointing: bool = False  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
 
     @field_validator("extra_blocks")
     @classmethod
@@ -85,6 +85,19 @@ class Config(Training):
         if len(set(extra)) < len(extra):
             raise ValueError(f"each part once, got {', '.join(extra)}")
         return extra
+
+    @model_validator(mode="after")
+    def _added(self) -> Self:
+        if self.trainable != "full" and self.extra_blocks:
+            raise ValueError(f"extra_blocks train whole; they do not go with trainable: {self.trainable}")
+        if self.trainable != "full" and self.compression == "hybrid":
+            raise ValueError(
+                "compression: hybrid prunes blocks that were trained whole; "
+                f"trainable: {self.trainable} goes with layer-drop or none"
+            )
+        if self.lora and self.lora.client_ranks:
+            raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        return self
 
 
 class FedBAvgConfig(Config):
@@ -145,10 +158,12 @@ class FedCyBGD:
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model; what no turn trains is frozen."""
-        model = cast(PreTrainedModel, build())
-        config, parts = self.config, find_parts(model)
+        config = self.config
+        model = config.attach(build(), derive_seed(self._seed, "adapter"))
+        parts = find_parts(model)
         check_around(parts, config.extra_blocks, "method.extra_blocks")
-        in_turn = [*map(str, range(parts.blocks)), *config.extra_blocks]
+        behind = ADDED if config.trainable != "full" else ""
+        in_turn = [*(f"{block}{behind}" for block in range(parts.blocks)), *config.extra_blocks]
         if config.blocks_per_client > len(in_turn):
             raise InputError(
                 f"method.blocks_per_client: {config.blocks_per_client}, but there are {len(in_turn)} blocks"
@@ -183,7 +198,8 @@ class FedCyBGD:
         for client in clients:
             forms = self._forms(state, client, cohort)
             held = self._held(state, client, cohort)
-            tensors = {ARCHITECTURE: architecture(server.model, [int(p) for p in forms if p.isdigit()])}
+            blocks = [int(part) for part in forms if part.isdigit()]
+            tensors = {ARCHITECTURE: architecture(plain(server.model), blocks)}
             for part, form in forms.items():
                 if held.get(part) != form:
                     tensors |= server.tensors(state, part, pruned=form.endswith(_PRUNED))
@@ -192,31 +208,7 @@ class FedCyBGD:
 
     def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
         """Trains the client's own blocks on the model that it was sent; answers with what they changed by."""
-        forms: dict[str, str] = json.loads(str(job.scalars["forms"]))
-        own = str(job.scalars["own"]).split(",")
-        kept, parts = _take_up(job, forms, env)
-        model, parameters = self._client_model(job, parts, own, env)
-        env = replace(env, model=model)
-        always = [CLASSIFIER] if CLASSIFIER in forms else []
-        update: dict[str, Tensor] = {}
-        losses, steps = 0.0, 0
-        for part in own:
-            names = [n for n in parameters if n.partition(":")[0] in (part, *always)]
-            block = {name: parameters[name] for name in names}
-            start = {name: p.detach().to(torch.float32, copy=True) for name, p in block.items()}
-            trained = train_blocks(
-                replace(env, seed=env.derive_seed("block", part)),
-                iter([block]),
-                self.config,
-                powersgd=self.config.powersgd,
-            )
-            for name, before in start.items():
-                delta = (trained.weights[name] - before).cpu()
-                update[name] = update[name] + delta if name in update else delta
-            losses, steps = losses + trained.train_loss, steps + trained.steps
-        scores = self._importance(own, list(parts), env) if self.config.compression == "hybrid" else {}
-        metrics = {"train_loss": losses / len(own), "steps": steps}
-        return ClientResult(Payload(update | scores), metrics, state=Payload(scalars=kept))
+        return client_turn(job, env, self.config)
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adds the change (fedbavg: the mean of all changes) to the blocks of this turn."""
@@ -288,7 +280,7 @@ class FedCyBGD:
         """The version and shape in which a client needs each part for the turn that comes next."""
         server, config = self._at_server(), self.config
         cycle = state.turns // len(cohort.clients)
-        own = {int(part) for part in self._own(state) if part.isdigit()}
+        own = {block for part in self._own(state) if (block := block_of(part)) is not None}
         updated = {
             int(part)
             for part, at in state.versions.items()
@@ -298,8 +290,11 @@ class FedCyBGD:
         blocks = choose_blocks(
             server.parts.blocks, own, updated, config.compression, config.drop_ratio, generator
         )
-        around = {part: False for part in server.parts.parameters if not part.isdigit()}
-        wanted = {**{str(block): pruned for block, pruned in blocks.items()}, **around}
+        wanted = {str(block): pruned for block, pruned in blocks.items()}
+        for part in server.parts.parameters:  # what is added to a block goes with it, what is around always
+            block = block_of(part)
+            if str(block) != part and (block is None or block in blocks):
+                wanted[part] = False
         return {p: f"{state.versions.get(p, 0)}{_PRUNED if pruned else ''}" for p, pruned in wanted.items()}
 
     def _held(self, state: State, client: int, cohort: Cohort) -> dict[str, str]:
@@ -313,58 +308,6 @@ class FedCyBGD:
         held: dict[str, str] = json.loads(state.held[name])
         return held
 
-    def _client_model(
-        self,
-        job: Payload,
-        parts: Mapping[str, Mapping[str, Tensor]],
-        own: Sequence[str],
-        env: ClientEnv,
-    ) -> tuple[PreTrainedModel, dict[str, nn.Parameter]]:
-        """A client's model, and what it trains of it by "part:name". Frozen parts are what it holds."""
-        trains = {*own, CLASSIFIER}
-        tensors = {
-            part: {n: t.clone() for n, t in named.items()} if part in trains else named
-            for part, named in parts.items()
-        }
-        path, blocks = str(job.scalars["path"]), [part for part in parts if part.isdigit()]
-        model = assemble(job.tensors[ARCHITECTURE], path, tensors)
-        model.to(env.device)  # type: ignore[arg-type]  # declared on a wrapper without self
-        if self.config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        parameters = {}
-        known = dict(model.named_parameters())
-        for part in (*own, *(p for p in parts if p == CLASSIFIER)):
-            index = blocks.index(part) if part.isdigit() else 0
-            for inner in parts[part]:
-                name = full_name(part, inner, path, index)
-                if name in known:  # the others are buffers
-                    parameters[f"{part}:{inner}"] = known[name]
-        return model, parameters
-
-    def _importance(self, own: Sequence[str], parts: Sequence[str], env: ClientEnv) -> dict[str, Tensor]:
-        """First-order importance of heads and channels of the blocks just trained, on some own examples."""
-        count = min(self.config.importance_examples, len(env.items))
-        drawn = torch.randperm(len(env.items), generator=env.generator("importance"))[:count].tolist()
-        modules, blocks = find_blocks(env.model).modules, [part for part in parts if part.isdigit()]
-        scores: dict[str, Tensor] = {}
-        for part in filter(str.isdigit, own):
-            block = modules[blocks.index(part)].requires_grad_(True)
-            for at in range(0, count, self.config.batch_size):
-                batch = collate([env.items[i] for i in drawn[at : at + self.config.batch_size]], env.pad_id)
-                with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
-                    share = len(batch["input_ids"]) / count
-                    loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
-                    (loss * share).backward()
-            weights = {name: p.detach() for name, p in block.named_parameters()}
-            gradients = {
-                n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in block.named_parameters()
-            }
-            found = group_scores(block, weights, gradients)
-            scores[f"{HEADS}:{part}"], scores[f"{CHANNELS}:{part}"] = (s.cpu() for s in found)
-            block.requires_grad_(False)
-            block.zero_grad(set_to_none=True)
-        return scores
-
     def _at_server(self) -> _Server:
         assert self._server is not None, "client_model comes first"
         return self._server
@@ -374,7 +317,7 @@ class FedCyBGD:
 class _Server:
     """The server's model by part, the parts that turns go over, and those that train with every one."""
 
-    model: PreTrainedModel
+    model: nn.Module
     parts: Parts
     in_turn: list[str]
     always: list[str]
@@ -390,34 +333,6 @@ class _Server:
             block = find_blocks(self.model).modules[int(part)]
             found = prune_groups(block, found, state.heads[part], state.channels[part])
         return {f"{part}:{name}": tensor for name, tensor in found.items()}
-
-
-def _take_up(
-    job: Payload, forms: Mapping[str, str], env: ClientEnv
-) -> tuple[dict[str, str], dict[str, Mapping[str, Tensor]]]:
-    """What the client holds from now on, version and digest by part, and the tensors of those it needs now.
-
-    Raises:
-        ClientError: It does not have what the server says it has.
-    """
-    came: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in job.tensors.items():
-        part, colon, inner = name.partition(":")
-        if colon:
-            came.setdefault(part, {})[inner] = tensor
-    kept = {part: str(what) for part, what in env.state.scalars.items()} if env.state else {}
-    parts: dict[str, Mapping[str, Tensor]] = {}
-    for part, form in forms.items():
-        if part in came:
-            kept[part] = f"{form} {env.store.put(Payload(came[part]))}"
-            parts[part] = came[part]
-            continue
-        version, _, key = kept.get(part, "").partition(" ")
-        payload = env.store.get(key) if version == form else None
-        if payload is None:
-            raise ClientError(f"it does not have part {part} any more; all parts will be sent again")
-        parts[part] = payload.tensors
-    return kept, parts
 
 
 def _dumps(forms: Mapping[str, str]) -> str:

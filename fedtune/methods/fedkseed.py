@@ -46,11 +46,21 @@ from fedtune.core.types import (
     Reply,
     Scalar,
     ServerEnv,
+    Summed,
     TensorSpec,
 )
 from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
-from fedtune.methods.seed_aggregation import SUM_LIMIT, Fold, Mean, MedianOfMeans, TrimmedMean
+from fedtune.methods.seed_aggregation import (
+    SUM_LIMIT,
+    UNIT,
+    Fold,
+    Mean,
+    MedianOfMeans,
+    TrimmedMean,
+    mean_of,
+    units,
+)
 from fedtune.methods.seed_order import Fingerprint, Origin, changes, checksum, with_changes
 from fedtune.methods.zeroth_step import coefficients, step_weights
 from fedtune.models.spill import spilled
@@ -123,6 +133,7 @@ class FedKSeed:
     saves_merged = False
     sends_model = False
     arrival: Arrival = "any-order"
+    unit = UNIT
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
@@ -209,14 +220,10 @@ class FedKSeed:
         """Adds the clients' scalars to the accumulator, seed by seed."""
         fold: Fold | None = None
         magnitude, draws, holders, clipped = state.magnitude.clone(), state.draws.clone(), {}, {}
-        everything = torch.arange(self.config.seeds)
+        limit = self.config.clip
         for reply in replies:
             fold = fold or self._fold(reply.cohort)
-            tensors, limit = reply.payload.tensors, self.config.clip
-            if "sums" in tensors:  # a draw of each seed, as it were
-                seeds, scalars = everything, tensors["sums"].double()
-            else:
-                seeds, scalars = tensors["seeds"].long(), tensors["scalars"].double()
+            seeds, scalars = self._drawn_by(reply.payload)
             if limit is not None:
                 clipped[reply.client] = int((scalars.abs() > limit).sum())
                 scalars = scalars.clamp(-limit, limit)
@@ -237,6 +244,48 @@ class FedKSeed:
             magnitude=magnitude,
             draws=draws,
             holders=holders,
+        )
+
+    def sum_refusal(self, *, privacy: bool) -> str | None:
+        """Whatever looks at single scalars needs more than their sum."""
+        if self.pro:
+            return "it counts how often each seed was drawn and how large its scalars were; take fedkseed"
+        for name in ("clip", "scalar_limit"):
+            if getattr(self.config, name) is not None:
+                return f"{name} looks at each client's scalars"
+        if self.config.aggregation != "mean":
+            return f"aggregation: {self.config.aggregation} compares the clients' scalars; take mean"
+        return None
+
+    def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
+        """The accumulator's."""
+        return {"accumulator": (self.config.seeds,)}
+
+    def summand(
+        self,
+        payload: Payload,
+        *,
+        weight: int,
+        total: int,
+        population: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        """The integers that the mean of Algorithm 1 would add up for this reply."""
+        seeds, scalars = self._drawn_by(payload)
+        sizes = torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, scalars.abs())
+        if not float(sizes.max()) < SUM_LIMIT:
+            raise ValueError(f"the scalars of one seed sum to {SUM_LIMIT:,.0f} or more")
+        added = torch.zeros(self.config.seeds, dtype=torch.int64)
+        share = units(scalars / self.config.perturbations, weight / total)
+        return {"accumulator": added.index_add_(0, seeds, share)}
+
+    def sum_step(self, state: State, total: Summed) -> State:
+        """The step that `server_step` makes, from the sum."""
+        return replace(
+            state,
+            accumulator=state.accumulator + mean_of(total.sums["accumulator"], total.weight, total.total),
+            before=state.accumulator,
+            holders={str(client): True for client in total.clients},
         )
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -317,6 +366,12 @@ class FedKSeed:
             return Payload({"seeds": seeds.to(self._index), "scalars": values})
         sums = torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, values.double())
         return Payload({"sums": sums.float()})
+
+    def _drawn_by(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """The seeds, int64, and scalars, float64, of a reply."""
+        if "sums" in payload.tensors:  # a draw of each seed, as it were
+            return torch.arange(self.config.seeds), payload.tensors["sums"].double()
+        return payload.tensors["seeds"].long(), payload.tensors["scalars"].double()
 
     def _fold(self, cohort: Cohort) -> Fold:
         if self.config.aggregation == "trimmed-mean":

@@ -114,13 +114,13 @@ def train(
     """
     for parameter in parameters.values():
         parameter.grad = None  # a client that failed in mid-step before this one left its gradients behind
-    masters = {name: _master(parameter) for name, parameter in parameters.items()}
+    masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
     start = {name: master.detach().clone() for name, master in masters.items()} if proximal else {}
-    optimizer = _optimizer(masters, settings)
+    optimizer = build_optimizer(masters, settings)
     total_steps = settings.steps(len(env.items))
     loss_sum, seen, rate_sum = 0.0, 0, 0.0
     env.model.train()
-    for step, group in enumerate(_groups(env, settings)):
+    for step, group in enumerate(step_batches(env, settings)):
         if step == total_steps:
             break
         rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
@@ -147,8 +147,8 @@ def train(
     )
 
 
-def _groups(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:
-    """Example indices of the batches of each optimiser step."""
+def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:
+    """Example indices of the batches of each optimiser step; without end where steps are counted."""
     generator = env.generator("batches")
     size, together = settings.batch_size, settings.gradient_accumulation
     if settings.local_steps is not None:
@@ -191,13 +191,15 @@ def _take_step(
                 parameter.copy_(masters[name])
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
+def float32_master(parameter: nn.Parameter) -> Tensor:
+    """What the optimiser changes: the parameter itself, or a float32 copy of one that is narrower."""
     if parameter.dtype == torch.float32:
         return parameter
     return parameter.detach().to(torch.float32).requires_grad_()
 
 
-def _optimizer(masters: Mapping[str, Tensor], settings: Training) -> torch.optim.Optimizer:
+def build_optimizer(masters: Mapping[str, Tensor], settings: Training) -> torch.optim.Optimizer:
+    """The optimiser of the settings, at their first rate."""
     parameters = list(masters.values())
     if settings.optimizer == "sgd":
         return torch.optim.SGD(

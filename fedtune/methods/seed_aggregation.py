@@ -29,7 +29,7 @@ from torch import Tensor
 from fedtune.core.types import Cohort, Reply
 
 SUM_LIMIT = 2.0**26  # Σ |ĝ| of a client must stay below it: no sum overflows then, for shares sum to 1
-_UNIT = 2.0**-36  # a scalar times its client's share is rounded once to a multiple of this
+UNIT = 2.0**-36  # a scalar times its client's share is rounded once to a multiple of this
 
 
 class Fold(Protocol):
@@ -56,12 +56,12 @@ class Mean:
 
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
         """See `Fold`."""
-        self._sums.index_add_(0, seeds, _units(scalars, reply.examples / self._total))
+        self._sums.index_add_(0, seeds, units(scalars, reply.examples / self._total))
         self._weight += reply.examples
 
     def change(self) -> Tensor:
         """See `Fold`."""
-        return (self._sums.double() * (_UNIT * self._total / self._weight)).float()
+        return mean_of(self._sums, self._weight, self._total)
 
 
 class MedianOfMeans:
@@ -76,14 +76,14 @@ class MedianOfMeans:
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
         """See `Fold`."""
         group = self._group[reply.client]
-        self._sums[group].index_add_(0, seeds, _units(scalars, reply.examples / self._total))
+        self._sums[group].index_add_(0, seeds, units(scalars, reply.examples / self._total))
         self._draws[group].index_add_(0, seeds, torch.full_like(seeds, reply.examples))
         self._weight += reply.examples
 
     def change(self) -> Tensor:
         """See `Fold`."""
         shares = self._draws.double() / self._weight
-        means = self._sums.double() * (_UNIT * self._total / self._weight) / shares
+        means = self._sums.double() * (UNIT * self._total / self._weight) / shares
         ordered = means.sort(dim=0).values  # groups that did not draw a seed are NaN, and come last
         there = (shares > 0).sum(dim=0, keepdim=True)
         low, high = (there - 1).clamp(min=0) // 2, there // 2
@@ -130,5 +130,11 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
-def _units(scalars: Tensor, share: float) -> Tensor:
-    return (scalars * (share / _UNIT)).round_().to(torch.int64)
+def units(scalars: Tensor, share: float) -> Tensor:
+    """Scalars, float64, times a client's share, as whole multiples of `UNIT`."""
+    return (scalars * (share / UNIT)).round_().to(torch.int64)
+
+
+def mean_of(sums: Tensor, weight: int, total: int) -> Tensor:
+    """The mean that a sum of `units` stands for, float32; shares were taken of `total`, and `weight` came."""
+    return (sums.double() * (UNIT * total / weight)).float()

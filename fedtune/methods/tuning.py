@@ -50,17 +50,12 @@ class PTuning(Settings):
     hidden: int = Field(128, ge=1)
 
 
-_BLOCKS = {"lora": Lora, "adapter": Adapter, "prompt": Prompt, "p-tuning": PTuning}
+class InBlocks(Settings):
+    """What is trained of each block: all its weights, or what LoRA or an adapter adds to them."""
 
-
-class Tuning(Settings):
-    """What each client trains and what therefore crosses the wire."""
-
-    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"
+    trainable: Literal["full", "lora", "adapter"] = "full"
     lora: Lora | None = None
     adapter: Adapter | None = None
-    prompt: Prompt | None = None
-    p_tuning: PTuning | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -69,16 +64,17 @@ class Tuning(Settings):
         if isinstance(values, dict):
             chosen = values.get("trainable", cls.model_fields["trainable"].default)
             key = chosen.replace("-", "_") if isinstance(chosen, str) else ""
-            if key in ("lora", "adapter", "prompt", "p_tuning") and values.get(key) is None:
+            if key in _FORMS and key in cls.model_fields and values.get(key) is None:
                 return {**values, key: {}}
         return values
 
     @model_validator(mode="after")
     def _only_the_chosen(self) -> Self:
-        for name in _BLOCKS:
-            if name != self.trainable and getattr(self, name.replace("-", "_")) is not None:
+        for key in _FORMS:
+            name = key.replace("_", "-")
+            if name != self.trainable and getattr(self, key, None) is not None:
                 raise ValueError(
-                    f"`{name.replace('-', '_')}` is set but trainable is {self.trainable}; "
+                    f"`{key}` is set but trainable is {self.trainable}; "
                     f"remove the block or set trainable: {name}"
                 )
         return self
@@ -97,10 +93,26 @@ class Tuning(Settings):
             )
         if self.adapter:
             return attach.attach_adapter(base, size=self.adapter.size, seed=seed)
+        return attach.train_all(base)
+
+
+_FORMS = ("lora", "adapter", "prompt", "p_tuning")  # settings, each for the value of `trainable` of its name
+
+
+class Tuning(InBlocks):
+    """What each client trains and what therefore crosses the wire."""
+
+    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]
+    prompt: Prompt | None = None
+    p_tuning: PTuning | None = None
+
+    def attach(self, model: nn.Module, seed: int) -> nn.Module:
+        """As `InBlocks.attach`, and prompts too."""
+        base = cast(PreTrainedModel, model)
         if self.prompt:
             return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
         if self.p_tuning:
             return attach.attach_p_tuning(
                 base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
             )
-        return attach.train_all(base)
+        return super().attach(model, seed)

@@ -2,7 +2,9 @@
 
 A part is a block, named by its index ("0", "1", ...), or one of `embeddings`, `norm` (all between the last
 block and the head), `head` (of a language model, where it is not tied to the embeddings) and `classifier`.
-Each tensor belongs to exactly one, and is known as "part:name"; a block's names are paths inside the block.
+What LoRA or a bottleneck adapter adds to a block is a part of its own ("0.added", "1.added", ...). Each
+tensor belongs to exactly one part, and is known as "part:name"; a block's names are paths inside the block,
+and all are those of the plain model, whatever PEFT has wrapped around it.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
-from fedtune.models.tuning import HEAD_NAMES
+from fedtune.models.bottleneck import ADAPTER_NAME
+from fedtune.models.lean import plain
+from fedtune.models.tuning import HEAD_NAMES, canonical_name
 
 AROUND = ("embeddings", "norm", "head")  # parts that can be trained like blocks
 CLASSIFIER = "classifier"
+ADDED = ".added"  # behind a block's index
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,33 @@ class Parts:
         return {f"{part}:{n}": p for part in parts for n, p in self.parameters[part].items()}
 
 
-def find_parts(model: PreTrainedModel) -> Parts:
-    """Divides a model. Raises InputError if its blocks are not found."""
-    blocks = find_blocks(model)
-    output = model.get_output_embeddings()
-    head = next((name for name, module in model.named_modules() if module is output), "") if output else ""
+def block_of(part: str) -> int | None:
+    """The block that a part is, or is added to; None where it stands around the blocks."""
+    index = part.removesuffix(ADDED)
+    return int(index) if index.isdigit() else None
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Parameters and buffers under their names in the plain model; of a head that PEFT copied, the copy."""
+    parameters = {
+        canonical_name(model, n): p for n, p in model.named_parameters() if ".original_module." not in n
+    }
+    return parameters, {canonical_name(model, n): b for n, b in model.named_buffers()}
+
+
+def find_parts(model: nn.Module) -> Parts:
+    """Divides a model, wrapped by PEFT or not. Raises InputError if its blocks are not found."""
+    base = plain(model)
+    blocks = find_blocks(base)
+    output = base.get_output_embeddings()
+    head = next((name for name, module in base.named_modules() if module is output), "") if output else ""
     parameters: dict[str, dict[str, nn.Parameter]] = {str(i): {} for i in range(len(blocks.modules))}
     buffers: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    all_parameters, all_buffers = named_tensors(model)
+    for name, parameter in all_parameters.items():
         part, inner = _part(name, blocks.path, head)
         parameters.setdefault(part, {})[inner] = parameter
-    for name, buffer in model.named_buffers():
+    for name, buffer in all_buffers.items():
         part, inner = _part(name, blocks.path, head)
         parameters.setdefault(part, {})
         buffers.setdefault(part, {})[inner] = buffer
@@ -76,13 +96,14 @@ def check_around(parts: Parts, names: Iterable[str], setting: str) -> None:
 
 def full_name(part: str, inner: str, path: str, index: int) -> str:
     """The name of a part's tensor in a model in which the part, if it is a block, is at `index`."""
-    return f"{path}.{index}.{inner}" if part.isdigit() else inner
+    return inner if block_of(part) is None else f"{path}.{index}.{inner}"
 
 
 def _part(name: str, path: str, head: str) -> tuple[str, str]:
     if name.startswith(f"{path}."):
         index, _, inner = name.removeprefix(f"{path}.").partition(".")
-        return index, inner
+        added = ".lora_" in inner or inner.startswith(f"{ADAPTER_NAME}.")
+        return index + ADDED * added, inner
     first = name.partition(".")[0]
     if first in HEAD_NAMES:
         return CLASSIFIER, name

@@ -10,6 +10,7 @@ import torch
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import quorum_of, sample_cohort
+from fedtune.core.protection import threshold_of
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import Method, ServerEnv
 from fedtune.errors import InputError
@@ -18,7 +19,7 @@ from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.tuning import count_parameters
-from fedtune.run.config import RunConfig
+from fedtune.run.config import CLIENTS, RunConfig
 from fedtune.run.data import Split, encode_for, prepare_data, public_examples
 from fedtune.run.files import read_json
 
@@ -46,9 +47,9 @@ class Parts:
         """
         method = registry.build(config.method, config.seed)
         split = prepare_data(config, pooled=method.pools_data)
-        if method.uses_wire:
-            _check_counts(config, len(split.clients))
-        device = _device(config.model.device)
+        if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
+            check_counts(config, len(split.clients))
+        device = device_of(config.model.device)
         loaded = load_model(
             config.model.name,
             dtype=config.model.dtype,
@@ -67,7 +68,14 @@ class Parts:
             public = encode_for(config, public_examples(config), loaded.tokenizer, split.labels)
         method.prepare(ServerEnv(public, loaded.tokenizer.pad_token_id, device))
         runner = ClientRunner(
-            method, loaded.model, data, pad_id=loaded.tokenizer.pad_token_id, seed=config.seed, device=device
+            method,
+            loaded.model,
+            data,
+            pad_id=loaded.tokenizer.pad_token_id,
+            seed=config.seed,
+            device=device,
+            secure=config.federation.secure_aggregation,
+            privacy=config.federation.privacy,
         )
         about = environment() | {
             "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
@@ -90,13 +98,14 @@ class Parts:
                 )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` stands for on this machine. Raises InputError if it has none such."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check_counts(config: RunConfig, clients: int) -> None:
+def check_counts(config: RunConfig, clients: int) -> None:
     """Refuses counts of clients that no round could have."""
     federation = config.federation
     asked = federation.clients_per_round
@@ -107,4 +116,11 @@ def _check_counts(config: RunConfig, clients: int) -> None:
         raise InputError(
             f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
             "no round could reach it"
+        )
+    if federation.secure_aggregation is not None:
+        threshold_of(federation.secure_aggregation, len(cohort))
+    if federation.privacy is not None and federation.privacy.delta * clients >= 1:
+        raise InputError(
+            f"federation.privacy.delta is {federation.privacy.delta:g}; with {clients} clients it must be below "
+            f"{1 / clients:g}: a δ of one in as many clients allows giving one of them away whole"
         )

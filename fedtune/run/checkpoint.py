@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedtune.core.store import digests_in
 from fedtune.core.types import Payload
 from fedtune.errors import InputError
 from fedtune.run.files import disk_errors, whole_folder, write_json
@@ -88,6 +89,12 @@ def rounds(folder: Path) -> list[int]:
         return []
     names = [re.fullmatch(r"round-(\d{4,})", path.name) for path in folder.iterdir()]
     return sorted(int(name[1]) for name in names if name)
+
+
+def held(folder: Path, round: int) -> set[str]:
+    """Digests of what clients hold as of a round's checkpoint."""
+    file = folder / f"round-{round:04d}" / "clients.json"
+    return digests_in([json.loads(file.read_text(encoding="utf-8"))]) if file.is_file() else set()
 
 
 def require(folder: Path, round: int) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from fedtune.core.protection import Privacy, SecureAggregation, refusal
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.subject import JudgeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
+from fedtune.methods import registry
 
 
 class ModelSettings(Settings):
@@ -25,6 +27,7 @@ class ModelSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+CLIENTS = "clients"  # as `data.train`: every client has a file of its own
 By = Literal["category", "output"]
 
 
@@ -116,21 +119,22 @@ class Public(Settings):
 class DataSettings(Settings):
     """Examples, how they are read, and who gets which."""
 
-    train: str = "bundled"  # bundled, a .jsonl file, or a hub name
+    train: str = "bundled"  # bundled, a .jsonl file, a hub name, or clients: each has its own file
     split: str = "train"  # of a hub data set
     fields: Fields = Field(default_factory=dict)
+    labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
     template: Literal["alpaca", "plain"] = "alpaca"
     loss_on: Literal["response", "all"] = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
-    clients: int | None = Field(10, ge=1)  # None with by-field: one client a value
+    clients: int | None = Field(10, ge=1)  # null with by-field: one a value; with train: clients, all keys
     partition: Partition = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
     public: Public | None = None
 
     @model_validator(mode="after")
     def _clients(self) -> Self:
-        if self.clients is None and self.partition.name != "by-field":
+        if self.clients is None and self.partition.name != "by-field" and self.train != CLIENTS:
             raise ValueError(f"clients must be a number with partition {self.partition.name}")
         return self
 
@@ -153,6 +157,8 @@ class Federation(Settings):
     quorum: Count | Share = 0.5  # replies a round needs: a count, or a fraction of those asked
     deadline_s: float | None = Field(None, gt=0)
     simulate: Simulate = Simulate()
+    secure_aggregation: SecureAggregation | None = None  # the server learns the sum of the updates alone
+    privacy: Privacy | None = None  # differential privacy of whole clients
 
 
 class Evaluation(Settings):
@@ -188,7 +194,17 @@ class Evaluation(Settings):
 class Transport(Settings):
     """How orders reach the clients."""
 
-    name: Literal["in-process"] = "in-process"
+    name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
+    workers: int = Field(1, ge=1)  # flower-simulation: processes, each with the model, that clients train in
+    wait_s: float | None = Field(None, gt=0)  # flower: for clients to join; null: until all have, or refused
+
+    @model_validator(mode="after")
+    def _own(self) -> Self:
+        if self.workers != 1 and self.name != "flower-simulation":
+            raise ValueError(f"workers belongs to name: flower-simulation, got {self.name}")
+        if self.wait_s is not None and self.name != "flower":
+            raise ValueError(f"wait_s belongs to name: flower, got {self.name}")
+        return self
 
 
 class Checkpoints(Settings):
@@ -228,12 +244,40 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.data.labels is not None and self.model.task != "classification":
+            raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
+        for name in ("secure_aggregation", "privacy"):
+            if getattr(self.federation, name) is not None:
+                reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
+                if reason:
+                    raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         if self.model.task == "classification":
             for task in self.evaluation.tasks:
                 if task not in TASKS or not TASKS[task].classifier:
                     raise ValueError(f"task {task} needs generated text; model.task is classification")
+        return self
+
+    @model_validator(mode="after")
+    def _where_data_are(self) -> Self:
+        """Over a network the server has no training examples; on one machine nobody else has them."""
+        data, network = self.data, self.transport.name == "flower"
+        if (data.train == CLIENTS) != network:
+            raise ValueError(
+                f"data.train is {data.train} and transport.name {self.transport.name}; over a network "
+                f"(flower), and only there, each client has a file of its own (data.train: {CLIENTS})"
+            )
+        if not network:
+            return self
+        if data.holdout.source is None:
+            raise ValueError("data.holdout.source is missing: the server evaluates on examples of its own")
+        if data.partition != Iid() or data.max_examples is not None:
+            raise ValueError("data.partition and data.max_examples are for examples that the server has")
+        if self.federation.simulate != Simulate():
+            raise ValueError("federation.simulate is for one machine; elsewhere clients fail by themselves")
+        if self.model.task == "classification" and data.labels is None:
+            raise ValueError("data.labels is missing: no side of a network knows all the classes by itself")
         return self
 
     @property

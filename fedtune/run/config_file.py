@@ -25,6 +25,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: The file is missing or not YAML, or a setting is unknown, of a wrong type or out of
             range. The message names every such setting and, for an unknown one, the nearest known.
     """
+    document = read_yaml(path)
+    apply_overrides(document, overrides)
+    return parse_config(document, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises InputError if it is missing, not YAML or no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -36,8 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = {}
     if not isinstance(document, dict):
         raise InputError(f"{path}: must map setting names to values, got {type(document).__name__}")
-    apply_overrides(document, overrides)
-    return parse_config(document, str(path))
+    return document
 
 
 def dump_config(config: RunConfig) -> str:

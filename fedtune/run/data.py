@@ -19,7 +19,7 @@ from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.errors import InputError
-from fedtune.run.config import Dirichlet, Quantity, RunConfig, Shards
+from fedtune.run.config import CLIENTS, Dirichlet, Quantity, RunConfig, Shards
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
     Raises:
         InputError: Files are missing or malformed, or the split asked for is not possible.
     """
+    if config.data.train == CLIENTS:
+        return _server_split(config)
     examples = load_examples(
         config.data.train, fields=_fields(config), split=config.data.split, base=Path(".")
     )
@@ -71,12 +73,11 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
     evaluation = [held_out[i] for i in order]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(sorted({example.output for example in kept}))
-        unseen = {example.output for example in evaluation} - set(labels)
+        labels = tuple(config.data.labels or sorted({example.output for example in kept}))
+        unseen = {example.output for example in [*evaluation, *kept]} - set(labels)
         if unseen:
-            raise InputError(
-                f"held-out examples have classes that no training example has: {sorted(unseen)[:5]}"
-            )
+            whose = "that are not in data.labels" if config.data.labels else "that no training example has"
+            raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
     values = [example.category or example.output for example in train]
     summary = {
         "name": config.data.partition.name,
@@ -98,6 +99,19 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
     )
+
+
+def _server_split(config: RunConfig) -> Split:
+    """What the server has where every client has a file of its own: held-out examples, and no others."""
+    _, held_out = _hold_out(config, [])
+    order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
+    evaluation = [held_out[i] for i in order[: config.evaluation.max_examples]]
+    labels = tuple(config.data.labels or ()) if config.model.task == "classification" else ()
+    unseen = {example.output for example in evaluation} - set(labels) if labels else set()
+    if unseen:
+        raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
+    partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
+    return Split({}, evaluation, labels, partition, _sha256([], evaluation))
 
 
 def public_examples(config: RunConfig) -> list[Example]:

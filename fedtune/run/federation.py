@@ -19,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, Transport, quorum_of, sample_cohort
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
+from fedtune.core.summing import Summing
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.subject import EvalSettings, Outcome
@@ -32,13 +33,14 @@ from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.save import save_result
 from fedtune.models.tuning import count_parameters
 from fedtune.run import checkpoint, rollback
-from fedtune.run.assemble import Parts
+from fedtune.run.assemble import Parts, check_counts
 from fedtune.run.config import RunConfig
-from fedtune.run.files import disk_errors, whole_folder, write_json
+from fedtune.run.connect import Deployment, check_transport, connected
+from fedtune.run.files import disk_errors, read_json, whole_folder, write_json
 from fedtune.run.folder import RunFolder, refuse_existing
 from fedtune.run.journal import Journal
+from fedtune.run.privacy import PrivacyAccount
 from fedtune.run.progress import Progress
-from fedtune.transport.in_process import InProcess, Simulation
 
 Scores = dict[str, dict[str, float]]
 
@@ -50,10 +52,26 @@ class _Evaluated:
     result: Scores = field(default_factory=dict)
     models: dict[str, Scores] = field(default_factory=dict)  # where there are several
     per_client: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)  # by task
+    details: list[dict[str, Any]] = field(default_factory=list)  # lines of answers.jsonl
 
 
-def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    path: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    deployment: Deployment | None = None,
+) -> dict[str, Any]:
     """Runs one federation, or continues one, in the folder `path`; returns its summary.
+
+    Args:
+        config: The configuration.
+        path: The run's folder.
+        progress: Is told what happens.
+        resume: Continue the run in `path`.
+        deployment: The way to real clients, with `transport.name: flower`.
 
     Raises:
         InputError: Data, model or folder are not usable. A new run leaves nothing behind then.
@@ -61,6 +79,7 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
             checkpoint and a summary with `status: stopped`.
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
+    check_transport(config, deployment)
     back_to = config.checkpoints.rollback
     if resume:
         folder = _reopen(config, path)
@@ -86,10 +105,18 @@ def run(config: RunConfig, path: Path, progress: Progress, *, resume: bool = Fal
                 rollback.roll_back(path, back_to)
         federation = _Federation(config, RunFolder(path), parts, clock, progress)
         federation.prepare()
+        if deployment is not None:
+            progress.stage("waiting for clients")
+            parts.client_examples = deployment.join(
+                parts, read_json(path / "partition.json") if resume else None
+            )
+            check_counts(config, len(parts.client_examples))
+            parts.split.partition.update(deployment.partition())
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             RunFolder.create(path, config, parts.environment, parts.split.partition)
         try:
-            return federation.run()
+            with connected(config, parts, path, clock, deployment) as transport:
+                return federation.run(transport, deployment)
         except KeyboardInterrupt:
             federation.summarize("interrupted")
             raise
@@ -124,12 +151,14 @@ class _Federation:
             lambda entry: folder.append("memory.jsonl", entry),
         )
         self._earlier: dict[str, float] = {}  # seconds before a resume
+        self._held: dict[int, set[str]] = {}  # digests of what clients hold, by checkpoint
         self._rounds: list[dict[str, Any]] = []
         self._trainable = 0
         self._total_parameters = parts.base_parameters
         self._sha = config.sha256()
         self._model: nn.Module = parts.loaded.model
         self._start: checkpoint.Checkpoint | None = None
+        self._account: PrivacyAccount | None = None
         self._zero_shot = _Evaluated()
 
     def prepare(self) -> None:
@@ -149,7 +178,7 @@ class _Federation:
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._parts.runner.use(self._model)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, transport: Transport, deployment: Deployment | None = None) -> dict[str, Any]:
         """The rounds that are left, and the result."""
         method, model, start = self._parts.method, self._model, self._start
         checkpoints = self._folder.path / "checkpoints"
@@ -161,7 +190,16 @@ class _Federation:
             if start
             else method.init(model)
         )
-        journal = self._journal(checkpoints)
+        journal = Journal(transport, checkpoints, self._parts.runner.states)
+        secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
+        if privacy is not None:
+            self._account = PrivacyAccount(
+                privacy,
+                self._folder.path,
+                per_round=self._per_round(),
+                population=len(self._parts.client_examples),
+                secure=secure is not None,
+            )
         loop = RoundLoop(
             method,
             journal,
@@ -169,7 +207,10 @@ class _Federation:
             self._clock,
             self._parts.device,
             server_model=model if method.sends_model else None,
+            summing=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
         )
+        if deployment is not None:
+            deployment.reply_limit = loop.reply_limit
         for round in range(start.round + 1 if start else 1, method.rounds + 1):
             try:
                 state = self._round(loop, state, model, round)
@@ -185,7 +226,12 @@ class _Federation:
 
     def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
-        cohort = sample_cohort(self._parts.client_examples, self._per_round(), seed=config.seed, round=round)
+        cohort = self._account.cohort(self._parts.client_examples) if self._account else None
+        drawn = cohort is not None
+        if cohort is None:
+            cohort = sample_cohort(
+                self._parts.client_examples, self._per_round(), seed=config.seed, round=round
+            )
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 
@@ -198,6 +244,9 @@ class _Federation:
         quorum = quorum_of(len(cohort.clients), config.federation.quorum)
         if not self._parts.method.uses_wire:  # a count that is meant for the methods beside it
             quorum = min(quorum, len(cohort.clients))
+        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
+            asked, wanted = len(cohort.clients), config.federation.quorum
+            quorum = min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
         state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
         entry: dict[str, Any] = {
             "round": round,
@@ -205,6 +254,8 @@ class _Federation:
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
             "train_loss": outcome.mean("train_loss"),
         }
+        if self._account is not None:
+            entry["privacy"] = self._account.spend(outcome.clients)
         if arrivals:
             entry["arrivals"] = arrivals
         every = config.evaluation.every
@@ -234,7 +285,23 @@ class _Federation:
                 )
             each = {name: summarize([found], settings) for name, found in outcomes.items()}
             result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
-        return _Evaluated(result, each if len(each) > 1 else {}, spread(outcomes, split.owners))
+        notes = {
+            task: list(dict.fromkeys(note for found in outcomes.values() for note in found[task].notes))
+            for task in result
+        }
+        details = [
+            {"result": name, "task": task, **line}
+            for name, found in outcomes.items()
+            for task, outcome in found.items()
+            for line in outcome.details
+        ]
+        return _Evaluated(
+            result,
+            each if len(each) > 1 else {},
+            spread(outcomes, split.owners),
+            {task: said for task, said in notes.items() if said},
+            details,
+        )
 
     def _record(self, entry: dict[str, Any], scores: _Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
@@ -242,6 +309,10 @@ class _Federation:
             entry["eval_clients"] = scores.models
         if scores.per_client:
             entry["per_client"] = scores.per_client
+        if scores.notes:
+            entry["eval_notes"] = scores.notes
+        for line in scores.details:
+            self._folder.append("answers.jsonl", {"round": entry["round"], **line})
         self._rounds.append(entry)
         self._folder.append("rounds.jsonl", entry)
         self._progress.scores(entry["round"], scores.result)
@@ -256,23 +327,14 @@ class _Federation:
         self._parts.runner.states.update(start.clients)
         self._earlier = dict(start.seconds)
 
-    def _journal(self, checkpoints: Path) -> Journal:
-        federation, real = self._config.federation, self._parts.method.uses_wire
-        simulate = federation.simulate
-        inner = InProcess(
-            self._parts.runner,
-            simulation=Simulation(simulate.dropout, simulate.delay_s) if real else Simulation(),
-            deadline_s=federation.deadline_s if real else None,
-            seed=self._config.seed,
-            clock=self._clock,
-        )
-        return Journal(inner, checkpoints, self._parts.runner.states)
-
     def _save(self, checkpoints: Path, round: int, state: Any) -> None:
         whole = checkpoint.Checkpoint(
             round, to_payload(state), self._parts.runner.states, self._folder.sizes(), self._seconds()
         )
         checkpoint.save(checkpoints, whole, config_sha256=self._sha, keep=self._config.checkpoints.keep)
+        there = checkpoint.rounds(checkpoints)  # what none of them names, no resumed run asks for
+        self._held = {r: self._held.get(r) or checkpoint.held(checkpoints, r) for r in there}
+        self._parts.runner.store.retain(set().union(*self._held.values()))
 
     def _save_result(self, state: Any, model: nn.Module) -> None:
         self._progress.stage("saving the result")
@@ -324,6 +386,8 @@ class _Federation:
             "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
             "status": status,
         }
+        if self._account is not None:
+            summary["privacy"] = self._account.spent()
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary

@@ -12,7 +12,7 @@ from fedtune.run.config import RunConfig
 from fedtune.run.config_file import dump_config, load_config
 from fedtune.run.files import disk_errors, dumps, read_json, whole_folder, write_json
 
-LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl")
+LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
 
 class RunFolder:

@@ -28,6 +28,9 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
+    def note(self, text: str) -> None:
+        """Ignored."""
+
     def stage(self, text: str) -> None:
         """Ignored."""
 

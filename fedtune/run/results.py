@@ -34,7 +34,8 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
 
     Returns:
         `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
-        `metric` and `notes`; and `scores`: by result name, task and metric.
+        `metric` and `notes`; `scores`: by result name, task and metric; and `details`: by result name and
+        task, what cannot be had again (an MT-bench judge's replies).
 
     Raises:
         InputError: The target is neither, the run has no result yet, or a task or setting is wrong.
@@ -62,6 +63,10 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
             for task in tasks
         },
         "scores": {name: summarize([found], settings) for name, found in outcomes.items()},
+        "details": {
+            name: {task: list(outcome.details) for task, outcome in found.items() if outcome.details}
+            for name, found in outcomes.items()
+        },
     }
 
 

@@ -2,6 +2,7 @@
 
 Drop-out and delay can be simulated. Time is then virtual: a client's reply arrives `delay` seconds after
 its order was sent, whatever this machine took to compute it, so that a run is the same on every machine.
+With secure aggregation it is the masked update that does not come: the client has shared its secrets by then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import Arrival
 from fedtune.core.seeds import numpy_generator
+from fedtune.core.wire import meta_of
 from fedtune.measure.clock import Clock
 
 log = logging.getLogger("fedtune")
@@ -32,6 +34,44 @@ class Simulation:
     delay_s: float = 0.0
 
 
+class Fates:
+    """What goes wrong for whom, and when: drawn from the run's seed, the same on every machine.
+
+    Args:
+        simulation: What goes wrong.
+        deadline_s: Seconds after which a reply is late; None: never.
+        seed: The run's.
+    """
+
+    def __init__(self, simulation: Simulation, deadline_s: float | None, seed: int) -> None:
+        self._simulation, self._seed = simulation, seed
+        self._deadline_s = math.inf if deadline_s is None else deadline_s
+
+    def in_order(
+        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+    ) -> Iterable[tuple[int, bytes]]:
+        """A round's orders in the order of their replies; pulled one by one unless delays decide it."""
+        if in_plan_order or self._simulation.delay_s == 0:
+            return frames
+        return sorted(frames, key=lambda sent: (self._fate(round, sent[0])[1], sent[0]))
+
+    def fault(self, round: int, client: int, frame: bytes) -> str:
+        """Why a client does not reply to this order of a round; empty if it does."""
+        if self._simulation == Simulation() or meta_of(frame).get("phase", "masked") != "masked":
+            return ""
+        dropped, delay = self._fate(round, client)
+        if dropped:
+            return "it dropped out"
+        if delay > self._deadline_s:
+            return f"its reply comes after {delay:.1f} s, the deadline is {self._deadline_s:g} s"
+        return ""
+
+    def _fate(self, round: int, client: int) -> tuple[bool, float]:
+        """Whether a client drops out of a round, and the seconds until its reply."""
+        rng = numpy_generator(self._seed, "fate", round, client)
+        return bool(rng.random() < self._simulation.dropout), float(rng.exponential(self._simulation.delay_s))
+
+
 class InProcess:
     """The transport within one process."""
 
@@ -44,27 +84,16 @@ class InProcess:
         seed: int,
         clock: Clock,
     ) -> None:
-        self._runner, self._simulation = runner, simulation
-        self._deadline_s = math.inf if deadline_s is None else deadline_s
-        self._seed, self._clock = seed, clock
+        self._runner, self._clock = runner, clock
+        self._fates = Fates(simulation, deadline_s, seed)
 
     def exchange(
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """Runs each client when its turn comes; a client that drops out or is late does not run at all."""
-        if not in_plan_order and self._simulation.delay_s > 0:
-            frames = sorted(frames, key=lambda sent: (self._fate(round, sent[0])[1], sent[0]))
-        for client, frame in frames:
-            dropped, delay = self._fate(round, client)
-            if dropped:
-                yield Arrival(client, fault="it dropped out")
-            elif delay > self._deadline_s:
-                yield Arrival(
-                    client,
-                    fault=f"its reply comes after {delay:.1f} s, the deadline is {self._deadline_s:g} s",
-                )
-            else:
-                yield self._run(client, frame)
+        for client, frame in self._fates.in_order(round, frames, in_plan_order=in_plan_order):
+            fault = self._fates.fault(round, client, frame)
+            yield Arrival(client, fault=fault) if fault else self._run(client, frame)
 
     def _run(self, client: int, frame: bytes) -> Arrival:
         try:
@@ -73,8 +102,3 @@ class InProcess:
         except Exception as error:  # a process boundary: whatever breaks a client must not break the round
             log.debug("client %d failed", client, exc_info=True)
             return Arrival(client, fault=f"it failed: {type(error).__name__}: {error}")
-
-    def _fate(self, round: int, client: int) -> tuple[bool, float]:
-        """Whether a client drops out of a round, and the seconds until its reply."""
-        rng = numpy_generator(self._seed, "fate", round, client)
-        return bool(rng.random() < self._simulation.dropout), float(rng.exponential(self._simulation.delay_s))

@@ -1,0 +1,302 @@
+"""Memory and backward time of a client's steps: Fed-full, FedLoRA, FedAdapter, FedCyBGD and BAdam.
+
+Two shapes with random weights: GPT-2 small (12 blocks, 124 million parameters), and a Llama of 22 blocks, as
+TinyLlama at a quarter of its width (93 million). Batches are 2 x 256 tokens, each of which counts in the loss.
+Each case runs the method's own training code in a process of its own. A client of FedCyBGD gets its order as
+a frame that another process wrote, and keeps what it holds on disk, as in a run.
+
+Fed-full as it is has the library's loss and no checkpointing; "Fed-full, lean" has the loss and checkpointing
+that FedCyBGD has, to tell what is due to them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fedtune.bench.process_memory import forget_peak, peak_rss, rss
+from fedtune.core.store import Store
+from fedtune.core.types import ClientEnv, Cohort, Payload
+from fedtune.core.wire import Message, decode, encode
+from fedtune.data.batches import collate
+from fedtune.data.encode import Encoded
+from fedtune.measure.memory import MemoryMeter
+from fedtune.methods import badam, fedavg, fedcybgd
+from fedtune.methods.block_client import begin_turn
+from fedtune.methods.block_training import train_blocks
+from fedtune.methods.local_training import build_optimizer, train
+from fedtune.models.blocks import find_blocks
+from fedtune.models.lean import lean
+from fedtune.models.load import quiet, seeded
+from fedtune.models.parts import find_parts
+from fedtune.models.pruning import best, find_attention, find_mlp
+from fedtune.models.tuning import trainable
+
+EXAMPLES, TOKENS = 2, 256
+STEPS = {
+    "local_steps": 2,
+    "batch_size": EXAMPLES,
+    "lr": 1e-6,
+}  # an optimizer has its state from the second on
+BLOCKS = ("first", "middle", "last")
+
+
+class Shape(NamedTuple):
+    """A model's class and configuration."""
+
+    kind: type[PreTrainedModel]
+    config: dict[str, Any]
+
+    def model(self) -> PreTrainedModel:
+        """The model with random weights, always the same."""
+        settings = GPT2Config(**self.config) if self.kind is GPT2LMHeadModel else LlamaConfig(**self.config)
+        with seeded(0):
+            return self.kind(settings).eval()
+
+
+TINY = "tiny"  # runs first in each process, so that all libraries are loaded
+SHAPES = {
+    "GPT-2, 12 blocks": Shape(GPT2LMHeadModel, {}),
+    "Llama, 22 blocks": Shape(
+        LlamaForCausalLM,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    TINY: Shape(
+        GPT2LMHeadModel,
+        {"vocab_size": 64, "n_embd": 32, "n_head": 2, "n_layer": 4, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+}
+FULL = fedavg.Config.model_validate({**STEPS, "trainable": "full"})
+WHOLE: dict[str, fedavg.Config] = {
+    "Fed-full": FULL,
+    "Fed-full, lean": FULL,
+    "FedLoRA": fedavg.Config.model_validate({**STEPS, "trainable": "lora", "lora": {"rank": 16}}),
+    "FedAdapter": fedavg.Config.model_validate({**STEPS, "trainable": "adapter", "adapter": {"size": 32}}),
+}
+CYCLE: dict[str, dict[str, Any]] = {
+    "FedCyBGD": {},
+    "FedCyBGD, layer-drop": {"compression": "layer-drop"},
+    "FedCyBGD, hybrid": {"compression": "hybrid"},
+    "FedCyBGD, no checkpointing": {"gradient_checkpointing": False},
+    "FedCyBGD, no checkpointing, usual loss": {"gradient_checkpointing": False},
+}
+CASES = [
+    *WHOLE,
+    *(f"{name}, {block}" for name in list(CYCLE)[:3] for block in BLOCKS),
+    *(f"{name}, first" for name in list(CYCLE)[3:]),
+    *(f"BAdam, {block}" for block in BLOCKS),
+]
+"""What is measured, of each shape; the first is what the others are compared with."""
+
+
+def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each shape and case, ratios to Fed-full and FedLoRA, and those of backward time."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    for shape in shapes:
+        found = {case: _elsewhere(_measure_case, shape, case) for case in CASES}
+        for key in ("peak_bytes", "rss_bytes"):
+            for case, row in found.items():
+                for other in ("Fed-full", "FedLoRA"):
+                    if case not in WHOLE and key in row and key in found[other]:
+                        ratios[f"{key}: {shape}: {case} / {other}"] = row[key] / found[other][key]
+        times = _elsewhere(_backward_seconds, shape, "FedCyBGD, first")
+        for case, seconds in times["backward_seconds"].items():
+            found[case] = found.get(case, {}) | {"backward_seconds": seconds}
+            if case != "Fed-full":
+                name = f"backward_seconds: {shape}: {case}, mean over blocks / Fed-full"
+                ratios[name] = seconds / times["backward_seconds"]["Fed-full"]
+        rows += [{"case": f"{shape}: {case}", **row} for case, row in found.items()]
+    return rows, ratios
+
+
+def _measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:
+    """Memory of one case, in this process."""
+    with _client(TINY, case, folder) as warm:
+        warm(MemoryMeter("cpu"))
+    before = rss()
+    with _client(shape, case, folder) as steps:
+        known, meter = forget_peak(), MemoryMeter("cpu")
+        steps(meter)
+        peak = peak_rss()
+    row: dict[str, Any] = {"peak_bytes": meter.peak_bytes}
+    if known and before is not None and peak is not None:
+        row["rss_bytes"] = peak - before
+    return row
+
+
+def _backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
+    """Of Fed-full, and of FedCyBGD as the mean over blocks from the first to the last, measured in turn."""
+    model = SHAPES[shape].model().train()
+    batch = collate(_items(shape), 0)
+    parts = find_parts(model)
+    seconds: dict[str, list[float]] = {}
+    for block in range(0, parts.blocks, 1 if parts.blocks < 20 else 3):
+        for case, checkpointing in (
+            ("Fed-full", None),
+            ("FedCyBGD", True),
+            ("FedCyBGD, no checkpointing", False),
+        ):
+            model.requires_grad_(checkpointing is None)
+            for parameter in parts.parameters[str(block)].values():
+                parameter.requires_grad_(True)
+            with nullcontext() if checkpointing is None else lean(model, checkpointing=checkpointing):
+                loss = model(**batch).loss
+                started = time.perf_counter()
+                loss.backward()
+                seconds.setdefault(case, []).append(time.perf_counter() - started)
+            model.zero_grad(set_to_none=True)
+    return {"backward_seconds": {case: statistics.fmean(each) for case, each in seconds.items()}}
+
+
+@contextmanager
+def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMeter], object]]:
+    """What a client does in its steps, with what it holds while it does that."""
+    if case in WHOLE:
+        config = WHOLE[case]
+        model = config.attach(SHAPES[shape].model(), seed=0)
+        inside = lean(model, checkpointing=True) if case == "Fed-full, lean" else nullcontext()
+        with inside:
+            yield lambda meter: train(_env(shape, model, meter), trainable(model), config)
+        return
+    name, _, where = case.rpartition(", ")
+    if name == "BAdam":
+        model = SHAPES[shape].model().requires_grad_(False)
+        parts = find_parts(model)
+        block = parts.named([str(_place(where, parts.blocks))])
+        settings = badam.Config.model_validate(STEPS)
+        yield lambda meter: train_blocks(
+            _env(shape, model, meter), iter([block]), settings, checkpointing=settings.gradient_checkpointing
+        )
+        return
+    cycle = fedcybgd.Config.model_validate({**STEPS, **CYCLE[name]})
+    job = decode((folder / shape).read_bytes()).payload
+    env = replace(_env(shape, nn.Module(), MemoryMeter("cpu")), store=Store(folder / "held"))
+    turn = begin_turn(job, env, cycle)
+    (own,) = turn.own.values()
+    if name.endswith("usual loss"):
+        yield lambda meter: _plain_steps(_env(shape, turn.model, meter), own, cycle)
+        return
+    yield lambda meter: train_blocks(
+        _env(shape, turn.model, meter),
+        iter([own]),
+        cycle,
+        checkpointing=cycle.gradient_checkpointing,
+        resident=[turn.resident],
+    )
+
+
+def _plain_steps(env: ClientEnv, own: Any, config: fedcybgd.Config) -> None:
+    """Steps on a block without what `models/lean.py` does."""
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+    optimizer = build_optimizer(own, config)
+    env.model.train()
+    batch = collate(env.items, env.pad_id)
+    for _ in range(config.steps(len(env.items))):
+        with env.memory.step(batch["input_ids"].numel(), resident=[env.model, optimizer]):
+            env.model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
+    """The frame of the order that a client gets in its first cycle, when its block's turn has come."""
+    name, _, where = case.rpartition(", ")
+    method = fedcybgd.FedCyBGD(fedcybgd.Config.model_validate({**STEPS, **CYCLE[name]}), 0)
+    model = cast(PreTrainedModel, method.client_model(SHAPES[shape].model))
+    blocks = find_blocks(model).modules
+    turn = _place(where, len(blocks))
+    updated = {str(block): block + 1 for block in range(turn)}
+    half = method.config.prune_ratio
+    state = replace(
+        method.init(model),
+        turns=turn,
+        versions=updated,
+        heads={b: best(torch.ones(find_attention(blocks[int(b)]).groups), half) for b in updated},
+        channels={b: best(torch.ones(find_mlp(blocks[int(b)]).width), half) for b in updated},
+    )
+    everyone = tuple(range(len(blocks)))
+    (order,) = method.plan(state, 1, Cohort(everyone, dict.fromkeys(everyone, EXAMPLES), len(everyone)))
+    frame = encode(Message(order.payload))
+    return {"payload_bytes": order.payload.nbytes, "written": (folder / shape).write_bytes(frame)}
+
+
+def _place(where: str, blocks: int) -> int:
+    return {"first": 0, "middle": blocks // 2, "last": blocks - 1}[where]
+
+
+def _items(shape: str) -> list[Encoded]:
+    words = SHAPES[shape].config.get("vocab_size", GPT2Config().vocab_size)
+    drawn = torch.randint(words, (EXAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
+    return [Encoded(tuple(row), tuple(row)) for row in drawn.tolist()]
+
+
+def _env(shape: str, model: nn.Module, meter: MemoryMeter) -> ClientEnv:
+    return ClientEnv(
+        client=0,
+        round=1,
+        seed=0,
+        model=model,
+        items=_items(shape),
+        pad_id=0,
+        state=Payload(),
+        memory=meter,
+        device=torch.device("cpu"),
+        store=Store(),
+    )
+
+
+def _elsewhere(work: Callable[[str, str, Path], dict[str, Any]], shape: str, case: str) -> dict[str, Any]:
+    """What `work` finds in a process of its own; orders, where a case needs them, are written by others."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if case.startswith("FedCyBGD") and work is _measure_case:
+            for each in {TINY, shape}:
+                _process(_write_order, each, case, folder)
+        return _process(work, shape, case, folder)
+
+
+def _process(
+    work: Callable[[str, str, Path], dict[str, Any]], shape: str, case: str, folder: Path
+) -> dict[str, Any]:
+    process = _context.Process(target=_answer, args=(work.__name__, shape, case, str(folder)))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{shape}: {case}: {work.__name__} ended with status {process.exitcode}")
+    answer: dict[str, Any] = json.loads((folder / work.__name__).read_text(encoding="utf-8"))
+    return answer
+
+
+def _answer(work: str, shape: str, case: str, folder: str) -> None:
+    with quiet():
+        found = globals()[work](shape, case, Path(folder))
+    (Path(folder) / work).write_text(json.dumps(found), encoding="utf-8")
+
+
+# forked, where that can be, from a server that has done the imports and nothing else
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_context: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+if _FORKS:
+    _context.set_forkserver_preload([__name__])

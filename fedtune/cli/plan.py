@@ -1,0 +1,206 @@
+"""`fedtune plan`: what a configuration will cost, and which methods fit what clients have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file of settings, and settings to change."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of CONFIG: rank all methods on this model (folder or hub name).")
+    ] = None,
+    client_memory: Annotated[str | None, typer.Option(help="Of a client, as in 8GB.")] = None,
+    uplink: Annotated[str | None, typer.Option(help="Of a client, as in 5Mbps.")] = None,
+    downlink: Annotated[str | None, typer.Option(help="Of a client, as in 50Mbps.")] = None,
+    model_private: Annotated[bool, typer.Option("--model-private", help="Clients may not hold the model.")] = False,
+    client_speed: Annotated[
+        str | None, typer.Option(help="Count computing too, at this speed, as in 10TFLOPS; needs --examples.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(help="Training examples of a client.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """What a run will cost: bytes, memory, operations and steps, from the model's config.json alone.
+
+    Example: fedtune plan configs/fedbiot.yaml model.name=owner/model model.dtype=bfloat16
+
+    Example: fedtune plan --model owner/model --client-memory 8GB --uplink 5Mbps --downlink 50Mbps --model-private
+    """
+    given = list(arguments or [])
+    figures = {
+        "--client-memory": client_memory,
+        "--uplink": uplink,
+        "--downlink": downlink,
+        "--client-speed": client_speed,
+        "--examples": examples,
+    }
+    if model is None:
+        _refuse_figures(figures, model_private)
+        if not given or "=" in given[0]:
+            raise InputError(
+                "fedtune plan needs a CONFIG, or --model with --client-memory, --uplink and --downlink"
+            )
+        document = _one(Path(given[0]), given[1:])
+        tables = _plan_tables
+    else:
+        configs = [argument for argument in given if "=" not in argument]
+        if configs:
+            raise InputError(f"give a CONFIG or --model, not both; got {configs[0]} and --model {model}")
+        document = _ranked(model, figures, model_private, given, quiet=as_json)
+        tables = _rank_tables
+    if as_json:
+        from fedtune.run.files import dumps
+
+        print(dumps(document, indent=2))
+        return
+    from fedtune.report.tables import print_whole
+
+    print_whole(tables(document))
+    for line in document["notes"] if model is None else _conclusion(document):
+        print(line)
+
+
+def _one(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from fedtune.run.config_file import load_config
+
+    config = load_config(path, overrides)
+    from fedtune.planning.plan import plan as plan_one
+
+    return plan_one(config).document
+
+
+def _ranked(
+    model: str, figures: Mapping[str, Any], private: bool, overrides: Sequence[str], *, quiet: bool
+) -> dict[str, Any]:
+    from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, FLOPS, quantity
+
+    missing = [name for name in ("--client-memory", "--uplink", "--downlink") if figures[name] is None]
+    if missing:
+        raise InputError(f"--model also needs {', '.join(missing)}, as in --client-memory 8GB --uplink 5Mbps")
+    if figures["--examples"] is not None and figures["--examples"] < 1:
+        raise InputError(f"--examples must be at least 1, got {figures['--examples']}")
+    speed = figures["--client-speed"]
+    sizes = {
+        "memory": quantity(figures["--client-memory"], BYTES, "--client-memory"),
+        "uplink": quantity(figures["--uplink"], BITS_PER_SECOND, "--uplink"),
+        "downlink": quantity(figures["--downlink"], BITS_PER_SECOND, "--downlink"),
+        "speed": None if speed is None else quantity(speed, FLOPS, "--client-speed"),
+    }
+    from rich.console import Console
+
+    from fedtune.planning.rank import Means, rank
+
+    means = Means(**sizes, model_private=private, examples=figures["--examples"])  # type: ignore[arg-type]
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("planning") as status:
+        return rank(model, means, overrides, lambda name: status.update(f"planning {name}"))
+
+
+def _refuse_figures(figures: Mapping[str, Any], private: bool) -> None:
+    given = [name for name, value in figures.items() if value is not None]
+    given += ["--model-private"] if private else []
+    if given:
+        raise InputError(f"{', '.join(given)}: only together with --model, which ranks all methods")
+
+
+def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
+    from rich.table import Table
+
+    from fedtune.planning.memory import PARTS
+    from fedtune.report.tables import size
+
+    cost = Table(title=f"{document['method']} on {document['model']}", title_justify="left", show_header=False)
+    cost.add_column()
+    cost.add_column(justify="right")
+    trainable, total = document["trainable_parameters"], document["total_parameters"]
+    cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")
+    cost.add_row(
+        "rounds x clients in each, of", f"{document['rounds']} x {document['clients_per_round']}, {document['clients']}"
+    )
+    steps, batch = document["local_steps"], document["batch"]
+    shown = "not known" if steps["most"] is None else f"{steps['least']:,} to {steps['most']:,}"
+    cost.add_row("local steps", shown if steps["least"] != steps["most"] else f"{steps['most']:,}")
+    cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens")
+    payload = document["payload_bytes"]
+    for key, label in (("first_time", "payload down, up, a client's first time"), ("later", "payload down, up, later")):
+        if payload[key] is not None:
+            cost.add_row(label, f"{size(payload[key]['down'])}, {size(payload[key]['up'])}")
+    cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
+    for direction, count in document["flops_per_token"].items():
+        cost.add_row(f"GFLOP a token, {direction}", f"{count / 1e9:,.4g}")
+    for key, value in document["published"].items():
+        label = f"as the paper counts: {key.replace('_', ' ')}"
+        cost.add_row(label, f"{value:,}" if key.startswith("bytes") else f"{value / 1e9:,.4g} G")
+    memory = Table(title="Peak memory", title_justify="left")
+    memory.add_column("")
+    for part in (*PARTS, "total"):
+        memory.add_column(part, justify="right")
+    for where in ("client", "server"):
+        peak = document[f"{where}_peak_memory_bytes"]
+        memory.add_row(where, *(size(peak[part]) for part in (*PARTS, "total")))
+    return [cost, memory]
+
+
+def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
+    from rich.table import Table
+
+    from fedtune.report.tables import size
+
+    table = Table(title=f"Methods on {document['model']}", title_justify="left")
+    table.add_column("method")
+    table.add_column("fits")
+    for column in ("client memory", "trainable", "rounds", "payload down, up", "first round", "later round", "wire"):
+        table.add_column(column, justify="right")
+    computes = document["client_flops_per_second"] is not None
+    if computes:
+        table.add_column("computing", justify="right")
+    table.add_column("why not")
+    for row in document["methods"]:
+        planned, seconds, why = row["plan"], row["seconds"], "; ".join(row["reasons"])
+        if planned is None:
+            table.add_row(row["method"], "no", *[""] * (8 if computes else 7), why)
+            continue
+        payload = planned["payload_bytes"]
+        cells = [size(planned["client_peak_memory_bytes"]["total"]), f"{planned['trainable_parameters']:,}"]
+        cells += [f"{planned['rounds']}", f"{size(payload['down'])}, {size(payload['up'])}"]
+        cells += [_time(seconds[key]) for key in ("first_round", "later_round", "wire")]
+        cells += [_time(seconds["compute"])] if computes else []
+        table.add_row(row["method"], "yes" if row["fits"] else "no", *cells, why)
+    return [table]
+
+
+def _conclusion(document: Mapping[str, Any]) -> list[str]:
+    pick = document["pick"]
+    lines = [
+        f"Taken: {document['clients']} clients, examples of {document['max_length']} tokens, {document['dtype']}, "
+        "each method's own defaults for everything else."
+    ]
+    if pick["method"] is None:
+        return [*lines, "No method fits."]
+    lines.append(f"Pick: {pick['method']}; {pick['why']}.")
+    others = "; ".join(f"{what}: {method}" for what, method in pick["others"].items())
+    lines.append(f"Of those that fit, the least {others}.")
+    return [*lines, "A plan says nothing of accuracy: fedtune compare does."]
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

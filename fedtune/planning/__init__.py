@@ -1,0 +1,1 @@
+"""What a configuration will cost, from the architecture alone: bytes, memory, operations, steps."""

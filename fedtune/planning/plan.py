@@ -1,0 +1,193 @@
+"""The plan of one configuration: parameters, bytes, memory, operations and steps, before anything is run.
+
+Nothing here is a formula of a method. The method is built as a run builds it, on a model without content
+(`fake.py`); its own orders give the bytes (`traffic.py`), its own steps memory and operations (`dry_run.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.loop import sample_cohort
+from fedtune.core.types import ServerEnv
+from fedtune.data.encode import Encoded
+from fedtune.errors import InputError
+from fedtune.methods import registry
+from fedtune.methods.local_training import Training
+from fedtune.models.tuning import count_parameters
+from fedtune.planning import dry_run, workload
+from fedtune.planning.fake import Fakes
+from fedtune.planning.memory import PARTS, PartsMeter
+from fedtune.planning.published import published
+from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
+from fedtune.planning.workload import Workload
+from fedtune.run.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration will cost, and the messages that its bytes are the sum of."""
+
+    document: dict[str, Any]
+    traffic: Traffic
+    in_turn: bool
+
+
+def plan(config: RunConfig, work: Workload | None = None) -> Plan:
+    """Plans a run. The document is the JSON of `fedtune plan`.
+
+    Args:
+        config: The run's configuration.
+        work: What clients train on; read from the configuration's data unless given.
+
+    Raises:
+        InputError: As the run would raise it: no such model or no config.json, a method that the model does
+            not go with, data that cannot be split.
+    """
+    method = registry.build(config.method, config.seed)
+    size = getattr(config.method, "batch_size", 1)
+    if work is None:
+        rows = max(size, config.method.alignment.batch_size if hasattr(config.method, "alignment") else 1)
+        work = workload.read(config, pooled=method.pools_data, rows=rows)
+    clients = work.clients or dict.fromkeys(range(work.population), 1)
+    if method.uses_wire and isinstance(config.federation.clients_per_round, int):
+        _check_count(config.federation.clients_per_round, len(clients))
+    per_round = config.federation.clients_per_round if method.uses_wire else None
+    cohort = sample_cohort(clients, per_round, seed=config.seed, round=1)
+
+    fakes = Fakes()
+    base = fakes.model(
+        config.model.name,
+        base=Path("."),
+        task=config.model.task,
+        num_labels=work.num_labels,
+        dtype=config.model.dtype,
+    )
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
+    model = method.client_model(lambda: base)
+    fakes.empty_out(model)
+    parameters = count_parameters(model)
+    items = workload.within(work.batch(size), vocabulary)
+    most = _steps(config.method, work, max)
+    client, tokens = dry_run.client_step(method, model, fakes, items, most, cohort)
+    server = dry_run.server_steps(method, model, fakes, cohort, config.seed) if method.rounds else PartsMeter()
+    traffic = simulate(
+        method, model, fakes, clients=clients, per_round=per_round, seed=config.seed
+    )
+    document = {
+        "method": config.method_name,
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "total_parameters": parameters.total,
+        "trainable_parameters": parameters.trainable,
+        "rounds": method.rounds,
+        "clients": len(clients),
+        "clients_per_round": len(cohort.clients) if method.rounds else 0,
+        "payload_bytes": _bytes(traffic),
+        "client_peak_memory_bytes": _memory(client),
+        "server_peak_memory_bytes": _memory(server),
+        "flops_per_token": {
+            "forward": round(client.forward / tokens),
+            "backward": round(client.backward / tokens),
+        },
+        "flops_per_client_round": _whole_round(client, tokens, items, config.method, most),
+        "clients_hold_model": _hold_model(config.method),
+        "local_steps": {"least": _steps(config.method, work, min), "most": most},
+        "batch": {"examples": len(items), "longest": max((len(item.input_ids) for item in items), default=0)},
+        "published": published(config.method, base, traffic),
+        "notes": [*work.notes, *_notes(config, method, traffic)],
+    }
+    return Plan(document, traffic, method.arrival == "in-turn")
+
+
+def _steps(settings: Any, work: Workload, choose: Any) -> int | None:
+    """Local steps of the client that takes fewest or most; None where that depends on data not here."""
+    if isinstance(settings, Training):
+        if settings.local_steps is None and work.clients is None:
+            return None
+        return int(choose(settings.steps(n) for n in (work.clients or {0: 1}).values()))
+    return getattr(settings, "local_steps", 0)
+
+
+def _whole_round(
+    client: PartsMeter, tokens: float, items: Sequence[Encoded], settings: Any, steps: int | None
+) -> int | None:
+    """Operations of a client's round if all its batches were as large as the largest."""
+    if steps is None:
+        return None
+    padded = len(items) * max((len(item.input_ids) for item in items), default=0)
+    batches = steps * getattr(settings, "gradient_accumulation", 1)
+    return round((client.forward + client.backward) / tokens * padded * batches)
+
+
+def _hold_model(settings: Any) -> bool:
+    """Whether clients get to hold the model's own weights, at once or over the rounds."""
+    if hasattr(settings, "alignment"):
+        return bool(settings.layer_dropout == 0)  # an emulator without compression is the model
+    return bool(settings.name != "zero-shot")
+
+
+def _bytes(traffic: Traffic) -> dict[str, Any]:
+    """Means over clients and rounds, and what the first time a client is asked differs from later ones."""
+    seen: set[int] = set()
+    first: list[Exchange] = []
+    later: list[Exchange] = []
+    for exchange in traffic.exchanges:
+        (later if exchange.client in seen else first).append(exchange)
+        seen.add(exchange.client)
+    count = max(len(traffic.exchanges), 1)
+
+    def means(exchanges: Sequence[Exchange]) -> dict[str, float | int] | None:
+        if not exchanges:
+            return None
+        return {
+            "down": _whole(statistics.fmean(e.down for e in exchanges)),
+            "up": _whole(statistics.fmean(e.up for e in exchanges)),
+            "model_down": _whole(statistics.fmean(e.model for e in exchanges)),
+        }
+
+    return {
+        "down_per_client_round": _whole(traffic.down / count),
+        "up_per_client_round": _whole(traffic.up / count),
+        "per_client_round": _whole((traffic.down + traffic.up) / count),
+        "down": traffic.down,
+        "up": traffic.up,
+        "total": traffic.down + traffic.up,
+        "first_time": means(first),
+        "later": means(later),
+        "exact": traffic.exact,
+    }
+
+
+def _memory(meter: PartsMeter) -> dict[str, int]:
+    return {part: meter.parts[part] for part in PARTS} | {"total": meter.peak_bytes}
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
+    notes = []
+    if not method.uses_wire:
+        notes.append(f"{config.method_name} sends nothing: it is a reference beside the methods")
+    if config.federation.simulate.dropout or config.federation.deadline_s is not None:
+        notes.append("planned as if every client that is asked replied")
+    if not traffic.exact:
+        notes.append(
+            "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
+            "these bytes are what is to be expected"
+        )
+    if config.model.device == "cuda":
+        notes.append("memory is that of tensors; a GPU's allocator adds what it rounds up and keeps")
+    return notes
+
+
+def _check_count(asked: int, clients: int) -> None:
+    if asked > clients:
+        raise InputError(f"federation.clients_per_round is {asked}, but there are {clients} clients")

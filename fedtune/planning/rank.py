@@ -1,0 +1,203 @@
+"""All methods on one model, under what clients have: which fit, which do not and why, and what to pick.
+
+A method fits if a client's peak memory is within what it has, if what its clients get to hold is theirs to
+hold, and if training examples stay with their owners. Those that fit are ordered by the time that they need:
+on the wire, and where the clients' speed is given also in computing. Plans know nothing of accuracy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import InputError
+from fedtune.methods import registry
+from fedtune.models.load import meta_model
+from fedtune.planning import workload
+from fedtune.planning.plan import Plan, plan
+from fedtune.report.tables import size
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import apply_overrides, parse_config
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "fedavg, full": {"name": "fedavg", "trainable": "full"},
+    "fedavg, full, one-shot": {"name": "fedavg", "trainable": "full", "rounds": 1, "local_epochs": 3},
+    "fedavg, lora": {"name": "fedavg", "trainable": "lora"},
+    "fedavg, lora, one-shot": {"name": "fedavg", "trainable": "lora", "rounds": 1, "local_epochs": 3},
+    "fedavg, adapter": {"name": "fedavg", "trainable": "adapter"},
+    "fedavg, prompt": {"name": "fedavg", "trainable": "prompt"},
+    "fedavg, p-tuning": {"name": "fedavg", "trainable": "p-tuning"},
+    "fedkseed": {"name": "fedkseed"},
+    "fedkseed-pro": {"name": "fedkseed-pro"},
+    "infinite-pool": {"name": "infinite-pool"},
+    "fedbiot": {"name": "fedbiot"},
+    "fedot": {"name": "fedot"},
+    "offsite-tuning": {"name": "offsite-tuning"},
+    "fedcybgd": {"name": "fedcybgd"},
+    "fedcybgd, layer-drop": {"name": "fedcybgd", "compression": "layer-drop"},
+    "fedcybgd, hybrid": {"name": "fedcybgd", "compression": "hybrid"},
+    "fedbavg": {"name": "fedbavg"},
+    "badam": {"name": "badam"},
+    "standalone": {"name": "standalone"},
+    "centralized": {"name": "centralized"},
+    "zero-shot": {"name": "zero-shot"},
+}
+"""What is ranked, with each method's own defaults where nothing is said."""
+
+SETTINGS = ("seed", "model.dtype", "model.task", "data.max_length", "data.clients", "federation.clients_per_round")
+"""What can be set for all of them."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What clients have.
+
+    Attributes:
+        memory: Bytes.
+        uplink, downlink: Bits a second of each client's own link.
+        model_private: Clients may not hold the model.
+        speed: Floating-point operations a second; None: not counted.
+        examples: Of each client; None: not known.
+    """
+
+    memory: float
+    uplink: float
+    downlink: float
+    model_private: bool
+    speed: float | None = None
+    examples: int | None = None
+
+
+def rank(
+    model: str, means: Means, overrides: Sequence[str] = (), on_candidate: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Plans every candidate. The document is the JSON of `fedtune plan --model`.
+
+    Args:
+        model: A folder, a hub name or "bundled".
+        means: What clients have.
+        overrides: `key=value`, of `SETTINGS`.
+        on_candidate: Called with the name of each before it is planned.
+
+    Raises:
+        InputError: There is no such model or no config.json, or a setting is none of `SETTINGS`.
+    """
+    for override in overrides:
+        if override.partition("=")[0] not in SETTINGS:
+            raise InputError(
+                f"{override!r} cannot be set for all methods at once; {', '.join(SETTINGS)} can. "
+                "For anything else write a configuration and plan that: fedtune plan CONFIG"
+            )
+    if means.speed is not None and means.examples is None:
+        raise InputError("--client-speed needs --examples: without their number no steps can be counted")
+    first = _config(model, CANDIDATES["fedavg, lora"], overrides)
+    meta_model(model, base=Path("."), task=first.model.task)  # a wrong name is an error, not a row
+    rows = []
+    for name, settings in CANDIDATES.items():
+        on_candidate(name)
+        rows.append(_row(name, _config(model, settings, overrides), means))
+    rows.sort(key=lambda row: (not row["fits"], row["seconds"]["total"] if row["seconds"] else 0.0))
+    fitting = [row for row in rows if row["fits"]]
+    return {
+        "model": model,
+        "dtype": first.model.dtype,
+        "client_memory_bytes": round(means.memory),
+        "uplink_bits_per_second": means.uplink,
+        "downlink_bits_per_second": means.downlink,
+        "model_private": means.model_private,
+        "client_flops_per_second": means.speed,
+        "examples": means.examples,
+        "clients": first.data.clients,
+        "max_length": first.data.max_length,
+        "methods": rows,
+        "pick": _pick(fitting, means),
+    }
+
+
+def _config(model: str, method: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    document: dict[str, Any] = {"model": {"name": model}, "data": {"template": "alpaca"}, "method": dict(method)}
+    apply_overrides(document, overrides)
+    document["model"]["name"] = model
+    if document["model"].get("task") == "classification":
+        document["evaluation"] = {"tasks": ["accuracy"]}
+    return parse_config(document, "fedtune plan")
+
+
+def _row(name: str, config: RunConfig, means: Means) -> dict[str, Any]:
+    method = registry.build(config.method, config.seed)
+    aligns = hasattr(config.method, "alignment")
+    rows = max(getattr(config.method, "batch_size", 1), config.method.alignment.batch_size if aligns else 1)
+    clients = config.data.clients
+    assert clients is not None  # refused by the configuration with every partition but by-field
+    work = workload.assumed(config, 1 if method.pools_data else clients, rows)
+    if means.examples is not None:
+        each = means.examples * (clients if method.pools_data else 1)
+        work = replace(work, clients=dict.fromkeys(range(work.population), each))
+    if not aligns:
+        work = replace(work, public=())
+    try:
+        planned = plan(config, work)
+    except InputError as error:
+        return {"method": name, "fits": False, "reasons": [f"does not apply: {error}"], "plan": None, "seconds": None}
+    document = planned.document
+    seconds = _seconds(planned, means)
+    reasons = []
+    peak = document["client_peak_memory_bytes"]["total"]
+    if peak > means.memory:
+        reasons.append(f"a client needs {size(peak)} of memory and has {size(means.memory)}")
+    if means.model_private and document["clients_hold_model"]:
+        reasons.append("clients hold the model's weights, and the model is private")
+    if method.pools_data:
+        reasons.append("all examples have to be in one place")
+    elif not method.uses_wire:
+        reasons.append("a reference: nobody learns from anyone else")
+    return {"method": name, "fits": not reasons, "reasons": reasons, "plan": document, "seconds": seconds}
+
+
+def _seconds(planned: Plan, means: Means) -> dict[str, float | None]:
+    """Of a round, clients at the same time or in turn, and of all of them."""
+    by_round: dict[int, list[float]] = defaultdict(list)
+    for exchange in planned.traffic.exchanges:
+        by_round[exchange.round].append(
+            8 * exchange.down / means.downlink + 8 * exchange.up / means.uplink
+        )
+    wire = [sum(times) if planned.in_turn else max(times) for times in by_round.values()]
+    compute: float | None = None
+    if means.speed is not None:
+        document = planned.document
+        turns = document["clients_per_round"] if planned.in_turn else 1
+        compute = document["rounds"] * turns * document["flops_per_client_round"] / means.speed
+    return {
+        "first_round": wire[0] if wire else 0.0,
+        "later_round": sum(wire[1:]) / len(wire[1:]) if wire[1:] else None,
+        "wire": sum(wire),
+        "compute": compute,
+        "total": sum(wire) + (compute or 0.0),
+    }
+
+
+def _pick(fitting: Sequence[Mapping[str, Any]], means: Means) -> dict[str, Any]:
+    """The one that needs least time, and which others are least in something else."""
+    if not fitting:
+        return {"method": None, "why": "no method fits", "others": {}}
+    best = fitting[0]
+    seconds, rounds = best["seconds"], best["plan"]["rounds"]
+    spent = f"{seconds['wire']:,.1f} s on the wire"
+    if seconds["compute"] is not None:
+        spent += f" and {seconds['compute']:,.1f} s of computing"
+    why = (
+        f"of {len(fitting)} that fit it needs the least time: {spent} over {rounds} "
+        f"{'round' if rounds == 1 else 'rounds'}"
+    )
+    least: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "client memory": lambda row: float(row["plan"]["client_peak_memory_bytes"]["total"]),
+        "bytes": lambda row: float(row["plan"]["payload_bytes"]["total"]),
+        "operations a token": lambda row: float(sum(row["plan"]["flops_per_token"].values())),
+    }
+    others = {what: min(fitting, key=measure)["method"] for what, measure in least.items()}
+    most = max(fitting, key=lambda row: int(row["plan"]["trainable_parameters"]))
+    others["trained parameters (most)"] = most["method"]
+    return {"method": best["method"], "why": why, "others": others}

@@ -1,0 +1,161 @@
+"""Every message of a run, before it: the method's own orders, for cohorts and seeds as in the run.
+
+Rounds go on as in `core/loop.py`, but that clients are not asked: a reply holds what its order expects. For
+the methods that draw seeds, whose next order depends on them, they are drawn as the client would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.loop import sample_cohort
+from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.core.store import Store
+from fedtune.core.types import MODEL, ClientEnv, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.measure.memory import MemoryMeter
+from fedtune.planning.fake import Fakes, values
+
+CPU = torch.device("cpu")
+DRAWING = ("fedkseed", "fedkseed-pro")  # the next order depends on the seeds that clients drew
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Payload bytes of one client in one round; `model` of `down` is what it is sent to hold."""
+
+    round: int
+    client: int
+    down: int
+    up: int
+    model: int
+
+
+@dataclass
+class Traffic:
+    """All messages of a run."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    exact: bool = True  # False: what is sent depends on losses, and is what is to be expected
+
+    @property
+    def down(self) -> int:
+        """Bytes to clients."""
+        return sum(exchange.down for exchange in self.exchanges)
+
+    @property
+    def up(self) -> int:
+        """Bytes from clients."""
+        return sum(exchange.up for exchange in self.exchanges)
+
+
+def simulate(
+    method: Any,
+    model: nn.Module,
+    fakes: Fakes,
+    *,
+    clients: Mapping[int, int],
+    per_round: float | int | None,
+    seed: int,
+) -> Traffic:
+    """The payloads of all rounds, if every client that is asked replies.
+
+    Args:
+        method: Prepared, with the model that its `client_model` gave.
+        model: That model, of fake tensors.
+        fakes: Where it comes from.
+        clients: Examples of each client; what is sent does not depend on how many.
+        per_round: As `federation.clients_per_round`.
+        seed: The run's.
+    """
+    traffic = Traffic()
+    if not method.uses_wire:
+        return traffic
+    traffic.exact = method.config.name != "fedkseed-pro" or method.rounds <= 2  # later, p depends on the losses
+    advance = _advance(method)
+    with values():
+        state = first_state(method, model)
+        for round in range(1, method.rounds + 1):
+            cohort = sample_cohort(clients, per_round, seed=seed, round=round)
+            for _ in cohort.clients if method.arrival == "in-turn" else [0]:
+                replies = []
+                for order in method.plan(state, round, cohort):
+                    traffic.exchanges.append(_exchange(round, order))
+                    replies.append(reply_to(method, order, cohort, fakes, round=round, seed=seed))
+                state = advance(state, replies)
+    return traffic
+
+
+def first_state(method: Any, model: nn.Module) -> Any:
+    """The server's first state."""
+    # FedKSeed's K numbers stand for any model, but it is told by the hash of what it holds
+    return method.init(nn.Linear(1, 1) if method.config.name in DRAWING else model)
+
+
+def reply_to(method: Any, order: Order, cohort: Cohort, fakes: Fakes, *, round: int, seed: int) -> Reply:
+    """A reply with what the order expects, without content; seeds are drawn as the client would.
+
+    Args:
+        method: The method.
+        order: What it answers.
+        cohort: The round's.
+        fakes: Where its tensors come from.
+        round: The round, counted from 1.
+        seed: The run's.
+    """
+    if method.config.name in DRAWING:
+        return Reply(order.client, Payload(_drawn(method, order, round, seed)), {}, cohort)
+    up = {}
+    for name, spec in order.expects.items():
+        shape = tuple(n for n in spec.shape if n is not None)
+        small = method.config.name == "infinite-pool"  # whose state is of real numbers
+        up[name] = torch.zeros(shape, dtype=spec.dtype) if small else fakes.empty(shape, spec.dtype)
+    return Reply(order.client, Payload(up), {}, cohort)
+
+
+def _exchange(round: int, order: Order) -> Exchange:
+    held = sum(t.nbytes for name, t in order.payload.tensors.items() if name.startswith(MODEL))
+    up = sum(_nbytes(spec) for spec in order.expects.values())
+    return Exchange(round, order.client, order.payload.nbytes, up, held)
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    count = spec.dtype.itemsize
+    for length in spec.shape:
+        assert length is not None, "no method leaves a dimension open"
+        count *= length
+    return count
+
+
+def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Tensor]:
+    """The seeds that a client of FedKSeed draws, with scalars that are not 0."""
+    own = derive_seed(seed, "client", order.client, round)
+    env = ClientEnv(
+        order.client, round, own, nn.Module(), [], 0, None, MemoryMeter(CPU), CPU, Store()
+    )
+    seeds = method._draw(order.payload, env)
+    scalars = torch.randn(len(seeds), generator=torch_generator(own, "planned scalars")).tolist()
+    tensors: Mapping[str, Tensor] = method._reply(seeds, scalars).tensors
+    return tensors
+
+
+def _advance(method: Any) -> Callable[[Any, list[Reply]], Any]:
+    """How the server's state goes on, as far as the next orders' sizes depend on it."""
+    config, server = method.config, method
+    if config.name == "fedavg" and config.aggregation != "stack":
+        return lambda state, replies: state  # the same tensors every round
+    if config.name == "infinite-pool" and config.download == "model":
+        return lambda state, replies: state
+    if hasattr(config, "alignment"):  # what aligning changes keeps its shape
+        server = copy(method)
+        server.config = config.model_copy(update={"alignment": config.alignment.model_copy(update={"steps": 0})})
+
+    def step(state: Any, replies: Iterable[Reply]) -> Any:
+        return server.server_step(state, iter(replies))
+
+    return step

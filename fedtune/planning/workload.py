@@ -1,0 +1,133 @@
+"""What clients train on, as far as a plan needs it: how many examples, and how long the longest batch is.
+
+Local data and a tokenizer beside the config.json are read, and then these are the run's own numbers. Nothing
+is downloaded for a plan but a model's config.json and tokenizer: of data that are not here the plan takes
+`data.max_length` for every example, and says that it does not know how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.data.encode import Encoded
+from fedtune.errors import InputError
+from fedtune.models.folders import TOKENIZER_FILES, model_folder
+from fedtune.models.load import load_tokenizer
+from fedtune.run.config import RunConfig
+from fedtune.run.data import encode_for, prepare_data, public_examples
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The data of a run.
+
+    Attributes:
+        clients: Examples of each client; None where the data are not here.
+        population: How many clients there are.
+        longest: The longest examples, of any client, in descending order.
+        public: The server's longest public examples, likewise; empty without any.
+        num_labels: Classes, for a classifier whose data are here.
+        notes: What had to be assumed.
+    """
+
+    clients: dict[int, int] | None
+    population: int
+    longest: tuple[Encoded, ...]
+    public: tuple[Encoded, ...]
+    num_labels: int | None
+    notes: tuple[str, ...]
+
+    def batch(self, size: int) -> list[Encoded]:
+        """The largest batch of `size` examples (fewer where no client has as many): no other is larger."""
+        rows = size if self.clients is None else min(size, max(self.clients.values()))
+        items = list(self.longest[:rows])
+        if len({len(item.input_ids) for item in items}) == 1 < len(items):
+            last = items.pop()  # with padding there is a mask, and with a mask a step needs more memory
+            labels = last.labels[:-1] if len(last.labels) > 1 else last.labels
+            items.append(Encoded(last.input_ids[:-1] or last.input_ids, labels))
+        return items
+
+
+def read(config: RunConfig, *, pooled: bool, rows: int) -> Workload:
+    """What the configuration's data come to.
+
+    Args:
+        config: The run's configuration.
+        pooled: One client holds all data.
+        rows: The most examples that a batch will be asked for.
+
+    Raises:
+        InputError: Local data are malformed or cannot be split as asked; or their number of clients is to
+            come from data that are not here.
+    """
+    data, notes = config.data, []
+    sources = [data.train, *([data.holdout.source] if data.holdout.source else [])]
+    here = all(map(_is_here, sources))
+    tokenized = _has_tokenizer(config.model.name)
+    longest = _assumed(config, rows)
+    public = longest if data.public is not None else ()
+    if not here:
+        if data.clients is None:
+            raise InputError(
+                "data.clients is null, one client a value of a field, and the data are not here to count them; "
+                "a plan downloads none. Set data.clients"
+            )
+        notes.append(
+            f"{', '.join(s for s in sources if not _is_here(s))} is not on this machine: every example is "
+            f"taken to have data.max_length ({data.max_length}) tokens, and each client a full batch"
+        )
+        population = 1 if pooled else data.clients
+        return Workload(None, population, longest, public, None, tuple(notes))
+    split = prepare_data(config, pooled=pooled)
+    counts = {client: len(items) for client, items in split.clients.items()}
+    labels = len(split.labels) or None
+    if not tokenized:
+        notes.append(
+            f"model {config.model.name} has no tokenizer here: every example is taken to have data.max_length "
+            f"({data.max_length}) tokens"
+        )
+        return Workload(counts, len(counts), longest, public, labels, tuple(notes))
+    tokenizer = load_tokenizer(config.model.name, Path("."))
+    encoded = (
+        item for items in split.clients.values() for item in encode_for(config, items, tokenizer, split.labels)
+    )
+    longest = _longest(encoded, rows)
+    if data.public is not None and _is_here(data.public.source):
+        shared = public_examples(config)
+        public = _longest(encode_for(config, shared, tokenizer, split.labels), rows)
+    return Workload(counts, len(counts), longest, public, labels, tuple(notes))
+
+
+def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
+    """Examples of `data.max_length` tokens, of which it is not known how many there are."""
+    note = f"every example is taken to have data.max_length ({config.data.max_length}) tokens"
+    longest = _assumed(config, rows)
+    return Workload(None, clients, longest, longest, None, (f"{note}, and each client a full batch",))
+
+
+def _assumed(config: RunConfig, rows: int) -> tuple[Encoded, ...]:
+    """Examples as long as allowed, of tokens that differ: so they cost most."""
+    length, wide = config.data.max_length, config.model.task == "causal-lm"
+    return tuple(
+        Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1)) for row in range(rows)
+    )
+
+
+def within(items: Iterable[Encoded], vocabulary: int) -> list[Encoded]:
+    """Examples with token ids that a model has."""
+    return [Encoded(tuple(i % vocabulary for i in item.input_ids), item.labels) for item in items]
+
+
+def _longest(items: Iterable[Encoded], rows: int) -> tuple[Encoded, ...]:
+    return tuple(sorted(items, key=lambda item: -len(item.input_ids))[:rows])
+
+
+def _is_here(source: str) -> bool:
+    return source == "bundled" or Path(source).exists()
+
+
+def _has_tokenizer(name: str) -> bool:
+    folder = model_folder(name, Path("."), weights=False)
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)

@@ -1,0 +1,379 @@
+"""Flower: the only file that imports flwr, written against its 1.41.
+
+Flower carries letters and does nothing else: no strategy, no rounds, no weights of its own. In the simulation
+its grid is used by the run's own process. In a deployment Flower starts a short-lived process for every
+message, so both of its apps are thin and hand letters on over a local socket: `client_app` to the worker that
+holds the model, `server_app` to the process that runs the rounds. What they do not need is imported where it
+is used, and torch nowhere here: every message would wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+QUIET = {  # no telemetry, no look for newer versions, and no installing of packages while a run begins
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # s; its default of 1 s is waited for in every message
+}
+os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+
+from fedtune.errors import FederationError  # noqa: E402
+from fedtune.transport.letters import Letter, connect, fault, receive, send  # noqa: E402
+
+MESSAGE = "train"  # Flower knows three types of messages; a letter says itself what it is about
+
+
+class GridMail:
+    """Letters over Flower's grid, to nodes by their ids."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> list[tuple[int, str]]:
+        """Ids of the nodes that are online now, and their public keys in PEM."""
+        return [
+            (int(node.node_id), bytes(node.public_key).decode("ascii", "replace"))
+            for node in self._grid.get_nodes()
+        ]
+
+    def post(self, node: int, letter: Letter, *, lifetime_s: float) -> str:
+        """Sends a letter; returns its id, empty if Flower does not take it."""
+        message = Message(_record(letter), node, MESSAGE, ttl=lifetime_s)
+        (name,) = list(self._grid.push_messages([message])) or [""]
+        return str(name or "")
+
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+        """The answers that are there."""
+        for message in self._grid.pull_messages(list(ids)) if ids else []:
+            name = message.metadata.reply_to_message_id
+            if not message.has_error():
+                yield name, _letter(message)
+            elif message.error.code in LOST:
+                yield name, Letter({"fault": LOST[message.error.code], "lost": True})
+            else:
+                yield name, fault(f"Flower reports error {message.error.code}: {message.error.reason}")
+
+
+# Of flwr.common.constant.ErrorCode: those that say nothing of what the client did.
+LOST = {
+    3: "it was lost: nothing came before its letter expired",  # message unavailable
+    4: "it was lost: its reply came too late",  # reply message unavailable
+    5: "it was lost: its connection ended, or it stopped",  # node unavailable
+}
+
+
+def _record(letter: Letter) -> RecordDict:
+    """A letter as a message's content: each run of bytes is one flat array."""
+    records: dict[str, Any] = {"fields": ConfigRecord(dict(letter.fields))}
+    arrays = {
+        name: Array("uint8", (len(data),), "raw", bytes(data))
+        for name, data in (("body", letter.body), ("state", letter.state))
+        if len(data)
+    }
+    if arrays:
+        records["bytes"] = ArrayRecord(arrays)
+    return RecordDict(records)
+
+
+def _letter(message: Message) -> Letter:
+    """The letter in a message; one that is not ours becomes a fault, whoever sent it."""
+    try:
+        fields = dict(message.content["fields"])
+        arrays = message.content.get("bytes", {})
+        body, state = (arrays[name].data if name in arrays else b"" for name in ("body", "state"))
+    except (KeyError, TypeError, AttributeError) as error:
+        return fault(f"its message is not a letter: {type(error).__name__}: {error}")
+    return Letter(fields, body, state)  # type: ignore[arg-type]  # whoever reads a field checks its type
+
+
+# --- in the simulation ---
+
+
+class SimulatedMail:
+    """Letters to simulated clients. Which node carries one does not matter: its process serves any client."""
+
+    def __init__(self, mail: GridMail) -> None:
+        self._mail = mail
+        self._nodes = sorted(node for node, _ in mail.nodes())
+
+    def post(self, client: int, letter: Letter, *, lifetime_s: float) -> str:
+        """Sends a letter; returns its id."""
+        return self._mail.post(self._nodes[client % len(self._nodes)], letter, lifetime_s=lifetime_s)
+
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+        """The answers that are there."""
+        return self._mail.collect(ids)
+
+
+@contextmanager
+def simulation(answer: Callable[[Letter], Letter], *, workers: int, gpus: int = 0) -> Iterator[SimulatedMail]:
+    """Flower's simulation on Ray for as long as the context lasts.
+
+    Args:
+        answer: What a client answers; runs in the worker processes. A function of a module, with arguments
+            that Ray can copy.
+        workers: Processes that work at the same time.
+        gpus: GPUs that they share.
+
+    Raises:
+        FederationError: Ray does not start.
+    """
+    from flwr.simulation import run_simulation
+
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    came: queue.Queue[Grid | BaseException] = queue.Queue()
+    over = threading.Event()
+    app = ServerApp()
+
+    @app.main()
+    def _hand_over(grid: Grid, context: Context) -> None:
+        came.put(grid)
+        over.wait()
+
+    def _run() -> None:
+        try:
+            run_simulation(
+                app,
+                _client_app(answer),
+                num_supernodes=4 * workers,  # a node takes up a message in 0.1 s
+                backend_config={
+                    "init_args": {
+                        "num_cpus": workers,
+                        "num_gpus": gpus,
+                        "logging_level": "ERROR",
+                        "log_to_driver": False,
+                        "include_dashboard": False,
+                    },
+                    "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+                },
+            )
+        except BaseException as error:  # SystemExit too: the thread must not end unseen
+            came.put(error)
+
+    thread = threading.Thread(target=_run, name="flower-simulation", daemon=True)
+    thread.start()
+    try:
+        grid = came.get()
+        if isinstance(grid, BaseException):
+            raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
+        yield SimulatedMail(_wait_for_nodes(grid, came))
+    finally:
+        over.set()
+        thread.join(60)
+
+
+def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridMail:
+    """The grid's mail once its nodes are there; they are not always at the start."""
+    mail = GridMail(grid)
+    while not mail.nodes():
+        try:
+            error = came.get(timeout=0.05)
+        except queue.Empty:
+            continue
+        raise FederationError(f"Flower's simulation did not start: {type(error).__name__}: {error}")
+    return mail
+
+
+def _client_app(answer: Callable[[Letter], Letter]) -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def _train(message: Message, context: Context) -> Message:
+        return Message(_record(answer(_letter(message))), reply_to=message)
+
+    return app
+
+
+# --- in a deployment ---
+
+
+def _to_worker(message: Message, context: Context) -> Message:
+    """A message handed on to the worker of this node, and its answer."""
+    try:
+        with connect(str(context.node_config["worker"])) as connection:
+            send(connection, _letter(message))
+            answer = receive(connection)
+    except (OSError, EOFError) as error:
+        answer = fault(f"its worker does not answer: {type(error).__name__}")
+    return Message(_record(answer), reply_to=message)
+
+
+client_app = ClientApp()
+client_app.train()(_to_worker)
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def _serve(grid: Grid, context: Context) -> None:
+    """Does what the process that runs the rounds says, until it hangs up."""
+    mail = GridMail(grid)
+    with connect(str(context.run_config["socket"])) as connection:
+        while True:
+            try:
+                asked = receive(connection)
+            except EOFError:
+                return
+            match asked.fields["ask"]:
+                case "nodes":
+                    send(connection, Letter({"nodes": json.dumps(mail.nodes())}))
+                case "post":
+                    letter = Letter(json.loads(str(asked.fields["letter"])), asked.body)
+                    node, lifetime_s = int(asked.fields["node"]), float(asked.fields["lifetime_s"])
+                    send(connection, Letter({"id": mail.post(node, letter, lifetime_s=lifetime_s)}))
+                case "collect":
+                    for name, answer in mail.collect(json.loads(str(asked.fields["ids"]))):
+                        send(
+                            connection,
+                            Letter({"id": name, "letter": json.dumps(dict(answer.fields))}, answer.body),
+                        )
+                    send(connection, Letter({"id": ""}))
+
+
+APP = """\
+[project]
+name = "fedtune-letters"
+version = "1.0.0"
+description = "Hands letters on; what does the work is installed on every machine."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedtune"
+
+[tool.flwr.app.components]
+serverapp = "fedtune.transport.flower:server_app"
+clientapp = "fedtune.transport.flower:client_app"
+
+[tool.flwr.app.config]
+socket = ""
+"""
+
+
+class Control:
+    """What is asked of the SuperLink beside letters: known keys and runs.
+
+    Args:
+        address: host:port of the SuperLink.
+        authority: The file of the certificate that signed its own.
+    """
+
+    def __init__(self, address: str, authority: Path) -> None:
+        from flwr.supercore.control.control_http_client import ControlHttpClient
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+        self._client = ControlHttpClient.from_server_address(
+            server_address=address,
+            insecure=False,
+            root_certificates=authority.read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+
+    def is_up(self) -> bool:
+        """Whether the SuperLink answers."""
+        import httpx
+        from flwr.proto import control_pb2
+
+        try:
+            self._client.ListNodes(control_pb2.ListNodesRequest())
+        except (httpx.TransportError, httpx.HTTPStatusError):
+            return False
+        return True
+
+    def register(self, public: str) -> None:
+        """Makes a public key (PEM) known; one that is known already stays so.
+
+        Raises:
+            FederationError: The SuperLink refuses it for another reason.
+        """
+        import httpx
+        from flwr.proto import control_pb2
+        from flwr.supercore.error import ApiErrorCode, FlowerError
+
+        try:
+            self._client.RegisterNode(control_pb2.RegisterNodeRequest(public_key=public.encode()))
+        except httpx.HTTPStatusError as error:
+            known = FlowerError.from_json(error.response.text)
+            if known is None or known.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                raise FederationError(f"Flower refuses a client's key: {error.response.text}") from None
+
+    def stop_runs(self) -> None:
+        """Ends every run that has not ended."""
+        from flwr.proto import control_pb2
+
+        runs = self._client.ListRuns(control_pb2.ListRunsRequest()).run_dict
+        for number, run in runs.items():
+            if run.status.status != "finished":
+                self._client.StopRun(control_pb2.StopRunRequest(run_id=number))
+
+    def start_run(self, socket: str) -> None:
+        """Starts `server_app`, which will connect to the local socket at that address."""
+        from flwr.cli.build import build_fab_from_files
+        from flwr.common.serde import fab_to_proto, user_config_to_proto
+        from flwr.proto import control_pb2
+        from flwr.supercore.fab import Fab
+
+        bundle = build_fab_from_files({"pyproject.toml": APP.encode()})[0]
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        config = user_config_to_proto({"socket": socket})
+        started = self._client.StartRun(
+            control_pb2.StartRunRequest(fab=fab_to_proto(fab), override_config=config)
+        )
+        if not started.run_id:
+            raise FederationError("Flower did not start the run; its log says why")
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._client.close()
+
+
+def superlink_command(keys: Path, database: Path, port: int) -> list[str]:
+    """The server: TLS, known keys alone, on the loopback; what is on its way is in the database."""
+    certificates = [f"--ssl-{name}={keys / file}" for name, file in TLS]
+    return [
+        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port), *certificates),
+        *("--enable-supernode-auth", "--database", str(database), "--isolation", "process"),
+    ]
+
+
+TLS = (("ca-certfile", "ca.crt"), ("certfile", "server.crt"), ("keyfile", "server.key"))
+
+
+def superexec_command(keys: Path, port: int) -> list[str]:
+    """What starts the server app; apart from the SuperLink, so that a run outlives a crash of that."""
+    address = f"127.0.0.1:{port}"
+    return ["flower-superexec", "--runtime-api-address", address, "--root-certificates", str(keys / "ca.crt")]
+
+
+def supernode_command(keys: Path, server: str, port: int, worker: str) -> list[str]:
+    """A client's node.
+
+    Args:
+        keys: The client's folder of keys.
+        server: host:port of the server, or of the proxy in front of it.
+        port: A free port of this machine's loopback.
+        worker: The address of the worker's local socket; stays on this machine.
+    """
+    return [
+        *("flower-supernode", "--superlink", server, "--root-certificates", str(keys / "ca.crt")),
+        *("--auth-supernode-private-key", str(keys / "client.key")),
+        *("--node-config", f'worker="{worker}"', "--host", "127.0.0.1", "--port", str(port)),
+    ]

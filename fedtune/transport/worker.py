@@ -1,0 +1,226 @@
+"""A client's side of a federation over a network: the process that stays and holds the model.
+
+Every letter from the server reaches it through a short-lived process of the transport, over a local socket.
+It knows one run at a time. What it has to remember if it is killed lies in its folder: the introduction to
+the run, what the method keeps between rounds (of the newest rounds, because a server that was killed goes on
+from its checkpoint), and what the client was sent to hold.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.client import ClientError, ClientRunner
+from fedtune.core.store import Store
+from fedtune.core.types import Payload
+from fedtune.core.wire import FrameError, Message, decode, encode
+from fedtune.errors import InputError
+from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
+from fedtune.transport.letters import PART_BYTES, Field, Letter, fault
+
+log = logging.getLogger("fedtune")
+KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A run that this client takes part in.
+
+    Attributes:
+        runner: Does its orders.
+        examples: How many examples it trains on.
+        method: The method's name, for the log.
+    """
+
+    runner: ClientRunner
+    examples: int
+    method: str
+
+
+@dataclass
+class _Incoming:
+    """The parts of an order so far."""
+
+    round: int
+    buffer: bytearray
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The newest order's reply: parts are fetched from it, and the same order once more gets it again."""
+
+    round: int
+    order_crc: int
+    state_before: int
+    reply: bytes
+    state: int
+
+
+class Worker:
+    """Answers the server's letters.
+
+    Args:
+        join: (introduction's fields) -> the run; raises NotAccepted, or InputError for what is wrong here.
+        acceptance: The operator's limits.
+        folder: Where what must outlive this process is kept; made when it is needed.
+        tell: Gets a line for everything that a person wants to see.
+    """
+
+    def __init__(
+        self,
+        join: Callable[[Mapping[str, Field]], Joined],
+        acceptance: Acceptance,
+        folder: Path,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._join, self._acceptance, self._folder, self._tell = join, acceptance, folder, tell
+        self._run, self._client = "", -1
+        self._joined: Joined | None = None
+        self._incoming: _Incoming | None = None
+        self._done: _Done | None = None
+
+    def answer(self, letter: Letter) -> Letter:
+        """The answer to a letter. Whatever goes wrong becomes an answer that says so.
+
+        What this machine's own files say stays here: of errors that may name them only the kind is told.
+        """
+        try:
+            do = letter.text("do")
+            if do == "join":
+                return self._introduced(letter.fields)
+            if not self._knows(letter.text("run")):
+                return Letter({"unknown": True})
+            return self._order(letter) if do == "order" else self._fetch(letter)
+        except (NotAccepted, ClientError, FrameError, ValueError) as error:
+            self._tell(f"left out: {error}")
+            return fault(str(error))
+        except InputError as error:
+            self._tell(str(error))
+            return fault("it cannot take part as it is set up; its own log says why")
+        except Exception as error:  # a process boundary: whatever breaks here must not end the worker
+            log.exception("an order failed")
+            return fault(f"it failed: {type(error).__name__}; its own log says more")
+
+    def _introduced(self, fields: Mapping[str, Field]) -> Letter:
+        self._take(fields)
+        assert self._joined is not None
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "run.json", json.dumps(dict(fields)).encode())
+        self._tell(f"joined run {self._run} ({self._joined.method}) with {self._joined.examples} examples")
+        return Letter({"examples": self._joined.examples})
+
+    def _knows(self, run: str) -> bool:
+        """Whether this client has joined a run, if need be as its folder remembers it."""
+        if self._joined is not None and self._run == run:
+            return True
+        path = self._folder / "run.json"
+        if not path.is_file():
+            return False
+        try:
+            fields = json.loads(path.read_bytes())
+            if fields["run"] != run:
+                return False
+        except (ValueError, KeyError, TypeError):
+            return False  # as good as not there: the server introduces it again
+        self._take(fields)
+        return True
+
+    def _take(self, fields: Mapping[str, Field]) -> None:
+        letter = Letter(fields)
+        run, client = letter.text("run"), letter.number("client")
+        if not re.fullmatch(r"[0-9a-f]{1,64}", run):
+            raise ValueError("a run's name must be hexadecimal")  # it becomes a folder's name
+        if self._joined is None or (run, client) != (self._run, self._client):
+            self._joined = None  # frees the model of the run before
+        self._joined = self._join(fields)
+        for old in self._folder.glob("*/"):
+            if old.name != run and re.fullmatch(r"[0-9a-f]{1,64}", old.name):
+                shutil.rmtree(old)  # of a run before this one
+        self._run, self._client = run, client
+        self._joined.runner.store = Store(self._states() / "held")
+        self._incoming = self._done = None
+
+    def _order(self, letter: Letter) -> Letter:
+        round, size, at = letter.number("round"), letter.number("bytes"), letter.number("at")
+        if at == 0:
+            check_bytes(self._acceptance, size, "order")
+            self._incoming = _Incoming(round, bytearray(size))
+        incoming = self._incoming
+        if incoming is None or incoming.round != round or incoming.at != at:
+            raise ValueError(f"it has only a part of the order of round {round}")
+        end = at + len(letter.body)
+        if end > len(incoming.buffer):
+            raise ValueError(f"the order of round {round} is longer than it said")
+        incoming.buffer[at:end] = letter.body
+        incoming.at = end
+        if end < len(incoming.buffer):
+            return Letter({"at": end})
+        self._incoming = None
+        return self._train(round, incoming.buffer, letter.number("state"))
+
+    def _train(self, round: int, frame: bytearray, state: int) -> Letter:
+        crc, done = zlib.crc32(frame), self._done
+        if done is None or (done.round, done.order_crc, done.state_before) != (round, crc, state):
+            assert self._joined is not None
+            runner, client = self._joined.runner, self._client
+            before = self._load_state(state)
+            runner.states = {client: before} if before is not None else {}
+            self._done = None
+            self._tell(f"round {round}: order of {len(frame):,} bytes")
+            reply = runner.handle(client, frame)
+            check_bytes(self._acceptance, len(reply), "reply")
+            now = runner.states.get(client)
+            kept = state if before is not None else 0
+            if now is not None and now is not before:
+                self._save_state(round, now)
+                kept = round
+            self._done = done = _Done(round, crc, state, reply, kept)
+            self._tell(f"round {round}: reply of {len(reply):,} bytes")
+        fields = {"bytes": len(done.reply), "state": done.state}
+        return Letter(fields, memoryview(done.reply)[:PART_BYTES])
+
+    def _fetch(self, letter: Letter) -> Letter:
+        round, at = letter.number("round"), letter.number("at")
+        if self._done is None or self._done.round != round:
+            raise ValueError(f"it does not have its reply of round {round} any more")
+        return Letter({}, memoryview(self._done.reply)[at : at + PART_BYTES])
+
+    def _states(self) -> Path:
+        return self._folder / self._run
+
+    def _load_state(self, round: int) -> Payload | None:
+        """What the method kept after a round; None if it kept nothing, or it is lost."""
+        if round == 0:
+            return None
+        path = self._states() / f"round-{round:06d}"
+        try:
+            return decode(path.read_bytes()).payload
+        except (OSError, FrameError):
+            self._tell(f"what the method kept after round {round} is lost; it goes on without")
+            return None
+
+    def _save_state(self, round: int, state: Payload) -> None:
+        folder = self._states()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"round-{round:06d}", encode(Message(state)))
+        for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
+            if old.name != f"round-{round:06d}":  # a run that was rolled back has newer ones
+                old.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole, for this user alone."""
+    new = path.with_name(f".{path.name}.new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+    os.replace(new, path)

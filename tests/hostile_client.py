@@ -1,0 +1,55 @@
+"""A client that answers its n-th order with something else than was asked; otherwise `fedtune client`.
+
+python hostile_client.py nan,shape,cut,long --server ... (as fedtune client)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fedtune.cli.main import main
+from fedtune.core.types import Payload
+from fedtune.core.wire import Message, decode, encode
+from fedtune.run import visit
+from fedtune.transport.letters import Letter
+from fedtune.transport.worker import Worker
+
+WISHES = iter(sys.argv[1].split(","))
+
+
+def _altered(wish: str, letter: Letter) -> Letter:
+    """A reply of one letter as an attacker, or a broken machine, would send it."""
+    frame, fields = bytes(letter.body), dict(letter.fields)
+    if wish == "cut":
+        return Letter(fields, frame[:-100])
+    if wish == "long":
+        return Letter({**fields, "bytes": 2 << 30}, frame)
+    message = decode(frame)
+    tensors = dict(message.payload.tensors)
+    name = next(iter(tensors))
+    if wish == "nan":
+        tensors[name] = torch.full_like(tensors[name], float("nan"))
+    elif wish == "shape":
+        tensors[name] = tensors[name].flatten()
+    elif wish == "garbage":
+        return Letter({**fields, "bytes": 64}, bytes(64))
+    altered = encode(Message(Payload(tensors, message.payload.scalars), message.meta))
+    return Letter({**fields, "bytes": len(altered)}, altered)
+
+
+class Hostile(Worker):
+    """Alters replies to orders."""
+
+    def answer(self, letter: Letter) -> Letter:
+        answer = super().answer(letter)
+        if letter.fields.get("do") != "order" or "bytes" not in answer.fields:
+            return answer
+        wish = next(WISHES, "")
+        return _altered(wish, answer) if wish else answer
+
+
+visit.Worker = Hostile  # type: ignore[misc]
+sys.argv = ["fedtune", "client", *sys.argv[2:]]
+main()

@@ -1,0 +1,74 @@
+"""A federation over TLS on loopback, with real processes, ends as the same one in a process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+
+from command import fedtune, outcome, write_config
+from deployed import Site
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg-lora": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
+    "one-shot": {
+        **{"name": "fedavg", "rounds": 1, "local_epochs": 2, "batch_size": 4, "lr": 0.01},
+        **{"lora": {"rank": 2}, "arrival": "asynchronous"},
+    },
+    "scaffold": {
+        **{"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.05, "lora": {"rank": 2}},
+        **{"control_variates": True, "optimizer": "sgd"},
+    },
+    "fedkseed": {
+        **{"name": "fedkseed", "rounds": 2, "seeds": 4096, "local_steps": 10, "batch_size": 4},
+        **{"lr": 1e-4, "epsilon": 1e-3},
+    },
+    "fedbiot": {
+        **{"name": "fedbiot", "rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.01},
+        **{"adapter_layers": 1, "lora": {"rank": 2, "alpha": 4.0}},
+        **{"alignment": {"steps_before": 2, "steps": 1, "batch_size": 4}},
+    },
+    "fedcybgd": {"name": "fedcybgd", "rounds": 1, "local_epochs": 1, "batch_size": 4, "lr": 1e-3},
+}
+HERE = {"train": "bundled", "clients": 3, "max_examples": 24, "max_length": 64}
+THERE = {"train": "clients", "clients": 3, "max_length": 64, "holdout": {"source": "bundled"}}
+PUBLIC = {"source": "bundled", "max_examples": 20}
+
+
+def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
+    """One of the methods above, with data here or with the clients."""
+    public = {"public": PUBLIC} if name == "fedbiot" else {}
+    return {
+        "data": {**data, **public},
+        "method": METHODS[name],
+        "model": {"device": "cpu"},
+        "evaluation": {"tasks": ["loss"], "max_examples": 8, "every": 0},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [["fedavg-lora", "one-shot", "scaffold"], ["fedkseed", "fedbiot", "fedcybgd"]]
+)
+def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str], tmp_path: Path) -> None:
+    with Site(tmp_path, "north,south,west", seconds=560) as site:
+        site.split(config(names[0], HERE))
+        for client in range(3):
+            site.client(client)
+        for name in names:  # the clients stay, and come back to each new server by themselves
+            write_config(tmp_path / "here.yaml", config(name, HERE))
+            write_config(tmp_path / "there.yaml", config(name, THERE))
+            site.server("there.yaml", "--out", f"{name}-there", "--quiet")
+            here = fedtune("run", "here.yaml", "--out", f"{name}-here", "--quiet", cwd=tmp_path)
+            assert here.status == 0, here.err
+            assert site.status("server") == 0, site.logs()
+            found, wanted = outcome(tmp_path / f"{name}-there"), outcome(tmp_path / f"{name}-here")
+            assert found["final"] == wanted["final"], name
+            assert found["summary"]["evaluation"] == wanted["summary"]["evaluation"]
+            assert found["summary"]["payload_bytes"] == wanted["summary"]["payload_bytes"]
+            assert [r["clients"] for r in found["rounds"]] == [r["clients"] for r in wanted["rounds"]]
+        assert "data-" not in json.dumps(found)  # nobody but the client knows where its data are

@@ -1,0 +1,255 @@
+"""`fedtune diagnose`: the prediction by hand, the document, and every way it has to refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Result, fedtune, write_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.errors import InputError
+from fedtune.theory.diagnose import enough_rounds, growth, odds_times, predict
+from fedtune.theory.quantities import Measured, RoundEnd
+
+
+def probe(start: list[float], multi: list[list[float]], one: list[list[float]]) -> Measured:
+    ends = tuple(
+        RoundEnd(number, 0.5, 1.0, tuple(m), tuple(o))
+        for number, (m, o) in enumerate(zip(multi, one, strict=True), 1)
+    )
+    zero: dict[str, Any] = dict.fromkeys(
+        (
+            "norm",
+            "moved",
+            "largest_move",
+            "error",
+            "error_without_rates",
+            "gradient_differences",
+            "distances",
+        ),
+        0.0,
+    )
+    return Measured(
+        clients=len(start),
+        rounds=len(multi),
+        steps=12.0,
+        trainable=1,
+        smoothnesses=(1.0,),
+        largest_smoothness=1.0,
+        local_errors=(),
+        local_errors_without_rates=(),
+        start=tuple(start),
+        ends=ends,
+        **zero,
+    )
+
+
+def test_prediction_by_hand() -> None:
+    # two clients, weights 1 and 3. F: 4 → 3 after the first round, 2 after the fourth; one-shot 2.5
+    measured = probe(
+        [4.0, 4.0],
+        [[3.0, 3.0], [2.6, 2.6], [2.3, 2.3], [2.0, 2.0]],
+        [[3.0, 3.0], [2.7, 2.7], [2.6, 2.6], [2.2, 2.6]],
+    )
+    found = predict(measured, [1.0, 3.0], ratio=4.0, rounds=4, tolerance=0.1)
+    # gained 1 after one round and 2 after four: the power is log 2 / log 4 = 1/2, so four times the steps
+    # double the odds of gained to left, 2 : 2, and gain 4 · 2/3
+    assert found.improvement == pytest.approx(8 / 3)
+    # one-shot lost (0.2 + 3 · 0.6) / 4 = 0.5 of the 2: odds 1 : 3, and four times the steps make them 4 : 3
+    assert found.share == pytest.approx(4 / 7)
+    assert found.gap == pytest.approx(4 / 7 * 8 / 3)
+    # deviations 0.3 and 0.1 from the mean, weighted 1/4 and 3/4; times √(n/(n-1)); scaled like the gap, 0.5
+    error = math.sqrt(2 * (0.075**2 + 0.075**2))
+    assert found.gap_error == pytest.approx(error * (4 / 7 * 8 / 3) / 0.5)
+    # R = 2 loses 4/7 · (1/2 − 1/4)/(3/4) = 0.19, R = 3: 4/7 · (1/3 − 1/4)/(3/4) = 0.063
+    assert found.rounds == 3
+
+
+@given(
+    start=st.floats(0.1, 10),
+    kept=st.lists(st.floats(0.01, 0.99), min_size=2, max_size=4),
+    lost=st.floats(-2, 2),
+    ratio=st.floats(1, 1000),
+)
+def test_predictions_stay_within_what_there_is_to_gain(
+    start: float, kept: list[float], lost: float, ratio: float
+) -> None:
+    multi = [start * share for share in kept]
+    one = [m + lost * (start - m) for m in multi]
+    measured = probe([start], [[m] for m in multi], [[o] for o in one])
+    found = predict(measured, [1.0], ratio=ratio, rounds=len(kept), tolerance=0.1)
+    assert start - multi[-1] <= found.improvement * 1.000001
+    assert found.improvement < start * 1.000001
+    if 0 < lost < 1:
+        assert lost - 1e-9 <= found.share <= 1 + 1e-9
+    else:
+        assert found.share == pytest.approx(lost, abs=1e-9)
+    assert math.isinf(found.gap_error)  # one group has no spread
+    same = predict(measured, [1.0], ratio=1.0, rounds=len(kept), tolerance=0.1)
+    assert same.gap == pytest.approx(one[-1] - multi[-1], abs=1e-9)  # nothing to extrapolate
+
+
+@pytest.mark.parametrize(
+    ("share", "factor", "expected"), [(0.5, 3.0, 0.75), (0.2, 1.0, 0.2), (0.0, 9.0, 0.0), (1.5, 2.0, 1.5)]
+)
+def test_odds(share: float, factor: float, expected: float) -> None:
+    assert odds_times(share, factor) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "rounds", "tolerance", "enough"),
+    [
+        (-0.2, 5, 0.1, 1),  # one-shot is better
+        (0.1, 5, 0.101, 1),
+        (0.101, 2, 0.1, 2),  # between one round and two there is nothing
+        (0.8, 10, 0.1, 5),  # 0.8 (1/5 − 1/10)/(9/10) = 0.089; R = 4: 0.133
+        (5.0, 3, 0.1, 3),
+        (1e-9, 3, 0.0, 3),
+    ],
+)
+def test_rounds_that_are_enough(share: float, rounds: int, tolerance: float, enough: int) -> None:
+    assert enough_rounds(share, rounds, tolerance) == enough
+
+
+def test_growth() -> None:
+    assert growth([2.0, 3.0, 6.0]) == pytest.approx(1.0)
+    assert growth([1.0, 2.0, 5.0, 2.0]) == pytest.approx(0.5)
+    assert growth([1.0, 8.0]) == 1.0  # no faster than the steps
+    assert growth([2.0, 1.0]) == growth([-1.0, 1.0]) == growth([1.0]) == 0.0
+
+
+def test_a_probe_that_does_not_lower_the_loss_predicts_nothing() -> None:
+    with pytest.raises(InputError, match="did not lower the loss"):
+        predict(probe([1.0], [[1.1], [1.2]], [[1.0], [1.3]]), [1.0], ratio=2.0, rounds=2, tolerance=0.1)
+
+
+def base(**method: Any) -> dict[str, Any]:
+    return {
+        "data": {"clients": 3, "max_examples": 36, "max_length": 64},
+        "method": {"name": "fedavg", "rounds": 3, "batch_size": 4, "lr": 3e-3, "lora": {"rank": 2}, **method},
+        "evaluation": {"tasks": ["loss"], "max_examples": 16},
+    }
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert (result.status, result.out) == (2, ""), result.err
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err
+
+
+def test_document(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", base())
+    arguments = ("diagnose", "c.yaml", "--clients", "2", "--steps", "5", "--json")
+    done = fedtune(*arguments, cwd=tmp_path)
+    assert done.status == 0, done.err
+    found = done.json()
+    # 36 examples dealt to three, batches of 4: 3 steps a round, 9 in all; the probe has 2 a round
+    assert found["run"] == {"rounds": 3, "clients": 3, "steps": 9.0}
+    on = found["measured_on"]
+    assert (on["whole_run"], on["rounds"], on["steps"]) == (False, 3, 6.0)
+    assert len(on["clients"]) == on["loss_groups"] == 2
+    assert on["loss_examples"] == 6  # a quarter of each client's twelve
+    quantities, losses, prediction = found["quantities"], found["losses"], found["prediction"]
+    assert quantities["trainable_parameters"] == 4 * 2 * 2 * (128 + 128)
+    assert quantities["gamma"] == pytest.approx(
+        quantities["smoothness"] * quantities["relative_update"] * on["steps"]
+    )
+    assert quantities["bound"] == pytest.approx(quantities["gamma"] * quantities["norm"])
+    assert quantities["bound_of_clients"] == pytest.approx(2 * quantities["bound"])
+    assert len(quantities["local_errors"]) == 2
+    assert losses["multi_round"][-1] < losses["start"]
+    gained = losses["start"] - losses["multi_round"][-1]
+    lost = (losses["one_shot"][-1] - losses["multi_round"][-1]) / gained
+    assert prediction["share"] == pytest.approx(odds_times(lost, 1.5))
+    assert prediction["steps_ratio"] == 1.5
+    assert prediction["gap"] == pytest.approx(prediction["share"] * prediction["improvement"])
+    assert 1 <= found["recommended_rounds"] <= 3
+    again = fedtune(*arguments, "--quiet", cwd=tmp_path)
+    assert (again.out, again.err) == (done.out, "")  # the same numbers each time
+    assert [p for p in tmp_path.iterdir() if p.name not in (".out", ".err", "c.yaml")] == []
+
+
+def test_text_says_what_it_rests_on(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", base())
+    done = fedtune("diagnose", "c.yaml", "--clients", "2", "--steps", "6", cwd=tmp_path)
+    assert done.status == 0, done.err
+    text = " ".join(done.out.split())
+    assert "Γ ‖w(0,0)‖" in text
+    assert "of 3, 6 of 9 steps each in 3 rounds; loss on 6 of their examples" in text
+    assert "spread over 2 clients" in text
+    assert "Recommended:" in text
+
+
+def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None:
+    """The multi-round model of --whole is the one of `fedtune run`, and so is its loss."""
+    write_config(tmp_path / "c.yaml", base())
+    found = fedtune("diagnose", "c.yaml", "--whole", "--json", "--quiet", cwd=tmp_path).json()
+    on = found["measured_on"]
+    assert (on["whole_run"], on["clients"], on["steps"], on["loss_examples"]) == (True, [0, 1, 2], 9.0, 16)
+    assert found["prediction"]["steps_ratio"] == 1.0
+    assert found["prediction"]["gap"] == pytest.approx(
+        found["losses"]["one_shot"][-1] - found["losses"]["multi_round"][-1]
+    )
+    run = fedtune("run", "c.yaml", "--json", "--quiet", "--out", "r", cwd=tmp_path).json()
+    assert found["losses"]["multi_round"][-1] == pytest.approx(run["evaluation"]["loss"]["loss"], rel=1e-5)
+    assert found["losses"]["start"] == pytest.approx(run["zero_shot"]["loss"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("document", "parts"),
+    [
+        ({**base(), "method": {"name": "fedkseed"}}, ["method.name: fedavg", "got fedkseed"]),
+        ({**base(), "method": {"name": "zero-shot"}}, ["got zero-shot"]),
+        (base(rounds=1), ["method.rounds is 1"]),
+        (base(aggregation="stack"), ["stack"]),
+        (base(lr=1e12, optimizer="sgd"), ["diverged", "lower method.lr (now 1e+12)"]),
+        (base(lr=1.0), ["did not lower the loss", "Lower method.lr"]),
+        ({**base(), "federation": {"clients_per_round": 2}}, ["clients_per_round=null"]),
+        (
+            {**base(), "data": {"clients": 3, "max_examples": 3, "max_length": 64}},
+            ["no client has two examples"],
+        ),
+        (
+            {**base(), "data": {"train": "missing.jsonl", "holdout": {"fraction": 0.5}}},
+            ["missing.jsonl"],
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[0],
+)
+def test_what_cannot_be_diagnosed_is_refused(document: dict, parts: list[str], tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", document)
+    refused(fedtune("diagnose", "c.yaml", "--steps", "6", "--json", "--quiet", cwd=tmp_path), *parts)
+
+
+@pytest.mark.parametrize("option", ["--clients", "--steps"])
+def test_options_below_one_are_usage_errors(option: str, tmp_path: Path) -> None:
+    refused(fedtune("diagnose", "c.yaml", option, "0", cwd=tmp_path), option)
+
+
+def test_help_has_an_example(tmp_path: Path) -> None:
+    assert "Example: fedtune diagnose " in fedtune("diagnose", "--help", cwd=tmp_path).out
+
+
+def test_classifiers_and_json_lines(tmp_path: Path) -> None:
+    from model_families import save_folder
+
+    save_folder(tmp_path / "classifier", "roberta")
+    rows = [{"instruction": f"w{4 + i % 50}", "output": "abcd"[i % 4]} for i in range(40)]
+    (tmp_path / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document = base(lr=1e-2)
+    document["model"] = {"name": "classifier", "task": "classification"}
+    document["data"] = {"train": "classes.jsonl", "clients": 2, "holdout": {"fraction": 0.2}}
+    write_config(tmp_path / "c.yaml", document)
+    done = fedtune("diagnose", "c.yaml", "--whole", "--json", "--quiet", cwd=tmp_path)
+    assert done.status in (0, 2), done.err
+    if done.status == 0:
+        run = fedtune("run", "c.yaml", "--json", "--quiet", "--out", "r", cwd=tmp_path).json()
+        assert done.json()["losses"]["multi_round"][-1] == pytest.approx(
+            run["evaluation"]["loss"]["loss"], rel=1e-5
+        )
