@@ -2,10 +2,10 @@
 
     nice -n 5 python scripts/pretrain_encoder.py --text FILE [FILE ...] [--steps 2000] [--out runs/encoder]
 
-It is made for the classification configurations (configs/fedcybgd_encoder_*.yaml), which name its folder, and is
-not shipped. Text comes from .txt files, a piece a line, and .jsonl files, whose texts are a piece each. Without
---text it is the generated corpus of the bundled model, which knows few words. The same machine, files, seed and
-number of threads give the same weights.
+It is made for the classification configurations (configs/fedcybgd_encoder_*.yaml), which name its folder, and
+is not shipped. Text comes from .txt files, a piece a line, and .jsonl files, whose texts are a piece each.
+Without --text it is the generated corpus of the bundled model, which knows few words. The same machine,
+files, seed and number of threads give the same weights.
 """
 
 from __future__ import annotations

@@ -190,6 +190,15 @@ class Site:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def server_files(self, run: str) -> list[Path]:
+        """Everything that the server has written: its run, and what Flower stored and logged."""
+        files = [
+            *(self.folder / run).rglob("*"),
+            *(self.folder / "keys/server").rglob("*"),
+            self.log("server"),
+        ]
+        return [path for path in files if path.is_file()]
+
     def rounds(self, run: str) -> list[dict[str, Any]]:
         path = self.folder / run / "rounds.jsonl"
         return lines(path) if path.exists() else []

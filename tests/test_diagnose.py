@@ -212,6 +212,10 @@ def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None
         (base(lr=1.0), ["did not lower the loss", "Lower method.lr"]),
         ({**base(), "federation": {"clients_per_round": 2}}, ["clients_per_round=null"]),
         (
+            {**base(), "federation": {"privacy": {"clip": 1.0, "noise_multiplier": 1.0, "delta": 0.1}}},
+            ["federation.privacy=null"],
+        ),
+        (
             {**base(), "data": {"clients": 3, "max_examples": 3, "max_length": 64}},
             ["no client has two examples"],
         ),

@@ -308,7 +308,80 @@ def test_a_client_with_fewer_examples_than_a_batch_trains() -> None:
     assert changed_parts(before, federation.state.weights) == {"0", "1", "2"}
 
 
+ADDED: dict[str, dict[str, Any]] = {
+    "lora": {"trainable": "lora", "lora": {"rank": 2, "targets": ["q_proj", "down_proj"]}},
+    "adapter": {"trainable": "adapter", "adapter": {"size": 3}},
+}
+# LoRA on q (32 to 32) and down (48 to 32) of rank 2; an adapter of 32 · 3 + 3 and 3 · 32 + 32
+ADDED_BYTES = {"lora": 4 * 2 * (32 + 32 + 48 + 32), "adapter": 4 * (32 * 3 + 3 + 3 * 32 + 32)}
+
+
+@pytest.mark.parametrize("form", ADDED)
+def test_lora_and_adapters_train_in_one_block_and_alone_cross_the_wire_again(form: str) -> None:
+    """Table 6, rows ii and iii: the blocks' own weights go out once, what is added to them goes both ways."""
+    federation = bench(3, **ADDED[form])
+    plain = find_parts(build("llama", blocks=3))
+    spy, start = Spy(federation), federation.state
+    federation.round(1)
+    states = [start, *federation.states_on_the_way]
+    for place, (before, after) in enumerate(pairwise(states)):
+        assert changed_parts(before.weights, after.weights) == {f"{place}.added"}
+    up = [e["payload_bytes"] for e in federation.wire if e["direction"] == "up"]
+    assert up == [ADDED_BYTES[form]] * 3
+    names = {n for n in spy.orders[0][1].tensors if not part_of(n).endswith("added")} - {"architecture"}
+    assert names == {f"{part}:{n}" for part in plain.parameters for n in plain.tensors(part)}
+    federation.round(2)
+    for _, payload in spy.orders[3:]:
+        sent = {part_of(n) for n in payload.tensors} - {"architecture"}
+        assert sent <= {"0.added", "1.added", "2.added"} and sent
+    untouched = build("llama", blocks=3)
+    found = find_parts(federation.model)
+    for part in plain.parameters:
+        for name, tensor in found.named([part]).items():
+            assert torch.equal(tensor, find_parts(untouched).named([part])[name])
+
+
+@pytest.mark.parametrize("form", ADDED)
+def test_a_cycle_of_lora_or_adapters_is_training_each_in_its_block_bit_for_bit(form: str) -> None:
+    federation = bench(3, **ADDED[form])
+    config = Config.model_validate({**SETTINGS, **ADDED[form]})
+    model = config.attach(build("llama", blocks=3), derive_seed(0, "adapter"))
+    parts = find_parts(model)
+    outcome = federation.round(1)
+    for block, client in enumerate(outcome.clients):
+        seed = derive_seed(derive_seed(0, "client", client, 1), "block", f"{block}.added")
+        chosen = parts.named([f"{block}.added"])
+        names = [n for n, p in model.named_parameters() if any(p is q for q in chosen.values())]
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        end = descend(model, names, federation.data[client], seed)
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).copy_(start[name] + (end[name] - start[name]))
+    for name, tensor in parts.named(["0.added", "1.added", "2.added"]).items():
+        assert torch.equal(federation.state.weights[name], tensor), name
+
+
+def test_what_is_added_to_a_dropped_block_stays_away_with_it() -> None:
+    federation = bench(4, blocks=4, compression="layer-drop", **ADDED["lora"])
+    spy = Spy(federation)
+    federation.round(1)
+    for _, payload in spy.orders:
+        parts = {part_of(n) for n in payload.tensors}
+        blocks = {p for p in parts if p.isdigit()}
+        assert len(blocks) == 2 and {p for p in parts if p.endswith("added")} == {
+            f"{b}.added" for b in blocks
+        }
+
+
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="hybrid prunes blocks that were trained whole"):
+        bench(compression="hybrid", trainable="lora")
+    with pytest.raises(ValidationError, match="extra_blocks train whole"):
+        bench(extra_blocks=["norm"], trainable="adapter")
+    with pytest.raises(ValidationError, match="client_ranks"):
+        bench(trainable="lora", lora={"rank": 2, "client_ranks": [1, 2]})
+    with pytest.raises(ValidationError, match="`adapter` is set but trainable is full"):
+        bench(adapter={"size": 2})
     with pytest.raises(InputError, match="blocks_per_client: 4, but there are 3 blocks"):
         bench(blocks_per_client=4)
     with pytest.raises(ValidationError, match="'embeddings', 'norm' or 'head'"):

@@ -14,6 +14,7 @@ from fedtune import __version__
 from fedtune.cli.client import client
 from fedtune.cli.diagnose import diagnose
 from fedtune.cli.keys import keys
+from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.errors import FedtuneError, InputError
 
@@ -298,6 +299,7 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
+app.command(no_args_is_help=True)(report)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)

@@ -4,7 +4,7 @@ Wang, Wang and Tang, "Save It All: Enabling Full Parameter Tuning for Federated 
 Cycle Block Gradient Descent" (2024).
 
     π           = blocks of each turn                             Algorithm 1, line 2    `block_order.turn`
-    C(θ)_i      = own block whole, others compressed              line 4, Eq. 5, 6       `plan`
+    C(θ)_i      = own block whole, others compressed              line 4, Eq. 5, 6       `block_server.py`
     Δ_i         = θ_πi(K) − θ_πi(0), K local steps                lines 5 to 9           `block_client.py`
     θ_πi(t+1)   ← θ_πi(t) + Δ_i, before the next client's turn    line 11, η = 1         `server_step`
 
@@ -33,35 +33,19 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from fedtune.core.aggregate import LIMIT, WeightedSum
+from fedtune.core.aggregate import WeightedSum
 from fedtune.core.seeds import derive_seed, numpy_generator, torch_generator
-from fedtune.core.types import (
-    Arrival,
-    ClientEnv,
-    ClientResult,
-    Cohort,
-    Order,
-    Payload,
-    Reply,
-    ServerEnv,
-    TensorSpec,
-)
-from fedtune.errors import InputError
+from fedtune.core.types import Arrival, ClientEnv, ClientResult, Cohort, Order, Payload, Reply, ServerEnv
 from fedtune.methods.block_client import CHANNELS, HEADS, client_turn
 from fedtune.methods.block_order import BlockOrder, turn
+from fedtune.methods.block_server import ServerModel
 from fedtune.methods.local_training import Training
 from fedtune.methods.powersgd import PowerSGD
 from fedtune.methods.tuning import InBlocks
-from fedtune.models.blocks import find_blocks
-from fedtune.models.compression import Compression, architecture, check_drop, choose_blocks
-from fedtune.models.emulator import ARCHITECTURE
-from fedtune.models.lean import plain
-from fedtune.models.parts import ADDED, CLASSIFIER, Parts, block_of, check_around, find_parts
-from fedtune.models.pruning import best, find_attention, find_mlp, prune_groups
+from fedtune.models.compression import Compression
+from fedtune.models.pruning import best
 
 log = logging.getLogger("fedtune")
-
-_PRUNED = "p"  # behind a version's number
 
 
 class Config(InBlocks, Training):
@@ -150,7 +134,7 @@ class FedCyBGD:
         self.config, self._seed = config, seed
         self.rounds = config.rounds
         self.arrival: Arrival = "in-turn" if config.name == "fedcybgd" else "any-order"
-        self._server: _Server | None = None
+        self._server: ServerModel | None = None
 
     def prepare(self, server: ServerEnv) -> None:
         """The server needs nothing besides its state."""
@@ -158,27 +142,8 @@ class FedCyBGD:
 
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model; what no turn trains is frozen."""
-        config = self.config
-        model = config.attach(build(), derive_seed(self._seed, "adapter"))
-        parts = find_parts(model)
-        check_around(parts, config.extra_blocks, "method.extra_blocks")
-        behind = ADDED if config.trainable != "full" else ""
-        in_turn = [*(f"{block}{behind}" for block in range(parts.blocks)), *config.extra_blocks]
-        if config.blocks_per_client > len(in_turn):
-            raise InputError(
-                f"method.blocks_per_client: {config.blocks_per_client}, but there are {len(in_turn)} blocks"
-            )
-        if config.compression != "none":
-            check_drop(parts.blocks - min(config.blocks_per_client, parts.blocks), config.drop_ratio)
-        if config.compression == "hybrid":
-            for block in find_blocks(model).modules:  # what cannot be pruned is refused before any round
-                find_attention(block)
-                find_mlp(block)
-        always = [CLASSIFIER] if CLASSIFIER in parts.parameters else []
-        model.requires_grad_(False)
-        for parameter in parts.named([*in_turn, *always]).values():
-            parameter.requires_grad_(True)
-        self._server = _Server(model, parts, in_turn, always)
+        model = self.config.attach(build(), derive_seed(self._seed, "adapter"))
+        self._server = ServerModel.of(model, self.config)
         return model
 
     def init(self, model: nn.Module) -> State:
@@ -194,15 +159,10 @@ class FedCyBGD:
             drawn = numpy_generator(self._seed, "client-order", round).permutation(len(clients))
             clients = [clients[drawn[place]]]
         server, own = self._at_server(), self._own(state)
-        expects = self._expects(state, own)
+        expects = server.expects(own)
         for client in clients:
             forms = self._forms(state, client, cohort)
-            held = self._held(state, client, cohort)
-            blocks = [int(part) for part in forms if part.isdigit()]
-            tensors = {ARCHITECTURE: architecture(plain(server.model), blocks)}
-            for part, form in forms.items():
-                if held.get(part) != form:
-                    tensors |= server.tensors(state, part, pruned=form.endswith(_PRUNED))
+            tensors = server.tensors(state, forms, self._held(state, client, cohort))
             scalars = {"own": ",".join(own), "forms": _dumps(forms), "path": server.parts.path}
             yield Order(client, Payload(tensors, scalars), expects)
 
@@ -262,40 +222,16 @@ class FedCyBGD:
         parts = self._at_server().in_turn
         return turn(parts, config.block_order, config.blocks_per_client, self._seed, state.turns)
 
-    def _expects(self, state: State, own: Sequence[str]) -> dict[str, TensorSpec]:
-        server = self._at_server()
-        expects = {
-            name: TensorSpec(torch.float32, tuple(parameter.shape), LIMIT)
-            for name, parameter in server.parts.named([*own, *server.always]).items()
-        }
-        if self.config.compression == "hybrid":
-            for part in filter(str.isdigit, own):
-                block = find_blocks(server.model).modules[int(part)]
-                sizes = ((HEADS, find_attention(block).groups), (CHANNELS, find_mlp(block).width))
-                for kind, size in sizes:
-                    expects[f"{kind}:{part}"] = TensorSpec(torch.float32, (size,), at_least=0.0)
-        return expects
-
     def _forms(self, state: State, client: int, cohort: Cohort) -> dict[str, str]:
-        """The version and shape in which a client needs each part for the turn that comes next."""
-        server, config = self._at_server(), self.config
+        """The form in which a client needs each part for the turn that comes next."""
         cycle = state.turns // len(cohort.clients)
-        own = {block for part in self._own(state) if (block := block_of(part)) is not None}
         updated = {
             int(part)
             for part, at in state.versions.items()
             if part.isdigit() and (at - 1) // len(cohort.clients) == cycle
         }
         generator = torch_generator(self._seed, "drop", state.turns, client)
-        blocks = choose_blocks(
-            server.parts.blocks, own, updated, config.compression, config.drop_ratio, generator
-        )
-        wanted = {str(block): pruned for block, pruned in blocks.items()}
-        for part in server.parts.parameters:  # what is added to a block goes with it, what is around always
-            block = block_of(part)
-            if str(block) != part and (block is None or block in blocks):
-                wanted[part] = False
-        return {p: f"{state.versions.get(p, 0)}{_PRUNED if pruned else ''}" for p, pruned in wanted.items()}
+        return self._at_server().forms(self._own(state), updated, state.versions, generator)
 
     def _held(self, state: State, client: int, cohort: Cohort) -> dict[str, str]:
         """What a client still has. Who did not answer in a cycle with a missed turn may be who missed it."""
@@ -308,31 +244,9 @@ class FedCyBGD:
         held: dict[str, str] = json.loads(state.held[name])
         return held
 
-    def _at_server(self) -> _Server:
+    def _at_server(self) -> ServerModel:
         assert self._server is not None, "client_model comes first"
         return self._server
-
-
-@dataclass(frozen=True)
-class _Server:
-    """The server's model by part, the parts that turns go over, and those that train with every one."""
-
-    model: nn.Module
-    parts: Parts
-    in_turn: list[str]
-    always: list[str]
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by "part:name"."""
-        return self.parts.named([*self.in_turn, *self.always])
-
-    def tensors(self, state: State, part: str, *, pruned: bool) -> dict[str, Tensor]:
-        """A part as a client gets it, by "part:name"."""
-        found = {n: state.weights.get(f"{part}:{n}", t) for n, t in self.parts.tensors(part).items()}
-        if pruned:
-            block = find_blocks(self.model).modules[int(part)]
-            found = prune_groups(block, found, state.heads[part], state.channels[part])
-        return {f"{part}:{name}": tensor for name, tensor in found.items()}
 
 
 def _dumps(forms: Mapping[str, str]) -> str:

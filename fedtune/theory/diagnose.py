@@ -165,16 +165,24 @@ def diagnose(
             "the one-shot theory has every client train in every round; "
             "diagnose with federation.clients_per_round=null"
         )
+    if config.federation.privacy is not None:
+        raise InputError(
+            "the one-shot theory has no clipping and no noise; diagnose with federation.privacy=null"
+        )
     progress.stage("loading data and model")
     with torch_settings():
         parts = Parts.assemble(config, Clock())
-        everyone = {c: items for c, items in parts.runner._data.items() if items}
-        run_steps = multi.rounds * sum(multi.steps(len(items)) for items in everyone.values()) / len(everyone)
+        everyone = {client: count for client, count in parts.client_examples.items() if count}
+        if not everyone:
+            raise InputError(
+                "no client has an example on this machine; diagnose needs data of its own to probe"
+            )
+        run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
         data: Mapping[int, Sequence[Encoded]]
         if whole:
-            data, groups = everyone, _held_out(config, parts)
+            data, groups = {c: _encoded(config, parts, c) for c in everyone}, _held_out(config, parts)
         else:
-            data, groups = _held_back(everyone, clients, config.seed)
+            data, groups = _held_back(config, parts, everyone, clients)
             longest = max(1, int(min(multi.steps(len(items)) for items in data.values())))
             settings = {"local_epochs": None, "local_steps": min(longest, -(-steps // multi.rounds))}
             multi = Config.model_validate({**multi.model_dump(), **settings})
@@ -217,17 +225,22 @@ def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, parts
     return total / count
 
 
+def _encoded(config: RunConfig, parts: Parts, client: int) -> list[Encoded]:
+    return encode_for(config, parts.split.clients[client], parts.loaded.tokenizer, parts.split.labels)
+
+
 def _held_back(
-    everyone: Mapping[int, Sequence[Encoded]], clients: int, seed: int
+    config: RunConfig, parts: Parts, everyone: Mapping[int, int], clients: int
 ) -> tuple[dict[int, list[Encoded]], list[Group]]:
     """The probe's clients with what they train on, and each one's held-back examples."""
-    able = [client for client, items in sorted(everyone.items()) if len(items) >= 2]
+    seed = config.seed
+    able = [client for client, count in sorted(everyone.items()) if count >= 2]
     if not able:
         raise InputError("no client has two examples: a probe trains on one and takes the loss on another")
     drawn = numpy_generator(seed, "diagnose", "clients").permutation(len(able))[:clients]
     data, groups = {}, []
     for client in sorted(able[i] for i in drawn):
-        items = everyone[client]
+        items = _encoded(config, parts, client)
         order = numpy_generator(seed, "diagnose", "held back", client).permutation(len(items)).tolist()
         kept = max(1, min(HELD_BACK, len(items) // 4))
         data[client] = [items[i] for i in sorted(order[kept:])]
@@ -252,7 +265,7 @@ def _document(
     measured: Measured,
     prediction: Prediction,
     groups: Sequence[Group],
-    everyone: Mapping[int, Sequence[Encoded]],
+    everyone: Mapping[int, int],
     clients: Sequence[int],
     ratio: float,
     tolerance: float,

@@ -1,0 +1,107 @@
+#!/bin/sh
+# The numbers of docs/theory.md: about half an hour on one core, beside what scripts/results.sh has made before (it calls this).
+# What is done is taken over. The parts that need the real models and data of ../shared are left out without them.
+set -eu
+cd "$(dirname "$0")/.."
+fedtune=.venv/bin/fedtune
+python=.venv/bin/python
+results=runs/results
+out=$results/theory
+insert() { "$python" scripts/insert_result.py docs/theory.md "$1"; }
+mkdir -p $out
+
+# SIZE is width x layers; 400 steps each, from the same corpus as the bundled model, which had 3400
+sizes="32x2 64x3 128x4 192x5"
+for size in $sizes; do
+    [ -d "runs/sizes/$size" ] || OMP_NUM_THREADS=1 "$python" scripts/pretrain_bundled.py --width "${size%x*}" \
+        --layers "${size#*x}" --steps 400 --every 400 --threads 1 --out "runs/sizes/$size"
+done
+
+diagnosed() { # NAME.json OPTIONS CONFIG SETTING...
+    [ -s "$out/$1.json" ] && return
+    name=$1 options=$2
+    shift 2
+    # shellcheck disable=SC2086
+    $fedtune diagnose "$@" $options --json --quiet >"$out/$name.new"
+    mv "$out/$name.new" "$out/$name.json"
+}
+compared() { # NAME CONFIGS SETTING...
+    name=$1 configs=$2
+    shift 2
+    for setting; do
+        shift
+        set -- "$@" --set "$setting"
+    done
+    # shellcheck disable=SC2086
+    $fedtune compare $configs "$@" --seeds 0 --no-references --quiet --out "$out/$name" >/dev/null
+}
+pair() { # NAME STEPS SETTING...: a probe, the whole run, and what compare says
+    name=$1 steps=$2
+    shift 2
+    diagnosed "$name-probe" "--steps $steps" configs/bundled_multi_round.yaml "$@"
+    diagnosed "$name-whole" --whole configs/bundled_multi_round.yaml "$@"
+    compared "$name" "configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml" "$@"
+}
+
+# the pairs on which the prediction's form was chosen: results.sh has compared them, here they are probed
+chosen=""
+for split in by-field iid; do
+    for trained in lora full; do
+        for initial in pretrained scratch; do
+            name=$split-$trained-$initial folder=one-shot-$split end=""
+            [ $initial = pretrained ] || end=_scratch
+            set -- configs/bundled_multi_round.yaml data.partition.name=$split model.initial=$initial
+            if [ $trained = full ]; then
+                set -- "$@" method.trainable=full method.lora=null method.lr=2e-3
+                folder=one-shot-full-$split
+            fi
+            diagnosed "$name-probe" "" "$@"
+            chosen="$chosen $name=$out/$name-probe.json:$results/$folder:bundled_multi_round$end:bundled_one_shot$end"
+        done
+    done
+done
+
+fresh="" whole=""
+full="data.max_examples=400 method.trainable=full method.lora=null method.lr=2e-3 evaluation.tasks=[loss] evaluation.bootstrap=0"
+add() { fresh="$fresh $1=$out/$1-probe.json:$out/$1:bundled_multi_round:bundled_one_shot" whole="$whole $out/$1-whole.json"; }
+for initial in pretrained scratch; do
+    for size in $sizes; do
+        # shellcheck disable=SC2086
+        pair "$size-$initial" 6 model.name="runs/sizes/$size" data.template=plain model.initial=$initial $full
+        add "$size-$initial"
+    done
+done
+# shellcheck disable=SC2086
+pair bundled-pretrained 6 $full
+add bundled-pretrained
+if [ -d ../shared ]; then
+    dolly='train: ../shared/data/dolly15k/databricks-dolly-15k.jsonl, clients: 8, max_length: 96, holdout: {fraction: 0.1},
+        fields: {instruction: instruction, input: context, output: response, category: category}'
+    loss='evaluation={tasks: [loss], every: 0, max_examples: 64, batch_size: 32, bootstrap: 0}'
+    for split in by-field iid; do
+        pair stories260K-$split 6 model.name=../shared/models/stories260K-hf "$loss" method.trainable=full method.lora=null \
+            method.lr=1e-3 "data={$dolly, max_examples: 320, template: plain, partition: {name: $split}}"
+        add stories260K-$split
+    done
+    pair instruct-7m 6 model.name=../shared/models/instruct-7m "$loss" \
+        "data={$dolly, max_examples: 160, template: alpaca, partition: {name: by-field}}"
+    add instruct-7m
+fi
+# shellcheck disable=SC2086
+$python scripts/theory_results.py quantities $whole | insert quantities
+# shellcheck disable=SC2086
+$python scripts/theory_results.py pairs $chosen | insert chosen
+# shellcheck disable=SC2086
+$python scripts/theory_results.py pairs $fresh | insert fresh
+# shellcheck disable=SC2086
+$python scripts/theory_results.py correlations $chosen -- $fresh | insert correlations
+
+# six epochs in 1, 2, 3 and 6 rounds, for the law by which rounds are recommended
+for initial in pretrained scratch; do
+    for rounds in 1 2 3 6; do
+        # shellcheck disable=SC2086
+        compared "rounds-$initial-$rounds" configs/bundled_multi_round.yaml $full model.initial=$initial \
+            method.rounds=$rounds method.local_epochs=$((6 / rounds))
+    done
+done
+$python scripts/theory_results.py rounds $out/rounds-pretrained $out/rounds-scratch -- 1 2 3 6 | insert rounds

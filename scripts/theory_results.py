@@ -1,0 +1,204 @@
+"""The tables of docs/theory.md, from what `fedtune diagnose` and `fedtune compare` wrote.
+
+    python scripts/theory_results.py quantities FILE...         L, τ, Γ, bound and error of whole runs
+    python scripts/theory_results.py pairs PAIR...              predictions beside what compare measured
+    python scripts/theory_results.py correlations PAIR... -- PAIR...   over each list and over both
+    python scripts/theory_results.py rounds FOLDER... -- R...   FOLDER-R: the same epochs in R rounds
+
+A PAIR is NAME=PROBE.json:FOLDER:MULTI:ONE: a probe, a folder of compare, and its two rows. scripts/theory.sh
+makes them all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.evaluation.correlation import pearson, spearman
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text."""
+    whole = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in whole)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent where it can be."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def quantities(files: Sequence[Path]) -> str:
+    """The theory's quantities of whole runs."""
+    lines = []
+    for file in files:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        found, losses = document["quantities"], document["losses"]
+        free, bound = found["sum_of_local_errors_without_rates"], found["bound_of_clients"]
+        lines.append(
+            [
+                file.stem.removesuffix("-whole"),
+                f"{found['trainable_parameters']:,}",
+                f"{number(found['smoothness'])} ± {number(found['smoothness_sd'])}",
+                number(found["largest_smoothness"]),
+                number(found["relative_update"]),
+                number(found["norm"]),
+                number(document["run"]["steps"]),
+                number(found["gamma"]),
+                number(found["bound"]),
+                number(bound),
+                number(free),
+                number(free / bound),
+                number(found["error"]),
+                number(found["distance"] / found["moved"]),
+                f"{losses['one_shot'][-1] - losses['multi_round'][-1]:+.4f}",
+            ]
+        )
+    header = [
+        "run",
+        "trained",
+        "L",
+        "largest L",
+        "τ",
+        "‖w₀‖",
+        "T·k",
+        "Γ",
+        "Γ‖w₀‖",
+        "× m",
+        "Σ‖ε_i‖, β = 1",
+        "of bound",
+    ]
+    return table([*header, "‖ε‖", "distance / moved", "gap"], lines)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a data set: what the probe predicted, and what compare measured over its seeds."""
+
+    name: str
+    probe: dict[str, Any]
+    gaps: list[float]
+    shares: list[float]
+
+    @staticmethod
+    def read(text: str) -> Pair:
+        """A pair from its argument."""
+        name, _, rest = text.partition("=")
+        file, folder, multi, one = rest.split(":")
+        rows = json.loads((Path(folder) / "compare.json").read_text(encoding="utf-8"))["rows"]
+        by = {(row["config"], row["seed"]): row for row in rows}
+        seeds = sorted(seed for config, seed in by if config == multi)
+        gaps, shares = [], []
+        for seed in seeds:
+            loss = {config: by[config, seed]["evaluation"]["loss"]["loss"] for config in (multi, one)}
+            gaps.append(loss[one] - loss[multi])
+            shares.append(gaps[-1] / (by[multi, seed]["zero_shot"]["loss"]["loss"] - loss[multi]))
+        return Pair(name, json.loads(Path(file).read_text(encoding="utf-8")), gaps, shares)
+
+    @property
+    def gap(self) -> float:
+        """Measured: the mean over seeds."""
+        return statistics.fmean(self.gaps)
+
+    @property
+    def share(self) -> float:
+        """Measured: the mean over seeds."""
+        return statistics.fmean(self.shares)
+
+
+def pairs(arguments: Sequence[str]) -> str:
+    """Predictions beside measurements."""
+    lines = []
+    for pair in map(Pair.read, arguments):
+        prediction, on = pair.probe["prediction"], pair.probe["measured_on"]
+        seeds = len(pair.gaps)
+        spread = f" ± {statistics.stdev(pair.gaps):.3f}" if seeds > 1 else ""
+        error = prediction["gap_error"]
+        lines.append(
+            [
+                pair.name,
+                f"{on['steps']:g} of {pair.probe['run']['steps']:g}",
+                f"{prediction['gap']:+.3f}" + ("" if error is None else f" ± {error:.3f}"),
+                f"{pair.gap:+.3f}{spread}",
+                f"{prediction['share']:.0%}",
+                f"{pair.share:.0%}",
+                number(prediction["bound"]),
+                f"{prediction['distance']:.2f}",
+                str(pair.probe["recommended_rounds"]),
+                str(seeds),
+            ]
+        )
+    header = ["pair", "steps", "predicted gap", "measured gap", "predicted share", "measured share", "bound"]
+    return table([*header, "distance / moved", "rounds", "seeds"], lines)
+
+
+def correlations(arguments: Sequence[str]) -> str:
+    """Of each predictor with the measured gap (and shares with shares), over the lists and over both."""
+    cut = arguments.index("--")
+    chosen = [Pair.read(text) for text in arguments[:cut]]
+    fresh = [Pair.read(text) for text in arguments[cut + 1 :]]
+    predictors = {
+        "predicted gap": lambda pair: pair.probe["prediction"]["gap"],
+        "gap in the probe itself": lambda pair: (
+            pair.probe["losses"]["one_shot"][-1] - pair.probe["losses"]["multi_round"][-1]
+        ),
+        "bound Γ‖w₀‖ of the run": lambda pair: pair.probe["prediction"]["bound"],
+        "Γ of the probe": lambda pair: pair.probe["quantities"]["gamma"],
+        "‖ε‖ of the probe (Eq. 7)": lambda pair: pair.probe["quantities"]["error"],
+        "distance / moved in the probe": lambda pair: pair.probe["prediction"]["distance"],
+    }
+    lines = []
+    for name, some in (("chosen", chosen), ("fresh", fresh), ("both", [*chosen, *fresh])):
+        for label, predictor in predictors.items():
+            found = [(float(predictor(pair)), pair.gap) for pair in some]
+            positive = [(math.log(x), math.log(y)) for x, y in found if x > 0 and y > 0]
+            logs = f"{pearson(positive):.2f} ({len(positive)})"
+            lines.append(
+                [name, label, f"{spearman(found):.2f}", f"{pearson(found):.2f}", logs, str(len(found))]
+            )
+        found = [(float(pair.probe["prediction"]["share"]), pair.share) for pair in some]
+        shares = [name, "predicted share, with the measured share"]
+        lines.append([*shares, f"{spearman(found):.2f}", f"{pearson(found):.2f}", "", str(len(found))])
+    return table(["pairs", "predictor", "Spearman", "Pearson", "Pearson of logarithms (n)", "n"], lines)
+
+
+def rounds(arguments: Sequence[str]) -> str:
+    """What R rounds lose of what the most rounds gain: measured, and by the law from what one round loses."""
+    cut = arguments.index("--")
+    counts = [int(text) for text in arguments[cut + 1 :]]
+    most, lines = counts[-1], []
+    for folder in arguments[:cut]:
+        found, before = {}, 0.0
+        for count in counts:
+            (row,) = json.loads(Path(f"{folder}-{count}", "compare.json").read_text(encoding="utf-8"))["rows"]
+            found[count], before = row["evaluation"]["loss"]["loss"], row["zero_shot"]["loss"]["loss"]
+        gain = before - found[most]
+        lost = (found[counts[0]] - found[most]) / gain
+        for count in counts:
+            law = lost * (1 / count - 1 / most) / (1 - 1 / most)
+            name = Path(folder).name.removeprefix("rounds-")
+            share = (found[count] - found[most]) / gain
+            lines.append([name, str(count), f"{found[count]:.4f}", f"{share:.1%}", f"{law:.1%}"])
+    return table(
+        ["initial weights", "rounds", "held-out loss", "share lost", "by the law, from R = 1"], lines
+    )
+
+
+def main() -> None:
+    command, arguments = sys.argv[1], sys.argv[2:]
+    if command == "quantities":
+        print(quantities([Path(name) for name in arguments]))
+    else:
+        print({"pairs": pairs, "correlations": correlations, "rounds": rounds}[command](arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Settings of the ways to reach clients, the operator's limits, and keys."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import fedtune, write_config
+
+from fedtune.errors import InputError
+from fedtune.run.config_file import parse_config
+from fedtune.run.data import prepare_data
+from fedtune.transport.acceptance import (
+    NotAccepted,
+    check_bytes,
+    check_data,
+    check_run,
+    read_acceptance,
+)
+
+NETWORK = {"data": {"train": "clients", "holdout": {"source": "bundled"}}, "transport": {"name": "flower"}}
+
+
+def merged(*changes: dict[str, Any]) -> dict[str, Any]:
+    document = json.loads(json.dumps(NETWORK))
+    for change in changes:
+        for block, values in change.items():
+            document.setdefault(block, {}).update(values)
+    return document
+
+
+def test_over_a_network_the_server_has_held_out_examples_alone() -> None:
+    config = parse_config(merged({"evaluation": {"max_examples": 5}}), "test")
+    split = prepare_data(config, pooled=False)
+    assert (split.clients, len(split.evaluation), split.partition["clients"]) == ({}, 5, [])
+    here = prepare_data(parse_config({"evaluation": {"max_examples": 5}}, "test"), pooled=False)
+    assert split.evaluation == here.evaluation  # the same ones as on one machine
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"train": "bundled"}}, "data.train is bundled and transport.name flower"),
+        ({"transport": {"name": "in-process"}}, "data.train is clients and transport.name in-process"),
+        ({"data": {"holdout": {"fraction": 0.1}}}, "data.holdout.source is missing"),
+        ({"data": {"partition": {"name": "shards"}}}, "for examples that the server has"),
+        ({"data": {"max_examples": 5}}, "for examples that the server has"),
+        ({"federation": {"simulate": {"dropout": 0.1}}}, "federation.simulate is for one machine"),
+        (
+            {"model": {"task": "classification"}, "evaluation": {"tasks": ["loss", "accuracy"]}},
+            "data.labels is missing",
+        ),
+        ({"data": {"labels": ["a", "b"]}}, "data.labels are for model.task: classification"),
+        ({"transport": {"workers": 2}}, "workers belongs to name: flower-simulation, got flower"),
+    ],
+)
+def test_what_a_network_does_not_go_with(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_config(merged(change), "test")
+
+
+def test_waiting_belongs_to_a_network() -> None:
+    with pytest.raises(InputError, match="wait_s belongs to name: flower, got in-process"):
+        parse_config({"transport": {"wait_s": 5.0}}, "test")
+    assert parse_config(merged({"transport": {"wait_s": 5.0}}), "test").transport.wait_s == 5.0
+
+
+def test_run_does_not_start_a_network_and_writes_nothing(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", NETWORK)
+    done = fedtune("run", "c.yaml", "--out", "run", cwd=tmp_path)
+    assert done.status == 2
+    assert "fedtune server" in done.err or "not installed" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_fix_the_classes_and_their_order(tmp_path: Path) -> None:
+    rows = [{"instruction": f"w{i}", "output": "ab"[i % 2]} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document = {
+        "model": {"name": "roberta", "task": "classification"},
+        "data": {"train": str(tmp_path / "d.jsonl"), "clients": 2, "labels": ["b", "a", "c"]},
+        "evaluation": {"tasks": ["loss"]},
+    }
+    assert prepare_data(parse_config(document, "test"), pooled=False).labels == ("b", "a", "c")
+    document["data"]["labels"] = ["a", "c"]  # type: ignore[index]
+    with pytest.raises(InputError, match=r"not in data.labels: \['b'\]"):
+        prepare_data(parse_config(document, "test"), pooled=False)
+
+
+LIMITS = {"methods": ["fedavg"], "max_bytes": 1000, "max_local_steps": 10}
+
+
+def test_what_an_operator_accepts(tmp_path: Path) -> None:
+    limits = read_acceptance({**LIMITS, "data_folder": str(tmp_path / "data")}, "accept.yaml")
+    check_run(limits, "fedavg", 10)
+    with pytest.raises(NotAccepted, match="accepts fedavg, and the method is fedkseed"):
+        check_run(limits, "fedkseed", 1)
+    with pytest.raises(NotAccepted, match="take 11 local steps there, and its operator accepts 10"):
+        check_run(limits, "fedavg", 11)
+    check_bytes(limits, 1000, "order")
+    with pytest.raises(NotAccepted, match="the reply has 1,001 bytes, and its operator accepts 1,000"):
+        check_bytes(limits, 1001, "reply")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.jsonl").touch()
+    (tmp_path / "data/link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (tmp_path / "data/own.jsonl").touch()
+    check_data(limits, tmp_path / "data/own.jsonl")
+    for outside in ("secret.jsonl", "data/link.jsonl", "data/../secret.jsonl"):
+        with pytest.raises(InputError, match=r"is not in .*data, the data_folder"):
+            check_data(limits, tmp_path / outside)
+    anything = read_acceptance(None, "accept.yaml")
+    check_run(anything, "fedkseed", 10**9)
+    check_bytes(anything, 10**12, "order")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": ["fedavg"]}, {"max_bytes": "1 GB"}, {"max_bytes": 0}, {"methods": []}]
+)
+def test_wrong_limits_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"accept.yaml: {next(iter(wrong))}"):
+        read_acceptance(wrong, "accept.yaml")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    pytest.importorskip("cryptography", reason="comes with Flower (the extra `flower`)")
+    from fedtune.transport.keys import make_keys
+
+    make_keys(tmp_path / "fed", ["fed.example.org", "10.0.0.1"], ["north", "south"], days=2)
+    return tmp_path / "fed"
+
+
+def test_keys_are_private_and_more_clients_can_come(made: Path) -> None:
+    from fedtune.transport.keys import check_client, check_server, make_keys, read_clients
+
+    secrets = [made / "ca.key", made / "server/server.key", made / "clients/north/client.key"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
+    assert not [path for path in made.rglob("ca.key") if path.parent != made]
+    before = {path: path.read_bytes() for path in secrets}
+    assert make_keys(made, [], ["west", "north"], days=2) == ["north", "south", "west"]
+    assert {path: path.read_bytes() for path in secrets} == before
+    check_server(made / "server")
+    assert [check_client(made / "clients" / name) for name in ("north", "south", "west")] == list(
+        read_clients(made / "server").values()
+    )
+
+
+def test_what_is_wrong_with_keys_is_said(made: Path, tmp_path: Path) -> None:
+    from fedtune.transport.keys import check_client, check_server, make_keys
+
+    for name in ("a,b", "../up", "", "-x"):
+        with pytest.raises(InputError, match="cannot be a client's name"):
+            make_keys(made, [], [name], days=1)
+    with pytest.raises(InputError, match="--server"):
+        make_keys(tmp_path / "new", [], ["north"], days=1)
+    (made / "clients/north/client.key").chmod(0o640)
+    with pytest.raises(InputError, match=r"client.key is open to other users \(mode 640\).*chmod 600"):
+        check_client(made / "clients/north")
+    (made / "clients/north/client.key").chmod(0o600)
+    (made / "clients/north/client.key").write_text("nothing")
+    with pytest.raises(InputError, match="not a private key"):
+        check_client(made / "clients/north")
+    with pytest.raises(InputError, match=r"client.key: there is no such file; fedtune keys makes it"):
+        check_client(made / "server")
+    make_keys(tmp_path / "other", ["x"], ["north"], days=1)
+    (made / "server/ca.crt").write_bytes((tmp_path / "other/server/ca.crt").read_bytes())
+    with pytest.raises(InputError, match=r"was not signed by ca.crt"):
+        check_server(made / "server")
+
+
+def test_an_expired_certificate_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.transport import keys
+
+    in_three_days = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=3)
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return in_three_days
+
+    monkeypatch.setattr(keys.datetime, "datetime", Later)
+    with pytest.raises(InputError, match=r"server.crt expired on \d{4}-\d\d-\d\d"):
+        keys.check_server(made / "server")

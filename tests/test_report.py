@@ -1,0 +1,123 @@
+"""`fedtune report`: one page that holds what the run folders hold, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import fedtune
+
+from fedtune.errors import InputError
+from fedtune.report.page import read_runs, report
+from fedtune.run.config import RunConfig
+from fedtune.run.config_file import parse_config
+from fedtune.run.folder import RunFolder
+
+pytest.importorskip("matplotlib")
+
+
+def config(**model: Any) -> RunConfig:
+    return parse_config({"method": {"name": "fedavg"}, "model": model}, "test")
+
+
+def made(path: Path, losses: list[float | None], **summary: Any) -> Path:
+    """A run of one client: 1,000 bytes down and 500 up a round."""
+    folder = RunFolder.create(path, config(), {}, {})
+    for round, loss in enumerate(losses):
+        scores = {} if loss is None else {"loss": {"loss": loss, "loss_low": loss - 1, "loss_high": loss + 1}}
+        left_out = {"7": "<late>"} if round == 1 else {}
+        entry = {
+            "round": round,
+            "clients": [0],
+            "left_out": left_out,
+            "train_loss": None if round == 0 else 2.0,
+        }
+        folder.append("rounds.jsonl", entry | {"eval": scores, "seconds": 1.5})
+        if round:
+            for way, count in (("down", 1000), ("up", 500)):
+                folder.append("wire.jsonl", {"round": round, "direction": way, "payload_bytes": count})
+            folder.append("memory.jsonl", {"where": "client", "peak_bytes": 10 * round})
+    if summary:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+class Cells(HTMLParser):
+    """The text of each table row, and every address the page points to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_the_numbers_of_two_runs(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", [4.25, 3.0, 2.5], status="done", payload_bytes_per_client_round=1500)
+    two = made(tmp_path / "two", [4.25, None, 3.5])
+    runs = read_runs([one, two])
+    assert runs[0].sent() == {0: 0, 1: 1500, 2: 3000} and runs[1].curve("loss", "loss") == {0: 4.25, 2: 3.5}
+    page = report(runs)
+    cells = Cells(page)
+    assert ["one", "fedavg", "2", "done", "2.00 kB", "1.00 kB", "1.50 kB", "20 B", "", "4.5"] in cells.rows
+    assert ["two", "fedavg", "2", "not finished", "2.00 kB", "1.00 kB", "", "20 B", "", "4.5"] in cells.rows
+    assert ["one", "loss", "4.2500", "2.5000 [1.5000, 3.5000]", "2", ""] in cells.rows
+    assert ["two", "loss", "4.2500", "3.5000 [2.5000, 4.5000]", "2", ""] in cells.rows
+    assert ["one", "1", "7", "<late>"] in cells.rows and "<late>" not in page
+    # the curves against rounds and bytes, and the training loss; all in the page itself
+    assert len(cells.addresses) == 2
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in cells.addresses)
+    assert all(b"</svg>" in base64.b64decode(address.partition(",")[2]) for address in cells.addresses)
+    assert not re.search(r"<script|https?://", page)
+    assert report(runs) == page
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for parent in "ab":
+        (tmp_path / parent).mkdir()
+        made(tmp_path / parent / "run", [1.0])
+    assert [run.name for run in read_runs([tmp_path / "a/run", tmp_path / "b/run"])] == ["a/run", "b/run"]
+
+
+def test_what_cannot_be_reported(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", [1.0])
+    with pytest.raises(InputError, match="named twice"):
+        read_runs([run, tmp_path / "." / "run"])
+    with pytest.raises(InputError, match="no such folder"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="has no round yet"):
+        read_runs([made(tmp_path / "new", [])])
+
+
+def test_the_command_writes_once(tmp_path: Path) -> None:
+    made(tmp_path / "run", [2.0, 1.0])
+    done = fedtune("report", "run", "--out", "page.html", cwd=tmp_path)
+    assert (done.status, done.out) == (0, "page.html\n"), done.err
+    before = (tmp_path / "page.html").read_bytes()
+    again = fedtune("report", "run", "--out", "page.html", cwd=tmp_path)
+    assert again.status == 2 and "exists already" in again.err
+    assert (tmp_path / "page.html").read_bytes() == before
+    nowhere = fedtune("report", "run", "--out", "a/page.html", cwd=tmp_path)
+    assert nowhere.status == 2 and "no folder a" in nowhere.err

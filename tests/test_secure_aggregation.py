@@ -1,0 +1,588 @@
+"""Secure aggregation: exact sums, a server that sees noise, and clients that drop out, break or lie."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import write_config
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given
+from hypothesis import strategies as st
+from protected import DATA, Bent, federation, kseed
+from scipy import stats
+from toy import items
+from torch import Tensor
+
+from fedtune.core import masking
+from fedtune.core.client import ClientError
+from fedtune.core.loop import QuorumError
+from fedtune.core.protection import SecureAggregation, threshold_of
+from fedtune.core.state import to_payload
+from fedtune.core.types import Payload
+from fedtune.core.wire import Message, decode, encode
+from fedtune.errors import InputError
+from fedtune.run import federation as runs
+from fedtune.run.config_file import load_config, parse_config
+from fedtune.run.journal import Journal
+from fedtune.run.progress import Silent
+from fedtune.transport.in_process import InProcess, Simulation
+
+SECURE = SecureAggregation()
+WIDTHS = st.sampled_from([40, 48, 56, 64])
+
+
+def bits_of(bench: Any) -> dict[str, Tensor]:
+    return dict(to_payload(bench.state).tensors)
+
+
+def equal(one: Any, other: Any) -> bool:
+    mine, theirs = bits_of(one), bits_of(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# The primitives
+
+
+@given(bits=WIDTHS, data=st.data())
+def test_numbers_survive_packing_and_sums_are_modulo_two_to_the_bits(bits: int, data: Any) -> None:
+    limit = 2 ** (bits - 3)
+    rows = data.draw(
+        st.lists(
+            st.lists(st.integers(-limit, limit - 1), min_size=5, max_size=5), min_size=1, max_size=4
+        )
+    )
+    total = np.zeros(5, dtype=np.uint64)
+    for row in rows:
+        packed = masking.pack(np.array(row, dtype=np.int64).view(np.uint64), bits)
+        assert packed.shape == (5, bits // 8)
+        masking.add_packed(total, packed)
+    assert masking.signed(total, bits).tolist() == [sum(column) for column in zip(*rows, strict=True)]
+
+
+@given(bits=WIDTHS)
+def test_a_mask_is_the_key_stream_of_aes_and_can_be_taken_off(bits: int) -> None:
+    count = masking.CHUNK + 3  # more than one piece
+    vector, key = np.arange(count, dtype=np.uint64), bytes(range(32))
+    masking.add_mask(vector, key, bits)
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(count * bits // 8))
+    width = bits // 8
+    for at in (0, 1, masking.CHUNK, count - 1):
+        mask = int.from_bytes(stream[at * width : (at + 1) * width], "little")
+        assert int(vector[at]) == (at + mask) % 2**64
+    masking.add_mask(vector, key, bits, subtract=True)
+    assert np.array_equal(vector, np.arange(count, dtype=np.uint64))
+
+
+def test_shares_give_the_secret_from_the_threshold_on() -> None:
+    secret = masking.fresh(16)
+    shares = dict(enumerate(masking.deal(secret, 3, 5)))
+    for some in itertools.combinations(shares, 3):
+        assert masking.combine({place: shares[place] for place in some}) == secret
+    assert masking.combine({place: shares[place] for place in (0, 4)}) != secret
+
+
+def test_two_parties_agree_and_labels_separate_keys() -> None:
+    mine, theirs = masking.fresh(32), masking.fresh(32)
+    shared = masking.agree(mine, masking.public_key(theirs), "mask")
+    assert shared == masking.agree(theirs, masking.public_key(mine), "mask")
+    assert shared != masking.agree(mine, masking.public_key(theirs), "shares")
+    with pytest.raises(ValueError, match=r".+"):
+        masking.agree(mine, bytes(32), "mask")
+
+
+def test_a_seal_holds_text_and_circumstances() -> None:
+    key = masking.fresh(32)
+    sealed = masking.seal(key, b"share", b"1 2 3")
+    assert masking.unseal(key, sealed, b"1 2 3") == b"share"
+    assert masking.unseal(key, sealed, b"1 2 4") is None
+    assert masking.unseal(key, sealed[:-1] + bytes([sealed[-1] ^ 1]), b"1 2 3") is None
+    assert masking.unseal(masking.fresh(32), sealed, b"1 2 3") is None
+
+
+# Exact sums
+
+METHODS: dict[str, Any] = {
+    "mean": {},
+    "momentum": {"server_optimizer": {"name": "momentum"}},
+    "adam": {"server_optimizer": {"name": "adam"}},
+    "scaffold": {"control_variates": True},
+    "proximal": {"proximal": 1.0},
+    "fedkseed pairs": {"method": kseed},
+    "fedkseed sums": {"method": lambda: kseed(local_steps=30)},
+}
+
+
+@pytest.mark.parametrize("bits", [48, 64])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_final_bits_are_those_without_masks(name: str, bits: int) -> None:
+    """Three rounds; in some of them one of four clients drops out after it has shared its secrets."""
+    settings = dict(METHODS[name])
+    build = settings.pop("method", lambda: None)
+    ends, lost = [], 0
+    for secure in (None, SecureAggregation(bits=bits)):
+        bench, _ = federation(secure, method=build(), simulation=Simulation(dropout=0.25), **settings)
+        outcomes = [bench.round(round, quorum=0.5) for round in (1, 3, 4)]
+        ends.append((bench, outcomes))
+        lost = sum(len(outcome.left_out) for outcome in outcomes)
+    (plain, before), (masked, after) = ends
+    assert lost >= 2
+    assert equal(plain, masked)
+    for mine, theirs in zip(before, after, strict=True):
+        assert mine.clients == theirs.clients
+        assert mine.left_out == theirs.left_out
+        assert theirs.mean("train_loss") == pytest.approx(mine.mean("train_loss"), abs=1e-6)
+        assert set(map(str, theirs.metrics.values())) == {"{}"}  # nothing of a single client
+
+
+@pytest.mark.parametrize("phase", ["keys", "shares", "opened", "masked", "unmask"])
+def test_one_of_four_may_drop_out_in_any_phase(phase: str) -> None:
+    bench, bent = federation(SECURE)
+    bent.reply = lambda at, client, tensors: "no battery" if (at, client) == (phase, 2) else None
+    outcome = bench.round(1, quorum=0.5)
+    inside = phase == "unmask"  # its update is in the sum; the others are enough to unmask it
+    assert sorted(outcome.clients) == ([0, 1, 2, 3] if inside else [0, 1, 3])
+    assert (2 in outcome.left_out) == (not inside)
+    plain, other = federation()
+    other.reply = lambda at, client, tensors: "no battery" if client == 2 and not inside else None
+    plain.round(1, quorum=0.5)
+    assert equal(plain, bench)
+    bent.reply = other.reply = lambda at, client, tensors: None
+    assert sorted(bench.round(2).clients) == [0, 1, 2, 3]  # the next round finds it back
+    plain.round(2)
+    assert equal(plain, bench)
+
+
+@pytest.mark.parametrize("phase", ["keys", "shares", "opened", "masked", "unmask"])
+def test_below_the_threshold_the_round_fails_and_nothing_is_lost(phase: str) -> None:
+    bench, bent = federation(SECURE)
+    before = bits_of(bench)
+    bent.reply = lambda at, client, tensors: "no battery" if at == phase and client in (1, 2) else None
+    with pytest.raises(QuorumError, match=rf"2 of 4 clients .*{phase}.* threshold is 3.*Nothing was unmasked"):
+        bench.round(1, quorum=0.5)
+    after = bits_of(bench)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    bent.reply = lambda at, client, tensors: None
+    bench.round(1)  # asked again, all make new keys
+    plain, _ = federation()
+    plain.round(1)
+    assert equal(plain, bench)
+
+
+def test_below_the_quorum_nothing_is_unmasked() -> None:
+    bench, bent = federation(SECURE)
+    bent.reply = lambda at, client, tensors: "no battery" if at == "masked" and client == 1 else None
+    with pytest.raises(QuorumError, match="3 of 4 clients gave a usable reply, the quorum is 4"):
+        bench.round(1, quorum=1.0)
+    assert bent.of("unmask") == {}
+
+
+def test_a_client_without_examples_is_left_out_before_it_has_a_part_in_it() -> None:
+    bench, _ = federation(SECURE, data={**DATA, 1: []})
+    outcome = bench.round(1, quorum=0.5)
+    assert outcome.left_out == {1: "it failed: ClientError: it has no examples"}
+
+
+@pytest.mark.parametrize("bits", [40, 48])
+def test_a_number_too_large_for_the_bits_is_the_clients_error(bits: int) -> None:
+    bench, _ = federation(SecureAggregation(bits=bits), data={c: items(10**6) for c in range(4)})
+    with pytest.raises(QuorumError, match=rf"bits={bits} it must be below .*; set more bits"):
+        bench.round(1, quorum=0.5)
+
+
+# What the server sees
+
+
+def test_what_the_server_sees_of_an_update_is_noise() -> None:
+    """The same update in 400 rounds: its masked bytes and numbers are uniform, whatever it is.
+
+    Keys come from the operating system, so each test has a chance of one in 10⁸ to fail by itself.
+    """
+    bench, bent = federation(SECURE)
+    start, views = bench.state, []
+    for _ in range(400):
+        bench.state = start
+        bench.round(1)
+        views.append(bent.of("masked")[1]["masked"])
+    update = Payload({"w": torch.tensor([0.5]), "more": torch.full((7, 11), 0.01)})
+    shapes = bench.method.sum_shapes(start)
+    summand = bench.method.summand(update, weight=3, total=14, population=4, shapes=shapes)
+    unmasked = torch.cat([summand["more"].reshape(-1), summand["w"]]).numpy().view(np.uint64)
+    masked = torch.stack(views).numpy()
+    plain = torch.stack([masking.pack(unmasked, 64)] * 400).numpy()
+    assert masked.shape == (400, 79, 8)  # 78 parameters and the loss
+    chance = 1e-8
+
+    def uniform_bytes(rows: Any) -> float:
+        return float(stats.chisquare(np.bincount(rows.reshape(-1), minlength=256)).pvalue)
+
+    def uniform_numbers(rows: Any) -> float:
+        numbers = np.ascontiguousarray(rows).reshape(-1, 8).view("<u8").astype(np.float64) / 2.0**64
+        return float(stats.kstest(numbers.reshape(-1), "uniform").pvalue)
+
+    assert uniform_bytes(masked) > chance
+    assert uniform_numbers(masked) > chance
+    assert uniform_bytes(plain) < chance  # the tests see what is not masked
+    assert uniform_numbers(plain) < chance
+    for byte in range(8):  # each place of a number by itself, and each number over the rounds
+        assert uniform_bytes(masked[:, :, byte]) > chance
+    worst = min(uniform_bytes(masked[:, number]) for number in range(79))
+    assert worst > chance / 79
+    assert len({row.tobytes() for row in masked}) == 400
+    # two rounds of one client have nothing in common but the update
+    apart = (masked[0::2].reshape(200, -1, 8) ^ masked[1::2].reshape(200, -1, 8)).reshape(-1)
+    assert uniform_bytes(apart) > chance
+
+
+def test_no_pair_of_views_gives_an_update_away_but_all_together_give_the_sum() -> None:
+    bench, bent = federation(SECURE)
+    start = bench.state
+    rows = []
+    for _ in range(100):
+        bench.state = start
+        bench.round(1)
+        rows.append([bent.of("masked")[c]["masked"].numpy().copy().view("<u8").reshape(-1) for c in range(4)])
+    sums = np.array(rows, dtype=np.uint64)  # (rounds, clients, numbers)
+    for size in (2, 3, 4):  # own masks hide even the sum of all until it is unmasked
+        total = sums[:, :size].sum(axis=1, dtype=np.uint64)
+        assert stats.chisquare(np.bincount(total.view(np.uint8).reshape(-1), minlength=256)).pvalue > 1e-8
+
+
+def test_the_server_never_gets_both_kinds_of_shares_of_one_client() -> None:
+    bench, bent = federation(SECURE)
+    bent.reply = lambda at, client, tensors: "no battery" if (at, client) == ("masked", 0) else None
+    bench.round(1, quorum=0.5)
+    dealt = bent.of("shares")
+    for client, tensors in bent.of("unmask").items():
+        for sender, share in zip(range(4), tensors["shares"], strict=True):
+            kind = b"s" if sender == 0 else b"b"
+            about = sender.to_bytes(8, "big") + client.to_bytes(8, "big")
+            wanted = hashlib.sha256(kind + about + share.numpy().tobytes()).digest()
+            assert wanted == dealt[sender]["commitments"][client, 1 if sender == 0 else 0].numpy().tobytes()
+
+
+# Clients that break or lie
+
+
+def changed(phase: str, client: int, **new: Any) -> Any:
+    """A change of one client's reply in one phase; each value makes the new tensor from the old."""
+    return lambda at, c, tensors: (
+        tensors | {name: make(tensors[name]) for name, make in new.items()}
+        if (at, c) == (phase, client)
+        else None
+    )
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "a vector too short": (changed("masked", 2, masked=lambda t: t[:-1]), r"shape \(79, 8\) was asked"),
+    "a vector of floats": (changed("masked", 2, masked=lambda t: t.float()), "float32"),
+    "a key of zeros": (changed("keys", 2, keys=lambda t: t * 0), "a key that came twice"),
+    "a key that fixes the secret": (
+        changed("keys", 2, keys=lambda t: torch.stack([t[0], t[1] * 0])),
+        "a key that gives everyone the same secret",
+    ),
+    "a key too short": (changed("keys", 2, keys=lambda t: t[:, :-1]), r"shape \(2, 32\) was asked"),
+    "shares that do not open": (
+        changed("shares", 2, sealed=lambda t: t ^ 1),
+        r"the shares it sent do not open, so clients \[0, 1, 3\] say",
+    ),
+    "shares that are not as committed": (
+        changed("shares", 2, commitments=lambda t: t ^ 1),
+        r"the shares it sent do not open, so clients \[0, 1, 2, 3\] say",
+    ),
+    "says that no share opens": (
+        changed("opened", 2, opened=lambda t: torch.tensor([False, False, True, False])),
+        r"it could not open the shares of clients \[0, 1, 3\], which others could",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_client_is_left_out_and_named(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench, bent = federation(SECURE)
+    bent.reply, reason = BROKEN[what]
+    outcome = bench.round(1, quorum=0.5)
+    assert sorted(outcome.clients) == [0, 1, 3]
+    assert list(outcome.left_out) == [2]
+    assert re.search(reason, outcome.left_out[2])
+    assert "client 2 is left out" in caplog.text
+    plain, other = federation()
+    other.reply = lambda at, client, tensors: "no battery" if client == 2 else None
+    plain.round(1, quorum=0.5)
+    assert equal(plain, bench)
+
+
+def test_two_clients_with_one_key_are_both_left_out() -> None:
+    bench, bent = federation(SecureAggregation(threshold=3), data={c: items(c, 1) for c in range(5)})
+    bent.reply = lambda at, client, tensors: (
+        {"keys": bent.of("keys")[0]["keys"]} if (at, client) == ("keys", 4) else None
+    )
+    outcome = bench.round(1, quorum=0.5)
+    assert sorted(outcome.clients) == [1, 2, 3]
+    assert {c: "came twice" in reason for c, reason in outcome.left_out.items()} == {0: True, 4: True}
+
+
+def test_who_returns_other_shares_is_named_and_not_believed(caplog: pytest.LogCaptureFixture) -> None:
+    bench, bent = federation(SECURE)
+    bent.reply = changed("unmask", 2, shares=lambda t: t ^ 1)
+    bench.round(1)
+    assert "client 2 returned other shares of clients [0, 1, 2, 3] than it was given" in caplog.text
+    plain, _ = federation()
+    plain.round(1)
+    assert equal(plain, bench)
+
+
+def test_who_commits_to_another_secret_stops_the_round_and_is_named() -> None:
+    bench, bent = federation(SECURE)
+    bent.reply = changed("shares", 2, secret=lambda t: t ^ 1)
+    with pytest.raises(QuorumError, match="shares that client 2 dealt do not give the secret"):
+        bench.round(1)
+
+
+# A server that asks for too much
+
+
+def refused(bent: Bent, bench: Any, reason: str) -> None:
+    with pytest.raises(QuorumError, match=reason):
+        bench.round(1, quorum=0.5)
+
+
+def test_a_client_answers_each_phase_once() -> None:
+    bench, bent = federation(SECURE)
+    bench.round(1)
+    for phase in ("shares", "opened", "masked", "unmask"):
+        frame = next(frame for at, client, frame in bent.orders if (at, client) == (phase, 1))
+        with pytest.raises(ClientError, match=f"phase {phase} of round 1.*answered once; it holds nothing"):
+            bench.runner.handle(1, frame)
+    assert all(not state.tensors for state in bench.runner.states.values())  # secrets are gone
+
+
+@pytest.mark.parametrize("phase", ["shares", "opened", "masked"])
+def test_a_client_does_not_go_back(phase: str) -> None:
+    bench, bent = federation(SECURE)
+    frames: dict[str, bytes] = {}
+
+    def twice(at: str, client: int, tensors: dict[str, Tensor]) -> None:
+        if client == 1:
+            frames[at] = next(f for p, c, f in reversed(bent.orders) if (p, c) == (at, 1))
+            if at == phase:
+                with pytest.raises(ClientError, match="answered once; it holds phase"):
+                    bench.runner.handle(1, frames[at])
+
+    bent.reply = twice
+    bench.round(1)
+    assert phase in frames
+
+
+def test_a_client_refuses_to_unmask_for_too_few() -> None:
+    bench, bent = federation(SECURE)
+    bent.order = lambda at, client, tensors: (
+        {"survivors": torch.tensor([0, 1])} if at == "unmask" else None
+    )
+    refused(bent, bench, r"0 of 4 clients were there after phase unmask")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("threshold", [2], "a threshold of 2 of 4 clients is not safe"),
+        ("threshold", [1], "a threshold of 1 of 4 clients is not safe"),
+        ("clients", [0, 1, 2, 2], r"are said to be of clients \[0, 1, 2, 2\]"),
+        ("clients", [5, 6, 7, 8], r"are said to be of clients \[5, 6, 7, 8\]"),
+    ],
+)
+def test_a_client_refuses_unsafe_terms(name: str, value: list[int], reason: str) -> None:
+    bench, bent = federation(SECURE)
+    bent.order = lambda at, client, tensors: (
+        tensors | {name: torch.tensor(value)} if at == "shares" else None
+    )
+    refused(bent, bench, reason)
+
+
+def test_a_client_refuses_keys_in_the_name_of_others() -> None:
+    """The server puts a key of its own in the place of the client's, or one key in two places."""
+    for change, reason in (
+        (lambda keys: keys.flip(0), "as its own are not those that it made"),
+        (lambda keys: torch.stack([keys[0], keys[1], keys[2], keys[2]]), "two of the keys .* are the same"),
+    ):
+        bench, bent = federation(SECURE)
+        bent.order = lambda at, client, tensors, change=change: (  # type: ignore[misc]
+            tensors | {"keys": change(tensors["keys"])} if at == "shares" else None
+        )
+        refused(bent, bench, reason)
+
+
+def test_a_client_sends_no_plain_update_where_its_configuration_says_masks() -> None:
+    bench, _ = federation()
+    secure, _ = federation(SECURE)
+    frame = encode(Message(Payload({"w": torch.zeros(1), "more": torch.zeros(7, 11)}), {"round": 1}))
+    assert bench.runner.handle(1, frame)
+    with pytest.raises(ClientError, match="asked for a plain update"):
+        secure.runner.handle(1, frame)
+    keys = encode(Message(Payload(), {"round": 1, "phase": "keys"}))
+    assert secure.runner.handle(1, keys)
+    with pytest.raises(ClientError, match="which its configuration does not have"):
+        bench.runner.handle(1, keys)
+
+
+# Bytes, settings, whole runs
+
+
+@pytest.mark.parametrize("bits", [48, 64])
+def test_the_ledger_has_what_it_costs_under_its_own_kind(bits: int) -> None:
+    plain, _ = federation()
+    plain.round(1)
+    bench, _ = federation(SecureAggregation(bits=bits))
+    bench.round(1)
+    n, numbers = 4, 79
+    shapes = len('{"w": [1], "more": [7, 11]}')
+    down = 2 * 32 * n + 8 * n + 8  # public keys, whose they are, the threshold
+    down += 60 * n + 64 * n + 8 * n + 24 + 8 + shapes  # sealed shares, commitments, share, noise shares
+    down += 8 * n + 8 * n  # whose sum, who is in it
+    up = 64 + 60 * n + 64 * n + 32 + n + 16 * n  # keys; shares, commitments; which opened; shares to unmask
+    up += numbers * bits // 8 - 78 * 4
+    for client in range(4):
+        of = [e for e in bench.wire if e["client"] == client]
+        without = [e for e in plain.wire if e["client"] == client]
+        for way, extra in (("down", down), ("up", up)):
+            train = [e["payload_bytes"] for e in of if (e["kind"], e["direction"]) == ("train", way)]
+            assert train == [e["payload_bytes"] for e in without if e["direction"] == way]
+            secure = [e for e in of if (e["kind"], e["direction"]) == ("secure-aggregation", way)]
+            assert sum(e["payload_bytes"] for e in secure) == extra
+            assert len(secure) == 5
+            assert all(e["framed_bytes"] >= e["payload_bytes"] for e in secure)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "cohort", "needed"), [(0.6, 3, 2), (0.6, 4, 3), (0.75, 4, 3), (0.6, 10, 6), (7, 10, 7)]
+)
+def test_the_threshold_as_count_and_fraction(threshold: float | int, cohort: int, needed: int) -> None:
+    assert threshold_of(SecureAggregation(threshold=threshold), cohort) == needed
+
+
+@pytest.mark.parametrize(
+    ("threshold", "cohort", "reason"),
+    [(3, 2, "no round could reach it"), (0.6, 1, "ask at least two"), (5, 10, "6 or more"), (2, 4, "3 or more")],
+)
+def test_thresholds_that_are_not_safe_or_out_of_reach(
+    threshold: float | int, cohort: int, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        threshold_of(SecureAggregation(threshold=threshold), cohort)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "flora": ({"name": "fedavg", "aggregation": "stack"}, "needs each client's factors"),
+    "asynchronous": (
+        {"name": "fedavg", "rounds": 1, "arrival": "asynchronous"},
+        "takes each reply in alone, as it comes",
+    ),
+    "trimmed mean": ({"name": "fedkseed", "aggregation": "trimmed-mean"}, "compares the clients' scalars"),
+    "median": ({"name": "fedkseed", "aggregation": "median-of-means"}, "compares the clients' scalars"),
+    "clip": ({"name": "fedkseed", "clip": 1.0}, "clip looks at each client's scalars"),
+    "limit": ({"name": "fedkseed", "scalar_limit": 1.0}, "scalar_limit looks at each client's scalars"),
+    "pro": ({"name": "fedkseed-pro"}, "counts how often each seed was drawn"),
+    "fedcybgd": ({"name": "fedcybgd"}, "come one after another"),
+    "infinite pool": ({"name": "infinite-pool"}, "needs more of each reply than a weighted sum"),
+    "zero-shot": ({"name": "zero-shot"}, "its clients send nothing"),
+    "centralized": ({"name": "centralized"}, "its clients send nothing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("block", ["secure_aggregation", "privacy"])
+def test_methods_that_need_more_than_a_sum_are_refused(name: str, block: str) -> None:
+    method, reason = REFUSED[name]
+    settings = {"clip": 1.0, "noise_multiplier": 1.0} if block == "privacy" else {}
+    with pytest.raises(InputError, match=rf"federation.{block} does not go with {method['name']}: .*{reason}"):
+        parse_config({"method": method, "federation": {block: settings}}, "test")
+
+
+def config(**federation: Any) -> dict[str, Any]:
+    return {
+        "data": {"clients": 4, "max_examples": 16, "max_length": 48},
+        "method": {
+            "name": "fedavg",
+            "rounds": 2,
+            "local_steps": 1,
+            "batch_size": 2,
+            "lr": 0.01,
+            "lora": {"rank": 2, "client_ranks": [1, 2], "targets": ["q_proj"]},
+        },
+        "evaluation": {"tasks": ["loss"], "max_examples": 2, "every": 0, "bootstrap": 0},
+        "federation": federation,
+        "seed": 3,
+    }
+
+
+def test_a_killed_run_goes_on_under_masks_and_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA of unlike ranks with one client lost; killed in each phase of a round, and resumed each time."""
+    simulate = {"simulate": {"dropout": 0.25}}
+    runs.run(parse_config(config(**simulate), "test"), tmp_path / "plain", Silent())
+    write_config(tmp_path / "c.yaml", config(**simulate, secure_aggregation={}))
+    secure = load_config(tmp_path / "c.yaml")
+    handled, kills = 0, iter([2, 9, 15, 18, 31, 10**9])
+    limit = next(kills)
+    handle = InProcess._run
+
+    def run(self: Any, client: int, frame: bytes) -> Any:
+        nonlocal handled
+        handled += 1
+        if handled > limit:
+            raise KeyboardInterrupt
+        return handle(self, client, frame)
+
+    monkeypatch.setattr(InProcess, "_run", run)
+    resumed = 0
+    while True:
+        try:
+            summary = runs.run(secure, tmp_path / "run", Silent(), resume=resumed > 0)
+            break
+        except KeyboardInterrupt:
+            handled, limit, resumed = limit, next(kills), resumed + 1
+    assert resumed == 5
+    assert summary["status"] == "done"
+    assert handled == 4 + 4 + 4 + 3 + 3 + 4 + 4 + 4 + 4 + 4  # nobody was asked anything twice
+    plain, masked = (
+        (tmp_path / name / "final/adapter_model.safetensors").read_bytes() for name in ("plain", "run")
+    )
+    assert plain == masked
+    kept = load_states(tmp_path / "run")
+    assert not [name for name in kept if "seed" in name or "private" in name]
+
+
+def load_states(run: Path) -> list[str]:
+    """Names of what clients keep in the newest checkpoint."""
+    from safetensors import safe_open
+
+    newest = sorted((run / "checkpoints").glob("round-*"))[-1]
+    path = newest / "clients.safetensors"
+    if not path.exists():
+        return []
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def test_the_journal_gives_back_what_a_client_kept_between_phases(tmp_path: Path) -> None:
+    bench, bent = federation(SECURE)
+    transport = Journal(bent, tmp_path, bench.runner.states)
+    bench.loop._transport = transport
+    bench.round(1)
+    first = bits_of(bench)
+    again, _ = federation(SECURE)
+    again.loop._transport = Journal(
+        InProcess(again.runner, simulation=Simulation(), deadline_s=None, seed=0, clock=again.loop._clock),
+        tmp_path,
+        again.runner.states,
+    )
+    again.runner.handle = lambda client, frame: pytest.fail("it was answered before")  # type: ignore[method-assign]
+    again.round(1)
+    assert all(torch.equal(first[name], tensor) for name, tensor in bits_of(again).items())
