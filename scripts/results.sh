@@ -125,7 +125,39 @@ for bench in zo-step memory synchronize; do page $bench fedkseed; done
 for bench in emulator proximal; do page $bench fedbiot; done
 page generation evaluation
 
+one="evaluation.every=0 evaluation.tasks=[loss]"
+for bits in 64 48; do
+    # shellcheck disable=SC2086
+    [ -d runs/results/secure-fedavg-$bits ] || $fedtune run configs/secure_aggregation.yaml $one method.rounds=2 \
+        method.local_epochs=null method.local_steps=1 federation.simulate.dropout=0 \
+        federation.secure_aggregation.bits=$bits --out runs/results/secure-fedavg-$bits --quiet >/dev/null
+    # shellcheck disable=SC2086
+    [ -d runs/results/secure-fedkseed-$bits ] || $fedtune run configs/fedkseed.yaml $one method.rounds=2 method.local_steps=5 \
+        federation.clients_per_round=null "federation.secure_aggregation={bits: $bits}" \
+        --out runs/results/secure-fedkseed-$bits --quiet >/dev/null
+done
+$python scripts/privacy_results.py bytes runs/results/secure-fedavg-64 runs/results/secure-fedavg-48 \
+    runs/results/secure-fedkseed-64 runs/results/secure-fedkseed-48 | insert docs/privacy.md secure-bytes
+$python scripts/privacy_results.py seconds | insert docs/privacy.md secure-seconds
+private() { # NAME SETTING: the same federation with another noise
+    several configs/privacy.yaml --out runs/results/privacy-$1 --set evaluation.every=0 --set evaluation.bootstrap=0 --set "$2"
+}
+private none federation.privacy=null
+names=runs/results/privacy-none
+for noise in 0.0 0.5 1.0 2.0 4.0; do
+    private $noise federation.privacy.noise_multiplier=$noise
+    names="$names runs/results/privacy-$noise"
+done
+# shellcheck disable=SC2086
+$python scripts/privacy_results.py utility $names | insert docs/privacy.md privacy-utility
+
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 for bench in aggregation simulation; do
     COLUMNS=110 $fedtune bench $bench | fenced | insert docs/results.md bench-$bench
 done
+
+$python scripts/plan_results.py papers | insert docs/planning.md plan-papers
+if [ -d ../shared ]; then
+    $python scripts/plan_results.py measured bundled ../shared/models/stories260K-hf ../shared/models/babyllama105-hf |
+        insert docs/planning.md plan-measured
+fi

@@ -11,7 +11,7 @@ insert() { "$python" scripts/insert_result.py docs/theory.md "$1"; }
 mkdir -p $out
 
 # SIZE is width x layers; 400 steps each, from the same corpus as the bundled model, which had 3400
-sizes="32x2 64x3 128x4 192x5"
+sizes="32x2 64x3 96x4 128x4"
 for size in $sizes; do
     [ -d "runs/sizes/$size" ] || OMP_NUM_THREADS=1 "$python" scripts/pretrain_bundled.py --width "${size%x*}" \
         --layers "${size#*x}" --steps 400 --every 400 --threads 1 --out "runs/sizes/$size"
@@ -19,28 +19,32 @@ done
 
 diagnosed() { # NAME.json OPTIONS CONFIG SETTING...
     [ -s "$out/$1.json" ] && return
-    name=$1 options=$2
+    file=$out/$1 options=$2 # the functions share their variables: no name stands in two of them
     shift 2
     # shellcheck disable=SC2086
-    $fedtune diagnose "$@" $options --json --quiet >"$out/$name.new"
-    mv "$out/$name.new" "$out/$name.json"
+    $fedtune diagnose "$@" $options --json --quiet >"$file.new"
+    mv "$file.new" "$file.json"
+}
+whole() { # NAME SETTING...: the whole run in both schemes
+    measured="$measured $out/$1-whole.json" run=$1-whole
+    shift
+    diagnosed "$run" --whole configs/bundled_multi_round.yaml "$@"
 }
 compared() { # NAME CONFIGS SETTING...
-    name=$1 configs=$2
+    folder=$out/$1 configs=$2
     shift 2
     for setting; do
         shift
         set -- "$@" --set "$setting"
     done
     # shellcheck disable=SC2086
-    $fedtune compare $configs "$@" --seeds 0 --no-references --quiet --out "$out/$name" >/dev/null
+    $fedtune compare $configs "$@" --seeds 0 --no-references --quiet --out "$folder" >/dev/null
 }
-pair() { # NAME STEPS SETTING...: a probe, the whole run, and what compare says
-    name=$1 steps=$2
+pair() { # NAME STEPS SETTING...: a probe, and what compare says
+    both=$1 steps=$2
     shift 2
-    diagnosed "$name-probe" "--steps $steps" configs/bundled_multi_round.yaml "$@"
-    diagnosed "$name-whole" --whole configs/bundled_multi_round.yaml "$@"
-    compared "$name" "configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml" "$@"
+    diagnosed "$both-probe" "--steps $steps" configs/bundled_multi_round.yaml "$@"
+    compared "$both" "configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml" "$@"
 }
 
 # the pairs on which the prediction's form was chosen: results.sh has compared them, here they are probed
@@ -48,39 +52,45 @@ chosen=""
 for split in by-field iid; do
     for trained in lora full; do
         for initial in pretrained scratch; do
-            name=$split-$trained-$initial folder=one-shot-$split end=""
+            name=$split-$trained-$initial before=one-shot-$split end=""
             [ $initial = pretrained ] || end=_scratch
             set -- configs/bundled_multi_round.yaml data.partition.name=$split model.initial=$initial
             if [ $trained = full ]; then
                 set -- "$@" method.trainable=full method.lora=null method.lr=2e-3
-                folder=one-shot-full-$split
+                before=one-shot-full-$split
             fi
             diagnosed "$name-probe" "" "$@"
-            chosen="$chosen $name=$out/$name-probe.json:$results/$folder:bundled_multi_round$end:bundled_one_shot$end"
+            chosen="$chosen $name=$out/$name-probe.json:$results/$before:bundled_multi_round$end:bundled_one_shot$end"
         done
     done
 done
 
-fresh="" whole=""
+fresh="" measured=""
 full="data.max_examples=400 method.trainable=full method.lora=null method.lr=2e-3 evaluation.tasks=[loss] evaluation.bootstrap=0"
-add() { fresh="$fresh $1=$out/$1-probe.json:$out/$1:bundled_multi_round:bundled_one_shot" whole="$whole $out/$1-whole.json"; }
+add() { fresh="$fresh $1=$out/$1-probe.json:$out/$1:bundled_multi_round:bundled_one_shot"; }
 for initial in pretrained scratch; do
     for size in $sizes; do
         # shellcheck disable=SC2086
-        pair "$size-$initial" 6 model.name="runs/sizes/$size" data.template=plain model.initial=$initial $full
+        set -- model.name="runs/sizes/$size" data.template=plain model.initial=$initial $full
+        pair "$size-$initial" 6 "$@"
+        whole "$size-$initial" "$@"
         add "$size-$initial"
     done
 done
 # shellcheck disable=SC2086
-pair bundled-pretrained 6 $full
+set -- $full
+pair bundled-pretrained 6 "$@"
+whole bundled-pretrained "$@"
 add bundled-pretrained
 if [ -d ../shared ]; then
     dolly='train: ../shared/data/dolly15k/databricks-dolly-15k.jsonl, clients: 8, max_length: 96, holdout: {fraction: 0.1},
         fields: {instruction: instruction, input: context, output: response, category: category}'
     loss='evaluation={tasks: [loss], every: 0, max_examples: 64, batch_size: 32, bootstrap: 0}'
     for split in by-field iid; do
-        pair stories260K-$split 6 model.name=../shared/models/stories260K-hf "$loss" method.trainable=full method.lora=null \
+        set -- model.name=../shared/models/stories260K-hf "$loss" method.trainable=full method.lora=null \
             method.lr=1e-3 "data={$dolly, max_examples: 320, template: plain, partition: {name: $split}}"
+        pair stories260K-$split 6 "$@"
+        whole stories260K-$split "$@"
         add stories260K-$split
     done
     pair instruct-7m 6 model.name=../shared/models/instruct-7m "$loss" \
@@ -88,7 +98,7 @@ if [ -d ../shared ]; then
     add instruct-7m
 fi
 # shellcheck disable=SC2086
-$python scripts/theory_results.py quantities $whole | insert quantities
+$python scripts/theory_results.py quantities $measured | insert quantities
 # shellcheck disable=SC2086
 $python scripts/theory_results.py pairs $chosen | insert chosen
 # shellcheck disable=SC2086

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.evaluation.correlation import pearson, spearman
+from fedtune.theory.diagnose import lost_with
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -171,7 +172,7 @@ def correlations(arguments: Sequence[str]) -> str:
 
 
 def rounds(arguments: Sequence[str]) -> str:
-    """What R rounds lose of what the most rounds gain: measured, and by the law from what one round loses."""
+    """What R rounds lose of what the most rounds gain: measured, and by two laws from what one loses."""
     cut = arguments.index("--")
     counts = [int(text) for text in arguments[cut + 1 :]]
     most, lines = counts[-1], []
@@ -183,12 +184,14 @@ def rounds(arguments: Sequence[str]) -> str:
         gain = before - found[most]
         lost = (found[counts[0]] - found[most]) / gain
         for count in counts:
-            law = lost * (1 / count - 1 / most) / (1 - 1 / most)
+            laws = lost_with(count, lost, most), lost * (1 / count - 1 / most) / (1 - 1 / most)
             name = Path(folder).name.removeprefix("rounds-")
             share = (found[count] - found[most]) / gain
-            lines.append([name, str(count), f"{found[count]:.4f}", f"{share:.1%}", f"{law:.1%}"])
+            lines.append(
+                [name, str(count), f"{found[count]:.4f}", f"{share:.1%}", *(f"{law:.1%}" for law in laws)]
+            )
     return table(
-        ["initial weights", "rounds", "held-out loss", "share lost", "by the law, from R = 1"], lines
+        ["initial weights", "rounds", "held-out loss", "share lost", "by odds", "leading order"], lines
     )
 
 

@@ -123,15 +123,22 @@ class Site:
         return self._proxies[-1]
 
     def client(
-        self, number: int, *extra: str | Path, port: int | None = None, program: tuple[str, ...] = ()
+        self,
+        number: int,
+        *extra: str | Path,
+        port: int | None = None,
+        program: tuple[str, ...] = (),
+        name: str = "",
+        state: str = "",
     ) -> None:
         """Starts a client; `program` stands for `fedtune client`, for one that does not behave."""
-        name = self.names[number]
+        own = self.names[number]
         self.start(
-            name,
+            name or own,
             *(program or (str(PROGRAM), "client")),
-            *("--server", f"localhost:{port or self.port}", "--keys", f"keys/clients/{name}"),
+            *("--server", f"localhost:{port or self.port}", "--keys", f"keys/clients/{own}"),
             *("--data", f"data-{number}.jsonl", "--device", "cpu", *map(str, extra)),
+            *(("--state", state) if state else ()),
         )
 
     def server(self, config: str, *arguments: str) -> None:
@@ -147,6 +154,9 @@ class Site:
                 command, cwd=self.folder, env=_env(), stdout=log, stderr=log, start_new_session=True
             )
 
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
@@ -159,6 +169,8 @@ class Site:
         """Waits for something, as long as the whole test may still take."""
         while not condition():
             assert time.monotonic() < self._end, f"{what} did not happen\n{self.logs()}"
+            server = self._processes.get("server")  # one that was killed ends with less than 0
+            assert what == "the end of server" or server is None or (server.poll() or 0) <= 0, self.logs()
             time.sleep(0.1)
 
     def status(self, name: str) -> int:

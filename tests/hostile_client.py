@@ -23,7 +23,7 @@ def _altered(wish: str, letter: Letter) -> Letter:
     """A reply of one letter as an attacker, or a broken machine, would send it."""
     frame, fields = bytes(letter.body), dict(letter.fields)
     if wish == "cut":
-        return Letter(fields, frame[:-100])
+        return Letter({**fields, "bytes": len(frame) - 100}, frame[:-100])
     if wish == "long":
         return Letter({**fields, "bytes": 2 << 30}, frame)
     message = decode(frame)

@@ -1,4 +1,4 @@
-"""Toy federations whose rounds are summed under masks, with noise, or both, on a transport that can be bent."""
+"""Toy federations whose rounds are summed under masks, with noise, or both; a transport that can be bent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from toy import Bench, Toy, items
 from torch import Tensor, nn
+from toy import Bench, Toy, items
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import Arrival, RoundLoop
@@ -28,9 +28,9 @@ Change = Callable[[str, int, dict[str, Tensor]], dict[str, Tensor] | str | None]
 class Wide(Toy):
     """A second tensor, whose gradient depends on the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 7) -> None:
         super().__init__()
-        self.more = nn.Parameter(torch.linspace(-1, 1, 77).reshape(7, 11))
+        self.more = nn.Parameter(torch.linspace(-1, 1, 11 * rows).reshape(rows, 11))
 
     def forward(self, **inputs: Tensor) -> Any:
         output = super().forward(**inputs)
@@ -98,13 +98,14 @@ def federation(
     method: Any = None,
     simulation: Simulation = Simulation(),  # noqa: B008
     data: Any = None,
+    rows: int = 7,
     **settings: Any,
 ) -> tuple[Bench, Bent]:
     """Four clients of FedAvg, or of another method."""
     defaults = {"trainable": "full", "rounds": 9, "optimizer": "sgd", "lr": 0.03, "batch_size": 1}
     method = method or FedAvg(Config(**{**defaults, **settings}), seed=0)
     data = data or DATA
-    bench, device = Bench(method, Wide(), data), torch.device("cpu")
+    bench, device = Bench(method, Wide(rows), data), torch.device("cpu")
     bench.runner = ClientRunner(
         method, bench.model, data, pad_id=0, seed=0, device=device, secure=secure, privacy=privacy
     )

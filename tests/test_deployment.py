@@ -72,3 +72,24 @@ def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str
             assert [r["clients"] for r in found["rounds"]] == [r["clients"] for r in wanted["rounds"]]
         servers = [path for path in site.server_files(f"{names[0]}-there") if b"data-" in path.read_bytes()]
         assert servers == []  # nobody but the client knows where its data are
+
+
+@pytest.mark.slow
+def test_a_client_comes_back_after_its_network_and_its_server_were_away(tmp_path: Path) -> None:
+    """Through a proxy that takes connections when the server behind it is away, and ends them."""
+    document = config("fedavg-lora", {**THERE, "clients": 1})
+    document["method"] = {**document["method"], "rounds": 3}
+    write_config(tmp_path / "c.yaml", document)
+    with Site(tmp_path, "north", seconds=900) as site:
+        site.split(config("fedavg-lora", {**HERE, "clients": 1}))
+        proxy = site.proxy()
+        site.client(0, port=proxy.port)
+        site.server("c.yaml", "--out", "run")
+        site.wait(lambda: len(site.rounds("run")) >= 2, "round 1")
+        site.kill("server")
+        site.wait(lambda: site.says("north", "the connection ended; trying again"), "the client's notice")
+        site.server("c.yaml", "--resume", "run")
+        site.wait(lambda: len(site.rounds("run")) >= 3, "round 2")
+        proxy.cut(10)
+        assert site.status("server") == 0, site.logs()
+        assert [entry["clients"] for entry in site.rounds("run")] == [[], [0], [0], [0]]

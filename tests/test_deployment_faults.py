@@ -28,7 +28,7 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
         "method": {**METHODS["fedavg-lora"], "rounds": ROUNDS},
         "model": {"device": "cpu"},
         "evaluation": {"tasks": ["loss"], "max_examples": 8, "every": 0},
-        "federation": {"deadline_s": 110.0, "quorum": 2},
+        "federation": {"deadline_s": 150.0, "quorum": 2},
     }
     write_config(tmp_path / "c.yaml", document)
     with Site(tmp_path, names, seconds=1800) as site:
@@ -58,9 +58,14 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
             "data-0.jsonl",
         )
 
-        # round 1: a client is killed with an order in its hands; it comes back by itself
+        # another client with the key of one that takes part
+        site.wait(lambda: site.says("server", "client 0 (north) has joined"), "north")
+        site.client(NORTH, name="twin", state="twin")
+
+        # round 1: a client is killed with an order in its hands, as its machine loses power
         site.wait(lambda: site.says("east", "round 1: order"), "an order for east")
         site.kill("east")
+        site.wait(lambda: len(site.rounds("run")) >= 2, "round 1")
         site.client(EAST)
 
         # round 3: a client hangs, and goes on in a later round
@@ -83,7 +88,7 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
         proxy.cut(30)
         site.wait(lambda: len(site.rounds("run")) >= 7, "round 6")
         assert site.status("server") == 0, site.logs()
-        assert site.status("stranger") == 3
+        assert site.status("stranger") == site.status("twin") == 3
         for client in kept:
             name = site.names[client]
             assert site.log(name).read_text().count("round 5: reply") == before[client], name
@@ -93,10 +98,12 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
     said = {number: rounds[number]["left_out"].get(str(HOSTILE), "") for number in range(1, 5)}
     assert "NaN" in said[1] or "finite" in said[1]
     assert "shape" in said[2]
-    assert "cut" in said[3]
+    assert "its header says" in said[3]
     assert "2,147,483,648 bytes" in said[4]
-    assert "lost" in rounds[1]["left_out"][str(EAST)] or "no reply" in rounds[1]["left_out"][str(EAST)]
-    assert "no reply within 110 s" in rounds[3]["left_out"][str(WEST)]
+    # Flower takes 60 s to notice, and then it is waited for; on a slow machine the deadline comes first
+    said_of_east = rounds[1]["left_out"][str(EAST)]
+    assert said_of_east in ("it was lost, and not back within 60 s", "no reply within 150 s")
+    assert "no reply within 150 s" in rounds[3]["left_out"][str(WEST)]
     for number in range(1, ROUNDS + 1):  # who did nothing wrong was always counted
         assert NORTH in rounds[number]["clients"]
         assert len(rounds[number]["clients"]) + len(rounds[number]["left_out"]) == 5
@@ -104,6 +111,7 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
     assert EAST in rounds[ROUNDS]["clients"] and WEST in rounds[ROUNDS]["clients"]
     assert HOSTILE in rounds[ROUNDS]["clients"]
     assert site.says("stranger", "does not take the key")
+    assert site.says("twin", "another client uses it now")
     assert "Traceback" not in site.log("server").read_text()
 
 

@@ -137,6 +137,47 @@ def test_who_is_silent_at_the_deadline_is_left_out_and_named(tmp_path: Path) -> 
             assert found[2] == b"yx"
 
 
+@pytest.mark.parametrize("in_plan_order", [False, True])
+def test_a_letter_that_was_lost_with_its_client_is_sent_again(
+    in_plan_order: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that was away for longer than Flower waits: what was trained is not trained again."""
+    monkeypatch.setattr(remote, "LOST_S", 5.0)
+    monkeypatch.setattr(network, "PART_BYTES", 2)
+    monkeypatch.setattr(worker, "PART_BYTES", 2)
+    runners = {number: Runner() for number in range(2)}
+
+    class Flaky(Post):
+        """Loses the answer to every letter once; the letter itself had arrived."""
+
+        def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+            for name, answer in super().collect(ids):
+                letter = self.letters[int(name)]
+                again = any(other is letter[1] for _, other in self.letters[: int(name)])
+                yield name, answer if again else Letter({"lost": True, "fault": "it was lost"})
+
+    workers = {number: client(tmp_path / str(number), runners[number]) for number in runners}
+    found = exchange(Flaky(workers), {0: b"abcde", 1: b"xyz"}, in_plan_order=in_plan_order)
+    assert found == {0: b"edcba", 1: b"zyx"}
+    assert [runner.orders for runner in runners.values()] == [[b"abcde"], [b"xyz"]]
+
+
+def test_a_client_that_does_not_come_back_is_left_out_before_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "LOST_S", 0.2)
+
+    class Dead(Post):
+        def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+            for name in ids:
+                self.gone = [0]
+                yield name, Letter({"lost": True, "fault": "it was lost"})
+
+    workers = {0: client(tmp_path, Runner())}
+    found = exchange(Dead(workers), {0: b"a"}, deadline_s=60.0)
+    assert found == {0: "it was lost, and not back within 0.2 s"}
+
+
 def test_replies_come_in_plan_order_where_that_counts(tmp_path: Path) -> None:
     workers = {number: client(tmp_path / str(number), Runner()) for number in range(3)}
 

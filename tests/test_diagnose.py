@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
-from fedtune.theory.diagnose import enough_rounds, growth, odds_times, predict
+from fedtune.theory.diagnose import enough_rounds, growth, lost_with, odds_times, predict
 from fedtune.theory.quantities import Measured, RoundEnd
 
 
@@ -66,8 +66,10 @@ def test_prediction_by_hand() -> None:
     # deviations 0.3 and 0.1 from the mean, weighted 1/4 and 3/4; times √(n/(n-1)); scaled like the gap, 0.5
     error = math.sqrt(2 * (0.075**2 + 0.075**2))
     assert found.gap_error == pytest.approx(error * (4 / 7 * 8 / 3) / 0.5)
-    # R = 2 loses 4/7 · (1/2 − 1/4)/(3/4) = 0.19, R = 3: 4/7 · (1/3 − 1/4)/(3/4) = 0.063
-    assert found.rounds == 3
+    # o / (1 + o) · 3/4 = 4/7 gives o = 16/5: R = 2 loses 3.2 · 2 / (4 · 5.2) = 0.31,
+    # R = 3 3.2 / (4 · 6.2) = 0.13
+    assert found.rounds == 4
+    assert predict(measured, [1.0, 3.0], ratio=4.0, rounds=4, tolerance=0.13).rounds == 3
 
 
 @given(
@@ -107,13 +109,24 @@ def test_odds(share: float, factor: float, expected: float) -> None:
         (-0.2, 5, 0.1, 1),  # one-shot is better
         (0.1, 5, 0.101, 1),
         (0.101, 2, 0.1, 2),  # between one round and two there is nothing
-        (0.8, 10, 0.1, 5),  # 0.8 (1/5 − 1/10)/(9/10) = 0.089; R = 4: 0.133
+        (0.3, 4, 0.1, 3),  # o = 2/3: R = 2 loses 2/3 · 2 / (4 · 8/3) = 1/8; R = 3: 2/3 / (4 · 11/3) = 0.045
         (5.0, 3, 0.1, 3),
         (1e-9, 3, 0.0, 3),
     ],
 )
 def test_rounds_that_are_enough(share: float, rounds: int, tolerance: float, enough: int) -> None:
     assert enough_rounds(share, rounds, tolerance) == enough
+
+
+def test_what_rounds_lose() -> None:
+    # leading order for small shares, G (1/R − 1/T) / (1 − 1/T)
+    assert lost_with(2, 1e-6, 5) == pytest.approx(1e-6 * 0.3 / 0.8)
+    # odds 3 : 1 against endlessly many rounds: one round keeps 1/4, two 2/5, four 4/7; against four of them
+    kept = {rounds: rounds / (rounds + 3) for rounds in (1, 2, 4)}
+    assert lost_with(2, 1 - kept[1] / kept[4], 4) == pytest.approx(1 - kept[2] / kept[4])
+    assert lost_with(1, 2.0, 4) == 2.0  # more than there is to lose: linear in R
+    assert lost_with(3, 2.0, 4) == pytest.approx(2 / 3)
+    assert lost_with(4, 0.5, 4) == 0
 
 
 def test_growth() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from model_families import save_folder
 from pydantic import BaseModel
 
+from fedtune.core.protection import Privacy, SecureAggregation
 from fedtune.errors import FedtuneError, InputError
 from fedtune.evaluation import subject
 from fedtune.evaluation.sandbox import CodeSettings
@@ -374,6 +375,8 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),
     *(f"data.public.{name}" for name in Public.model_fields),  # test_public_data.py
+    *(f"federation.secure_aggregation.{name}" for name in SecureAggregation.model_fields),
+    *(f"federation.privacy.{name}" for name in Privacy.model_fields),  # test_privacy.py
     *(f"evaluation.{name}" for name in ("samples", "temperature", "top_p")),  # test_code_evaluation.py
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py
     *(f"evaluation.judge.{name}" for name in subject.JudgeSettings.model_fields),  # test_judge.py

@@ -74,11 +74,12 @@ def test_rounds(tmp_path: Path) -> None:
         row = {"evaluation": {"loss": {"loss": loss}}, "zero_shot": {"loss": {"loss": 4.0}}}
         (folder / "compare.json").write_text(json.dumps({"rows": [row]}))
     lines = tables("rounds")([str(tmp_path / "rounds-scratch"), "--", "1", "2", "4"]).splitlines()
-    # one round loses 1 of 2; two lose 0.4 of 2, by the law 1/2 · (1/2 − 1/4) / (3/4)
+    # one round loses 1 of 2, two lose 0.4 of 2; o / (1 + o) · 3/4 = 1/2 gives o = 2, so that two lose
+    # 2 · 2 / (4 · 4) by the odds, and 1/2 · (1/2 − 1/4) / (3/4) in the leading order
     assert lines[2:] == [
-        "| scratch | 1 | 3.0000 | 50.0% | 50.0% |",
-        "| scratch | 2 | 2.4000 | 20.0% | 16.7% |",
-        "| scratch | 4 | 2.0000 | 0.0% | 0.0% |",
+        "| scratch | 1 | 3.0000 | 50.0% | 50.0% | 50.0% |",
+        "| scratch | 2 | 2.4000 | 20.0% | 25.0% | 16.7% |",
+        "| scratch | 4 | 2.0000 | 0.0% | 0.0% | 0.0% |",
     ]
 
 

@@ -1,7 +1,7 @@
 """Memory and backward time of a client's steps: Fed-full, FedLoRA, FedAdapter, FedCyBGD and BAdam.
 
 Two shapes with random weights: GPT-2 small (12 blocks, 124 million parameters), and a Llama of 22 blocks, as
-TinyLlama at a quarter of its width (93 million). Batches are 2 x 256 tokens, each of which counts in the loss.
+TinyLlama at a quarter of its width (93 million). Batches are 2 x 256 tokens, all of which count in the loss.
 Each case runs the method's own training code in a process of its own. A client of FedCyBGD gets its order as
 a frame that another process wrote, and keeps what it holds on disk, as in a run.
 
@@ -146,7 +146,7 @@ def _measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:
 
 
 def _backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
-    """Of Fed-full, and of FedCyBGD as the mean over blocks from the first to the last, measured in turn."""
+    """CPU seconds of Fed-full, and of FedCyBGD as the mean over blocks, measured in turn."""
     model = SHAPES[shape].model().train()
     batch = collate(_items(shape), 0)
     parts = find_parts(model)
@@ -162,9 +162,9 @@ def _backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
                 parameter.requires_grad_(True)
             with nullcontext() if checkpointing is None else lean(model, checkpointing=checkpointing):
                 loss = model(**batch).loss
-                started = time.perf_counter()
+                started = time.process_time()  # of a busy machine the clock on the wall says little
                 loss.backward()
-                seconds.setdefault(case, []).append(time.perf_counter() - started)
+                seconds.setdefault(case, []).append(time.process_time() - started)
             model.zero_grad(set_to_none=True)
     return {"backward_seconds": {case: statistics.fmean(each) for case, each in seconds.items()}}
 

@@ -14,6 +14,7 @@ from fedtune import __version__
 from fedtune.cli.client import client
 from fedtune.cli.diagnose import diagnose
 from fedtune.cli.keys import keys
+from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.errors import FedtuneError, InputError
@@ -300,6 +301,7 @@ def bench(
 
 
 app.command(no_args_is_help=True)(report)
+app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 def plan(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file of settings, and settings to change."),
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file, and settings to change."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Instead of CONFIG: rank all methods on this model (folder or hub name).")
+        str | None,
+        typer.Option(help="Instead of CONFIG: rank all methods on this model."),
     ] = None,
     client_memory: Annotated[str | None, typer.Option(help="Of a client, as in 8GB.")] = None,
     uplink: Annotated[str | None, typer.Option(help="Of a client, as in 5Mbps.")] = None,
     downlink: Annotated[str | None, typer.Option(help="Of a client, as in 50Mbps.")] = None,
-    model_private: Annotated[bool, typer.Option("--model-private", help="Clients may not hold the model.")] = False,
+    model_private: Annotated[
+        bool, typer.Option("--model-private", help="Clients may not hold the model.")
+    ] = False,
     client_speed: Annotated[
         str | None, typer.Option(help="Count computing too, at this speed, as in 10TFLOPS; needs --examples.")
     ] = None,
@@ -38,7 +41,7 @@ def plan(
 
     Example: fedtune plan configs/fedbiot.yaml model.name=owner/model model.dtype=bfloat16
 
-    Example: fedtune plan --model owner/model --client-memory 8GB --uplink 5Mbps --downlink 50Mbps --model-private
+    Example: fedtune plan --model M --client-memory 8GB --uplink 5Mbps --downlink 50Mbps --model-private
     """
     given = list(arguments or [])
     figures = {
@@ -91,9 +94,11 @@ def _ranked(
     missing = [name for name in ("--client-memory", "--uplink", "--downlink") if figures[name] is None]
     if missing:
         raise InputError(f"--model also needs {', '.join(missing)}, as in --client-memory 8GB --uplink 5Mbps")
-    if figures["--examples"] is not None and figures["--examples"] < 1:
-        raise InputError(f"--examples must be at least 1, got {figures['--examples']}")
-    speed = figures["--client-speed"]
+    examples, speed = figures["--examples"], figures["--client-speed"]
+    if examples is not None and examples < 1:
+        raise InputError(f"--examples must be at least 1, got {examples}")
+    if speed is not None and examples is None:
+        raise InputError("--client-speed needs --examples: without their number no steps can be counted")
     sizes = {
         "memory": quantity(figures["--client-memory"], BYTES, "--client-memory"),
         "uplink": quantity(figures["--uplink"], BITS_PER_SECOND, "--uplink"),
@@ -102,12 +107,12 @@ def _ranked(
     }
     from rich.console import Console
 
-    from fedtune.planning.rank import Means, rank
+    from fedtune.planning.rank import Means, judge, plan_all
 
-    means = Means(**sizes, model_private=private, examples=figures["--examples"])  # type: ignore[arg-type]
-    console = Console(stderr=True, quiet=quiet)
-    with console.status("planning") as status:
-        return rank(model, means, overrides, lambda name: status.update(f"planning {name}"))
+    means = Means(**sizes, model_private=private)  # type: ignore[arg-type]
+    with Console(stderr=True, quiet=quiet).status("planning") as status:
+        planned = plan_all(model, overrides, examples, lambda name: status.update(f"planning {name}"))
+    return judge(planned, means)
 
 
 def _refuse_figures(figures: Mapping[str, Any], private: bool) -> None:
@@ -123,20 +128,26 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
     from fedtune.planning.memory import PARTS
     from fedtune.report.tables import size
 
-    cost = Table(title=f"{document['method']} on {document['model']}", title_justify="left", show_header=False)
+    cost = Table(
+        title=f"{document['method']} on {document['model']}", title_justify="left", show_header=False
+    )
     cost.add_column()
     cost.add_column(justify="right")
     trainable, total = document["trainable_parameters"], document["total_parameters"]
     cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")
     cost.add_row(
-        "rounds x clients in each, of", f"{document['rounds']} x {document['clients_per_round']}, {document['clients']}"
+        "rounds x clients in each, of",
+        f"{document['rounds']} x {document['clients_per_round']}, {document['clients']}",
     )
     steps, batch = document["local_steps"], document["batch"]
     shown = "not known" if steps["most"] is None else f"{steps['least']:,} to {steps['most']:,}"
     cost.add_row("local steps", shown if steps["least"] != steps["most"] else f"{steps['most']:,}")
     cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens")
     payload = document["payload_bytes"]
-    for key, label in (("first_time", "payload down, up, a client's first time"), ("later", "payload down, up, later")):
+    for key, label in (
+        ("first_time", "payload down, up, a client's first time"),
+        ("later", "payload down, up, later"),
+    ):
         if payload[key] is not None:
             cost.add_row(label, f"{size(payload[key]['down'])}, {size(payload[key]['up'])}")
     cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
@@ -163,7 +174,15 @@ def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
     table = Table(title=f"Methods on {document['model']}", title_justify="left")
     table.add_column("method")
     table.add_column("fits")
-    for column in ("client memory", "trainable", "rounds", "payload down, up", "first round", "later round", "wire"):
+    for column in (
+        "client memory",
+        "trainable",
+        "rounds",
+        "payload down, up",
+        "first round",
+        "later round",
+        "wire",
+    ):
         table.add_column(column, justify="right")
     computes = document["client_flops_per_second"] is not None
     if computes:
@@ -186,8 +205,8 @@ def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
 def _conclusion(document: Mapping[str, Any]) -> list[str]:
     pick = document["pick"]
     lines = [
-        f"Taken: {document['clients']} clients, examples of {document['max_length']} tokens, {document['dtype']}, "
-        "each method's own defaults for everything else."
+        f"Taken: {document['clients']} clients, examples of {document['max_length']} tokens, "
+        f"{document['dtype']}, each method's own defaults for everything else."
     ]
     if pick["method"] is None:
         return [*lines, "No method fits."]

@@ -15,7 +15,7 @@ from torch import nn
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.types import SECURE, ClientEnv, ClientResult, Method, Payload, Scalar
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.wire import Frame, Message, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class ClientRunner:
         """Replaces the model, once what the method trains is attached to it."""
         self._model = nn.Module() if self._method.sends_model else model
 
-    def handle(self, client: int, frame: bytes | bytearray) -> bytes:
+    def handle(self, client: int, frame: Frame) -> bytes:
         """Does what the order in `frame` says and returns the reply's frame.
 
         The reply's meta holds the step's metrics and its measured `peak_bytes`. It holds no wall time:

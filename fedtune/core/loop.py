@@ -19,7 +19,7 @@ from torch import nn
 from fedtune.core.ledger import Ledger
 from fedtune.core.seeds import numpy_generator
 from fedtune.core.types import MODEL, SECURE, Cohort, Method, Order, Payload, Reply
-from fedtune.core.wire import FrameError, Message, check, decode, encode
+from fedtune.core.wire import Frame, FrameError, Message, check, decode, encode
 from fedtune.errors import FederationError
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
@@ -43,7 +43,7 @@ class Arrival:
     """What a transport brings from one client: a reply's frame, or why there is none."""
 
     client: int
-    frame: bytes | bytearray = b""
+    frame: Frame = b""
     fault: str = ""
 
 
@@ -185,7 +185,8 @@ class RoundLoop:
             return state, outcome
         watched = self._watched(replies, state, outcome, quorum, on_arrival)
         if self._summing is not None:
-            return self._fold(state, watched, round, partial(self._summing.step, cohort=cohort, outcome=outcome)), outcome
+            step = partial(self._summing.step, cohort=cohort, outcome=outcome)
+            return self._fold(state, watched, round, step), outcome
         return self._fold(state, watched, round), outcome
 
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
@@ -294,9 +295,7 @@ class RoundLoop:
             )
         return Reply(arrival.client, message.payload, metrics, cohort)
 
-    def _enter(
-        self, round: int, order: Order, direction: str, payload: Payload, frame: bytes | bytearray
-    ) -> None:
+    def _enter(self, round: int, order: Order, direction: str, payload: Payload, frame: Frame) -> None:
         if not self._method.uses_wire:
             return
         # what a client is sent to hold is entered on its own: papers count it once, or not at all; and so is

@@ -80,12 +80,12 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes | None:
 
 def deal(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Shares of a secret, 16 bytes each; any `threshold` of them give it back, fewer tell nothing."""
-    return [share for _, share in sorted(Shamir.split(threshold, count, secret))]
+    return [share for _, share in sorted(Shamir.split(threshold, count, secret, ssss=False))]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
     """The secret, from as many shares as the threshold, by their place in what `deal` gave."""
-    return Shamir.combine([(place + 1, share) for place, share in shares.items()])
+    return Shamir.combine([(place + 1, share) for place, share in shares.items()], ssss=False)
 
 
 def add_mask(vector: Vector, key: bytes, bits: int, *, subtract: bool = False) -> None:

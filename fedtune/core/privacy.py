@@ -82,8 +82,8 @@ def epsilon(noise_multiplier: float, releases: int, delta: float, *, rate: float
 
     if rate == 1.0:
         return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(releases), delta))
-    # losses grow with 1/z², and the grid with them: it takes a second, and moves ε by less than one in 10⁴
-    accountant = PLDAccountant(value_discretization_interval=1e-3 * max(1.0, noise_multiplier**-2))
+    # losses grow with 1/z², and the grid with them: it takes a second, and moves ε by about one in 10⁴
+    accountant = PLDAccountant(value_discretization_interval=2e-4 * max(1.0, noise_multiplier**-2))
     accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier)), releases)
     return float(accountant.get_epsilon(delta))
 

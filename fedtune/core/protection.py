@@ -6,6 +6,7 @@ of its own. A method goes with them if such a sum is all that its server needs (
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,20 +16,21 @@ from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.errors import InputError
 
+Threshold = Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0.5, le=1)]
+
 
 class SecureAggregation(Settings):
     """Clients mask what they send, so that the server learns their sum alone; see privacy.md."""
 
-    # clients that must stay to the end of a round: a count, or a fraction of those asked; more than half
-    threshold: Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0.5, le=1)] = 0.6
+    threshold: Threshold = 0.6  # clients that must stay to a round's end: a count, or a fraction of the asked
     bits: Literal[40, 48, 56, 64] = 64  # of a masked number; less is smaller, and so is the range of a sum
 
 
 class Privacy(Settings):
-    """Differential privacy of whole clients: their updates are clipped and Gaussian noise is added to the sum."""
+    """Differential privacy of whole clients: updates are clipped, and their sum has Gaussian noise."""
 
     clip: float = Field(gt=0)  # largest L2 norm of a client's update; a longer one is scaled down to it
-    noise_multiplier: float = Field(ge=0)  # standard deviation of the sum's noise, in clips; 0: clipping alone
+    noise_multiplier: float = Field(ge=0)  # standard deviation of the sum's noise, in clips; 0: no noise
     delta: float = Field(1e-5, gt=0, lt=1)  # δ that ε is given for; it must be below 1 / clients
 
 
@@ -43,6 +45,17 @@ def refusal(method: Any, *, privacy: bool) -> str | None:
     if not isinstance(method, SumMethod):
         return "its server needs more of each reply than a weighted sum"
     return method.sum_refusal(privacy=privacy)
+
+
+def require_packages(secure: SecureAggregation | None, privacy: Privacy | None) -> None:
+    """Raises InputError if what one of the two needs is not installed."""
+    needed = {"cryptography": secure or privacy, "Crypto": secure, "dp_accounting": privacy}
+    missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"federation.{'secure_aggregation' if secure else 'privacy'} needs packages that are not "
+            f"installed ({', '.join(missing)}); pip install 'fedtune[privacy]'"
+        )
 
 
 def threshold_of(settings: SecureAggregation, cohort: int) -> int:

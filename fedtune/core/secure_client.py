@@ -57,8 +57,8 @@ def of_phase(phase: str, kept: Payload | None, round: int) -> Payload:
     if kept is None or kept.scalars["round"] != round or kept.scalars["phase"] != BEFORE[phase]:
         has = "nothing" if kept is None else f"phase {kept.scalars['phase']} of round {kept.scalars['round']}"
         raise ClientError(
-            f"it was asked for phase {phase} of round {round}, which comes after phase {BEFORE[phase]} and is "
-            f"answered once; it holds {has}"
+            f"it was asked for phase {phase} of round {round}, which comes after phase {BEFORE[phase]} and "
+            f"is answered once; it holds {has}"
         )
     return kept
 
@@ -88,8 +88,8 @@ def mask(
     needed = max(int(kept.tensors["threshold"][0]), noise_shares)
     if client not in summed or not set(summed) <= set(opened) or len(summed) < needed:
         raise ClientError(
-            f"the sum is to be of clients {summed}; it must hold this one, at least {needed} clients, and only "
-            f"those whose shares it could open, {opened}"
+            f"the sum is to be of clients {summed}; it must hold this one, at least {needed} clients, and "
+            f"only those whose shares it could open, {opened}"
         )
     shapes = {name: tuple(shape) for name, shape in json.loads(str(kept.scalars["shapes"])).items()}
     flat = flatten(share.summand(method, result.payload, shapes), shapes)
@@ -146,9 +146,7 @@ def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
             "one half"
         )
     own = masking.fresh(SECRET)
-    dealt = list(
-        zip(masking.deal(own, threshold, count), masking.deal(seed, threshold, count), strict=True)
-    )
+    dealt = list(zip(masking.deal(own, threshold, count), masking.deal(seed, threshold, count), strict=True))
     sealed, commitments = [], []
     for at, (other, pair) in enumerate(zip(clients, dealt, strict=True)):
         commitments += [commitment(*half, client, other) for half in zip(_KINDS, pair, strict=True)]
@@ -210,8 +208,8 @@ def _unmask(order: Payload, kept: Payload, client: int) -> Payload:
     needed = max(int(kept.tensors["threshold"][0]), int(kept.tensors["noise_shares"][0]))
     if len(set(survivors)) < needed or not set(survivors) <= set(summed) or client not in survivors:
         raise ClientError(
-            f"the sum is said to be of clients {survivors}, out of {summed}; it must hold this one and at least "
-            f"{needed}"
+            f"the sum is said to be of clients {survivors}, out of {summed}; it must hold this one and at "
+            f"least {needed}"
         )
     senders, received = kept.tensors["senders"].tolist(), kept.tensors["received"]
     # of who is in the sum its own mask, of who dropped out its mask key: never both of one client

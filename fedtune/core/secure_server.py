@@ -24,7 +24,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,9 +51,7 @@ class SecureRound:
         bits: Of a masked number.
     """
 
-    def __init__(
-        self, outcome: RoundOutcome, ask: Ask, *, threshold: int, quorum: int, bits: int
-    ) -> None:
+    def __init__(self, outcome: RoundOutcome, ask: Ask, *, threshold: int, quorum: int, bits: int) -> None:
         self._outcome, self._ask = outcome, ask
         self._threshold, self._quorum, self._bits = threshold, quorum, bits
 
@@ -132,14 +129,17 @@ class SecureRound:
         }
         self._staying(dealt, "opened", opened)
         for sender in sorted(dealt):  # one against many: which of two is at fault, the others decide
-            failed = [client for client in opened if not opened[client][sender]]
-            if 2 * len(failed) >= len(opened) - 1 and failed:
+            others = [client for client in opened if client != sender]
+            failed = [client for client in others if not opened[client][sender]]
+            if 2 * len(failed) > len(others):
                 self._leave_out(sender, f"the shares it sent do not open, so clients {failed} say")
         opened = {client: opened[client] for client in self._staying(dealt, "opened")}
         for client, could in opened.items():
             failed = [sender for sender in opened if not could[sender]]
             if failed:
-                self._leave_out(client, f"it could not open the shares of clients {failed}, which others could")
+                self._leave_out(
+                    client, f"it could not open the shares of clients {failed}, which others could"
+                )
         self._staying(dealt, "opened")
 
     def _masked(
@@ -175,8 +175,9 @@ class SecureRound:
     ) -> None:
         """Takes the masks off the sum, in place."""
         survivors = sorted(self._outcome.clients)
-        payload, expects = _payload(survivors=torch.tensor(survivors)), _spec(
-            shares=(len(self._summed), SECRET)
+        payload, expects = (
+            _payload(survivors=torch.tensor(survivors)),
+            _spec(shares=(len(self._summed), SECRET)),
         )
         returned: dict[int, Tensor] = {}
         for reply in self._ask(Order(client, payload, expects, "unmask") for client in survivors):
@@ -193,12 +194,16 @@ class SecureRound:
             else:
                 returned[reply.client] = rows
         self._hold(len(returned), "unmask")
+        for client in survivors:  # who fell silent only now is in the sum all the same
+            self._outcome.left_out.pop(client, None)
         some = sorted(returned)[: self._threshold]
         for row, client in enumerate(self._summed):
             shares = {self._holders.index(other): _bytes(returned[other][row]) for other in some}
             secret = masking.combine(shares)
             if client in survivors:
-                self._check(client, masking.commit(ONE_ITSELF, secret) == _bytes(_tensor(dealt[client], "secret")))
+                self._check(
+                    client, masking.commit(ONE_ITSELF, secret) == _bytes(_tensor(dealt[client], "secret"))
+                )
                 masking.add_mask(vector, masking.derive(secret, "self"), self._bits, subtract=True)
                 continue
             private = masking.derive(secret, "mask key")
@@ -244,12 +249,14 @@ class SecureRound:
     def _hold(self, there: int, phase: str) -> None:
         if there >= self._threshold:
             return
-        left_out = "; ".join(f"client {c}: {reason}" for c, reason in sorted(self._outcome.left_out.items())[:5])
+        left_out = "; ".join(
+            f"client {c}: {reason}" for c, reason in sorted(self._outcome.left_out.items())[:5]
+        )
         raise QuorumError(
-            f"round {self._outcome.round}: {there} of {len(self._outcome.asked)} clients were there after phase "
-            f"{phase} of secure aggregation, whose threshold is {self._threshold}. Nothing was unmasked. Left "
-            f"out: {left_out or 'nobody else'}. Bring them back and continue with --resume, or start a new run "
-            "with a lower federation.secure_aggregation.threshold."
+            f"round {self._outcome.round}: {there} of {len(self._outcome.asked)} clients were there after "
+            f"phase {phase} of secure aggregation, whose threshold is {self._threshold}. Nothing was "
+            f"unmasked. Left out: {left_out or 'nobody else'}. Bring them back and continue with --resume, "
+            "or start a new run with a lower federation.secure_aggregation.threshold."
         )
 
 

@@ -1,10 +1,10 @@
 """A round whose server gets a sum: with noise on it (privacy), under masks (secure aggregation), or both.
 
 A client's part of the sum is what its method would add up for it (`SumMethod.summand`), as integers in one
-vector. Without privacy clients are weighted by examples, as in any other round, and the sum has the same bits.
-With privacy all weigh the same, and the sum is divided by the number of clients asked (on average, where
-chance decides), not of those that replied: who drops out counts as one whose update is zero, so what a client
-can change does not depend on the others.
+vector. Without privacy clients are weighted by examples, as in any other round, and the sum has the same
+bits. With privacy all weigh the same, and the sum is divided by the number of clients asked (on average,
+where chance decides), not of those that replied: who drops out counts as one whose update is zero, so what a
+client can change does not depend on the others.
 """
 
 from __future__ import annotations

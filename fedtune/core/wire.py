@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 import zlib
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ HEADER = struct.Struct("<4sBBIQI")
 _COVERED = struct.Struct("<BIQ")  # the header's fields under the checksum
 _DEFLATED = 1
 MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes after inflating: a bound on what a hostile frame can make us hold
+
+LONG = 16 * 1024 * 1024  # bytes of a frame from which on it matters whether it is in memory twice
+Frame = bytes | bytearray | mmap.mmap
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -90,11 +94,12 @@ def encode(message: Message) -> bytes:
     return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
 
 
-def decode(frame: bytes | bytearray | memoryview, *, max_bytes: int | None = None) -> Message:
+def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Message:
     """The message in a frame. Tensors are views of the frame's own memory.
 
     Args:
-        frame: The bytes that `encode` gave.
+        frame: The bytes that `encode` gave. A memory map is given back to the system as it is read, so that
+            a long frame and its tensors are not in memory together; it cannot be read again.
         max_bytes: Refuse a longer frame unread.
 
     Raises:
@@ -128,6 +133,8 @@ def decode(frame: bytes | bytearray | memoryview, *, max_bytes: int | None = Non
             raise FrameError(f"tensor {name} of shape {shape} needs more bytes than the frame holds")
         tensors[name] = _view(body[at : at + size], dtype, shape)
         at += size
+        if isinstance(frame, mmap.mmap):
+            _give_back(frame, HEADER.size + head_length + at)
     if at != length:
         raise FrameError(f"{length - at} bytes of the frame belong to no tensor")
     return Message(Payload(tensors, scalars), meta)
@@ -138,6 +145,18 @@ def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:
     *_, flags, length, _, _ = HEADER.unpack(frame[: HEADER.size])
     head = bytes(frame[HEADER.size : HEADER.size + length])
     return _manifest(_inflate(head) if flags else head)[0]
+
+
+def room(size: int) -> bytearray | mmap.mmap:
+    """Memory for a frame that is still to come; of a long one, such as `decode` gives back."""
+    return mmap.mmap(-1, size) if size > LONG else bytearray(size)
+
+
+def _give_back(frame: mmap.mmap, end: int) -> None:
+    """Lets go of the memory behind a map's whole pages before `end`, where the system can do that."""
+    pages = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if pages and hasattr(mmap, "MADV_DONTNEED"):
+        frame.madvise(mmap.MADV_DONTNEED, 0, pages)
 
 
 def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:

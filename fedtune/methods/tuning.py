@@ -116,3 +116,9 @@ class Tuning(InBlocks):
                 base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
             )
         return super().attach(model, seed)
+
+
+class InBlocks(Tuning):
+    """The same for methods that train one block at a time, which prompts are no part of."""
+
+    trainable: Literal["full", "lora", "adapter"] = "full"  # what is added trains in place of the weights

@@ -1,15 +1,16 @@
 """A client's and the server's step without values: the method's own code, for its peak memory and operations.
 
-Two local steps are enough: the optimizer has its state from the second on. Where steps differ in what they
-need (methods that train one block at a time), it is the step that needs most: the lowest block's, whose
-activations reach through the whole model, and those of parts around the blocks.
+One local step of a client is enough, as `PartsMeter` knows what a second one finds left behind. Where steps
+differ in what they need (methods that train one block at a time), it is the step that needs most: the lowest
+block's, whose activations reach through the whole model, and those of parts around the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.flops import FlopCounter
 from fedtune.measure.memory import Resident
-from fedtune.methods.local_training import Training
+from fedtune.methods.block_order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import Formed
 from fedtune.models.tuning import trainable
@@ -63,23 +64,27 @@ def client_step(
         cohort: The first round's.
 
     Returns:
-        The meter with the highest peak, and the tokens of the step whose operations it counted.
+        The meter with the highest peak, and the tokens of the step whose operations it counted. Where blocks
+        are trained in turn the operations are a mean over the turns of the run.
     """
-    if method.config.name == "zero-shot":
-        return PartsMeter(), 1.0
     if method.config.name in ZEROTH:
         return _zeroth_step(method, model, items)
+    config, blocks = method.config, 0
+    if "block_order" in type(config).model_fields:
+        blocks = len(find_blocks(model).modules)
     found = []
-    for settings, turns in _hardest(method.config, STEPS if steps is None else min(STEPS, steps), model, cohort):
-        probe, meter = copy(method), PartsMeter()
-        probe.config = settings
+    for case in _cases(config, blocks, cohort):
+        probe, meter = copy(method), PartsMeter(repeats=steps is None or steps > 1)
+        probe.config = settings = case.settings
         with values():
             state = first_state(probe, model)
-            for _ in range(turns):
+            for _ in range(case.passed):
                 ordered = next(iter(probe.plan(state, 1, cohort)))
                 reply = reply_to(probe, ordered, cohort, fakes, round=1, seed=0)
                 state = probe.server_step(state, iter([reply]))
-            order = next(iter(probe.plan(replace(state, held={}) if turns else state, 1, cohort)))
+            if case.turn:  # of a client that has nothing yet
+                state = replace(state, turns=case.turn, held={})
+            order = next(iter(probe.plan(state, case.turn // len(cohort.clients) + 1, cohort)))
             env = ClientEnv(
                 client=order.client,
                 round=1,
@@ -93,9 +98,34 @@ def client_step(
                 store=Held(),
             )
             probe.client_step(order.payload, env)
-        batches = min(settings.gradient_accumulation, STEPS)
+        batches = settings.gradient_accumulation
         found.append((meter, float(batches * collate(items, 0)["input_ids"].numel())))
-    return max(found, key=lambda pair: pair[0].peak_bytes)
+    meter, tokens = max(found, key=lambda pair: pair[0].peak_bytes)
+    if blocks:
+        height = _mean_height(method, blocks, cohort, steps)
+        (low, _), (high, _) = found[0], found[-1]
+        meter.forward = round(low.forward + height * (high.forward - low.forward))
+        meter.backward = round(low.backward + height * (high.backward - low.backward))
+    return meter, tokens
+
+
+def _mean_height(method: Any, blocks: int, cohort: Cohort, steps: int | None) -> float:
+    """Where the blocks that the run trains lie on average: 0 for the lowest, 1 for the highest.
+
+    A block costs as many operations more than the next as one block takes in the backward pass, so that the
+    mean over turns is that of the mean block.
+    """
+    config = method.config
+    parts = [*map(str, range(blocks)), *config.extra_blocks]
+    if hasattr(config, "switch_interval"):
+        count, each = -(-(steps or len(parts) * config.switch_interval) // config.switch_interval), 1
+    else:
+        count = method.rounds * (len(cohort.clients) if method.arrival == "in-turn" else 1)
+        each = config.blocks_per_client
+    order = turns(parts, config.block_order, each, method._seed)
+    places = {"embeddings": 0} | {str(block): block for block in range(blocks)}
+    visited = [places.get(part, blocks - 1) for own in islice(order, count) for part in own]
+    return sum(visited) / len(visited) / max(blocks - 1, 1)
 
 
 def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, seed: int) -> PartsMeter:
@@ -146,24 +176,46 @@ def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, se
     return meter
 
 
-def _hardest(config: Any, steps: int, model: nn.Module, cohort: Cohort) -> Iterator[tuple[Any, int]]:
-    """Settings, and turns to let pass, after which the first local steps are those that need most."""
-    assert isinstance(config, Training)
+@dataclass(frozen=True)
+class _Case:
+    """Settings under which a client's first step is to be looked at.
+
+    Attributes:
+        settings: The method's.
+        turn: Whose turn it is, counted from 0, where blocks are trained in turns over the network.
+        passed: Turns that have to be over, with what they changed.
+    """
+
+    settings: Any
+    turn: int = 0
+    passed: int = 0
+
+
+def _cases(config: Any, blocks: int, cohort: Cohort) -> list[_Case]:
+    """The steps that may need most; where blocks train in turn, from the lowest block's to the highest's."""
     few: dict[str, Any] = {"gradient_accumulation": min(STEPS, config.gradient_accumulation)}
-    few |= {"local_steps": steps, "local_epochs": None}
+    few |= {"local_steps": 1, "local_epochs": None}
     fields = type(config).model_fields
     if "block_order" not in fields:
-        yield config.model_copy(update=few), 0
-        return
-    few |= {"switch_interval": steps} if "switch_interval" in fields else {}
-    ascending = config.model_copy(update={**few, "block_order": "ascending"})
-    yield ascending, 0
-    if getattr(config, "compression", "none") == "hybrid":  # with every other block there, pruned
-        yield ascending, min(len(cohort.clients), len(find_blocks(model).modules) // config.blocks_per_client) - 1
-    alone = {"blocks_per_client": 1} if "blocks_per_client" in fields else {}
-    for part in config.extra_blocks:  # the last of a pass, so the first of a descending one
-        update = {**few, **alone, "block_order": "descending", "extra_blocks": [part]}
-        yield config.model_copy(update=update), 0
+        return [_Case(config.model_copy(update=few))]
+    if "switch_interval" in fields:  # turns in one place: the first of either order can be chosen
+        alone = few | {"block_order": "descending"}
+        return [
+            _Case(config.model_copy(update=few | {"block_order": "ascending"})),
+            *(
+                _Case(config.model_copy(update=alone | {"extra_blocks": [part]}))
+                for part in config.extra_blocks
+            ),
+            _Case(config.model_copy(update=alone | {"extra_blocks": []})),
+        ]
+    ascending = config.model_copy(update=few | {"block_order": "ascending"})
+    single = ascending.model_copy(update={"blocks_per_client": 1})
+    cases = [_Case(ascending)]
+    if config.compression == "hybrid":  # with every other block there, pruned
+        last = min(len(cohort.clients), blocks // config.blocks_per_client) - 1
+        cases.append(_Case(ascending, last, last))
+    cases += [_Case(single, blocks + place) for place in range(len(config.extra_blocks))]
+    return [*cases, _Case(single, blocks - 1)]
 
 
 def _resident(state: Any) -> list[Resident]:

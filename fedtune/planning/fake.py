@@ -36,7 +36,9 @@ class Fakes:
         with self._mode:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
-    def model(self, name: str, *, base: Path, task: str, num_labels: int | None, dtype: str) -> PreTrainedModel:
+    def model(
+        self, name: str, *, base: Path, task: str, num_labels: int | None, dtype: str
+    ) -> PreTrainedModel:
         """The model of a config.json, eval mode, all parameters trainable, as `load_model` gives it.
 
         Raises:
@@ -58,7 +60,8 @@ class Fakes:
             return made[id(tensor)]
 
         for module in list(model.modules()):
-            for held in (module._parameters, module._buffers, vars(module)):
+            everything: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            for held in everything:
                 for key, value in held.items():
                     if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
                         held[key] = fake(value)
@@ -81,6 +84,8 @@ def values() -> Iterator[None]:
 class _Values(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if op is torch.ops.prim.device.default and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # asked for more often than anything is computed
         if op is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
@@ -89,11 +94,16 @@ class _Values(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
-_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
 
 
 def _whole_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Masks among indices as places: how many a fake mask would choose cannot be known, of a real one it is."""
+    """Masks among indices as places: how many a mask chooses is known of a real one alone."""
     whole: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):

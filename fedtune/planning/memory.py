@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,15 +35,17 @@ class PartsMeter(MemoryMeter):
     Args:
         made: The part of what operations give that turns out to be neither a gradient nor optimizer state.
         held: The part of resident tensors that belong to no module or optimizer.
+        repeats: Another such step follows each. What one leaves behind (an optimizer's state) is there when
+            the next begins, so the peak is found without running that.
 
     Attributes:
         parts: Bytes by part at the peak.
         forward, backward: Floating-point operations of the first scope.
     """
 
-    def __init__(self, made: str = "activations", held: str = "other") -> None:
+    def __init__(self, made: str = "activations", held: str = "other", *, repeats: bool = False) -> None:
         super().__init__("cpu")
-        self._made, self._held = made, held
+        self._made, self._held, self._repeats = made, held, repeats
         self.parts = dict.fromkeys(PARTS, 0)
         self.forward = self.backward = 0
         self._scopes = 0
@@ -66,7 +69,7 @@ class PartsMeter(MemoryMeter):
             with scope:
                 yield
         finally:
-            scope.close()
+            scope.close(self._repeats)
             self._open = None
         if self._scopes == 0:
             self.forward, self.backward = scope.forward, scope.backward
@@ -92,15 +95,23 @@ class _Scope(TorchDispatchMode):
         for thing in resident:
             self._take(thing)
         self._rise()
+        self._first = dict(self._live)
+        self._before: tuple[int, dict[str, int]] | None = None  # the peak before the optimizer's step
 
-    def close(self) -> None:
+    def close(self, repeats: bool) -> None:
+        """Ends it; with `repeats` the peak is that of a step after this one."""
         for hook in self._hooks:
             hook.remove()
         self._known.clear()
+        peak, parts = self._before or (self.peak, self.parts)
+        left = {part: max(0, self._live[part] - self._first[part]) for part in PARTS}
+        if repeats and peak + sum(left.values()) > self.peak:
+            self.peak = peak + sum(left.values())
+            self.parts = {part: parts[part] + left[part] for part in PARTS}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.off:
+        if self.off or op is torch.ops.prim.device.default:
             return op(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             self._follow(value, self._held)
@@ -137,8 +148,8 @@ class _Scope(TorchDispatchMode):
                     self._follow(master, "optimizer")
                     self._follow_gradient(master)
             self._take_all(thing.state, "optimizer")
-            self._hooks.append(thing.register_step_pre_hook(self._switch("optimizer")))
-            self._hooks.append(thing.register_step_post_hook(self._switch(self._made)))
+            self._hooks.append(thing.register_step_pre_hook(self._stepping))
+            self._hooks.append(thing.register_step_post_hook(self._stepped))
         else:
             self._take_all(thing, self._held)
 
@@ -154,11 +165,13 @@ class _Scope(TorchDispatchMode):
             if isinstance(thing, Tensor):
                 self._follow_gradient(thing)
 
-    def _switch(self, part: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._now = part
+    def _stepping(self, *_: Any) -> None:
+        self._now = "optimizer"
+        if self._before is None:
+            self._before = self.peak, self.parts
 
-        return hook
+    def _stepped(self, *_: Any) -> None:
+        self._now = self._made
 
     def _follow_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad if parameter.is_leaf else None
@@ -171,8 +184,8 @@ class _Scope(TorchDispatchMode):
 
     def _follow(self, value: Any, part: str, *, change: bool = False) -> None:
         if isinstance(value, Tensor):
-            if value.device.type == "meta":  # a skeleton that nothing computes with; fake tensors are no such
-                return
+            if not isinstance(value, FakeTensor) and value.device.type == "meta":
+                return  # a skeleton that nothing computes with
             storage = value.untyped_storage()
             known = self._known.get(storage._cdata)
             if known is None:
@@ -214,4 +227,4 @@ class _Known(weakref.ref[torch.UntypedStorage]):
         return known
 
     def __init__(self, storage: torch.UntypedStorage, part: str, freed: Callable[[Any], None]) -> None:
-        super().__init__(storage, freed)
+        super().__init__(storage, freed)  # type: ignore[call-arg]  # a weak reference's takes them

@@ -10,7 +10,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from fedtune.core.loop import sample_cohort
 from fedtune.core.types import ServerEnv
@@ -37,12 +39,13 @@ class Plan:
     in_turn: bool
 
 
-def plan(config: RunConfig, work: Workload | None = None) -> Plan:
+def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True) -> Plan:
     """Plans a run. The document is the JSON of `fedtune plan`.
 
     Args:
         config: The run's configuration.
         work: What clients train on; read from the configuration's data unless given.
+        steps: Also what steps need: memory and operations. Without, those are all 0.
 
     Raises:
         InputError: As the run would raise it: no such model or no config.json, a method that the model does
@@ -67,18 +70,18 @@ def plan(config: RunConfig, work: Workload | None = None) -> Plan:
         num_labels=work.num_labels,
         dtype=config.model.dtype,
     )
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(Tensor, base.get_input_embeddings().weight).shape[0]
     method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
     model = method.client_model(lambda: base)
     fakes.empty_out(model)
     parameters = count_parameters(model)
     items = workload.within(work.batch(size), vocabulary)
     most = _steps(config.method, work, max)
-    client, tokens = dry_run.client_step(method, model, fakes, items, most, cohort)
-    server = dry_run.server_steps(method, model, fakes, cohort, config.seed) if method.rounds else PartsMeter()
-    traffic = simulate(
-        method, model, fakes, clients=clients, per_round=per_round, seed=config.seed
-    )
+    client, server, tokens = PartsMeter(), PartsMeter(), 1.0
+    if steps and method.rounds:
+        client, tokens = dry_run.client_step(method, model, fakes, items, most, cohort)
+        server = dry_run.server_steps(method, model, fakes, cohort, config.seed)
+    traffic = simulate(method, model, fakes, clients=clients, per_round=per_round, seed=config.seed)
     document = {
         "method": config.method_name,
         "model": config.model.name,
@@ -176,6 +179,12 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
     notes = []
     if not method.uses_wire:
         notes.append(f"{config.method_name} sends nothing: it is a reference beside the methods")
+    if config.federation.secure_aggregation is not None:
+        notes.append("what secure aggregation adds to each message is not planned")
+    if config.federation.privacy is not None:
+        notes.append(
+            "with federation.privacy chance decides how many clients a round asks; planned as without"
+        )
     if config.federation.simulate.dropout or config.federation.deadline_s is not None:
         notes.append("planned as if every client that is asked replied")
     if not traffic.exact:

@@ -18,6 +18,7 @@ from fedtune.methods import registry
 from fedtune.models.load import meta_model
 from fedtune.planning import workload
 from fedtune.planning.plan import Plan, plan
+from fedtune.planning.workload import Workload
 from fedtune.report.tables import size
 from fedtune.run.config import RunConfig
 from fedtune.run.config_file import apply_overrides, parse_config
@@ -47,7 +48,14 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 """What is ranked, with each method's own defaults where nothing is said."""
 
-SETTINGS = ("seed", "model.dtype", "model.task", "data.max_length", "data.clients", "federation.clients_per_round")
+SETTINGS = (
+    "seed",
+    "model.dtype",
+    "model.task",
+    "data.max_length",
+    "data.clients",
+    "federation.clients_per_round",
+)
 """What can be set for all of them."""
 
 
@@ -59,8 +67,7 @@ class Means:
         memory: Bytes.
         uplink, downlink: Bits a second of each client's own link.
         model_private: Clients may not hold the model.
-        speed: Floating-point operations a second; None: not counted.
-        examples: Of each client; None: not known.
+        speed: Floating-point operations a second; None: computing is not counted.
     """
 
     memory: float
@@ -68,18 +75,30 @@ class Means:
     downlink: float
     model_private: bool
     speed: float | None = None
-    examples: int | None = None
 
 
-def rank(
-    model: str, means: Means, overrides: Sequence[str] = (), on_candidate: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Plans every candidate. The document is the JSON of `fedtune plan --model`.
+@dataclass(frozen=True)
+class Candidate:
+    """A method on the model: its plan, or why there is none."""
+
+    name: str
+    config: RunConfig
+    plan: Plan | None
+    refusal: str = ""
+
+
+def plan_all(
+    model: str,
+    overrides: Sequence[str] = (),
+    examples: int | None = None,
+    on_candidate: Callable[[str], None] = lambda _: None,
+) -> list[Candidate]:
+    """Plans every candidate.
 
     Args:
         model: A folder, a hub name or "bundled".
-        means: What clients have.
         overrides: `key=value`, of `SETTINGS`.
+        examples: Of each client; None: not known.
         on_candidate: Called with the name of each before it is planned.
 
     Raises:
@@ -91,34 +110,50 @@ def rank(
                 f"{override!r} cannot be set for all methods at once; {', '.join(SETTINGS)} can. "
                 "For anything else write a configuration and plan that: fedtune plan CONFIG"
             )
-    if means.speed is not None and means.examples is None:
-        raise InputError("--client-speed needs --examples: without their number no steps can be counted")
-    first = _config(model, CANDIDATES["fedavg, lora"], overrides)
-    meta_model(model, base=Path("."), task=first.model.task)  # a wrong name is an error, not a row
-    rows = []
+    task = _config(model, CANDIDATES["zero-shot"], overrides).model.task
+    meta_model(model, base=Path("."), task=task)  # a wrong name is an error, not a row
+    found = []
     for name, settings in CANDIDATES.items():
         on_candidate(name)
-        rows.append(_row(name, _config(model, settings, overrides), means))
-    rows.sort(key=lambda row: (not row["fits"], row["seconds"]["total"] if row["seconds"] else 0.0))
-    fitting = [row for row in rows if row["fits"]]
+        config = _config(model, settings, overrides)
+        try:
+            found.append(Candidate(name, config, plan(config, _work(config, examples))))
+        except InputError as error:
+            found.append(Candidate(name, config, None, str(error)))
+    return found
+
+
+def judge(candidates: Sequence[Candidate], means: Means) -> dict[str, Any]:
+    """Which fit, ordered by the time that they need. The document is the JSON of `fedtune plan --model`."""
+    first = candidates[0].config
+    rows = [_row(candidate, means) for candidate in candidates]
+    rows.sort(key=_order)
     return {
-        "model": model,
+        "model": first.model.name,
         "dtype": first.model.dtype,
         "client_memory_bytes": round(means.memory),
         "uplink_bits_per_second": means.uplink,
         "downlink_bits_per_second": means.downlink,
         "model_private": means.model_private,
         "client_flops_per_second": means.speed,
-        "examples": means.examples,
         "clients": first.data.clients,
         "max_length": first.data.max_length,
         "methods": rows,
-        "pick": _pick(fitting, means),
+        "pick": _pick([row for row in rows if row["fits"]]),
     }
 
 
+def _order(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+    """Those that fit first, those that do not apply last, each by time."""
+    return not row["fits"], row["plan"] is None, row["seconds"]["total"] if row["seconds"] else 0.0
+
+
 def _config(model: str, method: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    document: dict[str, Any] = {"model": {"name": model}, "data": {"template": "alpaca"}, "method": dict(method)}
+    document: dict[str, Any] = {
+        "model": {"name": model},
+        "data": {"template": "alpaca"},
+        "method": dict(method),
+    }
     apply_overrides(document, overrides)
     document["model"]["name"] = model
     if document["model"].get("task") == "classification":
@@ -126,24 +161,25 @@ def _config(model: str, method: Mapping[str, Any], overrides: Sequence[str]) -> 
     return parse_config(document, "fedtune plan")
 
 
-def _row(name: str, config: RunConfig, means: Means) -> dict[str, Any]:
-    method = registry.build(config.method, config.seed)
-    aligns = hasattr(config.method, "alignment")
-    rows = max(getattr(config.method, "batch_size", 1), config.method.alignment.batch_size if aligns else 1)
+def _work(config: RunConfig, examples: int | None) -> Workload:
+    pools = registry.build(config.method, config.seed).pools_data
+    method: Any = config.method
+    aligns = hasattr(method, "alignment")
+    rows = max(getattr(method, "batch_size", 1), method.alignment.batch_size if aligns else 1)
     clients = config.data.clients
     assert clients is not None  # refused by the configuration with every partition but by-field
-    work = workload.assumed(config, 1 if method.pools_data else clients, rows)
-    if means.examples is not None:
-        each = means.examples * (clients if method.pools_data else 1)
+    work = workload.assumed(config, 1 if pools else clients, rows)
+    if examples is not None:
+        each = examples * (clients if pools else 1)
         work = replace(work, clients=dict.fromkeys(range(work.population), each))
-    if not aligns:
-        work = replace(work, public=())
-    try:
-        planned = plan(config, work)
-    except InputError as error:
-        return {"method": name, "fits": False, "reasons": [f"does not apply: {error}"], "plan": None, "seconds": None}
-    document = planned.document
-    seconds = _seconds(planned, means)
+    return work if aligns else replace(work, public=())
+
+
+def _row(candidate: Candidate, means: Means) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": candidate.name, "fits": False, "plan": None, "seconds": None}
+    if candidate.plan is None:
+        return row | {"reasons": [f"does not apply: {candidate.refusal}"]}
+    document, method = candidate.plan.document, registry.build(candidate.config.method, candidate.config.seed)
     reasons = []
     peak = document["client_peak_memory_bytes"]["total"]
     if peak > means.memory:
@@ -154,16 +190,15 @@ def _row(name: str, config: RunConfig, means: Means) -> dict[str, Any]:
         reasons.append("all examples have to be in one place")
     elif not method.uses_wire:
         reasons.append("a reference: nobody learns from anyone else")
-    return {"method": name, "fits": not reasons, "reasons": reasons, "plan": document, "seconds": seconds}
+    seconds = _seconds(candidate.plan, means)
+    return row | {"fits": not reasons, "reasons": reasons, "plan": document, "seconds": seconds}
 
 
 def _seconds(planned: Plan, means: Means) -> dict[str, float | None]:
     """Of a round, clients at the same time or in turn, and of all of them."""
     by_round: dict[int, list[float]] = defaultdict(list)
     for exchange in planned.traffic.exchanges:
-        by_round[exchange.round].append(
-            8 * exchange.down / means.downlink + 8 * exchange.up / means.uplink
-        )
+        by_round[exchange.round].append(8 * exchange.down / means.downlink + 8 * exchange.up / means.uplink)
     wire = [sum(times) if planned.in_turn else max(times) for times in by_round.values()]
     compute: float | None = None
     if means.speed is not None:
@@ -179,7 +214,7 @@ def _seconds(planned: Plan, means: Means) -> dict[str, float | None]:
     }
 
 
-def _pick(fitting: Sequence[Mapping[str, Any]], means: Means) -> dict[str, Any]:
+def _pick(fitting: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The one that needs least time, and which others are least in something else."""
     if not fitting:
         return {"method": None, "why": "no method fits", "others": {}}

@@ -76,7 +76,9 @@ def simulate(
     traffic = Traffic()
     if not method.uses_wire:
         return traffic
-    traffic.exact = method.config.name != "fedkseed-pro" or method.rounds <= 2  # later, p depends on the losses
+    traffic.exact = (
+        method.config.name != "fedkseed-pro" or method.rounds <= 2
+    )  # later, p depends on the losses
     advance = _advance(method)
     with values():
         state = first_state(method, model)
@@ -135,9 +137,7 @@ def _nbytes(spec: TensorSpec) -> int:
 def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Tensor]:
     """The seeds that a client of FedKSeed draws, with scalars that are not 0."""
     own = derive_seed(seed, "client", order.client, round)
-    env = ClientEnv(
-        order.client, round, own, nn.Module(), [], 0, None, MemoryMeter(CPU), CPU, Store()
-    )
+    env = ClientEnv(order.client, round, own, nn.Module(), [], 0, None, MemoryMeter(CPU), CPU, Store())
     seeds = method._draw(order.payload, env)
     scalars = torch.randn(len(seeds), generator=torch_generator(own, "planned scalars")).tolist()
     tensors: Mapping[str, Tensor] = method._reply(seeds, scalars).tensors
@@ -153,7 +153,9 @@ def _advance(method: Any) -> Callable[[Any, list[Reply]], Any]:
         return lambda state, replies: state
     if hasattr(config, "alignment"):  # what aligning changes keeps its shape
         server = copy(method)
-        server.config = config.model_copy(update={"alignment": config.alignment.model_copy(update={"steps": 0})})
+        server.config = config.model_copy(
+            update={"alignment": config.alignment.model_copy(update={"steps": 0})}
+        )
 
     def step(state: Any, replies: Iterable[Reply]) -> Any:
         return server.server_step(state, iter(replies))

@@ -71,33 +71,36 @@ def read(config: RunConfig, *, pooled: bool, rows: int) -> Workload:
     if not here:
         if data.clients is None:
             raise InputError(
-                "data.clients is null, one client a value of a field, and the data are not here to count them; "
-                "a plan downloads none. Set data.clients"
+                "data.clients is null and the data are not here to count them; a plan downloads none. "
+                "Set data.clients"
             )
         notes.append(
             f"{', '.join(s for s in sources if not _is_here(s))} is not on this machine: every example is "
             f"taken to have data.max_length ({data.max_length}) tokens, and each client a full batch"
         )
         population = 1 if pooled else data.clients
-        return Workload(None, population, longest, public, None, tuple(notes))
+        labels = len(data.labels) if data.labels else None
+        return Workload(None, population, longest, public, labels, tuple(notes))
     split = prepare_data(config, pooled=pooled)
     counts = {client: len(items) for client, items in split.clients.items()}
-    labels = len(split.labels) or None
+    classes = len(split.labels) or None
     if not tokenized:
         notes.append(
-            f"model {config.model.name} has no tokenizer here: every example is taken to have data.max_length "
-            f"({data.max_length}) tokens"
+            f"model {config.model.name} has no tokenizer here: every example is taken to have "
+            f"data.max_length ({data.max_length}) tokens"
         )
-        return Workload(counts, len(counts), longest, public, labels, tuple(notes))
+        return Workload(counts, len(counts), longest, public, classes, tuple(notes))
     tokenizer = load_tokenizer(config.model.name, Path("."))
     encoded = (
-        item for items in split.clients.values() for item in encode_for(config, items, tokenizer, split.labels)
+        item
+        for items in split.clients.values()
+        for item in encode_for(config, items, tokenizer, split.labels)
     )
     longest = _longest(encoded, rows)
     if data.public is not None and _is_here(data.public.source):
         shared = public_examples(config)
         public = _longest(encode_for(config, shared, tokenizer, split.labels), rows)
-    return Workload(counts, len(counts), longest, public, labels, tuple(notes))
+    return Workload(counts, len(counts), longest, public, classes, tuple(notes))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
@@ -111,7 +114,8 @@ def _assumed(config: RunConfig, rows: int) -> tuple[Encoded, ...]:
     """Examples as long as allowed, of tokens that differ: so they cost most."""
     length, wide = config.data.max_length, config.model.task == "causal-lm"
     return tuple(
-        Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1)) for row in range(rows)
+        Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1))
+        for row in range(rows)
     )
 
 

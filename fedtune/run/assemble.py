@@ -10,7 +10,7 @@ import torch
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import quorum_of, sample_cohort
-from fedtune.core.protection import threshold_of
+from fedtune.core.protection import require_packages, threshold_of
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import Method, ServerEnv
 from fedtune.errors import InputError
@@ -117,10 +117,11 @@ def check_counts(config: RunConfig, clients: int) -> None:
             f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
             "no round could reach it"
         )
+    require_packages(federation.secure_aggregation, federation.privacy)
     if federation.secure_aggregation is not None:
         threshold_of(federation.secure_aggregation, len(cohort))
     if federation.privacy is not None and federation.privacy.delta * clients >= 1:
         raise InputError(
-            f"federation.privacy.delta is {federation.privacy.delta:g}; with {clients} clients it must be below "
-            f"{1 / clients:g}: a δ of one in as many clients allows giving one of them away whole"
+            f"federation.privacy.delta is {federation.privacy.delta:g}; with {clients} clients it must be "
+            f"below {1 / clients:g}: a δ of one in as many clients allows giving one of them away whole"
         )

@@ -207,6 +207,8 @@ def _references(candidates: Sequence[Candidate]) -> list[Candidate]:
                 document = {**source.config.resolved(), "method": {"name": name, **settings}}
                 document["evaluation"] = {**document["evaluation"], "arrivals": False}
                 document["data"] = {**document["data"], "public": None}  # they train nothing on the server
+                protection = {"secure_aggregation": None, "privacy": None}  # and send nothing
+                document["federation"] = {**document["federation"], **protection}
                 added.append(Candidate(f"{name}{suffix}", parse_config(document, name)))
     return added
 
@@ -216,7 +218,7 @@ def _zero_shot(candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]
     nothing = {"down": 0, "up": 0}
     return [
         {
-            **row,
+            **{key: value for key, value in row.items() if key != "privacy"},
             "config": f"zero-shot{suffix}",
             "method": "zero-shot",
             "rounds": 0,

@@ -21,6 +21,7 @@ from typing import Any, Self
 from fedtune.core.loop import QuorumError, Transport, quorum_of
 from fedtune.errors import FederationError, InputError
 from fedtune.measure.clock import Clock
+from fedtune.methods import registry
 from fedtune.run.assemble import Parts
 from fedtune.run.config import RunConfig
 from fedtune.transport import processes
@@ -30,7 +31,7 @@ from fedtune.transport.letters import Letter, listening, receive, send
 from fedtune.transport.network import Conversation, Introduction, gather, wait_for
 from fedtune.transport.remote import Remote, Unreachable
 
-START_S = 60.0  # for Flower's processes to come up
+START_S = 180.0  # for Flower's processes to come up, on a busy machine
 BACK_S = 90.0  # for the clients of a resumed run to come back: Flower takes 60 s to notice that one is gone
 LOOK_S = 1.0  # between looking whether Flower's processes are alive
 
@@ -45,10 +46,17 @@ class Server:
         tell: Gets a line for everything that a person wants to see.
 
     Raises:
-        InputError: The keys are not usable, or too few for the clients of the configuration.
+        InputError: The keys are not usable, or too few for the clients of the configuration, or the method
+            is none for a network.
     """
 
     def __init__(self, config: RunConfig, keys: Path, port: int, tell: Callable[[str], None]) -> None:
+        method = registry.build(config.method, config.seed)
+        if not method.uses_wire or method.pools_data:
+            raise InputError(
+                f"method.name {config.method_name} has nothing to send or needs all data in one place; "
+                "it does not run over a network"
+            )
         check_server(keys)
         known = read_clients(keys)
         wanted = config.data.clients or len(known)

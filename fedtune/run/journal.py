@@ -77,7 +77,9 @@ class Journal:
         state = self._states.get(arrival.client)
         parts = (arrival.fault.encode(), arrival.frame, encode(Message(state)) if state is not None else b"")
         with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
-            crc = zlib.crc32(b"".join(parts))
+            crc = 0
+            for part in parts:
+                crc = zlib.crc32(part, crc)
             file.write(_ENTRY.pack(turn, arrival.client, sent, *map(len, parts), crc))
             for part in parts:
                 file.write(part)

@@ -120,6 +120,8 @@ def join(
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         device=where,
+        secure=config.federation.secure_aggregation,
+        privacy=config.federation.privacy,
     )
     return Joined(runner, len(items), config.method_name)
 

@@ -7,16 +7,19 @@ share of it that one-shot loses, (F(w_one) − F(w_multi)) / I. With ρ times th
 
     I / (F(w(0,0)) − I)   grows by ρ^c   c is the power of the gain over the rounds of the probe, in 0..1
     G / (1 − G)           grows by ρ     so that G doubles with the steps where it is small, and stays below 1
-    G · I                                is the gap, what `fedtune compare` shows as a difference in loss
-    G (1/R − 1/T) / (1 − 1/T)            is lost with R rounds; the smallest R that may be is recommended
+    G · I                 is the gap, what `fedtune compare` shows as a difference in loss
 
-Both laws for G are the leading order in the step size. With gradients g_i and Hessians H_i of the clients, s
-steps of rate β in R rounds end at
+With R rounds instead of one, the odds of losing what endlessly many would gain are o / R, since a round is R
+times as short. Against T rounds, R then lose o (T − R) / (T (R + o)), with o from what one round loses; the
+smallest R that loses no more than is tolerated is recommended.
+
+That G grows with the steps and falls as 1/R − 1/T is the leading order in the step size. With gradients g_i
+and Hessians H_i of the clients, s steps of rate β in R rounds end at
 
     w0 − βs ḡ + (βs)²/2 [ (1/R) Σ p_i H_i g_i + (1 − 1/R) H̄ ḡ ] + O((βs)³)
 
 so that two schemes part by the difference of their 1/R and as the square of the steps, where the gain is
-linear in them. What bounds I and G from above is no theory. `docs/theory.md` holds all of it to measurements.
+linear in them. Odds in place of shares are no theory. `docs/theory.md` holds all of it to measurements.
 """
 
 from __future__ import annotations
@@ -129,12 +132,15 @@ def odds_times(share: float, factor: float) -> float:
     return share * factor / (1 + share * (factor - 1)) if 0 < share < 1 else share
 
 
+def lost_with(few: int, share: float, rounds: int) -> float:
+    """The share of the gain of T rounds that R lose, where one loses `share`: o (T − R) / (T (R + o))."""
+    ceiling = min(share, (rounds - 1) / rounds)  # what R = 1 can lose at most by the law, with o infinite
+    return share * (rounds - few) / (few * (rounds - 1) - ceiling * rounds * (few - 1))
+
+
 def enough_rounds(share: float, rounds: int, tolerance: float) -> int:
-    """The smallest R in 1..T with share · (1/R − 1/T) / (1 − 1/T) ≤ tolerance."""
-    for few in range(1, rounds):
-        if share * (1 / few - 1 / rounds) / (1 - 1 / rounds) <= tolerance:
-            return few
-    return rounds
+    """The smallest R in 1..T that loses no more than `tolerance` by `lost_with`."""
+    return next(few for few in range(1, rounds + 1) if lost_with(few, share, rounds) <= tolerance)
 
 
 def diagnose(

@@ -100,7 +100,7 @@ def _letter(message: Message) -> Letter:
         body, state = (arrays[name].data if name in arrays else b"" for name in ("body", "state"))
     except (KeyError, TypeError, AttributeError) as error:
         return fault(f"its message is not a letter: {type(error).__name__}: {error}")
-    return Letter(fields, body, state)  # type: ignore[arg-type]  # whoever reads a field checks its type
+    return Letter(fields, body, state)  # whoever reads a field checks its type
 
 
 # --- in the simulation ---

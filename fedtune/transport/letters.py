@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import cast
 
 from fedtune.errors import FederationError
 
@@ -92,4 +91,4 @@ def listening() -> Iterator[tuple[Listener, str]]:
 
 def connect(address: str) -> Connection:
     """A connection to the process that listens at `address`. Raises OSError if there is none."""
-    return cast(Connection, Client(address, family="AF_UNIX"))
+    return Client(address, family="AF_UNIX")

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from fedtune.core.loop import Arrival
 from fedtune.core.types import Payload
+from fedtune.core.wire import room
 from fedtune.transport.letters import PART_BYTES, Letter
 from fedtune.transport.remote import LONGEST_S, Mail, Talk, Unreachable
 
@@ -192,7 +193,7 @@ class Conversation:
         size, kept = answer.number("bytes"), answer.number("state")
         if size > (limit := self._limit(client)):
             raise Refusal(f"its reply has {size:,} bytes; at most {limit:,} are allowed here")
-        buffer, at = bytearray(size), 0
+        buffer, at = room(size), 0
         while True:
             part = answer.body
             if not part or at + len(part) > size:

@@ -17,6 +17,8 @@ from fedtune.measure.clock import Clock
 from fedtune.transport.letters import Letter
 
 POLL_S = 0.1  # between looking for answers where the mail has none
+LONGEST_S = 7 * 24 * 3600.0  # that a letter lives, in a round without a deadline
+LOST_S = 60.0  # that a client which was lost with its order is waited for
 TOGETHER_BYTES = 64 * 1024 * 1024  # of answers that are fetched in one go
 
 Talk = Generator[Letter, Letter, Arrival]
@@ -42,7 +44,9 @@ class _Open:
 
     talk: Talk
     order_bytes: int
-    letter: str = ""  # the id of the one that is not answered yet
+    letter: Letter | None = None  # the one that is not answered yet
+    name: str = ""  # its id; empty while it has to be sent again
+    again_until: float = 0.0  # as long as that is tried
     sending: bool = False  # has parts of the order left
     receiving: bool = False  # holds a part of the reply
     arrival: Arrival | None = None
@@ -126,19 +130,30 @@ class Remote:
         A reply in parts is taken to its end before another is begun, and in plan order no reply is taken
         before its turn: what waits, waits with the mail, so that replies never are in memory together.
         """
-        waiting = {c: o for c, o in open_.items() if o.arrival is None}
+        again = [(c, o) for c, o in open_.items() if o.arrival is None and not o.name]
+        for client, conversation in again:
+            self._post(conversation, client, end)
+        waiting = {c: o for c, o in open_.items() if o.arrival is None and o.name}
+        if not waiting:
+            return False
         first = next(iter(waiting))
-        if in_plan_order:
-            waiting = {first: waiting[first]}
+        if in_plan_order:  # only the first of all; it may be away
+            waiting = {first: waiting[first]} if first == next(iter(open_)) else {}
         elif any(o.receiving for o in waiting.values()):
             waiting = {client: o for client, o in waiting.items() if o.receiving or o.sending}
-        names = {o.letter: client for client, o in waiting.items()}
+        if not waiting:
+            return False
+        names = {o.name: client for client, o in waiting.items()}
         together = max(1, TOGETHER_BYTES // (1 + max(o.order_bytes for o in waiting.values())))
         ids = list(names)
         for at in range(0, len(ids), together):
             answers = list(self._mail.collect(ids[at : at + together]))
             for name, answer in answers:
-                self._say(open_[names[name]], names[name], answer, end)
+                conversation = open_[names[name]]
+                if answer.fields.get("lost"):
+                    conversation.name, conversation.again_until = "", time.monotonic() + LOST_S
+                else:
+                    self._say(conversation, names[name], answer, end)
             if answers:
                 return True
         return False
@@ -147,16 +162,25 @@ class Remote:
         """The next letter of a conversation, after an answer."""
         try:
             letter = next(conversation.talk) if answer is None else conversation.talk.send(answer)
-            lifetime_s = min(end - time.monotonic(), LONGEST_S)
-            if lifetime_s <= 0:
-                return  # the deadline is noticed where it is waited for
-            conversation.sending = bool(letter.fields.get("more"))
-            conversation.receiving = answer is not None and len(answer.body) > 0
-            conversation.letter = self._mail.post(client, letter, lifetime_s=lifetime_s)
         except StopIteration as over:
             conversation.arrival = over.value
+            return
+        conversation.sending = bool(letter.fields.get("more"))
+        conversation.receiving = answer is not None and len(answer.body) > 0
+        conversation.letter, conversation.again_until = letter, 0.0
+        self._post(conversation, client, end)
+
+    def _post(self, conversation: _Open, client: int, end: float) -> None:
+        """Sends a letter; one that was lost with its client again, as soon as that is back."""
+        assert conversation.letter is not None
+        lifetime_s = min(end - time.monotonic(), LONGEST_S)
+        if lifetime_s <= 0:
+            return  # the deadline is noticed where it is waited for
+        try:
+            conversation.name = self._mail.post(client, conversation.letter, lifetime_s=lifetime_s)
         except Unreachable as error:
-            conversation.arrival = Arrival(client, fault=str(error))
-
-
-LONGEST_S = 7 * 24 * 3600.0  # of a letter in a round without a deadline
+            if not conversation.again_until:
+                conversation.arrival = Arrival(client, fault=str(error))
+            elif time.monotonic() >= conversation.again_until:
+                lost = f"it was lost, and not back within {LOST_S:g} s"
+                conversation.arrival = Arrival(client, fault=lost)

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.client import ClientError, ClientRunner
-from fedtune.core.store import Store
+from fedtune.core.store import Store, digests_in
 from fedtune.core.types import Payload
-from fedtune.core.wire import FrameError, Message, decode, encode
+from fedtune.core.wire import FrameError, Message, decode, encode, room
 from fedtune.errors import InputError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
 from fedtune.transport.letters import PART_BYTES, Field, Letter, fault
@@ -50,7 +52,7 @@ class _Incoming:
     """The parts of an order so far."""
 
     round: int
-    buffer: bytearray
+    buffer: bytearray | mmap.mmap
     at: int = 0
 
 
@@ -154,11 +156,16 @@ class Worker:
         round, size, at = letter.number("round"), letter.number("bytes"), letter.number("at")
         if at == 0:
             check_bytes(self._acceptance, size, "order")
-            self._incoming = _Incoming(round, bytearray(size))
-        incoming = self._incoming
+            if self._done is not None and self._done.round != round:
+                self._done = None  # a long reply is not kept beside a long order
+            self._incoming = _Incoming(round, room(size))
+        incoming, end = self._incoming, at + len(letter.body)
+        if incoming is None and self._done is not None and self._done.round == round and end == size:
+            return self._answer(self._done)  # the last part, once more: its answer was lost
+        if incoming is not None and incoming.round == round and 0 < end <= incoming.at:
+            return Letter({"at": incoming.at})  # a part that is there already
         if incoming is None or incoming.round != round or incoming.at != at:
             raise ValueError(f"it has only a part of the order of round {round}")
-        end = at + len(letter.body)
         if end > len(incoming.buffer):
             raise ValueError(f"the order of round {round} is longer than it said")
         incoming.buffer[at:end] = letter.body
@@ -168,7 +175,7 @@ class Worker:
         self._incoming = None
         return self._train(round, incoming.buffer, letter.number("state"))
 
-    def _train(self, round: int, frame: bytearray, state: int) -> Letter:
+    def _train(self, round: int, frame: bytearray | mmap.mmap, state: int) -> Letter:
         crc, done = zlib.crc32(frame), self._done
         if done is None or (done.round, done.order_crc, done.state_before) != (round, crc, state):
             assert self._joined is not None
@@ -177,6 +184,7 @@ class Worker:
             runner.states = {client: before} if before is not None else {}
             self._done = None
             self._tell(f"round {round}: order of {len(frame):,} bytes")
+            began = time.monotonic()
             reply = runner.handle(client, frame)
             check_bytes(self._acceptance, len(reply), "reply")
             now = runner.states.get(client)
@@ -185,7 +193,11 @@ class Worker:
                 self._save_state(round, now)
                 kept = round
             self._done = done = _Done(round, crc, state, reply, kept)
-            self._tell(f"round {round}: reply of {len(reply):,} bytes")
+            took = time.monotonic() - began
+            self._tell(f"round {round}: reply of {len(reply):,} bytes after {took:.2f} s")
+        return self._answer(done)
+
+    def _answer(self, done: _Done) -> Letter:
         fields = {"bytes": len(done.reply), "state": done.state}
         return Letter(fields, memoryview(done.reply)[:PART_BYTES])
 
@@ -216,6 +228,10 @@ class Worker:
         for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
             if old.name != f"round-{round:06d}":  # a run that was rolled back has newer ones
                 old.unlink()
+        if self._joined is not None and digests_in([state.scalars]):
+            rounds = [int(path.name.removeprefix("round-")) for path in folder.glob("round-*")]
+            kept = [found.scalars for found in map(self._load_state, rounds) if found is not None]
+            self._joined.runner.store.retain(digests_in(kept))
 
 
 def _write(path: Path, content: bytes) -> None:

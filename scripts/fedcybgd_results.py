@@ -1,0 +1,117 @@
+"""Tables of docs/fedcybgd.md.
+
+    python scripts/fedcybgd_results.py bytes          a first cycle's bytes by compression, from architectures
+    python scripts/fedcybgd_results.py memory FILE    memory and backward time: `fedtune bench memory --json`
+
+scripts/results.sh puts what this prints into the page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from fedtune.bench.client_steps import SHAPES, TINY
+from fedtune.models.blocks import find_blocks
+from fedtune.models.compression import kept_of
+from fedtune.models.parts import find_parts
+from fedtune.models.pruning import find_attention, find_mlp, prune_groups
+from fedtune.report.tables import size
+
+MODELS = {  # name: configuration, bytes a weight
+    "LLaMA-2-7B, bfloat16": (LlamaConfig(), 2),
+    "GPT-2 small, float32": (AutoConfig.for_model("gpt2"), 4),
+    "bundled, float32": (Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled", 4),
+}
+RATIO = 0.5  # of dropping and of pruning
+
+
+def traffic() -> str:
+    """Bytes of a client, the mean over the turns of a first cycle with as many clients as blocks."""
+    rows = []
+    for name, (source, width) in MODELS.items():
+        config = AutoConfig.from_pretrained(source) if isinstance(source, Path) else source
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        parts, block = find_parts(model), find_blocks(model).modules[0]
+        whole = sum(p.numel() for p in parts.parameters["0"].values())
+        around = sum(
+            p.numel()
+            for part, named in parts.parameters.items()
+            if not part.isdigit()
+            for p in named.values()
+        )
+        heads, channels = (kept_of(n, RATIO) for n in (find_attention(block).groups, find_mlp(block).width))
+        tensors = {n: torch.empty(p.shape) for n, p in block.named_parameters()}
+        chosen = (torch.arange(n, dtype=torch.int32) for n in (heads, channels))
+        pruned = sum(t.numel() for t in prune_groups(block, tensors, *chosen).values())
+        n, up = parts.blocks, 4 * whole
+        downs = {
+            "none": [around + n * whole] * n,
+            "layer-drop": [around + (1 + kept_of(n - 1, RATIO)) * whole] * n,
+            "hybrid": [around + (1 + kept_of(n - 1 - t, RATIO)) * whole + t * pruned for t in range(n)],
+        }
+        totals = {mode: width * sum(each) / n + up for mode, each in downs.items()}
+        rows.append(
+            [name, str(n), f"{around / (around + n * whole):.1%}", f"{up / totals['none']:.1%}"]
+            + [size(total) for total in totals.values()]
+            + [f"{totals[mode] / totals['none']:.2f}" for mode in ("layer-drop", "hybrid")]
+        )
+    header = [
+        "model",
+        "blocks",
+        "not in blocks",
+        "upload in the total",
+        *downs,
+        "layer-drop / none",
+        "hybrid / none",
+    ]
+    return table(header, rows)
+
+
+def memory(file: Path) -> str:
+    """Peak memory beside Fed-full and FedLoRA, and backward time beside Fed-full."""
+    documents = json.loads(file.read_text(encoding="utf-8"))
+    rows = (documents[0] if isinstance(documents, list) else documents)["rows"]
+    tables = []
+    for shape in SHAPES:
+        found = {r["case"].removeprefix(f"{shape}: "): r for r in rows if r["case"].startswith(f"{shape}: ")}
+        if shape == TINY or not found:
+            continue
+        body = [_memory_row(case, row, found) for case, row in found.items() if "peak_bytes" in row]
+        header = ["case", "peak", "of Fed-full", "of FedLoRA", "process", "of Fed-full"]
+        times = {case: row["backward_seconds"] for case, row in found.items() if "backward_seconds" in row}
+        text = "; ".join(
+            f"{case} {time:.2f} s ({time / times['Fed-full']:.2f})" for case, time in times.items()
+        )
+        tables.append(f"{shape}:\n\n{table(header, body)}\n\nBackward pass, mean over blocks: {text}.")
+    return "\n\n".join(tables)
+
+
+def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
+    cells = [case, size(row["peak_bytes"])]
+    cells += [f"{row['peak_bytes'] / found[other]['peak_bytes']:.3f}" for other in ("Fed-full", "FedLoRA")]
+    if "rss_bytes" not in row:
+        return [*cells, "", ""]
+    return [*cells, size(row["rss_bytes"]), f"{row['rss_bytes'] / found['Fed-full']['rss_bytes']:.3f}"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["bytes"]:
+        print(traffic())
+    elif len(sys.argv) == 3 and sys.argv[1] == "memory":
+        print(memory(Path(sys.argv[2])))
+    else:
+        raise SystemExit(__doc__)

@@ -1,0 +1,46 @@
+"""A client that trains nothing: it reads its order, and answers with as many bytes as the order asks for.
+
+python echo_client.py --server ... (as fedtune client)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedtune.cli.main import main
+from fedtune.core.types import Payload
+from fedtune.core.wire import Message, decode, encode
+from fedtune.run import visit
+from fedtune.transport.letters import Field
+from fedtune.transport.worker import Joined
+
+
+class Echo:
+    """Stands for a `ClientRunner`."""
+
+    store: Any = None
+
+    def __init__(self) -> None:
+        self.states: dict[int, Payload] = {}
+
+    def handle(self, client: int, frame: bytes | bytearray) -> bytes:
+        order = decode(frame)
+        wanted = int(order.payload.scalars["answer_bytes"])
+        tensors = {f"layer.{i}": torch.full((wanted // 64,), i, dtype=torch.float32) for i in range(16)}
+        return encode(
+            Message(Payload(tensors if wanted else {}), {"client": client, "round": order.meta["round"]})
+        )
+
+
+def join(introduction: Mapping[str, Field], **setup: Any) -> Joined:
+    """Takes part in any run."""
+    return Joined(Echo(), 1, "echo")  # type: ignore[arg-type]
+
+
+visit.join = join
+sys.argv = ["fedtune", "client", *sys.argv[1:]]
+main()
