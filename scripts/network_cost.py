@@ -5,16 +5,16 @@
 
 One machine, real processes. `bytes`: three clients, each through a proxy that counts, on the bundled model;
 socket bytes are those of a round's whole time, TLS and Flower's polling included. `seconds`: one client,
-because clients have machines of their own; where the time goes is read off Flower's log. Prints a Markdown
-table.
+because clients have machines of their own. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
-import datetime
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "FedKSeed, K = 4096": SEEDS,
     "FedKSeed-Pro, K = 4096": {**SEEDS, "name": "fedkseed-pro"},
 }
+NODE_ASKS_S = 3.0  # a constant of Flower's
+PROCESS = "import flwr.supernode.runtime.run_clientapp, fedtune.transport.flower"
 HERE = {"train": "bundled", "max_examples": 60, "max_length": 64}
 THERE = {"train": "clients", "max_length": 64, "holdout": {"source": "bundled"}}
 
@@ -93,28 +95,19 @@ def measure_seconds(site: Site, method: dict[str, Any]) -> None:
     log = site.log("client-0").read_text()
     training = [float(s) for s in re.findall(r"reply of [\d,]+ bytes after ([\d.]+) s", log)][1:]
     whole = [entry["seconds"] for entry in site.rounds("seconds")][2:]
-    calls = _calls((site.folder / "keys/server/flower/superlink.log").read_text())
-    parts: dict[str, list[float]] = {"until the client's node asks": [], "in the client's processes": []}
-    parts["until the server has the reply"] = []
-    for sent in [at for at, path in calls if path == "runtime/push-messages"][-len(whole) :]:
-        taken = next(at for at, path in calls if path == "fleet/confirm-message-received" and at > sent)
-        answered = next(at for at, path in calls if path == "fleet/push-messages" and at > taken)
-        read = next(at for at, path in calls if path == "runtime/confirm-message-received" and at > answered)
-        for name, value in zip(parts, (taken - sent, answered - taken, read - answered), strict=True):
-            parts[name].append(value)
+    starts = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", PROCESS], check=True)
+        starts.append(time.perf_counter() - began)
+    rest = _mean(whole) - _mean(training) - _mean(starts) - NODE_ASKS_S / 2
     print("| | seconds |\n|---|---:|")
     print(f"| a round | {_mean(whole):.2f} |")
     print(f"| the client's training | {_mean(training):.2f} |")
     print(f"| the round beside training | {_mean(whole) - _mean(training):.2f} |")
-    parts["in the client's processes"] = [p - _mean(training) for p in parts["in the client's processes"]]
-    for name, values in parts.items():
-        print(f"| … {name} | {_mean(values):.2f} |")
-
-
-def _calls(text: str) -> list[tuple[float, str]]:
-    """When Flower's server was asked for what, in seconds."""
-    found = re.findall(r'([\d-]+T[\d:.]+)Z INFO \[uvicorn.access\] .*"POST /v1/(\S+) HTTP', text)
-    return [(datetime.datetime.fromisoformat(at).timestamp(), path) for at, path in found]
+    print(f"| … until the node asks for work, every 3 s: half of that | {NODE_ASKS_S / 2:.2f} |")
+    print(f"| … start of the message's process, measured alone | {_mean(starts):.2f} |")
+    print(f"| … the rest: Flower's other questions and its database | {rest:.2f} |")
 
 
 def _mean(values: list[float]) -> float:

@@ -144,7 +144,7 @@ private() { # NAME SETTING: the same federation with another noise
 }
 private none federation.privacy=null
 names=runs/results/privacy-none
-for noise in 0.0 0.5 1.0 2.0 4.0; do
+for noise in 0.5 1.0 2.0 4.0; do
     private $noise federation.privacy.noise_multiplier=$noise
     names="$names runs/results/privacy-$noise"
 done

@@ -6,7 +6,7 @@ unset CDPATH
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 
-extras=dev,eval,report
+extras=dev,eval,report,flower,privacy
 # The CPU build that the tests run with. Exact, because the newest torch that an index offers need not have a CPU build beside it.
 torch=2.13.0
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The numbers of docs/theory.md: about half an hour on one core, beside what scripts/results.sh has made before (it calls this).
+# The numbers of docs/theory.md: about twenty minutes on one core, beside what scripts/results.sh has made before (it calls this).
 # What is done is taken over. The parts that need the real models and data of ../shared are left out without them.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ insert() { "$python" scripts/insert_result.py docs/theory.md "$1"; }
 mkdir -p $out
 
 # SIZE is width x layers; 400 steps each, from the same corpus as the bundled model, which had 3400
-sizes="32x2 64x3 96x4 128x4"
+sizes="32x2 64x3 128x4"
 for size in $sizes; do
     [ -d "runs/sizes/$size" ] || OMP_NUM_THREADS=1 "$python" scripts/pretrain_bundled.py --width "${size%x*}" \
         --layers "${size#*x}" --steps 400 --every 400 --threads 1 --out "runs/sizes/$size"
@@ -114,4 +114,15 @@ for initial in pretrained scratch; do
             method.rounds=$rounds method.local_epochs=$((6 / rounds))
     done
 done
-$python scripts/theory_results.py rounds $out/rounds-pretrained $out/rounds-scratch -- 1 2 3 6 | insert rounds
+series="$out/rounds-pretrained $out/rounds-scratch"
+if [ -d ../shared ]; then
+    for rounds in 1 2 3 6; do
+        compared "rounds-stories260K-$rounds" configs/bundled_multi_round.yaml \
+            model.name=../shared/models/stories260K-hf "$loss" method.trainable=full method.lora=null method.lr=1e-3 \
+            "data={$dolly, max_examples: 320, template: plain, partition: {name: by-field}}" \
+            method.rounds=$rounds method.local_epochs=$((6 / rounds))
+    done
+    series="$series $out/rounds-stories260K"
+fi
+# shellcheck disable=SC2086
+$python scripts/theory_results.py rounds $series -- 1 2 3 6 | insert rounds

@@ -138,7 +138,8 @@ def test_parts_of_a_step_worked_out_by_hand() -> None:
     assert repeated.peak_bytes == second.peak_bytes > 0
     weight = 4 * 64 * 32
     assert second.parts["weights"] == weight and second.parts["optimizer"] == 2 * weight + 4
-    assert second.parts["gradients"] == weight  # at its end, when activations are gone
+    # the gradient has just been made of input and output's gradient; the loss and its own are scalars
+    assert second.peak_bytes == 3 * weight + 4 + weight + 4 * 16 * 64 + 4 * 16 * 32 + 2 * 4
     assert once.parts["optimizer"] == 2 * weight + 4
     assert (second.forward, second.backward) == (2 * 16 * 64 * 32, 2 * 16 * 64 * 32)
 
@@ -244,7 +245,8 @@ def test_computing_counts_where_the_speed_is_known(candidates: list[Candidate]) 
 def test_a_method_that_does_not_apply_is_a_row_with_its_reason(tmp_path: Path) -> None:
     rows = judge(plan_all(str(tiny(tmp_path)), ["data.max_length=8"]), PLENTY)["methods"]
     refused = {row["method"]: row["reasons"][0] for row in rows if row["plan"] is None}
-    assert set(refused) == {"fedbiot", "fedot", "offsite-tuning"}
+    too_few_blocks = {"fedbiot", "fedot", "offsite-tuning", "fedcybgd, layer-drop", "fedcybgd, hybrid"}
+    assert set(refused) == too_few_blocks
     assert all(reason.startswith("does not apply: method.") for reason in refused.values())
 
 

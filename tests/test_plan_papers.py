@@ -34,7 +34,7 @@ def test_fedkseed_table_3(shape: str, config: str, setting: str, parameters: flo
     if "fedkseed" in config:
         assert found["published"]["bytes_per_client_round"] == count
         # the same numbers, in fewer bytes a seed, with what they belong to and a checksum
-        assert found["payload_bytes"]["total"] == pytest.approx(count, rel=0.03)
+        assert found["payload_bytes"]["total"] == pytest.approx(count, rel=0.05)
     else:
         assert found["payload_bytes"]["total"] == pytest.approx(count, rel=0.0005)
 

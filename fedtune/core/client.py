@@ -7,20 +7,23 @@ clients in turn, across a network for the one client of a machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
-from fedtune.core.types import SECURE, ClientEnv, ClientResult, Method, Payload, Scalar
+from fedtune.core.types import SECURE, ClientEnv, ClientResult, Method, Payload, Scalar, SumMethod
 from fedtune.core.wire import Frame, Message, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
     from fedtune.core.protection import Privacy, SecureAggregation
     from fedtune.data.encode import Encoded
+
+
+V = TypeVar("V")
 
 
 class ClientError(Exception):
@@ -94,7 +97,9 @@ class ClientRunner:
         if phase and phase != "masked":
             from fedtune.core import secure_client  # cryptography only where it is used
 
-            reply, secrets = secure_client.answer(phase, added, secrets, client=client, round=round)
+            reply, secrets = secure_client.answer(
+                phase, added or Payload(), secrets, client=client, round=round
+            )
             self.states[client] = _joined(state, secrets)
             return encode(Message(_joined(None, reply), {"round": round, "client": client}))
         meter = MemoryMeter(self._device)
@@ -116,7 +121,7 @@ class ClientRunner:
             torch.manual_seed(derive_seed(seed, "dropout"))
             result = self._method.client_step(job or Payload(), env)
         if self._secure is not None:
-            return self._masked(result, added, state, secrets, client, round)
+            return self._masked(result, added or Payload(), state, secrets, client, round)
         if result.state is not None:
             self.states[client] = result.state
         meta: dict[str, Scalar] = {
@@ -131,7 +136,7 @@ class ClientRunner:
     def _masked(
         self,
         result: ClientResult,
-        added: Payload | None,
+        added: Payload,
         state: Payload | None,
         secrets: Payload | None,
         client: int,
@@ -142,7 +147,7 @@ class ClientRunner:
 
         assert self._secure is not None
         reply, secrets = secure_client.mask(
-            self._method,
+            cast(SumMethod[Any], self._method),  # every other is refused with secure aggregation
             result,
             added,
             secure_client.of_phase("masked", secrets, round),
@@ -158,18 +163,19 @@ def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:
     """What is a method's and what is secure aggregation's, without its prefix; None for nothing."""
     if payload is None:
         return None, None
-    parts = []
-    for secure in (False, True):
-        tensors, scalars = (
-            {
-                name.removeprefix(SECURE) if secure else name: value
-                for name, value in values.items()
-                if name.startswith(SECURE) == secure
-            }
-            for values in (payload.tensors, payload.scalars)
-        )
-        parts.append(Payload(tensors, scalars) if tensors or scalars else None)
-    return parts[0], parts[1]
+    parts = [
+        Payload(_named(payload.tensors, secure), _named(payload.scalars, secure)) for secure in (False, True)
+    ]
+    method, secure = (part if part.tensors or part.scalars else None for part in parts)
+    return method, secure
+
+
+def _named(values: Mapping[str, V], secure: bool) -> dict[str, V]:
+    return {
+        name.removeprefix(SECURE): value
+        for name, value in values.items()
+        if name.startswith(SECURE) == secure
+    }
 
 
 def _joined(state: Payload | None, secure: Payload | None) -> Payload:

@@ -229,7 +229,8 @@ class RoundLoop:
             yield reply
 
     def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
-        self._expects = expects = {}
+        expects: dict[int, Order] = {}
+        self._expects = expects
         arrivals = self._transport.exchange(
             outcome.round,
             self._frames(orders, expects, outcome.round),

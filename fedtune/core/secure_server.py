@@ -24,6 +24,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from fedtune.core.summing import Shapes, Share
 from fedtune.core.types import SECURE, Order, Payload, Reply, Scalar, TensorSpec
 
 log = logging.getLogger("fedtune")
+V = TypeVar("V")
 Ask = Callable[[Iterable[Order]], Iterator[Reply]]
 
 
@@ -156,7 +158,7 @@ class SecureRound:
                     if sent is None or sent[0] is not order.payload:  # one payload for all stays one
                         whole = Payload({**order.payload.tensors, **added.tensors}, order.payload.scalars)
                         sent = order.payload, whole
-                    plain = sum(math.prod(s.shape) * s.dtype.itemsize for s in order.expects.values())  # type: ignore[arg-type]
+                    plain = sum(math.prod(s.shape) * s.dtype.itemsize for s in order.expects.values())  # type: ignore[arg-type, misc]
                     yield Order(order.client, sent[1], expects, "masked", min(plain, length * width))
 
         vector = np.zeros(length, dtype=np.uint64)
@@ -237,8 +239,8 @@ class SecureRound:
         log.warning("round %d: client %d is left out: %s", self._outcome.round, client, reason)
 
     def _staying(
-        self, those: dict[int, Tensor] | dict[int, Payload], phase: str, answered: Iterable[int] | None = None
-    ) -> dict:  # type: ignore[type-arg]
+        self, those: dict[int, V], phase: str, answered: Iterable[int] | None = None
+    ) -> dict[int, V]:
         """Takes out of `those`, in place, who was left out or did not answer; they must still be enough."""
         for client in list(those):
             if client in self._outcome.left_out or (answered is not None and client not in answered):

@@ -140,7 +140,7 @@ def train(
                 seen += len(batch["input_ids"])
             if penalty is not None:
                 penalty().backward()
-            _take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
+            take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
     env.model.eval()
     return Trained(
         {name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss_sum / seen
@@ -161,7 +161,7 @@ def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]
         yield from (batches[at : at + together] for at in range(0, len(batches), together))
 
 
-def _take_step(
+def take_step(
     parameters: Mapping[str, nn.Parameter],
     masters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,

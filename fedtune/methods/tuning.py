@@ -53,9 +53,9 @@ class PTuning(Settings):
 class InBlocks(Settings):
     """What is trained of each block: all its weights, or what LoRA or an adapter adds to them."""
 
-    trainable: Literal["full", "lora", "adapter"] = "full"
-    lora: Lora | None = None
-    adapter: Adapter | None = None
+    trainable: Literal["full", "lora", "adapter"] = "full"  # of each block
+    lora: Lora | None = None  # with trainable: lora
+    adapter: Adapter | None = None  # with trainable: adapter
 
     @model_validator(mode="before")
     @classmethod
@@ -102,9 +102,9 @@ _FORMS = ("lora", "adapter", "prompt", "p_tuning")  # settings, each for the val
 class Tuning(InBlocks):
     """What each client trains and what therefore crosses the wire."""
 
-    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]
-    prompt: Prompt | None = None
-    p_tuning: PTuning | None = None
+    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]  # of the model
+    prompt: Prompt | None = None  # with trainable: prompt
+    p_tuning: PTuning | None = None  # with trainable: p-tuning
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """As `InBlocks.attach`, and prompts too."""
@@ -116,9 +116,3 @@ class Tuning(InBlocks):
                 base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
             )
         return super().attach(model, seed)
-
-
-class InBlocks(Tuning):
-    """The same for methods that train one block at a time, which prompts are no part of."""
-
-    trainable: Literal["full", "lora", "adapter"] = "full"  # what is added trains in place of the weights

@@ -146,9 +146,7 @@ def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, se
     meter = PartsMeter("activations" if aligns else "other", "weights")
     probe = copy(method)
     if aligns:
-        fewer = config.alignment.model_copy(
-            update={"steps": min(STEPS, config.alignment.steps), "steps_before": 0}
-        )
+        fewer = config.alignment.model_copy(update={"steps": min(STEPS, config.alignment.steps)})
         probe.config = config.model_copy(update={"alignment": fewer})
     single = method.arrival in ("one-by-one", "in-turn")
     unlike = config.name == "fedavg" and config.lora is not None and config.lora.client_ranks is not None

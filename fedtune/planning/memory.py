@@ -95,16 +95,17 @@ class _Scope(TorchDispatchMode):
         for thing in resident:
             self._take(thing)
         self._rise()
-        self._first = dict(self._live)
         self._before: tuple[int, dict[str, int]] | None = None  # the peak before the optimizer's step
 
     def close(self, repeats: bool) -> None:
         """Ends it; with `repeats` the peak is that of a step after this one."""
         for hook in self._hooks:
             hook.remove()
+        left = dict.fromkeys(PARTS, 0)
+        for known in self._known.values():
+            left[known.part] += known.nbytes if known.made else 0
         self._known.clear()
         peak, parts = self._before or (self.peak, self.parts)
-        left = {part: max(0, self._live[part] - self._first[part]) for part in PARTS}
         if repeats and peak + sum(left.values()) > self.peak:
             self.peak = peak + sum(left.values())
             self.parts = {part: parts[part] + left[part] for part in PARTS}
@@ -119,7 +120,7 @@ class _Scope(TorchDispatchMode):
         part = self._now
         if op is torch.ops.aten._to_copy.default and self._part(args[0]) == "gradients":
             part = "gradients"  # a float32 copy of a narrower gradient, for the master
-        self._follow(out, part)
+        self._follow(out, part, made=True)
         self._rise()
         count = flops_of(op, args, kwargs, out)
         if torch._C._current_graph_task_id() == -1:
@@ -182,7 +183,7 @@ class _Scope(TorchDispatchMode):
         known = self._known.get(tensor.untyped_storage()._cdata)
         return known.part if known else ""
 
-    def _follow(self, value: Any, part: str, *, change: bool = False) -> None:
+    def _follow(self, value: Any, part: str, *, change: bool = False, made: bool = False) -> None:
         if isinstance(value, Tensor):
             if not isinstance(value, FakeTensor) and value.device.type == "meta":
                 return  # a skeleton that nothing computes with
@@ -190,6 +191,7 @@ class _Scope(TorchDispatchMode):
             known = self._known.get(storage._cdata)
             if known is None:
                 known = _Known(storage, part, self._freed)
+                known.made = made
                 self._known[known.key] = known
                 self._add(part, known.nbytes)
             elif known.nbytes != storage.nbytes():  # resized in place
@@ -201,7 +203,7 @@ class _Scope(TorchDispatchMode):
                 known.part = part
         elif isinstance(value, (list, tuple)):
             for item in value:
-                self._follow(item, part, change=change)
+                self._follow(item, part, change=change, made=made)
 
     def _add(self, part: str, count: int) -> None:
         self._live[part] += count
@@ -215,11 +217,12 @@ class _Scope(TorchDispatchMode):
 class _Known(weakref.ref[torch.UntypedStorage]):
     """A weak reference to a storage that knows what it stands for after it is gone."""
 
-    __slots__ = ("key", "nbytes", "part")
+    __slots__ = ("key", "made", "nbytes", "part")
 
     key: int
     nbytes: int
     part: str
+    made: bool  # inside the scope
 
     def __new__(cls, storage: torch.UntypedStorage, part: str, freed: Callable[[Any], None]) -> _Known:
         known = super().__new__(cls, storage, freed)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fedtune.models.blocks import find_blocks
-from fedtune.models.emulator import EMULATORS, Cut, cut, flops_per_token
+from fedtune.models.emulator import EMULATORS, cut, flops_per_token
 from fedtune.planning.traffic import Traffic
 
 
@@ -32,7 +32,8 @@ def published(settings: Any, base: PreTrainedModel, traffic: Traffic) -> dict[st
         blocks = find_blocks(base).modules
         places = cut(len(blocks), settings.adapter_layers, both_ends=settings.both_ends)
         emulator = EMULATORS[settings.emulator](base, places.middle, settings.layer_dropout)
-        client = Cut(places.front, tuple(block.origin for block in emulator), places.back)
+        blocks_of_client = len(emulator) + settings.adapter_layers
+        client = cut(blocks_of_client, settings.adapter_layers, both_ends=settings.both_ends)
         each = sum(p.numel() for p in blocks[places.adapter[0]].parameters())
         return {
             "bytes_per_client_round": first.down - first.model + first.up,

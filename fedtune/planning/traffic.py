@@ -94,9 +94,14 @@ def simulate(
 
 
 def first_state(method: Any, model: nn.Module) -> Any:
-    """The server's first state."""
+    """The server's first state; what is trained before the first round keeps its shape, untrained."""
+    config = method.config
+    if hasattr(config, "alignment"):
+        method = copy(method)
+        untrained = config.alignment.model_copy(update={"steps_before": 0})
+        method.config = config.model_copy(update={"alignment": untrained})
     # FedKSeed's K numbers stand for any model, but it is told by the hash of what it holds
-    return method.init(nn.Linear(1, 1) if method.config.name in DRAWING else model)
+    return method.init(nn.Linear(1, 1) if config.name in DRAWING else model)
 
 
 def reply_to(method: Any, order: Order, cohort: Cohort, fakes: Fakes, *, round: int, seed: int) -> Reply:

@@ -161,7 +161,6 @@ class Server:
             time.sleep(0.2)
         for public in self._public:
             control.register(public)
-        control.stop_runs()  # of a server that was killed
         superexec = _Kept(
             superexec_command(self._keys, self._port),
             environment,
@@ -170,9 +169,8 @@ class Server:
             lambda: self._tell("Flower's SuperExec ended and is started again"),
         )
         self._stack.callback(superexec.stop)
-        control.start_run(address)
         self._tell(f"Flower listens on {where}, behind the proxy; its logs are in {self._folder}")
-        connection = _accept(listener, lambda: superexec.require(time.monotonic() + START_S))
+        connection = _accept(listener, control, address, superexec)
         self._stack.callback(connection.close)
         return _ServerMail(connection, self._public, superexec.log)
 
@@ -224,16 +222,21 @@ class _Kept:
         # the thread must not end before the program that it started: on Linux that would end it
 
 
-def _accept(listener: Listener, check: Callable[[], None]) -> Connection:
-    """The server app's connection, which comes some seconds after its run was started."""
+def _accept(listener: Listener, control: Control, address: str, superexec: _Kept) -> Connection:
+    """The connection of the server app, which Flower starts; more than once if it does not come.
+
+    On a busy machine its process may come up so late that Flower does not accept it any more.
+    """
     came: list[Connection] = []
     thread = threading.Thread(target=lambda: came.append(listener.accept()), daemon=True)
     thread.start()
-    end = time.monotonic() + START_S
+    end, again = time.monotonic() + START_S, 0.0
     while not came:
-        check()
-        if time.monotonic() > end:
-            raise FederationError("Flower's server app did not start; its logs say why")
+        superexec.require(end)
+        if time.monotonic() >= again:
+            control.stop_runs()  # also those of a server that was killed
+            control.start_run(address)
+            again = time.monotonic() + START_S / 3
         thread.join(0.2)
     return came[0]
 

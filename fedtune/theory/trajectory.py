@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
-from fedtune.methods.local_training import Training, _take_step, build_optimizer
+from fedtune.methods.local_training import Training, take_step, build_optimizer
 
 Weights = Mapping[str, Tensor]
 
@@ -67,7 +67,7 @@ class Trajectory:
             group["lr"] = self.rate
         for name, weight in self.weights.items():
             weight.grad = gradient[name]
-        _take_step(
+        take_step(
             self.weights, self.weights, self._optimizer, self._settings, self._proximal, self._start, {}
         )
         self.taken += 1

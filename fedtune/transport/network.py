@@ -170,7 +170,7 @@ class Conversation:
 
     def _order(self, round: int, client: int, frame: bytes) -> Generator[Letter, Letter, Letter]:
         state = self._states.get(client)
-        fields = {
+        fields: dict[str, int | float | str | bool] = {
             "do": "order",
             "run": self._introduction.run,
             "round": round,
@@ -182,7 +182,7 @@ class Conversation:
         for at in range(0, len(frame), PART_BYTES):
             more = at + PART_BYTES < len(frame)
             part = view[at : at + PART_BYTES]
-            answer = yield Letter({**fields, "at": at, **({"more": True} if more else {})}, part)
+            answer = yield Letter({**fields, "at": at} | ({"more": True} if more else {}), part)
             if answer.fields.get("unknown") or "fault" in answer.fields:
                 break
         return answer
