@@ -83,7 +83,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Training.lr_schedule": "`linear`: falls to 0 over the round's steps, no warm-up",
     "Training.weight_decay": "decoupled with `adamw`, added to the gradient with `sgd`",
     "Training.max_grad_norm": "gradients of a larger norm are scaled down to it",
-    "Tuning.trainable": "what each client trains and sends; the block of that name has its settings",
     "Lora.rank": "columns of B",
     "Lora.alpha": "the update is alpha / rank · BA",
     "Lora.dropout": "chance that an input of A is zeroed while training",

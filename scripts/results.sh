@@ -25,7 +25,8 @@ for split in by-field iid; do
     insert docs/results.md one-shot-full-$split <runs/results/one-shot-full-$split/table.md
 done
 
-if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --out runs/results/dolly; then
+if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --set data.max_examples=160 \
+    --out runs/results/dolly; then
     insert docs/results.md dolly <runs/results/dolly/table.md
 fi
 
@@ -52,8 +53,8 @@ for data in bundled dolly; do
 done
 for seeds in 64 256 1024 4096 8192; do
     several configs/fedkseed.yaml configs/fedkseed_pro.yaml --out runs/results/seeds-$seeds --set method.seeds=$seeds \
-        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 --set 'data.partition={name: iid}' \
-        --set federation.clients_per_round=1 --set evaluation.every=0 --set 'evaluation.tasks=[loss]'
+        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 --set method.lr=5e-5 \
+        --set 'data.partition={name: iid}' --set federation.clients_per_round=1 --set evaluation.every=0 --set 'evaluation.tasks=[loss]'
 done
 $python scripts/fedkseed_results.py seeds runs/results/seeds-64 runs/results/seeds-256 runs/results/seeds-1024 \
     runs/results/seeds-4096 runs/results/seeds-8192 | insert docs/results.md seeds
@@ -150,6 +151,12 @@ for noise in 0.5 1.0 2.0 4.0; do
 done
 # shellcheck disable=SC2086
 $python scripts/privacy_results.py utility $names | insert docs/privacy.md privacy-utility
+
+$fedtune bench memory --json >runs/results/memory.json
+$python scripts/fedcybgd_results.py memory runs/results/memory.json | insert docs/fedcybgd.md bench-memory
+$python scripts/fedcybgd_results.py bytes | insert docs/fedcybgd.md bytes
+
+sh scripts/theory.sh
 
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 for bench in aggregation simulation; do

@@ -12,6 +12,8 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from command import fedtune, outcome, write_config
 from deployed import Site
 
+pytestmark = pytest.mark.network
+
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg-lora": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
     "one-shot": {

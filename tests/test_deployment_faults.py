@@ -15,6 +15,8 @@ from command import lines, write_config
 from deployed import Site
 from test_deployment import HERE, METHODS, THERE
 
+pytestmark = pytest.mark.network
+
 ROUNDS = 8
 NORTH, SOUTH, EAST, WEST, HOSTILE = range(5)
 

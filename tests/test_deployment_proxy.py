@@ -22,6 +22,8 @@ if shutil.which("nginx") is None:
 from fedtune.transport.keys import make_keys
 from fedtune.transport.processes import free_port
 
+pytestmark = pytest.mark.network
+
 CONFIG = Path(__file__).resolve().parents[1] / "docs/proxy/nginx.conf"
 
 

@@ -26,6 +26,8 @@ from fedtune.transport.flower import SimulatedMail, simulation
 from fedtune.transport.in_process import Fates, Simulation
 from fedtune.transport.letters import Letter, fault
 
+pytestmark = pytest.mark.network
+
 TRIED = [(name, next(iter(FORMS.get(name, {"": None})))) for name in registry.METHODS]
 TRIED += [("fedavg", "scaffold"), ("fedavg", "asynchronous"), ("fedcybgd", "hybrid"), ("fedavg", "stack")]
 

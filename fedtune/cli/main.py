@@ -192,6 +192,7 @@ def validate(
             print(f"{entry['config']}: {entry['method']} on {entry['model']}")
 
 
+app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(diagnose)
 
 
@@ -221,6 +222,9 @@ def evaluate(
 
     for line in score_lines(scores):
         print(line)
+
+
+app.command(no_args_is_help=True)(report)
 
 
 @app.command(no_args_is_help=True)
@@ -300,8 +304,6 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
-app.command(no_args_is_help=True)(report)
-app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)

@@ -170,6 +170,17 @@ def take_step(
     start: Mapping[str, Tensor],
     correction: Mapping[str, Tensor],
 ) -> None:
+    """One step of the optimiser from the gradients in `parameters`, which it takes away.
+
+    Args:
+        parameters: What is trained, with gradients.
+        masters: Float32 copies that the optimiser moves, or the parameters themselves.
+        optimizer: Over `masters`.
+        settings: Clipping and the rest.
+        proximal: μ of FedProx; its term pulls towards `start`.
+        start: The round's weights.
+        correction: What SCAFFOLD adds to each gradient.
+    """
     with torch.no_grad():
         for name, parameter in parameters.items():
             master = masters[name]

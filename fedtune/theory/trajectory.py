@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
-from fedtune.methods.local_training import Training, take_step, build_optimizer
+from fedtune.methods.local_training import Training, build_optimizer, take_step
 
 Weights = Mapping[str, Tensor]
 
