@@ -216,7 +216,7 @@ def test_eval_of_a_run_gives_the_scores_of_its_summary(name: str, runs: Path) ->
     result = fedtune("eval", name, "--tasks", tasks, "--json", cwd=runs)
     assert result.status == 0, result.err
     document = result.json()
-    assert set(document) == {"target", "examples", "tasks", "scores"}
+    assert set(document) == {"target", "examples", "tasks", "scores", "details"}
     assert document["examples"] == (6 if name == "classes" else 8)
     expected = summary(runs / name)["evaluation"]
     assert set(document["scores"]) == {"global"}
