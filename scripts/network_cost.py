@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from command import lines, write_config
-from deployed import Site
+from command import lines, write_config  # type: ignore[import-not-found]
+from deployed import Site  # type: ignore[import-not-found]
 
 LORA = {"name": "fedavg", "rounds": 5, "batch_size": 4, "lr": 0.01}
 SEEDS = {"name": "fedkseed", "rounds": 5, "seeds": 4096, "local_steps": 200, "batch_size": 1, "lr": 1e-5}

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from deployed import HERE, Site, _descendants
+from deployed import HERE, Site, _descendants  # type: ignore[import-not-found]
 
 from fedtune.core.loop import Arrival
 from fedtune.core.types import Payload

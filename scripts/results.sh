@@ -25,8 +25,7 @@ for split in by-field iid; do
     insert docs/results.md one-shot-full-$split <runs/results/one-shot-full-$split/table.md
 done
 
-if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --set data.max_examples=160 \
-    --out runs/results/dolly; then
+if $fedtune compare configs/dolly_multi_round.yaml configs/dolly_one_shot.yaml --seeds 0,1,2 --out runs/results/dolly; then
     insert docs/results.md dolly <runs/results/dolly/table.md
 fi
 
