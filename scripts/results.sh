@@ -52,7 +52,7 @@ for data in bundled dolly; do
 done
 for seeds in 64 256 1024 4096 8192; do
     several configs/fedkseed.yaml configs/fedkseed_pro.yaml --out runs/results/seeds-$seeds --set method.seeds=$seeds \
-        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 --set method.lr=5e-5 \
+        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 \
         --set 'data.partition={name: iid}' --set federation.clients_per_round=1 --set evaluation.every=0 --set 'evaluation.tasks=[loss]'
 done
 $python scripts/fedkseed_results.py seeds runs/results/seeds-64 runs/results/seeds-256 runs/results/seeds-1024 \
