@@ -1,9 +1,13 @@
-"""Tables of docs/fedcybgd.md.
+"""Tables of FedCyBGD in docs/.
 
-    python scripts/fedcybgd_results.py bytes          a first cycle's bytes by compression, from architectures
-    python scripts/fedcybgd_results.py memory FILE    memory and backward time: `fedtune bench memory --json`
+    python scripts/fedcybgd_results.py bytes             a first cycle's bytes, from the architectures
+    python scripts/fedcybgd_results.py memory FILE       memory, backward time: `fedtune bench memory --json`
+    python scripts/fedcybgd_results.py runs RUN...       scores before and after, a line a run
+    python scripts/fedcybgd_results.py split FILE FOLDER questions in two files, by article: train and test
+    python scripts/fedcybgd_results.py narrow FOLDER     a bfloat16 copy of the bundled model, as float32
+    python scripts/fedcybgd_results.py moved MODEL RUN.. weights that differ from MODEL's, rounded to bfloat16
 
-scripts/results.sh puts what this prints into the page.
+scripts/results.sh puts what these print into the pages.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fedtune.bench.client_steps import SHAPES, TINY
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import kept_of
+from fedtune.models.load import load_model
 from fedtune.models.parts import find_parts
 from fedtune.models.pruning import find_attention, find_mlp, prune_groups
 from fedtune.report.tables import size
@@ -102,6 +108,61 @@ def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]
     return [*cells, size(row["rss_bytes"]), f"{row['rss_bytes'] / found['Fed-full']['rss_bytes']:.3f}"]
 
 
+def runs(folders: Sequence[Path]) -> str:
+    """Each task's first metrics before and after training, bytes and memory."""
+    rows = []
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        scores, examples = [], set()
+        for task, after in summary["evaluation"].items():
+            before = summary["zero_shot"][task]
+            examples.add(int(after["examples"]))
+            scores += [
+                f"{metric} {before[metric]:.4f} → {after[metric]:.4f}"
+                for metric in ("loss", "accuracy", "exact_match", "f1")
+                if metric in after
+            ]
+        payload = summary["payload_bytes"]
+        row = [folder.name, f"{summary['rounds']} x {summary['clients']}", "<br>".join(scores)]
+        row += [", ".join(map(str, sorted(examples)))]
+        row += [f"{size(payload['down'])}, {size(payload['up'])}"]
+        rows.append([*row, size(summary["peak_memory_bytes"]["client"])])
+    header = ["configuration", "cycles x clients", "held-out, before → after", "examples"]
+    return table([*header, "payload down, up", "client memory"], rows)
+
+
+def split(file: Path, folder: Path) -> None:
+    """Writes train.jsonl and test.jsonl: the questions of every sixth article are held out."""
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+    articles = list(dict.fromkeys(json.loads(line)["title"] for line in lines))
+    held_out = set(articles[::6])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, wanted in (("train", False), ("test", True)):
+        chosen = [line for line in lines if (json.loads(line)["title"] in held_out) == wanted]
+        (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+
+
+def narrow(folder: Path) -> None:
+    """Writes the bundled model rounded to bfloat16, as float32: what both dtypes can start from."""
+    bundled = load_model("bundled", dtype="bfloat16", initial="pretrained", seed=0, base=Path())
+    bundled.model.to(torch.float32).save_pretrained(folder)
+    bundled.tokenizer.save_pretrained(folder)
+
+
+def moved(model: Path, folders: Sequence[Path]) -> str:
+    """How many weights of the blocks differ from the model's, when both are rounded to bfloat16."""
+    rows = []
+    for folder in folders:
+        first, last = (
+            {n: t for n, t in load_file(path / "model.safetensors").items() if ".layers." in n}
+            for path in (model, folder / "final")
+        )
+        count = sum(int((first[n].bfloat16() != last[n].bfloat16()).sum()) for n in first)
+        total = sum(t.numel() for t in first.values())
+        rows.append([folder.name, f"{count:,}", f"{count / total:.2%}"])
+    return table(["run", "weights that moved", "of the blocks'"], rows)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -109,9 +170,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["bytes"]:
-        print(traffic())
-    elif len(sys.argv) == 3 and sys.argv[1] == "memory":
-        print(memory(Path(sys.argv[2])))
-    else:
-        raise SystemExit(__doc__)
+    match sys.argv[1:]:
+        case ["bytes"]:
+            print(traffic())
+        case ["memory", file]:
+            print(memory(Path(file)))
+        case ["runs", *folders] if folders:
+            print(runs([Path(folder) for folder in folders]))
+        case ["split", file, folder]:
+            split(Path(file), Path(folder))
+        case ["narrow", folder]:
+            narrow(Path(folder))
+        case ["moved", model, *folders] if folders:
+            print(moved(Path(model), [Path(folder) for folder in folders]))
+        case _:
+            raise SystemExit(__doc__)

@@ -11,16 +11,19 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedtune.core.client import ClientRunner
-from fedtune.measure.memory import MemoryMeter
+from fedtune.data.batches import collate
+from fedtune.data.encode import Encoded
+from fedtune.methods import block_client, block_training, fedkseed, infinite_pool, local_training
 from fedtune.planning.plan import plan
 from fedtune.report.tables import size
 from fedtune.run.config import RunConfig
@@ -36,6 +39,8 @@ EMULATED = {
     "alignment": {"steps_before": 1},
 }
 ZEROTH = {**TWO, "local_steps": 2}
+SGD = {"optimizer": "sgd", "lr": 1e-2}
+ONE_SHOT = {"rounds": 1, "local_epochs": 3, "batch_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg, full": {"name": "fedavg", "trainable": "full", **TWO},
     "fedavg, lora": {"name": "fedavg", "trainable": "lora", **TWO},
@@ -58,6 +63,89 @@ METHODS: dict[str, dict[str, Any]] = {
     "centralized": {"name": "centralized", "batch_size": 4, "local_epochs": 2},
     "zero-shot": {"name": "zero-shot"},
 }
+"""Every method of the registry."""
+CYCLE = METHODS["fedcybgd"]
+FORMS: dict[str, dict[str, Any]] = {
+    "fedavg, full, one-shot": {"name": "fedavg", "trainable": "full", **ONE_SHOT},
+    "fedavg, lora, one-shot": {"name": "fedavg", **ONE_SHOT},
+    "fedavg, lora, one-shot, asynchronous": {"name": "fedavg", "arrival": "asynchronous", **ONE_SHOT},
+    "fedavg, lora, stacked (FLoRA)": {"name": "fedavg", "aggregation": "stack", **TWO},
+    "fedavg, lora, A frozen (FFA-LoRA)": {"name": "fedavg", "aggregation": "freeze-a", **TWO},
+    "fedavg, lora, unlike ranks": {"name": "fedavg", "lora": {"rank": 8, "client_ranks": [8, 4]}, **TWO},
+    "fedavg, adapter (FedAdapter)": {"name": "fedavg", "trainable": "adapter", **TWO},
+    "fedavg, prompt (FedPrompt)": {"name": "fedavg", "trainable": "prompt", **TWO},
+    "fedavg, p-tuning (FedPTuning)": {"name": "fedavg", "trainable": "p-tuning", **TWO},
+    "fedavg, full, SGD": {"name": "fedavg", "trainable": "full", **TWO, **SGD},
+    "fedavg, full, FedProx": {"name": "fedavg", "trainable": "full", "proximal": 0.1, **TWO},
+    "fedavg, full, FedProx, accumulation": {
+        "name": "fedavg",
+        "trainable": "full",
+        "proximal": 0.1,
+        "rounds": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "local_epochs": 2,
+    },
+    "fedavg, lora, accumulation, cut": {
+        "name": "fedavg",
+        "rounds": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "max_grad_norm": 1.0,
+    },
+    "fedavg, full, momentum (FedAvgM)": {
+        "name": "fedavg",
+        "trainable": "full",
+        "server_optimizer": {"name": "momentum"},
+        **TWO,
+    },
+    "fedavg, full, FedAdam": {
+        "name": "fedavg",
+        "trainable": "full",
+        "server_optimizer": {"name": "adam"},
+        **TWO,
+    },
+    "fedavg, full, SCAFFOLD": {
+        "name": "fedavg",
+        "trainable": "full",
+        "control_variates": True,
+        **TWO,
+        **SGD,
+    },
+    "fedkseed, gaussian": {"name": "fedkseed", "seeds": 64, "noise": "gaussian", **ZEROTH},
+    "fedkseed, three seeds a step": {"name": "fedkseed", "seeds": 64, "perturbations": 3, **ZEROTH},
+    "fedkseed, dense sums": {"name": "fedkseed", "seeds": 8, **ZEROTH, "local_steps": 12},
+    "infinite-pool, model sent": {"name": "infinite-pool", "download": "model", **ZEROTH},
+    "fedbiot, layer-dropout": {
+        "name": "fedbiot",
+        **TWO,
+        **EMULATED,
+        "emulator": "layer-dropout",
+        "adapter_layers": 1,
+        "layer_dropout": 0.4,
+        "alignment": {"steps_before": 1, "steps": 1},
+    },
+    "fedbiot, proximal": {
+        "name": "fedbiot",
+        **TWO,
+        **EMULATED,
+        "proximal": 0.1,
+        "alignment": {"steps_before": 1, "steps": 1},
+    },
+    "fedcybgd, layer-drop": {**CYCLE, "compression": "layer-drop"},
+    "fedcybgd, hybrid": {**CYCLE, "compression": "hybrid"},
+    "fedcybgd, PowerSGD": {**CYCLE, "powersgd": {}},
+    "fedcybgd, lora": {**CYCLE, "trainable": "lora"},
+    "fedcybgd, adapter": {**CYCLE, "trainable": "adapter"},
+    "fedcybgd, adapter, layer-drop": {**CYCLE, "trainable": "adapter", "compression": "layer-drop"},
+    "fedcybgd, embeddings and head too": {**CYCLE, "extra_blocks": ["embeddings", "head"]},
+    "fedcybgd, nothing computed again": {**CYCLE, "gradient_checkpointing": False},
+    "fedbavg, layer-drop": {**METHODS["fedbavg"], "compression": "layer-drop"},
+    "badam, embeddings too": {**METHODS["badam"], "extra_blocks": ["embeddings"]},
+    "standalone, full": {**METHODS["standalone"], "trainable": "full"},
+    "centralized, full": {**METHODS["centralized"], "trainable": "full"},
+}
+"""What methods have by their settings."""
 _aten = torch.ops.aten
 ATTENTION = {  # torch's counter has the attention kernels of GPUs alone
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -72,10 +160,10 @@ def small_run(model: str, method: str) -> RunConfig:
     document: dict[str, Any] = {
         "model": {"name": model, "device": "cpu"},
         "data": {"template": "plain", "max_examples": 8, "max_length": 48, "clients": 2},
-        "method": METHODS[method],
+        "method": (METHODS | FORMS)[method],
         "evaluation": {"tasks": ["loss"], "every": 0, "max_examples": 2, "bootstrap": 0},
     }
-    if method in ("fedbiot", "fedot", "offsite-tuning"):
+    if document["method"]["name"] in ("fedbiot", "fedot", "offsite-tuning"):
         document["data"]["public"] = {"source": "bundled", "max_examples": 10}
     return parse_config(document, method)
 
@@ -94,22 +182,39 @@ class _NoModules:
 
 @contextmanager
 def counted(found: dict[str, float]) -> Iterator[None]:
-    """Inside, torch's own counter counts what clients compute; `found` gets `flops` and `tokens`."""
-    handle, step = ClientRunner.handle, MemoryMeter.step
+    """Inside, torch's own counter counts what clients' steps compute; `found` gets `flops` and `tokens`.
+
+    Tokens are those of all batches of the steps, padding too. What a client computes beside its steps is left
+    out: what FedCyBGD's hybrid compression asks for the importance of heads and channels.
+    """
+    handle, importance = ClientRunner.handle, block_client._importance
+    counters: list[FlopCounterMode] = []
 
     def counting(self: ClientRunner, client: int, frame: bytes) -> bytes:
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks keep tensors, and memory is measured here too
+        counters.append(counter)
         with counter:
             reply = handle(self, client, frame)
-        found["flops"] += counter.get_total_flops()
+        found["flops"] += counters.pop().get_total_flops()
         return reply
 
-    def noting(self: MemoryMeter, size: int, resident: Any = ()) -> Any:
-        found["tokens"] += size
-        return step(self, size, resident)
+    def beside(*arguments: Any) -> Any:
+        before = counters[-1].get_total_flops()
+        scores = importance(*arguments)
+        found["flops"] -= counters[-1].get_total_flops() - before
+        return scores
 
-    with patch.object(ClientRunner, "handle", counting), patch.object(MemoryMeter, "step", noting):
+    def noting(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+        batch = collate(items, pad_id)
+        found["tokens"] += batch["input_ids"].numel()
+        return batch
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(ClientRunner, "handle", counting))
+        patches.enter_context(patch.object(block_client, "_importance", beside))
+        for module in (local_training, block_training, fedkseed, infinite_pool):
+            patches.enter_context(patch.object(module, "collate", noting))
         yield
 
 
@@ -138,8 +243,9 @@ def compare(model: str, method: str) -> dict[str, float]:
 
 
 def measured(models: Sequence[str]) -> str:
-    """Every method on every model."""
-    return measured_table([(model, method, compare(model, method)) for model in models for method in METHODS])
+    """Every method in every form on every model."""
+    forms = METHODS | FORMS
+    return measured_table([(model, form, compare(model, form)) for model in models for form in forms])
 
 
 def measured_table(rows: Sequence[tuple[str, str, dict[str, float]]]) -> str:

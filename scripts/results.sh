@@ -155,6 +155,47 @@ $fedtune bench memory --json >runs/results/memory.json
 $python scripts/fedcybgd_results.py memory runs/results/memory.json | insert docs/fedcybgd.md bench-memory
 $python scripts/fedcybgd_results.py bytes | insert docs/fedcybgd.md bytes
 
+blocks() { # FOLDER NAME...: configurations
+    folder=$1
+    shift
+    for name in fed_full fedlora fedadapter fedbavg badam fedcybgd "$@"; do printf '%s/%s.yaml ' "$folder" $name; done
+}
+# shellcheck disable=SC2046
+$python scripts/search_rates.py runs/results/blocks-rates-bundled $(blocks configs) | insert docs/results.md blocks-rates-bundled
+# shellcheck disable=SC2046
+several $(blocks configs fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-bundled
+insert docs/results.md blocks-bundled <runs/results/blocks-bundled/table.md
+exact=runs/results/exact # the bundled model in numbers that bfloat16 has too
+[ -d $exact ] || $python scripts/fedcybgd_results.py narrow $exact
+for dtype in bfloat16 float32; do
+    [ -d runs/results/small-rate-$dtype ] || $fedtune run configs/fedcybgd.yaml model.name=$exact model.dtype=$dtype method.lr=1e-6 \
+        method.rounds=1 'evaluation.tasks=[loss]' --out runs/results/small-rate-$dtype --quiet >/dev/null
+done
+$python scripts/fedcybgd_results.py moved $exact runs/results/small-rate-bfloat16 runs/results/small-rate-float32 |
+    insert docs/fedcybgd.md small-rate
+if [ -d ../shared ]; then
+    # shellcheck disable=SC2046
+    $python scripts/search_rates.py runs/results/blocks-rates-sst2 $(blocks configs/sst2) --set data.max_examples=1000 |
+        insert docs/results.md blocks-rates-sst2
+    # shellcheck disable=SC2046
+    several $(blocks configs/sst2 fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-sst2
+    insert docs/results.md blocks-sst2 <runs/results/blocks-sst2/table.md
+    data=../shared/data questions=runs/results/questions names=""
+    [ -d runs/encoder ] || $python scripts/pretrain_encoder.py --text $data/wikitext2/valid.txt $data/wikitext2/test.txt \
+        $data/tinystories/stories.jsonl --steps 300 --threads 1
+    [ -d $questions ] || $python scripts/fedcybgd_results.py split $data/squad/xquad_en.jsonl $questions
+    for name in encoder_sst2 encoder_rte encoder_mrpc squad alpaca; do
+        out=runs/results/fedcybgd_$name more=""
+        [ $name != squad ] || more="data.train=$questions/train.jsonl data.holdout.source=$questions/test.jsonl
+            evaluation.tasks=[loss,squad] evaluation.files.squad=$questions/test.jsonl evaluation.limit=100"
+        # shellcheck disable=SC2086
+        [ -d $out ] || $fedtune run configs/fedcybgd_$name.yaml $more --out $out --quiet >/dev/null
+        names="$names $out"
+    done
+    # shellcheck disable=SC2086
+    $python scripts/fedcybgd_results.py runs $names | insert docs/results.md fedcybgd-runs
+fi
+
 sh scripts/theory.sh
 
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead

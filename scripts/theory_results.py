@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.evaluation.correlation import pearson, spearman
-from fedtune.theory.diagnose import lost_with
+from fedtune.theory.prediction import lost_with
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

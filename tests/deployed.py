@@ -24,6 +24,7 @@ from fedtune.transport.processes import free_port, stop
 
 PROGRAM = Path(sys.executable).with_name("fedtune")
 HERE = Path(__file__).parent
+NGINX = HERE.parent / "docs/proxy/nginx.conf"
 
 
 class Proxy:
@@ -77,6 +78,30 @@ class Proxy:
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def nginx(folder: Path, keys: Path, upstream: int) -> tuple[subprocess.Popen[bytes], int]:
+    """nginx with the page's configuration, moved to free ports and to the folder."""
+    port = free_port()
+    text = NGINX.read_text()
+    for there, here in (
+        ("127.0.0.1:9443", f"127.0.0.1:{upstream}"),
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("/etc/fedtune/server", str(keys / "server")),
+        ("access_log off;", f"access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};"),
+    ):
+        assert there in text
+        text = text.replace(there, here)
+    (folder / "nginx.conf").write_text(f"pid {folder}/pid; daemon off; user root;\n{text}")
+    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return process, port
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError((folder / "error.log").read_text())
 
 
 class Site:

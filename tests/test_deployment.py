@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 from command import fedtune, outcome, write_config
-from deployed import Site
-
-pytestmark = pytest.mark.network
+from deployed import Site, nginx
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg-lora": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "fedcybgd": {"name": "fedcybgd", "rounds": 1, "local_epochs": 1, "batch_size": 4, "lr": 1e-3},
 }
+METHODS["secure"] = METHODS["fedavg-lora"]
+FEDERATIONS = {"secure": {"secure_aggregation": {"threshold": 0.6}}}
 HERE = {"train": "bundled", "clients": 3, "max_examples": 24, "max_length": 64}
 THERE = {"train": "clients", "clients": 3, "max_length": 64, "holdout": {"source": "bundled"}}
 PUBLIC = {"source": "bundled", "max_examples": 20}
@@ -48,18 +50,24 @@ def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
         "method": METHODS[name],
         "model": {"device": "cpu"},
         "evaluation": {"tasks": ["loss"], "max_examples": 8, "every": 0},
+        "federation": FEDERATIONS.get(name, {}),
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [["fedavg-lora", "one-shot", "scaffold"], ["fedkseed", "fedbiot", "fedcybgd"]]
+    "names", [["fedavg-lora", "one-shot", "scaffold"], ["fedkseed", "fedbiot", "fedcybgd"], ["secure"]]
 )
 def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str], tmp_path: Path) -> None:
-    with Site(tmp_path, "north,south,west", seconds=900) as site:
+    with Site(tmp_path, "north,south,west", seconds=900) as site, ExitStack() as closing:
         site.split(config(names[0], HERE))
+        behind = None
+        if shutil.which("nginx"):  # one client comes through the reverse proxy of the docs
+            proxy, behind = nginx(tmp_path, tmp_path / "keys", site.port)
+            closing.callback(proxy.wait, 20)
+            closing.callback(proxy.terminate)
         for client in range(3):
-            site.client(client)
+            site.client(client, port=behind if client == 2 else None)
         for name in names:  # the clients stay, and come back to each new server by themselves
             write_config(tmp_path / "here.yaml", config(name, HERE))
             write_config(tmp_path / "there.yaml", config(name, THERE))
@@ -76,6 +84,7 @@ def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str
         assert servers == []  # nobody but the client knows where its data are
 
 
+@pytest.mark.network
 @pytest.mark.slow
 def test_a_client_comes_back_after_its_network_and_its_server_were_away(tmp_path: Path) -> None:
     """Through a proxy that takes connections when the server behind it is away, and ends them."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import http.client
 import http.server
 import shutil
-import socket
 import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +16,9 @@ pytest.importorskip("cryptography", reason="comes with Flower (the extra `flower
 if shutil.which("nginx") is None:
     pytest.skip("nginx is not installed", allow_module_level=True)
 
+from deployed import nginx
+
 from fedtune.transport.keys import make_keys
-from fedtune.transport.processes import free_port
-
-pytestmark = pytest.mark.network
-
-CONFIG = Path(__file__).resolve().parents[1] / "docs/proxy/nginx.conf"
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
@@ -44,30 +38,6 @@ class Upstream(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing."""
-
-
-def nginx(folder: Path, keys: Path, upstream: int) -> tuple[subprocess.Popen[bytes], int]:
-    """nginx with the page's configuration, moved to free ports and to the folder."""
-    port = free_port()
-    text = CONFIG.read_text()
-    for there, here in (
-        ("127.0.0.1:9443", f"127.0.0.1:{upstream}"),
-        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
-        ("/etc/fedtune/server", str(keys / "server")),
-        ("access_log off;", f"access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};"),
-    ):
-        assert there in text
-        text = text.replace(there, here)
-    (folder / "nginx.conf").write_text(f"pid {folder}/pid; daemon off; user root;\n{text}")
-    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-e", folder / "error.log"])
-    end = time.monotonic() + 20
-    while time.monotonic() < end and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process, port
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError((folder / "error.log").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -96,11 +96,15 @@ LIMITS = {"methods": ["fedavg"], "max_bytes": 1000, "max_local_steps": 10}
 
 def test_what_an_operator_accepts(tmp_path: Path) -> None:
     limits = read_acceptance({**LIMITS, "data_folder": str(tmp_path / "data")}, "accept.yaml")
-    check_run(limits, "fedavg", 10)
+    check_run(limits, "fedavg", 10, secure=False)
     with pytest.raises(NotAccepted, match="accepts fedavg, and the method is fedkseed"):
-        check_run(limits, "fedkseed", 1)
+        check_run(limits, "fedkseed", 1, secure=True)
     with pytest.raises(NotAccepted, match="take 11 local steps there, and its operator accepts 10"):
-        check_run(limits, "fedavg", 11)
+        check_run(limits, "fedavg", 11, secure=False)
+    masked = read_acceptance({"secure_aggregation": True}, "accept.yaml")
+    check_run(masked, "fedavg", 10, secure=True)
+    with pytest.raises(NotAccepted, match="only runs with federation"):
+        check_run(masked, "fedavg", 10, secure=False)
     check_bytes(limits, 1000, "order")
     with pytest.raises(NotAccepted, match="the reply has 1,001 bytes, and its operator accepts 1,000"):
         check_bytes(limits, 1001, "reply")
@@ -113,7 +117,7 @@ def test_what_an_operator_accepts(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is not in .*data, the data_folder"):
             check_data(limits, tmp_path / outside)
     anything = read_acceptance(None, "accept.yaml")
-    check_run(anything, "fedkseed", 10**9)
+    check_run(anything, "fedkseed", 10**9, secure=False)
     check_bytes(anything, 10**12, "order")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
-from fedtune.theory.diagnose import enough_rounds, growth, lost_with, odds_times, predict
+from fedtune.theory.prediction import enough_rounds, growth, lost_with, odds_times, predict
 from fedtune.theory.quantities import Measured, RoundEnd
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,9 @@ from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.badam import BAdam
 from fedtune.methods.badam import Config as BAdamConfig
 from fedtune.methods.block_order import turn, turns
-from fedtune.methods.fedcybgd import Config, FedBAvgConfig, FedCyBGD
+from fedtune.methods.block_training import _Active
+from fedtune.methods.fedcybgd import Config, FedBAvgConfig, FedCyBGD, State
+from fedtune.methods.local_training import Training
 from fedtune.methods.powersgd import GradientFilter, PowerSGD
 from fedtune.models.parts import find_parts
 
@@ -405,30 +407,57 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> int:
     return sum(int((before[n].bfloat16() != after[n].bfloat16()).sum()) for n in before)
 
 
-def test_a_bfloat16_model_moves_at_a_small_rate() -> None:
-    """As many entries as with a float32 run rounded at the end, but for what bfloat16 gradients differ by."""
-    settings = {"lr": 1e-6, "local_epochs": 3}
-    runs: dict[torch.dtype, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        federation = bench(dtype=dtype, **settings)
-        for name, p in federation.model.named_parameters():  # weights of the usual size, the same in both
-            if p.ndim == 2:
-                p.data.copy_((build("llama", torch.bfloat16, 3).get_parameter(name) * 0.05).to(dtype))
-            else:
-                p.data.copy_(p.data.bfloat16())
-        federation.state = federation.method.init(federation.model)
-        first = federation.state.weights
+def small_rate(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, change: Callable[[Mapping[str, nn.Parameter]], None]
+) -> tuple[dict[str, Tensor], State, State]:
+    """Weights at first, and the state after one cycle and after two; `change` sees each step's gradients."""
+    federation = bench(dtype=dtype, lr=1e-6, local_epochs=3)
+    for name, p in federation.model.named_parameters():  # weights of the usual size, the same for all dtypes
+        start = build("llama", torch.bfloat16, 3).get_parameter(name)
+        p.data.copy_(start * 0.05 if p.ndim == 2 else start)
+    federation.state = federation.method.init(federation.model)
+    first = federation.state.weights
+
+    def step(active: _Active, rate: float, settings: Training) -> None:
+        change(active.parameters)
+        take_step(active, rate, settings)
+
+    take_step = _Active.step
+    with monkeypatch.context() as patch:
+        patch.setattr(_Active, "step", step)
         federation.round(1)
-        once = federation.state.weights
+        once = federation.state
         federation.round(2)
-        runs[dtype] = first, federation.state.weights
-        if dtype == torch.bfloat16:
-            masters = federation.state.masters
-            assert masters.keys() == first.keys()
-            assert all(torch.equal(m.bfloat16(), federation.state.weights[n]) for n, m in masters.items())
-            # a second visit takes up what the first had not moved far enough to show
-            assert moved(first, federation.state.weights) > moved(first, once) > 0
-    assert moved(*runs[torch.bfloat16]) >= 0.98 * moved(*runs[torch.float32]) > 0
+    return first, once, federation.state
+
+
+def test_a_bfloat16_model_moves_at_a_small_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same gradients exactly the entries move that move in a float32 run rounded at the end."""
+    taken: list[dict[str, Tensor]] = []
+
+    def note(parameters: Mapping[str, nn.Parameter]) -> None:
+        taken.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+
+    def give(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, gradient in taken[steps[0]].items():
+            parameters[name].grad = gradient.float()
+        steps[0] += 1
+
+    steps = [0]
+    narrow, narrow_once, narrow_twice = small_rate(monkeypatch, torch.bfloat16, note)
+    wide, wide_once, wide_twice = small_rate(monkeypatch, torch.float32, give)
+    assert steps[0] == len(taken) and all(torch.equal(narrow[n].float(), wide[n]) for n in wide)
+    for state in (narrow_once, narrow_twice):
+        assert state.masters.keys() == narrow.keys()
+        assert all(torch.equal(m.bfloat16(), state.weights[n]) for n, m in state.masters.items())
+    assert all(torch.equal(master, wide_once.weights[n]) for n, master in narrow_once.masters.items())
+    assert moved(narrow, narrow_once.weights) == moved(wide, wide_once.weights) > 0
+    # a second visit takes up what the first had not moved far enough to show
+    assert moved(narrow, narrow_twice.weights) > moved(narrow, narrow_once.weights)
+    assert moved(narrow, narrow_twice.weights) >= moved(wide, wide_twice.weights)
+    own, _, own_twice = small_rate(monkeypatch, torch.float32, lambda parameters: None)
+    # gradients of the float32 model's own differ from those of the bfloat16 one: 2406 entries, not 2402
+    assert moved(narrow, narrow_twice.weights) >= 0.98 * moved(own, own_twice.weights)
 
 
 def test_only_the_block_has_gradients_and_what_is_before_it_is_not_kept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,6 @@ from fedtune.run.connect import Simulated
 from fedtune.transport.flower import SimulatedMail, simulation
 from fedtune.transport.in_process import Fates, Simulation
 from fedtune.transport.letters import Letter, fault
-
-pytestmark = pytest.mark.network
 
 TRIED = [(name, next(iter(FORMS.get(name, {"": None})))) for name in registry.METHODS]
 TRIED += [("fedavg", "scaffold"), ("fedavg", "asynchronous"), ("fedcybgd", "hybrid"), ("fedavg", "stack")]
@@ -101,13 +100,36 @@ def test_every_method_ends_with_the_bits_of_a_run_in_process(
 
 def _sent(federation: Federation) -> list[tuple[object, ...]]:
     """Every message, in any order; a frame's length also tells the peak of memory, which may differ."""
-    return sorted(
-        (e["round"], e["client"], e["direction"], e["kind"], e["payload_bytes"]) for e in federation.wire
-    )
+    return _payloads(federation.wire)
 
 
 def _kept(states: dict[int, Payload]) -> dict[int, bytes]:
     return {client: bits(state) for client, state in states.items()}
+
+
+def test_secure_aggregation_has_the_same_sums(tmp_path: Path) -> None:
+    pytest.importorskip("Crypto", reason="secure aggregation is not installed (the extra `privacy`)")
+    document = {
+        "data": {"clients": 3, "max_examples": 12, "max_length": 64},
+        "method": {"name": "fedavg", "rounds": 1, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
+        "evaluation": {"tasks": ["loss"], "max_examples": 4, "every": 0},
+        "federation": {"secure_aggregation": {"threshold": 0.6}},
+    }
+    write_config(tmp_path / "c.yaml", document)
+    here = fedtune("run", "c.yaml", "--out", "here", "--quiet", cwd=tmp_path)
+    assert here.status == 0, here.err
+    there = fedtune(
+        *("run", "c.yaml", "transport.name=flower-simulation", "--quiet", "--out", "there"), cwd=tmp_path
+    )
+    assert there.status == 0, there.err
+    wanted, found = outcome(tmp_path / "here"), outcome(tmp_path / "there")
+    assert found["final"] == wanted["final"]
+    assert _payloads(found["wire"]) == _payloads(wanted["wire"])
+    assert {entry["kind"] for entry in found["wire"]} == {"train", "secure-aggregation"}
+
+
+def _payloads(wire: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return sorted((e["round"], e["client"], e["direction"], e["kind"], e["payload_bytes"]) for e in wire)
 
 
 def test_a_config_runs_unchanged_with_drop_outs_delays_and_a_resume(tmp_path: Path) -> None:

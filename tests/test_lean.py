@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from model_families import ATTACH, DECODERS, FAMILIES, batch, build
 from torch import Tensor
 from torch.testing import assert_close
 
+from fedtune.bench.process_memory import rss
 from fedtune.data.encode import IGNORED
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
-from fedtune.models.lean import causal_loss, lean
+from fedtune.models.lean import causal_loss, hand_back, lean
 
 
 def gradients(family: str, how: str, dtype: torch.dtype, is_lean: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,3 +91,16 @@ def test_the_loss_by_hand_and_with_one_copy_of_the_logits(monkeypatch: pytest.Mo
     one = logits.nbytes
     # the leaf, what is made of it, its gradient in the same memory, the leaf's; torch's own loss has two more
     assert meter.peak_bytes < 3.1 * one
+
+
+@pytest.mark.skipif(rss() is None or platform.libc_ver()[0] != "glibc", reason="glibc on Linux")
+def test_what_large_tensors_free_goes_back_to_the_system() -> None:
+    """Every other one of 60 tensors of 4 MB: 120 MB, of which a heap would give none back."""
+    del [torch.ones(2**22)][0]  # 16 MB were freed: so far glibc would put 4 MB on its heap
+    hand_back()
+    tensors = [torch.ones(2**20) for _ in range(60)]
+    before = rss()
+    del tensors[::2]
+    after = rss()
+    assert before is not None and after is not None
+    assert before - after > 100e6

@@ -16,8 +16,11 @@ def diagnose(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Clients of the probe.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each, over all rounds of the probe.")] = 24,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of the probe.")] = 8,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of each, over all rounds of the probe; 8 a round if not given."),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Share of what training gains that fewer rounds may lose.")
     ] = 0.1,
@@ -31,7 +34,7 @@ def diagnose(
 ) -> None:
     """Predict from a short probe how far one-shot will be from multi-round, and how many rounds are enough.
 
-    Example: fedtune diagnose configs/bundled_multi_round.yaml --steps 24
+    Example: fedtune diagnose configs/bundled_multi_round.yaml --clients 10
     """
     from contextlib import nullcontext
 
@@ -42,7 +45,7 @@ def diagnose(
 
     settings = load_config(config, overrides or [])
     with nullcontext(Silent()) if quiet else Display() as progress:
-        from fedtune.theory.diagnose import diagnose as probe
+        from fedtune.run.diagnose import diagnose as probe
 
         document = probe(settings, progress, clients=clients, steps=steps, tolerance=tolerance, whole=whole)
     if as_json:
@@ -89,29 +92,18 @@ def verdict(document: dict[str, Any]) -> list[str]:
     prediction, rounds = document["prediction"], document["recommended_rounds"]
     spread = f" ± {prediction['gap_error']:.2g}" if on["loss_groups"] > 1 else ""
     share = f"{prediction['share']:.0%} of what training gains ({prediction['improvement']:.3g})"
-    if on["whole_run"]:
-        basis = (
-            f"Measured on the whole run: {run['clients']} clients, {on['steps']:g} steps each in "
-            f"{on['rounds']} rounds; loss on {on['loss_examples']} held-out examples, "
-            f"spread over {on['loss_groups']} parts."
-        )
-        gap = f"One-shot ends {prediction['gap']:+.3g}{spread} in loss from {run['rounds']} rounds: {share}."
-    else:
-        basis = (
-            f"Probe: clients {', '.join(map(str, on['clients']))} of {run['clients']}, {on['steps']:g} of "
-            f"{run['steps']:g} steps each in {on['rounds']} rounds; loss on {on['loss_examples']} of their "
-            f"examples that it did not train on: {losses['start']:.4g} before, "
-            f"{losses['multi_round'][-1]:.4g} multi-round, {losses['one_shot'][-1]:.4g} one-shot; "
-            f"spread over {on['loss_groups']} clients."
-        )
-        gap = (
-            f"Prediction: one-shot ends {prediction['gap']:+.3g}{spread} in loss from {run['rounds']} "
-            f"rounds: {share}."
-        )
+    asked = f"{len(on['clients'])} of {run['clients']} clients"
+    taken = f"{on['steps']:g} of {run['steps']:g} steps each in {on['rounds']} rounds"
+    basis = "Measured on the whole run" if on["whole_run"] else "Probe"
     number = "one round is" if rounds == 1 else f"{rounds} rounds are"
     return [
-        basis,
-        gap,
+        f"{basis}: {asked}, {taken}; loss on {on['loss_examples']} held-out examples: "
+        f"{losses['start']:.4g} before, {losses['multi_round'][-1]:.4g} multi-round, "
+        f"{losses['one_shot'][-1]:.4g} one-shot; spread over {on['loss_groups']} parts of them.",
+        f"{'' if on['whole_run'] else 'Prediction: '}one-shot ends {prediction['gap']:+.3g}{spread} in loss "
+        f"from {run['rounds']} rounds: {share}.",
         f"Recommended: {number} enough to lose at most {document['tolerance']:.0%} of the gain "
-        f"(of {run['rounds']} rounds, same steps in all).",
+        f"(of {run['rounds']} rounds, same steps in all). It rests on this share, and on an approximate law "
+        "for fewer rounds (docs/theory.md).",
+        *(f"Caveat: {caveat}." for caveat in document["caveats"]),
     ]

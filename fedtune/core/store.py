@@ -33,7 +33,7 @@ def digest(payload: Payload) -> str:
     for name in sorted(payload.tensors):
         tensor = payload.tensors[name].detach().cpu().contiguous()
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.flatten().view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
@@ -105,8 +105,9 @@ class Store:
     def _write(self, folder: Path, key: str, payload: Payload) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f".{key}.{os.getpid()}.new"  # simulated clients of several processes share a folder
-        # clone: safetensors refuses tensors that share memory
-        tensors = {n: t.detach().cpu().clone().contiguous() for n, t in payload.tensors.items()}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in payload.tensors.items()}
+        if len({t.untyped_storage().data_ptr() for t in tensors.values()}) < len(tensors):
+            tensors = {n: t.clone() for n, t in tensors.items()}  # safetensors refuses what shares memory
         save_file(tensors, new, metadata={"scalars": json.dumps(dict(payload.scalars))})
         os.replace(new, folder / f"{key}.safetensors")
 

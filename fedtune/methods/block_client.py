@@ -24,7 +24,7 @@ from fedtune.methods.block_training import train_blocks
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import assemble
 from fedtune.models.emulator import ARCHITECTURE
-from fedtune.models.lean import lean
+from fedtune.models.lean import hand_back, lean
 from fedtune.models.parts import ADDED, CLASSIFIER, block_of, full_name, named_tensors
 from fedtune.models.pruning import group_scores
 
@@ -90,6 +90,7 @@ def begin_turn(job: Payload, env: ClientEnv, config: Config) -> Turn:
     Raises:
         ClientError: It does not have what the server says it has.
     """
+    hand_back()
     forms: dict[str, str] = json.loads(str(job.scalars["forms"]))
     own, path = str(job.scalars["own"]).split(","), str(job.scalars["path"])
     kept, held, came = _take_up(job, forms, env)

@@ -180,7 +180,7 @@ class FedKSeed:
             raise ClientError(f"the order is for {refused}")
         received = self._received(job, env)
         pool = SeedPool(self._key, config.seeds, config.noise)
-        draws = self._draw(job, env)
+        draws = self.draw(job, env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
         scalars, loss_sum = [], 0.0
         with step_weights(env.model, pool, received, config.lr) as weights:
@@ -214,7 +214,7 @@ class FedKSeed:
                 epsilon_to_try(env.model, config.epsilon),
             )
         metrics = {"train_loss": round(loss_sum / len(scalars), 6), "steps": config.local_steps}
-        return ClientResult(self._reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
+        return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adds the clients' scalars to the accumulator, seed by seed."""
@@ -331,9 +331,12 @@ class FedKSeed:
             raise ClientError("its accumulator is not the server's, whose checksum is another")
         return received
 
-    def _draw(self, job: Payload, env: ClientEnv) -> list[int]:
-        """The seeds of all steps of a round, from the client's own stream."""
-        generator = env.generator("seeds")
+    def draw(self, job: Payload, generator: torch.Generator) -> list[int]:
+        """The seeds of all steps of a client's round, from its own stream of the purpose "seeds".
+
+        Raises:
+            ClientError: The order's probabilities (Pro) are none.
+        """
         if not self.pro:
             return torch.randint(self.config.seeds, (self._drawn,), generator=generator).tolist()
         p = job.tensors["probability"].double()
@@ -359,8 +362,13 @@ class FedKSeed:
             "scalars": TensorSpec(torch.float32, (count,), min(limit, SUM_LIMIT / count)),
         }
 
-    def _reply(self, draws: list[int], scalars: list[float]) -> Payload:
-        """What a client's examples gave passes here to leave it; beside it goes the mean loss, a metric."""
+    def reply(self, draws: list[int], scalars: list[float]) -> Payload:
+        """A client's reply: what its examples gave leaves it here, but for the mean loss, a metric.
+
+        Args:
+            draws: The seeds of the round, as `draw` gave them.
+            scalars: ĝ of each.
+        """
         seeds, values = torch.tensor(draws), torch.tensor(scalars, dtype=torch.float32)
         if self._sends_pairs():
             return Payload({"seeds": seeds.to(self._index), "scalars": values})

@@ -27,6 +27,7 @@ from fedtune.methods.block_order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import Formed
 from fedtune.models.tuning import trainable
+from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PartsMeter
 from fedtune.planning.traffic import CPU, first_state, reply_to
@@ -51,7 +52,14 @@ class Held(Store):
 
 
 def client_step(
-    method: Any, model: nn.Module, fakes: Fakes, items: Sequence[Encoded], steps: int | None, cohort: Cohort
+    method: Any,
+    model: nn.Module,
+    fakes: Fakes,
+    items: Sequence[Encoded],
+    steps: int | None,
+    cohort: Cohort,
+    seed: int,
+    taken: Sequence[Turn],
 ) -> tuple[PartsMeter, float]:
     """The local steps that need most.
 
@@ -62,6 +70,8 @@ def client_step(
         items: The largest batch.
         steps: Local steps of a client that has most; None: not known.
         cohort: The first round's.
+        seed: The run's.
+        taken: All turns of the run, where blocks are trained in turns over the network.
 
     Returns:
         The meter with the highest peak, and the tokens of the step whose operations it counted. Where blocks
@@ -72,15 +82,15 @@ def client_step(
     config, blocks = method.config, 0
     if "block_order" in type(config).model_fields:
         blocks = len(find_blocks(model).modules)
-    found = []
+    found, costs = [], []
     for case in _cases(config, blocks, cohort):
         probe, meter = copy(method), PartsMeter(repeats=steps is None or steps > 1)
         probe.config = settings = case.settings
         with values():
             state = first_state(probe, model)
             for _ in range(case.passed):
-                ordered = next(iter(probe.plan(state, 1, cohort)))
-                reply = reply_to(probe, ordered, cohort, fakes, round=1, seed=0)
+                earlier = next(iter(probe.plan(state, 1, cohort)))
+                reply = reply_to(probe, earlier, cohort, fakes, round=1, seed=seed)
                 state = probe.server_step(state, iter([reply]))
             if case.turn:  # of a client that has nothing yet
                 state = replace(state, turns=case.turn, held={})
@@ -98,34 +108,24 @@ def client_step(
                 store=Held(),
             )
             probe.client_step(order.payload, env)
+        if blocks:
+            own = ordered(order.payload.scalars) or _places(settings, blocks, 1, seed)
+            costs.append(Cost(own[0], meter.forward, meter.backward))
         batches = settings.gradient_accumulation
-        found.append((meter, float(batches * collate(items, 0)["input_ids"].numel())))
+        if case.in_run:
+            found.append((meter, float(batches * collate(items, 0)["input_ids"].numel())))
     meter, tokens = max(found, key=lambda pair: pair[0].peak_bytes)
     if blocks:
-        height = _mean_height(method, blocks, cohort, steps)
-        (low, _), (high, _) = found[0], found[-1]
-        meter.forward = round(low.forward + height * (high.forward - low.forward))
-        meter.backward = round(low.backward + height * (high.backward - low.backward))
+        meter.forward, meter.backward = mean_cost(costs, taken or _places(config, blocks, steps, seed))
     return meter, tokens
 
 
-def _mean_height(method: Any, blocks: int, cohort: Cohort, steps: int | None) -> float:
-    """Where the blocks that the run trains lie on average: 0 for the lowest, 1 for the highest.
-
-    A block costs as many operations more than the next as one block takes in the backward pass, so that the
-    mean over turns is that of the mean block.
-    """
-    config = method.config
+def _places(config: Any, blocks: int, steps: int | None, seed: int) -> list[Turn]:
+    """The turns of a method that takes them all in one place, on the whole model."""
     parts = [*map(str, range(blocks)), *config.extra_blocks]
-    if hasattr(config, "switch_interval"):
-        count, each = -(-(steps or len(parts) * config.switch_interval) // config.switch_interval), 1
-    else:
-        count = method.rounds * (len(cohort.clients) if method.arrival == "in-turn" else 1)
-        each = config.blocks_per_client
-    order = turns(parts, config.block_order, each, method._seed)
-    places = {"embeddings": 0} | {str(block): block for block in range(blocks)}
-    visited = [places.get(part, blocks - 1) for own in islice(order, count) for part in own]
-    return sum(visited) / len(visited) / max(blocks - 1, 1)
+    count = -(-(steps or len(parts) * config.switch_interval) // config.switch_interval)
+    model = dict.fromkeys(range(blocks), False)
+    return [Turn.of(own, model) for (own,) in islice(turns(parts, config.block_order, 1, seed), count)]
 
 
 def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, seed: int) -> PartsMeter:
@@ -182,11 +182,13 @@ class _Case:
         settings: The method's.
         turn: Whose turn it is, counted from 0, where blocks are trained in turns over the network.
         passed: Turns that have to be over, with what they changed.
+        in_run: Whether such a step is one of the run's; else it is there for its operations.
     """
 
     settings: Any
     turn: int = 0
     passed: int = 0
+    in_run: bool = True
 
 
 def _cases(config: Any, blocks: int, cohort: Cohort) -> list[_Case]:
@@ -209,6 +211,8 @@ def _cases(config: Any, blocks: int, cohort: Cohort) -> list[_Case]:
     ascending = config.model_copy(update=few | {"block_order": "ascending"})
     single = ascending.model_copy(update={"blocks_per_client": 1})
     cases = [_Case(ascending)]
+    if config.compression != "none":
+        cases.append(_Case(ascending.model_copy(update={"compression": "none"}), in_run=False))
     if config.compression == "hybrid":  # with every other block there, pruned
         last = min(len(cohort.clients), blocks // config.blocks_per_client) - 1
         cases.append(_Case(ascending, last, last))

@@ -77,11 +77,13 @@ def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True)
     parameters = count_parameters(model)
     items = workload.within(work.batch(size), vocabulary)
     most = _steps(config.method, work, max)
+    traffic = simulate(method, model, fakes, clients=clients, per_round=per_round, seed=config.seed)
     client, server, tokens = PartsMeter(), PartsMeter(), 1.0
     if steps and method.rounds:
-        client, tokens = dry_run.client_step(method, model, fakes, items, most, cohort)
+        client, tokens = dry_run.client_step(
+            method, model, fakes, items, most, cohort, config.seed, traffic.turns
+        )
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed)
-    traffic = simulate(method, model, fakes, clients=clients, per_round=per_round, seed=config.seed)
     document = {
         "method": config.method_name,
         "model": config.model.name,

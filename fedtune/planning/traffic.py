@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from fedtune.core.loop import sample_cohort
 from fedtune.core.seeds import derive_seed, torch_generator
-from fedtune.core.store import Store
-from fedtune.core.types import MODEL, ClientEnv, Cohort, Order, Payload, Reply, TensorSpec
-from fedtune.measure.memory import MemoryMeter
+from fedtune.core.types import MODEL, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.planning.block_turns import Turn, ordered
 from fedtune.planning.fake import Fakes, values
 
 CPU = torch.device("cpu")
@@ -41,6 +40,7 @@ class Traffic:
     """All messages of a run."""
 
     exchanges: list[Exchange] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)  # of methods that train blocks in turn
     exact: bool = True  # False: what is sent depends on losses, and is what is to be expected
 
     @property
@@ -88,6 +88,7 @@ def simulate(
                 replies = []
                 for order in method.plan(state, round, cohort):
                     traffic.exchanges.append(_exchange(round, order))
+                    traffic.turns += ordered(order.payload.scalars)
                     replies.append(reply_to(method, order, cohort, fakes, round=round, seed=seed))
                 state = advance(state, replies)
     return traffic
@@ -142,10 +143,9 @@ def _nbytes(spec: TensorSpec) -> int:
 def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Tensor]:
     """The seeds that a client of FedKSeed draws, with scalars that are not 0."""
     own = derive_seed(seed, "client", order.client, round)
-    env = ClientEnv(order.client, round, own, nn.Module(), [], 0, None, MemoryMeter(CPU), CPU, Store())
-    seeds = method._draw(order.payload, env)
+    seeds = method.draw(order.payload, torch_generator(own, "seeds"))
     scalars = torch.randn(len(seeds), generator=torch_generator(own, "planned scalars")).tolist()
-    tensors: Mapping[str, Tensor] = method._reply(seeds, scalars).tensors
+    tensors: Mapping[str, Tensor] = method.reply(seeds, scalars).tensors
     return tensors
 
 

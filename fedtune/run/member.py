@@ -82,7 +82,12 @@ def join(
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
     examples = local_examples(data, named)
-    check_run(acceptance, config.method_name, local_steps(config, len(examples)))
+    check_run(
+        acceptance,
+        config.method_name,
+        local_steps(config, len(examples)),
+        secure=config.federation.secure_aggregation is not None,
+    )
     name, where = model or config.model.name, device_of(device)
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":

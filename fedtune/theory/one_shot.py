@@ -51,7 +51,6 @@ from fedtune.methods import lora_aggregation as lora
 from fedtune.methods.fedavg import Config, FedAvg, State
 from fedtune.methods.local_training import step_batches
 from fedtune.models.tuning import trainable
-from fedtune.run.progress import Progress, Silent
 from fedtune.theory.quantities import Measured, RoundEnd, schemes
 from fedtune.theory.trajectory import Diverged, Trajectory, distance, gradient, lent, norm, put, saved
 
@@ -71,7 +70,8 @@ def measure(
     device: torch.device,
     smoothness_batches: int = 8,
     watch: Watch = lambda model: (),
-    progress: Progress | None = None,
+    on_round: Callable[[int, int], None] = lambda round, clients: None,
+    on_client: Callable[[int], None] = lambda done: None,
 ) -> Measured:
     """Runs both schemes side by side on the same mini-batches and measures; every client takes every turn.
 
@@ -84,7 +84,8 @@ def measure(
         device: Where the model lies.
         smoothness_batches: Mini-batches on which L is estimated, from the clients in turn.
         watch: Looks at the global models, for instance at their losses.
-        progress: Told about rounds and clients.
+        on_round: Called with each round that begins and its clients.
+        on_client: Called with how many of them are done.
 
     Raises:
         InputError: The theory does not cover the method, a loss or weight became NaN or infinite, training
@@ -95,14 +96,14 @@ def measure(
     parameters = trainable(attached)
     with tempfile.TemporaryDirectory(prefix="fedtune-") as folder, lent(parameters):
         running = _Running(
-            multi, one, attached, parameters, data, pad_id, seed, device, Path(folder), progress or Silent()
+            multi, one, attached, parameters, data, pad_id, seed, device, Path(folder), on_round, on_client
         )
         return running.measure(watch, smoothness_batches)
 
 
 @dataclass
 class _Running:
-    """A measurement on its way; the fields after `progress` are what it has seen so far."""
+    """A measurement on its way; the fields after `on_client` are what it has seen so far."""
 
     multi: Config
     one: Config
@@ -113,7 +114,8 @@ class _Running:
     seed: int
     device: torch.device
     folder: Path
-    progress: Progress
+    on_round: Callable[[int, int], None]
+    on_client: Callable[[int], None]
     largest_move: float = 0.0
     largest_smoothness: float | None = None
     gradient_differences: float = 0.0
@@ -131,7 +133,7 @@ class _Running:
         self.begun = {order.client: order.payload for order in one_shot.plan(first, 1, self.cohort)}
         seen, ends, one = self._watched(watch, first), [], first
         for round in range(1, self.multi.rounds + 1):
-            self.progress.round(round, len(self.data))
+            self.on_round(round, len(self.data))
             state = method.server_step(state, self._replies(method.plan(state, round, self.cohort), round))
             one = one_shot.server_step(first, self._one_shot_replies())
             ends.append(
@@ -181,7 +183,7 @@ class _Running:
                     f"of {self.multi.rounds}); lower method.lr (now {self.multi.lr:g})"
                 ) from None
             yield Reply(order.client, update, {}, self.cohort)
-            self.progress.client(done)
+            self.on_client(done)
 
     def _one_shot_replies(self) -> Iterator[Reply]:
         for client in self.cohort.clients:

@@ -17,6 +17,7 @@ class Acceptance(Settings):
     methods: list[str] | None = Field(None, min_length=1)  # names of methods
     max_bytes: int | None = Field(None, ge=1)  # of one order, and of one reply
     max_local_steps: int | None = Field(None, ge=1)  # training steps of one round
+    secure_aggregation: bool = False  # true: only runs whose server learns no single update
     data_folder: str | None = None  # where the data must lie; links out of it do not count
 
 
@@ -36,16 +37,21 @@ def check_data(acceptance: Acceptance, data: Path) -> None:
         )
 
 
-def check_run(acceptance: Acceptance, method: str, local_steps: int) -> None:
+def check_run(acceptance: Acceptance, method: str, local_steps: int, *, secure: bool) -> None:
     """Raises NotAccepted if a run is not what the operator accepts.
 
     Args:
         acceptance: The operator's limits.
         method: The method's name.
         local_steps: Training steps that an order would take on this client's examples.
+        secure: Whether the run has `federation.secure_aggregation`.
     """
     if acceptance.methods is not None and method not in acceptance.methods:
         raise NotAccepted(f"its operator accepts {', '.join(acceptance.methods)}, and the method is {method}")
+    if acceptance.secure_aggregation and not secure:
+        raise NotAccepted(
+            "its operator accepts only runs with federation.secure_aggregation, and this one has none"
+        )
     limit = acceptance.max_local_steps
     if limit is not None and local_steps > limit:
         raise NotAccepted(

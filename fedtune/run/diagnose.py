@@ -1,0 +1,303 @@
+"""`fedtune diagnose`: a probe of both schemes, and what it says about the run.
+
+The probe is the run in small: the same model, settings and number of rounds, on some of the clients, each
+with the same share of its examples, so that examples are seen as often as in the run; where the run counts
+local steps, it takes fewer of those. Losses are those of held-out examples, as in `fedtune compare`.
+
+A probe has `STEPS_A_ROUND` steps a round, or as many as the run where that has fewer. Shorter ones are
+refused: each round begins with a new optimiser and a rate that falls to 0, and with two steps a round little
+else is seen; what they predicted had nothing to do with what was measured (docs/theory.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.core.seeds import numpy_generator
+from fedtune.data.batches import collate
+from fedtune.data.encode import IGNORED, Encoded
+from fedtune.errors import InputError
+from fedtune.measure.clock import Clock
+from fedtune.methods.fedavg import Config
+from fedtune.run.assemble import Parts
+from fedtune.run.config import RunConfig
+from fedtune.run.data import encode_for
+from fedtune.run.federation import torch_settings
+from fedtune.run.progress import Progress
+from fedtune.theory.one_shot import measure
+from fedtune.theory.prediction import Prediction, growth, mean, predict
+from fedtune.theory.quantities import Measured, schemes
+
+STEPS_A_ROUND = 8  # of a client in a probe, at least
+HELD_OUT = 256  # examples for the losses of a probe, at most; the whole run takes all
+PARTS = 8  # of the held-out examples, for the spread
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of the held-out examples, whose loss is taken together, and its weight."""
+
+    items: Sequence[Encoded]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is run in both schemes.
+
+    Attributes:
+        config: Multi-round settings.
+        data: Each client's examples.
+        whole: Clients take as many steps as in the run.
+    """
+
+    config: Config
+    data: Mapping[int, Sequence[Encoded]]
+    whole: bool
+
+
+def diagnose(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    clients: int = 8,
+    steps: int | None = None,
+    tolerance: float = 0.1,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """The document of `fedtune diagnose`: the quantities, and the prediction with what it rests on.
+
+    Args:
+        config: The run.
+        progress: Told what happens.
+        clients: Clients of the probe, drawn by the run's seed.
+        steps: Steps of a client in the probe, over all its rounds; None: `STEPS_A_ROUND` in each.
+        tolerance: The share of multi-round's improvement that may be lost.
+        whole: No probe but the whole run in both schemes.
+
+    Raises:
+        InputError: The theory does not cover the method, data or model are not usable, the probe is too
+            short, or it diverges.
+    """
+    multi, _ = schemes(config.method)
+    if config.federation.clients_per_round is not None:
+        raise InputError(
+            "the one-shot theory has every client train in every round; "
+            "diagnose with federation.clients_per_round=null"
+        )
+    if config.federation.privacy is not None:
+        raise InputError(
+            "the one-shot theory has no clipping and no noise; diagnose with federation.privacy=null"
+        )
+    progress.stage("loading data and model")
+    with torch_settings():
+        parts = Parts.assemble(config, Clock())
+        everyone = {client: count for client, count in parts.client_examples.items() if count}
+        if not everyone:
+            raise InputError(
+                "no client has an example on this machine; diagnose needs data of its own to probe"
+            )
+        run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
+        chosen = list(everyone) if whole else _drawn(everyone, clients, config.seed)
+        a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
+        data = {client: _encoded(config, parts, client) for client in chosen}
+        probe = _probe(multi, data, a_round, config.seed)
+        groups = _held_out(config, parts, None if whole else HELD_OUT)
+        progress.begin(rounds=multi.rounds, name="diagnose")
+        measured = measure(
+            probe.config,
+            parts.loaded.model,
+            probe.data,
+            pad_id=parts.loaded.tokenizer.pad_token_id,
+            seed=config.seed,
+            device=parts.device,
+            watch=lambda model: tuple(
+                mean_loss(model, group.items, config.evaluation.batch_size, parts) for group in groups
+            ),
+            on_round=progress.round,
+            on_client=progress.client,
+        )
+    ratio = max(1.0, run_steps / measured.steps)
+    weights = [group.weight for group in groups]
+    prediction = predict(measured, weights, ratio=ratio, rounds=multi.rounds, tolerance=tolerance)
+    return _document(config, measured, prediction, groups, len(everyone), probe, run_steps, tolerance)
+
+
+def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, parts: Parts) -> float:
+    """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for at in range(0, len(items), batch_size):
+            batch = collate(items[at : at + batch_size], parts.loaded.tokenizer.pad_token_id)
+            labels = batch["labels"]
+            counted = len(labels) if labels.shape[1] == 1 else int((labels[:, 1:] != IGNORED).sum())
+            if counted:
+                loss = model(**{key: value.to(parts.device) for key, value in batch.items()}).loss
+                total, count = total + float(loss) * counted, count + counted
+    if not count or not math.isfinite(total):
+        what = f"is {total}" if count else "is undefined: none of them has a token to predict"
+        raise InputError(
+            f"the loss on the held-out examples {what}; lower method.lr, or raise data.max_length"
+        )
+    return total / count
+
+
+def _drawn(everyone: Mapping[int, int], clients: int, seed: int) -> list[int]:
+    able = sorted(everyone)
+    order = numpy_generator(seed, "diagnose", "clients").permutation(len(able))
+    return sorted(able[i] for i in order[:clients])
+
+
+def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | None:
+    """Steps of a client and round of the probe, on average; None: as many as in the run.
+
+    Raises:
+        InputError: Fewer than a prediction can rest on.
+    """
+    needed = rounds * STEPS_A_ROUND
+    wanted = needed if steps is None else steps
+    if wanted >= run_steps:
+        return None
+    if wanted < needed:
+        enough = min(needed, math.ceil(run_steps))
+        raise InputError(
+            f"a probe of {steps} steps has {wanted / rounds:.3g} in each of {rounds} rounds, and says "
+            "nothing about the run: with few steps a round all is the beginning of a round. "
+            f"Give --steps {enough} or more, or leave it out"
+        )
+    return wanted // rounds
+
+
+def _probe(multi: Config, data: dict[int, list[Encoded]], a_round: int | None, seed: int) -> Probe:
+    """The run in small: with so many steps a round, on average over the clients."""
+    if a_round is None:
+        return Probe(multi, data, whole=True)
+    if multi.local_steps is not None:
+        shorter = multi.model_copy(update={"local_steps": a_round})
+        return Probe(shorter, data, whole=False)
+    share = a_round / (sum(multi.steps(len(items)) for items in data.values()) / len(data))
+    kept = {}
+    for client, items in data.items():
+        order = numpy_generator(seed, "diagnose", "examples", client).permutation(len(items))
+        count = min(len(items), math.ceil(share * len(items)))
+        kept[client] = [items[i] for i in sorted(order[:count].tolist())]
+    return Probe(multi, kept, whole=False)
+
+
+def _encoded(config: RunConfig, parts: Parts, client: int) -> list[Encoded]:
+    return encode_for(config, parts.split.clients[client], parts.loaded.tokenizer, parts.split.labels)
+
+
+def _held_out(config: RunConfig, parts: Parts, most: int | None) -> list[Group]:
+    """The run's held-out examples in parts, whose weighted mean is the loss of `compare`; at most so many."""
+    examples = parts.split.evaluation[:most]
+    items = encode_for(config, examples, parts.loaded.tokenizer, parts.split.labels)
+    groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
+    return [Group(part, float(sum(map(_counted, part)))) for part in groups]
+
+
+def _counted(item: Encoded) -> int:
+    """Tokens that carry loss; a classifier's example counts once."""
+    return 1 if len(item.labels) == 1 else sum(label != IGNORED for label in item.labels[1:])
+
+
+def _document(
+    config: RunConfig,
+    measured: Measured,
+    prediction: Prediction,
+    groups: Sequence[Group],
+    clients: int,
+    probe: Probe,
+    run_steps: float,
+    tolerance: float,
+) -> dict[str, Any]:
+    weights = [group.weight for group in groups]
+    ratio = max(1.0, run_steps / measured.steps)
+    moved = measured.moved * ratio ** growth([end.moved for end in measured.ends])
+    bound = measured.smoothness * run_steps * moved
+    end = measured.ends[-1]
+    whole_run = probe.whole and len(probe.data) == clients
+    return {
+        "model": config.model.name,
+        "initial": config.model.initial,
+        "method": config.method_name,
+        "trainable": getattr(config.method, "trainable", None),
+        "seed": config.seed,
+        "run": {"rounds": measured.rounds, "clients": clients, "steps": run_steps},
+        "measured_on": {
+            "whole_run": whole_run,
+            "clients": sorted(probe.data),
+            "rounds": measured.rounds,
+            "steps": measured.steps,
+            "loss_examples": sum(len(group.items) for group in groups),
+            "loss_groups": len(groups),
+        },
+        "quantities": {
+            "trainable_parameters": measured.trainable,
+            "smoothness": measured.smoothness,
+            "smoothness_sd": _sd(measured.smoothnesses),
+            "smoothness_batches": len(measured.smoothnesses),
+            "largest_smoothness": measured.largest_smoothness,
+            "relative_update": measured.relative_update,
+            "largest_relative_update": measured.largest_move / measured.norm if measured.norm else None,
+            "norm": measured.norm,
+            "gamma": measured.gamma,
+            "bound": measured.bound,
+            "bound_of_clients": measured.bound_of_clients,
+            "error": measured.error,
+            "error_without_rates": measured.error_without_rates,
+            "local_errors": list(measured.local_errors),
+            "sum_of_local_errors_without_rates": sum(measured.local_errors_without_rates),
+            "sum_of_gradient_differences": measured.gradient_differences,
+            "sum_of_distances": measured.distances,
+            "distance": end.distance,
+            "moved": measured.moved,
+        },
+        "losses": {
+            "start": mean(measured.start, weights),
+            "multi_round": [mean(e.multi_round, weights) for e in measured.ends],
+            "one_shot": [mean(e.one_shot, weights) for e in measured.ends],
+            "gap_by_group": [o - m for o, m in zip(end.one_shot, end.multi_round, strict=True)],
+        },
+        "prediction": {
+            "gap": prediction.gap,
+            "gap_error": prediction.gap_error,
+            "improvement": prediction.improvement,
+            "share": prediction.share,
+            "distance": end.distance / end.moved,
+            "bound": bound,
+            "steps_ratio": ratio,
+        },
+        "caveats": _caveats(prediction, probe, ratio, clients),
+        "tolerance": tolerance,
+        "recommended_rounds": prediction.rounds,
+    }
+
+
+def _caveats(prediction: Prediction, probe: Probe, ratio: float, clients: int) -> list[str]:
+    """What the prediction is the weaker for."""
+    found, probed = [], len(probe.data)
+    if probed < clients:
+        found.append(
+            f"{probed} of {clients} clients were probed: where their data are unlike, fewer are further from "
+            "the run than the spread says, and mostly show too small a gap"
+        )
+    if not probe.whole:
+        found.append(f"the run has {ratio:.3g} times the probe's steps: the rest is extrapolated")
+    if abs(prediction.gap) < 2 * prediction.gap_error:
+        found.append("the gap is less than twice its spread: it may as well be none, or the other way round")
+    return found
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))

@@ -1,0 +1,78 @@
+"""Learning rates for a comparison: each configuration at rates half a decade apart, one seed, held-out loss.
+
+    python scripts/search_rates.py FOLDER CONFIG... [--set KEY=VALUE ...]
+
+A configuration begins at its own rate, rounded to the grid, and at the rates beside it; while the best is at
+the end of what was tried, the next rate beyond is tried too, up to MOST in all. Prints a Markdown table; the
+runs are in FOLDER, and those that are done are taken over. The seed is none of those that compare runs use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from fedtune.run.config_file import load_config
+from fedtune.run.federation import run
+from fedtune.run.progress import Silent
+
+SEED = 7
+MOST = 5  # rates of one configuration
+
+
+def rate(place: int) -> float:
+    """The grid: 1e-4, 3e-4, 1e-3, ... at places -8, -7, -6, ..."""
+    return (3 if place % 2 else 1) * 10.0 ** (place // 2)
+
+
+def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
+    """Loss by rate, around `start` and on towards the best."""
+    middle = round(2 * math.log10(start))
+    found = {place: loss(rate(place)) for place in (middle - 1, middle, middle + 1)}
+    while len(found) < MOST:
+        best = min(found, key=lambda place: found[place])
+        beyond = best + (1 if best == max(found) else -1)
+        if beyond in found:
+            break
+        found[beyond] = loss(rate(beyond))
+    return {rate(place): found[place] for place in sorted(found)}
+
+
+def final_loss(config: Path, folder: Path, settings: list[str], lr: float) -> float:
+    """Held-out loss of a run at this rate; infinite where training diverged."""
+    path = folder / f"{config.stem}-{lr:.0e}"
+    if not (path / "summary.json").exists():
+        fixed = [f"seed={SEED}", f"method.lr={lr}", "evaluation.bootstrap=0", "evaluation.tasks=[loss]"]
+        run(load_config(config, [*settings, *fixed]), path, Silent(), resume=path.exists())
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    found = summary["evaluation"]["loss"]["loss"]
+    return math.inf if found is None else float(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Search learning rates.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("configs", type=Path, nargs="+")
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    arguments = parser.parse_args()
+    results = {
+        config.stem: search(
+            lambda lr, config=config: final_loss(config, arguments.folder, arguments.settings, lr),
+            load_config(config, arguments.settings).method.lr,
+        )
+        for config in arguments.configs
+    }
+    rates = sorted({lr for each in results.values() for lr in each})
+    print("| configuration | " + " | ".join(f"{lr:.0e}".replace("e-0", "e-") for lr in rates) + " | best |")
+    print("| --- |" + " ---: |" * (len(rates) + 1))
+    for name, each in results.items():
+        best = min(each, key=lambda lr: each[lr])
+        cells = [f"{each[lr]:.4f}" if lr in each else "" for lr in rates]
+        print(f"| {name} | " + " | ".join(cells) + f" | {best:.0e} |".replace("e-0", "e-"))
+
+
+if __name__ == "__main__":
+    main()
