@@ -138,7 +138,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "fedcybgd, lora": {**CYCLE, "trainable": "lora"},
     "fedcybgd, adapter": {**CYCLE, "trainable": "adapter"},
     "fedcybgd, adapter, layer-drop": {**CYCLE, "trainable": "adapter", "compression": "layer-drop"},
-    "fedcybgd, embeddings and head too": {**CYCLE, "extra_blocks": ["embeddings", "head"]},
+    "fedcybgd, embeddings and norm too": {**CYCLE, "extra_blocks": ["embeddings", "norm"]},
     "fedcybgd, nothing computed again": {**CYCLE, "gradient_checkpointing": False},
     "fedbavg, layer-drop": {**METHODS["fedbavg"], "compression": "layer-drop"},
     "badam, embeddings too": {**METHODS["badam"], "extra_blocks": ["embeddings"]},

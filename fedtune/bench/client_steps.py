@@ -3,7 +3,8 @@
 Two shapes with random weights: GPT-2 small (12 blocks, 124 million parameters), and a Llama of 22 blocks, as
 TinyLlama at a quarter of its width (93 million). Batches are 2 x 256 tokens, all of which count in the loss.
 Each case runs the method's own training code in a process of its own. A client of FedCyBGD gets its order as
-a frame that another process wrote, and keeps what it holds on disk, as in a run.
+a frame that another process wrote, and keeps what it holds on disk, as in a run; `rss_bytes` covers that too.
+The others have the model from the start, without the message that brought it.
 
 Fed-full as it is has the library's loss and no checkpointing; "Fed-full, lean" has the loss and checkpointing
 that FedCyBGD has, to tell what is due to them.

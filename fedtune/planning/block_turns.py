@@ -7,8 +7,8 @@ that it trains. So with w whole and p pruned blocks in the model, w' and p' of t
     backward   b + g (w' + r p')    b: what is around them, and the part itself; another for embeddings
 
 `dry_run.py` takes a few turns' steps without values; the coefficients follow from those, and with them what
-all turns of the run cost, whose models the orders describe. A pruned block's share r of a whole one is that of
-the forward pass.
+all turns of the run cost, whose models the orders describe. A pruned block's share r of a whole one is that
+of the forward pass.
 """
 
 from __future__ import annotations

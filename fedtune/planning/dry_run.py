@@ -80,12 +80,15 @@ def client_step(
     if method.config.name in ZEROTH:
         return _zeroth_step(method, model, items)
     config, blocks = method.config, 0
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if "block_order" in type(config).model_fields:
         blocks = len(find_blocks(model).modules)
     found, costs = [], []
     for case in _cases(config, blocks, cohort):
         probe, meter = copy(method), PartsMeter(repeats=steps is None or steps > 1)
         probe.config = settings = case.settings
+        if blocks and not method.sends_model:
+            model.requires_grad_(False)  # an earlier case may have left a part that this one does not train
         with values():
             state = first_state(probe, model)
             for _ in range(case.passed):
@@ -114,6 +117,8 @@ def client_step(
         batches = settings.gradient_accumulation
         if case.in_run:
             found.append((meter, float(batches * collate(items, 0)["input_ids"].numel())))
+    for parameter in asking:
+        parameter.requires_grad_(True)
     meter, tokens = max(found, key=lambda pair: pair[0].peak_bytes)
     if blocks:
         meter.forward, meter.backward = mean_cost(costs, taken or _places(config, blocks, steps, seed))

@@ -7,16 +7,13 @@ bits of a run that was never killed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import QuorumError, RoundLoop, RoundOutcome, Transport, quorum_of, sample_cohort
@@ -24,36 +21,21 @@ from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.summing import Summing
 from fedtune.errors import FederationError, InputError
-from fedtune.evaluation.clients import spread
-from fedtune.evaluation.subject import EvalSettings, Outcome
-from fedtune.evaluation.tasks import score, scorer, summarize
+from fedtune.evaluation.tasks import scorer
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.models.bottleneck import find_bottlenecks
-from fedtune.models.save import save_result
 from fedtune.models.tuning import count_parameters
 from fedtune.run import checkpoint, rollback
 from fedtune.run.assemble import Parts, check_counts
 from fedtune.run.config import RunConfig
 from fedtune.run.connect import Deployment, check_transport, connected
-from fedtune.run.files import disk_errors, read_json, whole_folder, write_json
+from fedtune.run.files import disk_errors, read_json, write_json
 from fedtune.run.folder import RunFolder, refuse_existing
 from fedtune.run.journal import Journal
 from fedtune.run.privacy import PrivacyAccount
 from fedtune.run.progress import Progress
-
-Scores = dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """Scores of a state's result (of one model a client their mean), of each model, and over the clients."""
-
-    result: Scores = field(default_factory=dict)
-    models: dict[str, Scores] = field(default_factory=dict)  # where there are several
-    per_client: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # by task
-    details: list[dict[str, Any]] = field(default_factory=list)  # lines of answers.jsonl
+from fedtune.run.saving import save_models
+from fedtune.run.scoring import Evaluated, eval_settings, evaluate
 
 
 def run(
@@ -159,7 +141,7 @@ class _Federation:
         self._model: nn.Module = parts.loaded.model
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
-        self._zero_shot = _Evaluated()
+        self._zero_shot = Evaluated()
 
     def prepare(self) -> None:
         """Reads the newest checkpoint, scores the untrained model, attaches what is trained; writes nothing.
@@ -260,50 +242,18 @@ class _Federation:
             entry["arrivals"] = arrivals
         every = config.evaluation.every
         due = round == self._parts.method.rounds or (every > 0 and round % every == 0)
-        scores = self._evaluate((state, model)) if due else _Evaluated()
+        scores = self._evaluate((state, model)) if due else Evaluated()
         self._record(entry, scores, self._clock.total - before)
         return state
 
-    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> _Evaluated:
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
-        split, settings = self._parts.split, eval_settings(self._config, self._parts.split.labels)
-        outcomes: dict[str, dict[str, Outcome]] = {}
+        loaded, method = self._parts.loaded, self._parts.method
         with self._clock.part("evaluation"):
-            models = (
-                self._parts.method.export(*trained)
-                if trained
-                else iter([("global", self._parts.loaded.model)])
-            )
-            for name, model in models:
-                model.eval()
-                outcomes[name] = score(
-                    model,
-                    self._parts.loaded.tokenizer,
-                    split.evaluation,
-                    self._config.evaluation.tasks,
-                    settings,
-                )
-            each = {name: summarize([found], settings) for name, found in outcomes.items()}
-            result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
-        notes = {
-            task: list(dict.fromkeys(note for found in outcomes.values() for note in found[task].notes))
-            for task in result
-        }
-        details = [
-            {"result": name, "task": task, **line}
-            for name, found in outcomes.items()
-            for task, outcome in found.items()
-            for line in outcome.details
-        ]
-        return _Evaluated(
-            result,
-            each if len(each) > 1 else {},
-            spread(outcomes, split.owners),
-            {task: said for task, said in notes.items() if said},
-            details,
-        )
+            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            return evaluate(models, loaded.tokenizer, self._parts.split, self._config)
 
-    def _record(self, entry: dict[str, Any], scores: _Evaluated, seconds: float) -> None:
+    def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
         if scores.models:
             entry["eval_clients"] = scores.models
@@ -391,55 +341,6 @@ class _Federation:
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary
-
-
-def save_models(
-    models: Iterable[tuple[str, nn.Module]],
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    *,
-    merge: bool,
-    what: str,
-) -> list[Path]:
-    """Writes models into `path`, all of them or none: the one called global there, others in folders.
-
-    Returns:
-        The folders written; `what` names them in an error.
-
-    Raises:
-        FederationError: The disk is full or cannot be written.
-    """
-    written = []
-    with disk_errors(what), whole_folder(path) as new:
-        for name, model in models:
-            where = new if name == "global" else new / name
-            where.mkdir(exist_ok=True)
-            # what stands beside the result has a base model that only this method can build
-            beside = name != "global" and not name.startswith("client-")
-            whole = (merge or beside) and _is_adapter(model)
-            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=whole)
-            written.append(path if name == "global" else path / name)
-    return written
-
-
-def _is_adapter(model: nn.Module) -> bool:
-    """Whether something is attached to the base model; a whole model needs no merging."""
-    return isinstance(model, PeftModel) or bool(find_bottlenecks(model))
-
-
-def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
-    """The evaluation layer's settings of a configuration."""
-    data, evaluation = config.data, config.evaluation
-    return EvalSettings(
-        template=data.template,
-        loss_on=data.loss_on,
-        max_length=data.max_length,
-        labels=tuple(labels) or None,
-        seed=config.seed,
-        judge=evaluation.judge,
-        code=evaluation.code,
-        **evaluation.model_dump(exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code"}),
-    )
 
 
 def _reopen(config: RunConfig, path: Path) -> RunFolder:

@@ -20,8 +20,9 @@ from fedtune.run.assemble import Parts
 from fedtune.run.config import RunConfig
 from fedtune.run.config_file import apply_overrides, load_config, parse_config
 from fedtune.run.data import Split, prepare_data
-from fedtune.run.federation import eval_settings, save_models
 from fedtune.run.folder import RunFolder, refuse_existing
+from fedtune.run.saving import save_models
+from fedtune.run.scoring import eval_settings
 
 
 def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
