@@ -355,6 +355,22 @@ def papers() -> str:
             f"{first['down'] / 2**30:.2f} GiB, {first['up'] / 2**20:.2f} MiB "
             f"(together {(first['down'] + first['up']) / 2**30:.2f} GiB)",
         )
+    for name, label, printed_row in (
+        ("fedcybgd_llama2_alpaca_lora", "ii, LoRA of rank 16 in the block", "together 12.49 GB"),
+        (
+            "fedcybgd_llama2_alpaca_adapter",
+            "iii, an adapter in the block, half of the blocks",
+            "together 6.30 GB",
+        ),
+    ):
+        first = paper(name, "llama-2-7b")["payload_bytes"]["first_time"]
+        row(
+            "FedCyBGD, Table 6",
+            label,
+            printed_row,
+            f"{first['down'] / 2**30:.2f} GiB, {first['up'] / 2**20:.2f} MiB "
+            f"(together {(first['down'] + first['up']) / 2**30:.2f} GiB)",
+        )
     for rounds, printed_row in ((3, "3000 GB"), (1, "1000 GB")):
         total = one_shot(rounds)["payload_bytes"]["total"]
         row("one-shot, section 5", f"Llama-13b, m = 10, T = {rounds}", printed_row, f"{total / 1e9:,.0f} GB")

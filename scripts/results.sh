@@ -143,7 +143,8 @@ private() { # NAME SETTING: the same federation with another noise
     several configs/privacy.yaml --out runs/results/privacy-$1 --set evaluation.every=0 --set evaluation.bootstrap=0 --set "$2"
 }
 private none federation.privacy=null
-names=runs/results/privacy-none
+private clip federation.privacy.noise_multiplier=0
+names="runs/results/privacy-none runs/results/privacy-clip"
 for noise in 0.5 1.0 2.0 4.0; do
     private $noise federation.privacy.noise_multiplier=$noise
     names="$names runs/results/privacy-$noise"

@@ -3,8 +3,8 @@
     python scripts/search_rates.py FOLDER CONFIG... [--set KEY=VALUE ...]
 
 A configuration begins at its own rate, rounded to the grid, and at the rates beside it; while the best is at
-the end of what was tried, the next rate beyond is tried too, up to MOST in all. Prints a Markdown table; the
-runs are in FOLDER, and those that are done are taken over. The seed is none of those that compare runs use.
+the end of what was tried, the next rate beyond is tried too, up to MOST in all. The runs are in FOLDER, and
+those that are done are taken over. Prints a Markdown table of all that are there. No comparison has the seed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedtune.run.config_file import load_config
@@ -28,8 +29,8 @@ def rate(place: int) -> float:
     return (3 if place % 2 else 1) * 10.0 ** (place // 2)
 
 
-def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
-    """Loss by rate, around `start` and on towards the best."""
+def search(loss: Callable[[float], float], start: float) -> None:
+    """Tries rates around `start` and on towards the best."""
     middle = round(2 * math.log10(start))
     found = {place: loss(rate(place)) for place in (middle - 1, middle, middle + 1)}
     while len(found) < MOST:
@@ -38,16 +39,20 @@ def search(loss: Callable[[float], float], start: float) -> dict[float, float]:
         if beyond in found:
             break
         found[beyond] = loss(rate(beyond))
-    return {rate(place): found[place] for place in sorted(found)}
 
 
 def final_loss(config: Path, folder: Path, settings: list[str], lr: float) -> float:
-    """Held-out loss of a run at this rate; infinite where training diverged."""
+    """Held-out loss of a run at this rate; infinite where that is not finite."""
     path = folder / f"{config.stem}-{lr:.0e}"
     if not (path / "summary.json").exists():
         fixed = [f"seed={SEED}", f"method.lr={lr}", "evaluation.bootstrap=0", "evaluation.tasks=[loss]"]
         run(load_config(config, [*settings, *fixed]), path, Silent(), resume=path.exists())
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return loss_of(path)
+
+
+def loss_of(run: Path) -> float:
+    """Held-out loss of a run that is done."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     found = summary["evaluation"]["loss"]["loss"]
     return math.inf if found is None else float(found)
 
@@ -58,13 +63,14 @@ def main() -> None:
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--set", dest="settings", action="append", default=[])
     arguments = parser.parse_args()
-    results = {
-        config.stem: search(
-            lambda lr, config=config: final_loss(config, arguments.folder, arguments.settings, lr),
+    results: dict[str, dict[float, float]] = {}
+    for config in arguments.configs:
+        search(
+            partial(final_loss, config, arguments.folder, arguments.settings),
             load_config(config, arguments.settings).method.lr,
         )
-        for config in arguments.configs
-    }
+        done = [path.parent for path in arguments.folder.glob(f"{config.stem}-?e-??/summary.json")]
+        results[config.stem] = {float(run.name[-5:]): loss_of(run) for run in done}
     rates = sorted({lr for each in results.values() for lr in each})
     print("| configuration | " + " | ".join(f"{lr:.0e}".replace("e-0", "e-") for lr in rates) + " | best |")
     print("| --- |" + " ---: |" * (len(rates) + 1))

@@ -24,7 +24,7 @@ from fedtune.transport.processes import free_port, stop
 
 PROGRAM = Path(sys.executable).with_name("fedtune")
 HERE = Path(__file__).parent
-NGINX = HERE.parent / "docs/proxy/nginx.conf"
+PROXIES = HERE.parent / "docs/proxy"
 
 
 class Proxy:
@@ -80,20 +80,29 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def nginx(folder: Path, keys: Path, upstream: int) -> tuple[subprocess.Popen[bytes], int]:
-    """nginx with the page's configuration, moved to free ports and to the folder."""
-    port = free_port()
-    text = NGINX.read_text()
-    for there, here in (
-        ("127.0.0.1:9443", f"127.0.0.1:{upstream}"),
-        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
-        ("/etc/fedtune/server", str(keys / "server")),
-        ("access_log off;", f"access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};"),
-    ):
+def reverse_proxy(
+    program: str, folder: Path, keys: Path, upstream: int
+) -> tuple[subprocess.Popen[bytes], int]:
+    """nginx or caddy with the page's configuration, moved to a free port and to the folder."""
+    port, log = free_port(), folder / "error.log"
+    if program == "nginx":
+        name, command = "nginx.conf", ["nginx", "-e", str(log), "-c"]
+        before = f"pid {folder}/pid; daemon off; user root;\n"
+        changes = {
+            "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+            "access_log off;": f"access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};",
+        }
+    else:
+        name, command = "Caddyfile", ["caddy", "run", "--adapter", "caddyfile", "--config"]
+        before, changes = "", {"https://fed.example.org:443": f"https://localhost:{port}"}
+    text = (PROXIES / name).read_text()
+    changes |= {"127.0.0.1:9443": f"127.0.0.1:{upstream}", "/etc/fedtune/server": str(keys / "server")}
+    for there, here in changes.items():
         assert there in text
         text = text.replace(there, here)
-    (folder / "nginx.conf").write_text(f"pid {folder}/pid; daemon off; user root;\n{text}")
-    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    (folder / name).write_text(before + text)
+    with log.open("ab") as said:
+        process = subprocess.Popen([*command, folder / name], stdout=said, stderr=said)
     end = time.monotonic() + 20
     while time.monotonic() < end and process.poll() is None:
         with socket.socket() as probe:
@@ -101,7 +110,7 @@ def nginx(folder: Path, keys: Path, upstream: int) -> tuple[subprocess.Popen[byt
                 return process, port
         time.sleep(0.05)
     process.kill()
-    raise AssertionError((folder / "error.log").read_text())
+    raise AssertionError(log.read_text())
 
 
 class Site:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 from command import fedtune, outcome, write_config
-from deployed import Site, nginx
+from deployed import Site, reverse_proxy
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg-lora": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
@@ -63,7 +63,7 @@ def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str
         site.split(config(names[0], HERE))
         behind = None
         if shutil.which("nginx"):  # one client comes through the reverse proxy of the docs
-            proxy, behind = nginx(tmp_path, tmp_path / "keys", site.port)
+            proxy, behind = reverse_proxy("nginx", tmp_path, tmp_path / "keys", site.port)
             closing.callback(proxy.wait, 20)
             closing.callback(proxy.terminate)
         for client in range(3):

@@ -1,4 +1,4 @@
-"""The reverse proxy of docs/proxy/nginx.conf: what is for clients passes, and nothing else."""
+"""The reverse proxies of docs/proxy, nginx and Caddy: what is for clients passes, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("cryptography", reason="comes with Flower (the extra `flower`)")
-if shutil.which("nginx") is None:
-    pytest.skip("nginx is not installed", allow_module_level=True)
 
-from deployed import nginx
+from deployed import reverse_proxy
 
 from fedtune.transport.keys import make_keys
 
@@ -40,9 +38,13 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, int]]:
+@pytest.fixture(scope="module", params=["nginx", "caddy"])
+def sites(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, int, int]]:
     """The authority, and the ports of a proxy to our server and of one to a server of another authority."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp("proxy")
     ports, started = [], []
     for name in ("ours", "other"):
@@ -52,9 +54,9 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int,
         context.load_cert_chain(folder / name / "server/server.crt", folder / name / "server/server.key")
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = folder / f"nginx-{name}"
+        place = folder / f"proxy-{name}"
         place.mkdir()
-        process, port = nginx(place, folder / "ours", server.server_address[1])
+        process, port = reverse_proxy(request.param, place, folder / "ours", server.server_address[1])
         ports.append(port)
         started.append((process, server))
     yield folder / "ours/server/ca.crt", ports[0], ports[1]

@@ -157,17 +157,17 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_document(tmp_path: Path) -> None:
-    write_config(tmp_path / "c.yaml", base())
-    arguments = ("diagnose", "c.yaml", "--clients", "2", "--steps", "5", "--json")
+    write_config(tmp_path / "c.yaml", base(batch_size=1))
+    arguments = ("diagnose", "c.yaml", "--clients", "2", "--json")
     done = fedtune(*arguments, cwd=tmp_path)
     assert done.status == 0, done.err
     found = done.json()
-    # 36 examples dealt to three, batches of 4: 3 steps a round, 9 in all; the probe has 2 a round
-    assert found["run"] == {"rounds": 3, "clients": 3, "steps": 9.0}
+    # 36 examples dealt to three: 12 steps a round, 36 in all; the probe has 8 a round, of two thirds of them
+    assert found["run"] == {"rounds": 3, "clients": 3, "steps": 36.0}
     on = found["measured_on"]
-    assert (on["whole_run"], on["rounds"], on["steps"]) == (False, 3, 6.0)
-    assert len(on["clients"]) == on["loss_groups"] == 2
-    assert on["loss_examples"] == 6  # a quarter of each client's twelve
+    assert (on["whole_run"], on["rounds"], on["steps"]) == (False, 3, 24.0)
+    assert len(on["clients"]) == 2
+    assert (on["loss_examples"], on["loss_groups"]) == (16, 8)
     quantities, losses, prediction = found["quantities"], found["losses"], found["prediction"]
     assert quantities["trainable_parameters"] == 4 * 2 * 2 * (128 + 128)
     assert quantities["gamma"] == pytest.approx(
@@ -183,20 +183,45 @@ def test_document(tmp_path: Path) -> None:
     assert prediction["steps_ratio"] == 1.5
     assert prediction["gap"] == pytest.approx(prediction["share"] * prediction["improvement"])
     assert 1 <= found["recommended_rounds"] <= 3
+    assert found["caveats"][0].startswith("2 of 3 clients") and "1.5 times" in found["caveats"][1]
     again = fedtune(*arguments, "--quiet", cwd=tmp_path)
     assert (again.out, again.err) == (done.out, "")  # the same numbers each time
     assert [p for p in tmp_path.iterdir() if p.name not in (".out", ".err", "c.yaml")] == []
 
 
 def test_text_says_what_it_rests_on(tmp_path: Path) -> None:
-    write_config(tmp_path / "c.yaml", base())
-    done = fedtune("diagnose", "c.yaml", "--clients", "2", "--steps", "6", cwd=tmp_path)
+    write_config(tmp_path / "c.yaml", {**base(), "model": {"initial": "scratch"}})
+    done = fedtune("diagnose", "c.yaml", "--clients", "2", cwd=tmp_path)
     assert done.status == 0, done.err
     text = " ".join(done.out.split())
     assert "Γ ‖w(0,0)‖" in text
-    assert "of 3, 6 of 9 steps each in 3 rounds; loss on 6 of their examples" in text
-    assert "spread over 2 clients" in text
-    assert "Recommended:" in text
+    assert "Probe: 2 of 3 clients, 9 of 9 steps each in 3 rounds; loss on 16 held-out examples" in text
+    assert "spread over 8 parts" in text
+    assert "Recommended:" in text and "It rests on" in text
+    assert "Caveat: 2 of 3 clients were probed" in text and "extrapolated" not in text
+
+
+def test_probes_of_too_few_steps_are_refused(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", base(batch_size=1))
+    refused(
+        fedtune("diagnose", "c.yaml", "--steps", "6", "--json", "--quiet", cwd=tmp_path),
+        "a probe of 6 steps has 2 in each of 3 rounds",
+        "--steps 24",
+    )
+    write_config(tmp_path / "short.yaml", base())  # of nine steps in all: a probe has as many
+    refused(fedtune("diagnose", "short.yaml", "--steps", "8", cwd=tmp_path), "--steps 9 or more")
+    found = fedtune("diagnose", "short.yaml", "--steps", "9", "--json", "--quiet", cwd=tmp_path).json()
+    assert found["measured_on"]["steps"] == 9.0 and found["measured_on"]["whole_run"]
+    assert found["prediction"]["gap"] == pytest.approx(
+        found["losses"]["one_shot"][-1] - found["losses"]["multi_round"][-1]
+    )
+
+
+def test_probes_of_a_run_that_counts_steps_take_fewer_of_those(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", base(local_steps=10, rounds=2))
+    found = fedtune("diagnose", "c.yaml", "--json", "--quiet", cwd=tmp_path).json()
+    assert (found["measured_on"]["steps"], found["run"]["steps"]) == (16.0, 20.0)
+    assert found["measured_on"]["clients"] == [0, 1, 2]
 
 
 def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None:
@@ -229,10 +254,6 @@ def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None
             ["federation.privacy=null"],
         ),
         (
-            {**base(), "data": {"clients": 3, "max_examples": 3, "max_length": 64}},
-            ["no client has two examples"],
-        ),
-        (
             {**base(), "data": {"train": "missing.jsonl", "holdout": {"fraction": 0.5}}},
             ["missing.jsonl"],
         ),
@@ -241,7 +262,7 @@ def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None
 )
 def test_what_cannot_be_diagnosed_is_refused(document: dict, parts: list[str], tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", document)
-    refused(fedtune("diagnose", "c.yaml", "--steps", "6", "--json", "--quiet", cwd=tmp_path), *parts)
+    refused(fedtune("diagnose", "c.yaml", "--json", "--quiet", cwd=tmp_path), *parts)
 
 
 @pytest.mark.parametrize("option", ["--clients", "--steps"])

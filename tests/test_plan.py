@@ -17,6 +17,7 @@ from torch import nn
 from fedtune.errors import InputError
 from fedtune.measure.flops import FlopCounter
 from fedtune.methods.registry import METHODS
+from fedtune.planning.block_turns import Cost, Turn, mean_cost
 from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.plan import plan
@@ -40,6 +41,52 @@ def test_a_plan_is_what_a_run_measures(model: str, method: str, request: pytest.
     assert row["planned_flops"] == pytest.approx(row["flops"], rel=0.05)
     sends = method not in ("badam", "standalone", "centralized", "zero-shot")
     assert (row["up"] > 0) == sends and (row["memory"] > 0) == (method != "zero-shot")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [  # each with its own way through the planner; docs/planning.md has all
+        "fedavg, lora, one-shot, asynchronous",
+        "fedavg, lora, stacked (FLoRA)",
+        "fedavg, lora, unlike ranks",
+        "fedavg, p-tuning (FedPTuning)",
+        "fedavg, full, FedProx, accumulation",
+        "fedavg, full, FedAdam",
+        "fedavg, full, SCAFFOLD",
+        "fedkseed, dense sums",
+        "infinite-pool, model sent",
+        "fedbiot, layer-dropout",
+        "fedcybgd, hybrid",
+        "fedcybgd, adapter, layer-drop",
+        "fedcybgd, embeddings and norm too",
+        "badam, embeddings too",
+    ],
+)
+def test_a_plan_of_a_form_is_what_a_run_measures(form: str, request: pytest.FixtureRequest) -> None:
+    row = SCRIPT["compare"](str(request.getfixturevalue("shared_models") / "stories260K-hf"), form)
+    assert (row["planned_down"], row["planned_up"]) == (row["down"], row["up"])
+    assert row["planned_trainable"] == row["trainable"]
+    assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.01)
+    assert row["planned_server_memory"] == pytest.approx(row["server_memory"], rel=0.02)
+    assert row["planned_flops"] == pytest.approx(row["flops"], rel=0.05) and row["flops"] > 0
+
+
+def test_operations_of_turns_worked_out_by_hand() -> None:
+    # around the blocks 10 forward, 20 backward; a block 3 and 5; the trained one 7, embeddings 30 more
+    low = Cost(Turn.of("0", dict.fromkeys(range(4), False)), 10 + 4 * 3, 20 + 7 + 3 * 5)
+    high = Cost(Turn.of("3", dict.fromkeys(range(4), False)), 10 + 4 * 3, 20 + 7)
+    embeddings = Cost(Turn.of("embeddings", dict.fromkeys(range(4), False)), 10 + 4 * 3, 20 + 30 + 4 * 5)
+    assert (low.turn.whole_above, high.turn.whole_above, embeddings.turn.whole_above) == (3, 0, 4)
+    second = Turn.of("1.added", dict.fromkeys(range(4), False))
+    assert mean_cost([low, high], [second]) == (22, 27 + 2 * 5)
+    assert mean_cost([low, high, embeddings], [embeddings.turn, high.turn]) == (22, (70 + 27) // 2 + 0)
+    # of six blocks three are there, one of them pruned to a third, above the one that is trained
+    whole = Cost(Turn.of("0", dict.fromkeys(range(6), False)), 10 + 6 * 3, 20 + 7 + 5 * 5)
+    pruned = Cost(Turn.of("5", {0: True, 3: True, 5: False}), 10 + 3 + 2, 27)
+    turn = Turn.of("2", {2: False, 3: True, 5: False})
+    assert turn == Turn("block", whole=2, pruned=1, whole_above=1, pruned_above=1)
+    forward, backward = mean_cost([whole, low, high, pruned], [turn])
+    assert (forward, backward) == (10 + 2 * 3 + 1, round(27 + 5 + 5 / 3))
 
 
 def test_every_method_is_compared_and_ranked() -> None:

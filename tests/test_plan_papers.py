@@ -86,6 +86,23 @@ def test_fedcybgd_tables_1_and_6() -> None:
     assert (half + up) / GIB == pytest.approx(6.99, rel=0.05)
 
 
+def test_fedcybgd_table_6_with_lora_or_adapters_in_the_block() -> None:
+    def both_ways(name: str) -> tuple[int, int]:
+        first = SCRIPT["paper"](name, "llama-2-7b")["payload_bytes"]["first_time"]
+        return first["down"], first["up"]
+
+    down, up = both_ways("fedcybgd_llama2_alpaca_lora")  # ii, 12.49 GB: the model, and factors of a block
+    factors = 2 * 16 * (4096 + 4096)  # rank 16, of the query and value projections
+    assert up == 4 * factors
+    assert 0 <= down - 2 * WEIGHTS - 4 * 32 * factors < 4000  # all blocks' factors come with the model
+    assert (2 * WEIGHTS + up) / GIB == pytest.approx(12.49, rel=0.006)
+    down, up = both_ways("fedcybgd_llama2_alpaca_adapter")  # iii, 6.30 GB: half of the blocks
+    adapter = 2 * 64 * 4096 + 64 + 4096
+    assert up == 4 * adapter
+    assert 0 <= down - 2 * (16 * LAYER + AROUND) - 4 * 16 * adapter < 4000
+    assert (2 * (16 * LAYER + AROUND // 2) + up) / GIB == pytest.approx(6.30, rel=0.01)
+
+
 def test_one_shot_section_5() -> None:
     several, one = (SCRIPT["one_shot"](rounds)["payload_bytes"] for rounds in (3, 1))
     s = 4 * 13_015_864_320  # "approximately 50 GB"
