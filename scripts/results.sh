@@ -199,6 +199,12 @@ fi
 
 sh scripts/theory.sh
 
+if $python -c 'import flwr' 2>/dev/null; then
+    $python scripts/network_cost.py bytes | insert docs/deployment.md network-bytes
+    $python scripts/network_cost.py seconds | insert docs/deployment.md network-seconds
+    $python scripts/network_memory.py 1000 | insert docs/deployment.md network-memory
+fi
+
 $fedtune run configs/overhead.yaml --out runs/results/overhead --quiet | grep -v '^Run folder' | fenced | insert docs/results.md overhead
 for bench in aggregation simulation; do
     COLUMNS=110 $fedtune bench $bench | fenced | insert docs/results.md bench-$bench
