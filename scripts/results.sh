@@ -52,7 +52,7 @@ for data in bundled dolly; do
 done
 for seeds in 64 256 1024 4096 8192; do
     several configs/fedkseed.yaml configs/fedkseed_pro.yaml --out runs/results/seeds-$seeds --set method.seeds=$seeds \
-        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 \
+        --set method.rounds=4 --set method.local_steps=200 --set method.batch_size=4 --set method.lr=5e-5 \
         --set 'data.partition={name: iid}' --set federation.clients_per_round=1 --set evaluation.every=0 --set 'evaluation.tasks=[loss]'
 done
 $python scripts/fedkseed_results.py seeds runs/results/seeds-64 runs/results/seeds-256 runs/results/seeds-1024 \
@@ -176,8 +176,7 @@ $python scripts/fedcybgd_results.py moved $exact runs/results/small-rate-bfloat1
     insert docs/fedcybgd.md small-rate
 if [ -d ../shared ]; then
     # shellcheck disable=SC2046
-    $python scripts/search_rates.py runs/results/blocks-rates-sst2 $(blocks configs/sst2) --set data.max_examples=1000 |
-        insert docs/results.md blocks-rates-sst2
+    $python scripts/search_rates.py runs/results/blocks-rates-sst2 $(blocks configs/sst2) | insert docs/results.md blocks-rates-sst2
     # shellcheck disable=SC2046
     several $(blocks configs/sst2 fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-sst2
     insert docs/results.md blocks-sst2 <runs/results/blocks-sst2/table.md
@@ -186,8 +185,9 @@ if [ -d ../shared ]; then
         $data/tinystories/stories.jsonl --steps 300 --threads 1
     [ -d $questions ] || $python scripts/fedcybgd_results.py split $data/squad/xquad_en.jsonl $questions
     for name in encoder_sst2 encoder_rte encoder_mrpc squad alpaca; do
-        out=runs/results/fedcybgd_$name more=""
-        [ $name != squad ] || more="data.train=$questions/train.jsonl data.holdout.source=$questions/test.jsonl
+        out=runs/results/fedcybgd_$name more="method.rounds=2 data.max_examples=800"
+        case $name in alpaca | squad) more="method.rounds=1 data.max_examples=320" ;; esac
+        [ $name != squad ] || more="$more data.train=$questions/train.jsonl data.holdout.source=$questions/test.jsonl
             evaluation.tasks=[loss,squad] evaluation.files.squad=$questions/test.jsonl evaluation.limit=100"
         # shellcheck disable=SC2086
         [ -d $out ] || $fedtune run configs/fedcybgd_$name.yaml $more --out $out --quiet >/dev/null

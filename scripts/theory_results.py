@@ -2,7 +2,7 @@
 
     python scripts/theory_results.py quantities FILE...         L, τ, Γ, bound and error of whole runs
     python scripts/theory_results.py pairs PAIR...              predictions beside what compare measured
-    python scripts/theory_results.py correlations PAIR... -- PAIR...   over each list and over both
+    python scripts/theory_results.py correlations LABEL PAIR... -- LABEL PAIR...   over each list and over all
     python scripts/theory_results.py rounds FOLDER... -- R...   FOLDER-R: the same epochs in R rounds
 
 A PAIR is NAME=PROBE.json:FOLDER:MULTI:ONE: a probe, a folder of compare, and its two rows. scripts/theory.sh
@@ -119,33 +119,40 @@ def pairs(arguments: Sequence[str]) -> str:
     """Predictions beside measurements."""
     lines = []
     for pair in map(Pair.read, arguments):
-        prediction, on = pair.probe["prediction"], pair.probe["measured_on"]
+        prediction, on, run = (pair.probe[key] for key in ("prediction", "measured_on", "run"))
         seeds = len(pair.gaps)
         spread = f" ± {statistics.stdev(pair.gaps):.3f}" if seeds > 1 else ""
         error = prediction["gap_error"]
+        low, high = prediction["gap_between"]
+        fewest, most = pair.probe["recommended_between"]
         lines.append(
             [
                 pair.name,
-                f"{on['steps']:g} of {pair.probe['run']['steps']:g}",
+                f"{len(on['clients'])} of {run['clients']}",
+                f"{on['steps']:g} of {run['steps']:g}",
                 f"{prediction['gap']:+.3f}" + ("" if error is None else f" ± {error:.3f}"),
+                f"{low:+.3f} to {high:+.3f}" if low < high else "-",
                 f"{pair.gap:+.3f}{spread}",
                 f"{prediction['share']:.0%}",
                 f"{pair.share:.0%}",
-                number(prediction["bound"]),
-                f"{prediction['distance']:.2f}",
-                str(pair.probe["recommended_rounds"]),
+                str(pair.probe["recommended_rounds"]) + (f" ({fewest} to {most})" if fewest < most else ""),
                 str(seeds),
             ]
         )
-    header = ["pair", "steps", "predicted gap", "measured gap", "predicted share", "measured share", "bound"]
-    return table([*header, "distance / moved", "rounds", "seeds"], lines)
+    header = ["pair", "clients", "steps", "predicted gap", "between", "measured gap", "predicted share"]
+    return table([*header, "measured share", "rounds", "seeds"], lines)
 
 
 def correlations(arguments: Sequence[str]) -> str:
-    """Of each predictor with the measured gap (and shares with shares), over the lists and over both."""
-    cut = arguments.index("--")
-    chosen = [Pair.read(text) for text in arguments[:cut]]
-    fresh = [Pair.read(text) for text in arguments[cut + 1 :]]
+    """Of each predictor with the measured gap (and shares with shares), over the lists and over all."""
+    lists: dict[str, list[Pair]] = {}
+    rest = list(arguments)
+    while rest:
+        end = rest.index("--") if "--" in rest else len(rest)
+        label, *texts = rest[:end]
+        lists[label] = [Pair.read(text) for text in texts]
+        rest = rest[end + 1 :]
+    lists["all"] = [pair for some in lists.values() for pair in some]
     predictors = {
         "predicted gap": lambda pair: pair.probe["prediction"]["gap"],
         "gap in the probe itself": lambda pair: (
@@ -157,7 +164,7 @@ def correlations(arguments: Sequence[str]) -> str:
         "distance / moved in the probe": lambda pair: pair.probe["prediction"]["distance"],
     }
     lines = []
-    for name, some in (("chosen", chosen), ("fresh", fresh), ("both", [*chosen, *fresh])):
+    for name, some in lists.items():
         for label, predictor in predictors.items():
             found = [(float(predictor(pair)), pair.gap) for pair in some]
             positive = [(math.log(x), math.log(y)) for x, y in found if x > 0 and y > 0]
