@@ -104,13 +104,17 @@ if $fedtune compare configs/fedbiot_fedavg_dolly.yaml \
     for page in fedbiot results; do
         $python scripts/fedbiot_results.py compare runs/results/fedbiot-dolly | insert docs/$page.md fedbiot-dolly
     done
+    $fedtune compare configs/fedbiot_fedavg_dolly.yaml configs/fedbiot_dolly_0.2.yaml configs/fedbiot_dolly_s4_0.2.yaml \
+        configs/fedot_dolly_0.2.yaml --seeds 0,1,2 --quiet --set method.rounds=8 --set method.local_steps=10 \
+        --out runs/results/fedbiot-dolly-long
+    $python scripts/fedbiot_results.py compare runs/results/fedbiot-dolly-long | insert docs/results.md fedbiot-dolly-long
 fi
 
 $fedtune eval bundled --tasks loss,accuracy,rouge-l | fenced | insert docs/evaluation.md eval-bundled
 if [ -d ../shared ]; then
     model=../shared/models/instruct-7m data=../shared/data
     $fedtune eval $model --tasks arc_easy_local,openbookqa_local,glue_local evaluation.data_folder=$data \
-        evaluation.limit=100 | fenced | insert docs/evaluation.md eval-local
+        evaluation.limit=50 | fenced | insert docs/evaluation.md eval-local
     $python scripts/check_evaluation.py $model $data | insert docs/evaluation.md eval-all
     $python scripts/check_humaneval_x.py $data/humaneval_x | insert docs/evaluation.md humaneval-x-check
     $fedtune compare configs/gsm8k_multi_round.yaml configs/gsm8k_one_shot.yaml --seeds 0,1,2 --out runs/results/gsm8k
@@ -176,19 +180,17 @@ $python scripts/fedcybgd_results.py moved $exact runs/results/small-rate-bfloat1
     insert docs/fedcybgd.md small-rate
 if [ -d ../shared ]; then
     # shellcheck disable=SC2046
-    $python scripts/search_rates.py runs/results/blocks-rates-sst2 $(blocks configs/sst2) | insert docs/results.md blocks-rates-sst2
-    # shellcheck disable=SC2046
     several $(blocks configs/sst2 fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-sst2
     insert docs/results.md blocks-sst2 <runs/results/blocks-sst2/table.md
     data=../shared/data questions=runs/results/questions names=""
     [ -d runs/encoder ] || $python scripts/pretrain_encoder.py --text $data/wikitext2/valid.txt $data/wikitext2/test.txt \
-        $data/tinystories/stories.jsonl --steps 300 --threads 1
+        $data/tinystories/stories.jsonl --steps 200 --threads 1
     [ -d $questions ] || $python scripts/fedcybgd_results.py split $data/squad/xquad_en.jsonl $questions
     for name in encoder_sst2 encoder_rte encoder_mrpc squad alpaca; do
-        out=runs/results/fedcybgd_$name more="method.rounds=2 data.max_examples=800"
-        case $name in alpaca | squad) more="method.rounds=1 data.max_examples=320" ;; esac
+        out=runs/results/fedcybgd_$name more="method.rounds=2 data.max_examples=400"
+        case $name in alpaca | squad) more="method.rounds=1 data.max_examples=160" ;; esac
         [ $name != squad ] || more="$more data.train=$questions/train.jsonl data.holdout.source=$questions/test.jsonl
-            evaluation.tasks=[loss,squad] evaluation.files.squad=$questions/test.jsonl evaluation.limit=100"
+            evaluation.tasks=[loss,squad] evaluation.files.squad=$questions/test.jsonl evaluation.limit=50"
         # shellcheck disable=SC2086
         [ -d $out ] || $fedtune run configs/fedcybgd_$name.yaml $more --out $out --quiet >/dev/null
         names="$names $out"
