@@ -82,7 +82,7 @@ def traffic() -> str:
 
 
 def memory(file: Path) -> str:
-    """Peak memory beside Fed-full and FedLoRA, and backward time beside Fed-full."""
+    """Memory beside Fed-full and FedLoRA, of tensors and of the process; backward time beside Fed-full."""
     documents = json.loads(file.read_text(encoding="utf-8"))
     rows = (documents[0] if isinstance(documents, list) else documents)["rows"]
     tables = []
@@ -91,7 +91,9 @@ def memory(file: Path) -> str:
         if shape == TINY or not found:
             continue
         body = [_memory_row(case, row, found) for case, row in found.items() if "peak_bytes" in row]
-        header = ["case", "peak", "of Fed-full", "of FedLoRA", "process", "of Fed-full"]
+        header = ["case"]
+        for what in ("peak", "process"):
+            header += [what, "of Fed-full", "of FedLoRA"]
         times = {case: row["backward_seconds"] for case, row in found.items() if "backward_seconds" in row}
         text = "; ".join(
             f"{case} {time:.2f} s ({time / times['Fed-full']:.2f})" for case, time in times.items()
@@ -101,11 +103,15 @@ def memory(file: Path) -> str:
 
 
 def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
-    cells = [case, size(row["peak_bytes"])]
-    cells += [f"{row['peak_bytes'] / found[other]['peak_bytes']:.3f}" for other in ("Fed-full", "FedLoRA")]
-    if "rss_bytes" not in row:
-        return [*cells, "", ""]
-    return [*cells, size(row["rss_bytes"]), f"{row['rss_bytes'] / found['Fed-full']['rss_bytes']:.3f}"]
+    cells = [case]
+    for key in ("peak_bytes", "rss_bytes"):
+        if key not in row:  # the system did not tell
+            return [*cells, "", "", ""]
+        cells += [
+            size(row[key]),
+            *(f"{row[key] / found[other][key]:.3f}" for other in ("Fed-full", "FedLoRA")),
+        ]
+    return cells
 
 
 def runs(folders: Sequence[Path]) -> str:

@@ -86,6 +86,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "gradient_accumulation": 2,
         "local_epochs": 2,
     },
+    "fedavg, full, FedProx, one batch to accumulate": {
+        "name": "fedavg",
+        "trainable": "full",
+        "proximal": 0.1,
+        "gradient_accumulation": 2,
+        **TWO,
+    },
     "fedavg, lora, accumulation, cut": {
         "name": "fedavg",
         "rounds": 2,
@@ -122,7 +129,7 @@ FORMS: dict[str, dict[str, Any]] = {
         **EMULATED,
         "emulator": "layer-dropout",
         "adapter_layers": 1,
-        "layer_dropout": 0.4,
+        "layer_dropout": 0.3,
         "alignment": {"steps_before": 1, "steps": 1},
     },
     "fedbiot, proximal": {
@@ -187,8 +194,9 @@ def counted(found: dict[str, float]) -> Iterator[None]:
     Tokens are those of all batches of the steps, padding too. What a client computes beside its steps is left
     out: what FedCyBGD's hybrid compression asks for the importance of heads and channels.
     """
-    handle, importance = ClientRunner.handle, block_client._importance
+    handle, train_blocks = ClientRunner.handle, block_training.train_blocks
     counters: list[FlopCounterMode] = []
+    turns: list[float] = []
 
     def counting(self: ClientRunner, client: int, frame: bytes) -> bytes:
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
@@ -196,14 +204,16 @@ def counted(found: dict[str, float]) -> Iterator[None]:
         counters.append(counter)
         with counter:
             reply = handle(self, client, frame)
-        found["flops"] += counters.pop().get_total_flops()
+        total = counters.pop().get_total_flops()
+        found["flops"] += sum(turns) if turns else total
+        turns.clear()
         return reply
 
-    def beside(*arguments: Any) -> Any:
+    def turn(*arguments: Any, **more: Any) -> Any:
         before = counters[-1].get_total_flops()
-        scores = importance(*arguments)
-        found["flops"] -= counters[-1].get_total_flops() - before
-        return scores
+        trained = train_blocks(*arguments, **more)
+        turns.append(counters[-1].get_total_flops() - before)
+        return trained
 
     def noting(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         batch = collate(items, pad_id)
@@ -212,7 +222,7 @@ def counted(found: dict[str, float]) -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(ClientRunner, "handle", counting))
-        patches.enter_context(patch.object(block_client, "_importance", beside))
+        patches.enter_context(patch.object(block_client, "train_blocks", turn))
         for module in (local_training, block_training, fedkseed, infinite_pool):
             patches.enter_context(patch.object(module, "collate", noting))
         yield

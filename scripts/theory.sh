@@ -108,7 +108,7 @@ if [ -d ../shared ]; then
     whole instruct-7m "$@" # of eight clients and nine steps: a probe would be the same
     fresh="$fresh instruct-7m=$out/instruct-7m-whole.json:$out/instruct-7m:bundled_multi_round:bundled_one_shot"
 fi
-# the pairs on which the prediction was tested once it was fixed; two seeds where that takes seconds
+# the pairs on which the prediction was tested once it was fixed: two seeds, of the last three one
 test=""
 last() { # NAME SETTING...
     pair "$@"
@@ -122,7 +122,6 @@ last 64x3-dirichlet-lora model.name=runs/sizes/64x3 data.template=plain "$few" d
 # shellcheck disable=SC2086
 last 32x2-iid-full model.name=runs/sizes/32x2 data.template=plain "$few" data.clients=5 data.max_examples=800 \
     'data.partition={name: iid}' method.lr=5e-3 $whole_model
-seeds=0
 # shellcheck disable=SC2086
 last bundled-dirichlet-full "$few" data.clients=3 data.max_examples=480 \
     'data.partition={name: dirichlet, alpha: 0.5, minimum: 8}' method.lr=5e-4 $whole_model
@@ -133,18 +132,20 @@ if [ -d ../shared ]; then
     alpaca="train: ../shared/data/alpaca/alpaca_subset.jsonl, $held"
     dolly15k="train: ../shared/data/dolly15k/databricks-dolly-15k.jsonl, $held,
         fields: {instruction: instruction, input: context, output: response, category: category}"
+    last babyllama-alpaca-iid-lora model.name=../shared/models/babyllama105-hf "$few" \
+        "data={$alpaca, clients: 4, max_examples: 320, partition: {name: iid}}" method.lr=1e-2
+    seeds=0
+    # shellcheck disable=SC2086
+    last babyllama-dolly-dirichlet-full model.name=../shared/models/babyllama105-hf "$few" \
+        "data={$dolly15k, clients: 12, max_examples: 480, partition: {name: dirichlet, alpha: 0.3, minimum: 8}}" \
+        method.lr=5e-4 $whole_model
     # shellcheck disable=SC2086
     last stories-alpaca-iid-full model.name=../shared/models/stories260K-hf "$few" \
         "data={$alpaca, clients: 6, max_examples: 480, partition: {name: iid}}" method.lr=3e-3 $whole_model
-    # shellcheck disable=SC2086
-    last babyllama-dolly-dirichlet-full model.name=../shared/models/babyllama105-hf "$few" \
-        "data={$dolly15k, clients: 8, max_examples: 320, partition: {name: dirichlet, alpha: 0.3, minimum: 8}}" \
-        method.lr=5e-4 $whole_model
     last stories-dolly-by-field-lora model.name=../shared/models/stories260K-hf "$few" \
-        "data={$dolly15k, clients: 8, max_examples: 480, partition: {name: by-field}}" method.lr=1e-2
-    last babyllama-alpaca-iid-lora model.name=../shared/models/babyllama105-hf "$few" \
-        "data={$alpaca, clients: 4, max_examples: 320, partition: {name: iid}}" method.lr=1e-2
+        "data={$dolly15k, clients: 8, max_examples: 800, partition: {name: by-field}}" method.lr=1e-2
 fi
+seeds=0
 
 # shellcheck disable=SC2086
 $python scripts/theory_results.py quantities $measured | insert quantities

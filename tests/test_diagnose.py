@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
-from fedtune.theory.prediction import enough_rounds, growth, lost_with, odds_times, predict
+from fedtune.theory.prediction import caveats, enough_rounds, growth, lost_with, odds_times, predict
 from fedtune.theory.quantities import Measured, RoundEnd
 
 
@@ -50,26 +50,25 @@ def probe(start: list[float], multi: list[list[float]], one: list[list[float]]) 
 
 
 def test_prediction_by_hand() -> None:
-    # two clients, weights 1 and 3. F: 4 → 3 after the first round, 2 after the fourth; one-shot 2.5
+    # two groups, weights 1 and 3. F: 4 → 2; one-shot 2.5
     measured = probe(
         [4.0, 4.0],
         [[3.0, 3.0], [2.6, 2.6], [2.3, 2.3], [2.0, 2.0]],
         [[3.0, 3.0], [2.7, 2.7], [2.6, 2.6], [2.2, 2.6]],
     )
     found = predict(measured, [1.0, 3.0], ratio=4.0, rounds=4, tolerance=0.1)
-    # gained 1 after one round and 2 after four: the power is log 2 / log 4 = 1/2, so four times the steps
-    # double the odds of gained to left, 2 : 2, and gain 4 · 2/3
-    assert found.improvement == pytest.approx(8 / 3)
-    # one-shot lost (0.2 + 3 · 0.6) / 4 = 0.5 of the 2: odds 1 : 3, and four times the steps make them 4 : 3
-    assert found.share == pytest.approx(4 / 7)
-    assert found.gap == pytest.approx(4 / 7 * 8 / 3)
-    # deviations 0.3 and 0.1 from the mean, weighted 1/4 and 3/4; times √(n/(n-1)); scaled like the gap, 0.5
-    error = math.sqrt(2 * (0.075**2 + 0.075**2))
-    assert found.gap_error == pytest.approx(error * (4 / 7 * 8 / 3) / 0.5)
-    # o / (1 + o) · 3/4 = 4/7 gives o = 16/5: R = 2 loses 3.2 · 2 / (4 · 5.2) = 0.31,
-    # R = 3 3.2 / (4 · 6.2) = 0.13
-    assert found.rounds == 4
-    assert predict(measured, [1.0, 3.0], ratio=4.0, rounds=4, tolerance=0.13).rounds == 3
+    # one-shot lost (0.2 + 3 · 0.6) / 4 = 0.5 of the 2; in four times the steps 1 to 4 times that
+    assert (found.least, found.gap, found.most) == pytest.approx((0.5, 1.0, 2.0))
+    # odds 1 : 3, and in the middle twice those
+    assert found.share == pytest.approx(2 / 5)
+    # deviations 0.3 and 0.1 from the mean, weighted 1/4 and 3/4; times √(n/(n-1)); twice as the gap
+    assert found.gap_error == pytest.approx(2 * math.sqrt(2 * (0.075**2 + 0.075**2)))
+    # o / (1 + o) · 3/4 = 2/5 gives o = 8/7: R = 2 loses 8/7 · 2 / (4 · 22/7) = 2/11, R = 3
+    # 8/7 / (4 · 29/7) = 2/29
+    assert found.rounds == 3
+    # a quarter: o = 1/2, R = 2 loses 1/10; four sevenths: o = 16/5, R = 3 loses 3.2 / (4 · 6.2) = 0.13
+    assert (found.fewest, found.most_rounds) == (2, 4)
+    assert predict(measured, [1.0, 3.0], ratio=4.0, rounds=4, tolerance=0.2).rounds == 2
 
 
 @given(
@@ -78,22 +77,25 @@ def test_prediction_by_hand() -> None:
     lost=st.floats(-2, 2),
     ratio=st.floats(1, 1000),
 )
-def test_predictions_stay_within_what_there_is_to_gain(
+def test_predictions_lie_between_no_growth_and_that_of_the_steps(
     start: float, kept: list[float], lost: float, ratio: float
 ) -> None:
     multi = [start * share for share in kept]
     one = [m + lost * (start - m) for m in multi]
+    gap = one[-1] - multi[-1]
     measured = probe([start], [[m] for m in multi], [[o] for o in one])
     found = predict(measured, [1.0], ratio=ratio, rounds=len(kept), tolerance=0.1)
-    assert start - multi[-1] <= found.improvement * 1.000001
-    assert found.improvement < start * 1.000001
+    slack = 1e-9 * abs(found.gap)
+    assert found.least - slack <= found.gap <= found.most + slack
+    assert sorted((found.least, found.most)) == pytest.approx(sorted((gap, ratio * gap)), abs=1e-9)
+    assert 1 <= found.fewest <= found.rounds <= found.most_rounds <= len(kept)
     if 0 < lost < 1:
         assert lost - 1e-9 <= found.share <= 1 + 1e-9
     else:
         assert found.share == pytest.approx(lost, abs=1e-9)
     assert math.isinf(found.gap_error)  # one group has no spread
     same = predict(measured, [1.0], ratio=1.0, rounds=len(kept), tolerance=0.1)
-    assert same.gap == pytest.approx(one[-1] - multi[-1], abs=1e-9)  # nothing to extrapolate
+    assert same.gap == same.least == same.most == gap  # nothing to extrapolate
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,22 @@ def test_growth() -> None:
     assert growth([2.0, 1.0]) == growth([-1.0, 1.0]) == growth([1.0]) == 0.0
 
 
+def test_caveats() -> None:
+    steady = probe([4.0, 4.0], [[3.0, 3.0], [2.0, 2.0]], [[3.0, 3.0], [2.5, 2.6]])
+
+    def of(measured: Measured, ratio: float, clients: int) -> list[str]:
+        found = predict(measured, [1.0, 1.0], ratio=ratio, rounds=2, tolerance=0.1)
+        return caveats(measured, [1.0, 1.0], found, clients=clients, ratio=ratio)
+
+    assert of(steady, 1.0, 2) == []
+    fewer, longer = of(steady, 2.5, 3)
+    assert fewer.startswith("2 of 3 clients were probed") and "2.5 times the probe's steps" in longer
+    (unsteady,) = of(probe([4.0, 4.0], [[3.0, 3.0], [3.1, 3.0]], [[3.0, 3.0], [3.5, 3.5]]), 1.0, 2)
+    assert "rose in a round" in unsteady
+    (unsure,) = of(probe([4.0, 4.0], [[3.0, 3.0], [2.0, 2.0]], [[3.0, 3.0], [2.0, 2.6]]), 1.0, 2)
+    assert "less than twice its spread" in unsure  # 0.3 ± 0.3
+
+
 def test_a_probe_that_does_not_lower_the_loss_predicts_nothing() -> None:
     with pytest.raises(InputError, match="did not lower the loss"):
         predict(probe([1.0], [[1.1], [1.2]], [[1.0], [1.3]]), [1.0], ratio=2.0, rounds=2, tolerance=0.1)
@@ -162,7 +180,7 @@ def test_document(tmp_path: Path) -> None:
     done = fedtune(*arguments, cwd=tmp_path)
     assert done.status == 0, done.err
     found = done.json()
-    # 36 examples dealt to three: 12 steps a round, 36 in all; the probe has 8 a round, of two thirds of them
+    # 36 examples dealt to three: 12 steps a round, 36 in all; the probe has 8 a round
     assert found["run"] == {"rounds": 3, "clients": 3, "steps": 36.0}
     on = found["measured_on"]
     assert (on["whole_run"], on["rounds"], on["steps"]) == (False, 3, 24.0)
@@ -179,10 +197,12 @@ def test_document(tmp_path: Path) -> None:
     assert losses["multi_round"][-1] < losses["start"]
     gained = losses["start"] - losses["multi_round"][-1]
     lost = (losses["one_shot"][-1] - losses["multi_round"][-1]) / gained
-    assert prediction["share"] == pytest.approx(odds_times(lost, 1.5))
+    assert prediction["share"] == pytest.approx(odds_times(lost, 1.5**0.5))
     assert prediction["steps_ratio"] == 1.5
-    assert prediction["gap"] == pytest.approx(prediction["share"] * prediction["improvement"])
-    assert 1 <= found["recommended_rounds"] <= 3
+    assert prediction["gap"] == pytest.approx(lost * gained * 1.5**0.5)
+    assert prediction["gap_between"] == pytest.approx(sorted((lost * gained, 1.5 * lost * gained)))
+    fewest, most = found["recommended_between"]
+    assert 1 <= fewest <= found["recommended_rounds"] <= most <= 3
     assert found["caveats"][0].startswith("2 of 3 clients") and "1.5 times" in found["caveats"][1]
     again = fedtune(*arguments, "--quiet", cwd=tmp_path)
     assert (again.out, again.err) == (done.out, "")  # the same numbers each time

@@ -51,6 +51,7 @@ def test_a_plan_is_what_a_run_measures(model: str, method: str, request: pytest.
         "fedavg, lora, unlike ranks",
         "fedavg, p-tuning (FedPTuning)",
         "fedavg, full, FedProx, accumulation",
+        "fedavg, full, FedProx, one batch to accumulate",
         "fedavg, full, FedAdam",
         "fedavg, full, SCAFFOLD",
         "fedkseed, dense sums",

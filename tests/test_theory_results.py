@@ -20,12 +20,20 @@ def tables(name: str) -> Callable[[Sequence[object]], str]:
 def pair(folder: Path, name: str, gap: float, losses: dict[str, list[float]], bound: float = 7.0) -> str:
     """A probe that predicts `gap`, and a comparison with one loss a seed; zero-shot is 4."""
     probe = {
-        "run": {"steps": 15.0},
-        "measured_on": {"steps": 6.0},
+        "run": {"steps": 15.0, "clients": 10},
+        "measured_on": {"steps": 6.0, "clients": [2, 5]},
         "quantities": {"gamma": bound / 2, "error": gap / 10},
         "losses": {"multi_round": [3.0], "one_shot": [3.0 + gap / 2]},
-        "prediction": {"gap": gap, "gap_error": None, "share": gap / 2, "bound": bound, "distance": 0.25},
+        "prediction": {
+            "gap": gap,
+            "gap_between": [gap / 2, 2 * gap],
+            "gap_error": None,
+            "share": gap / 2,
+            "bound": bound,
+            "distance": 0.25,
+        },
         "recommended_rounds": 2,
+        "recommended_between": [2, 3],
     }
     (folder / f"{name}.json").write_text(json.dumps(probe))
     rows = [
@@ -46,7 +54,9 @@ def pair(folder: Path, name: str, gap: float, losses: dict[str, list[float]], bo
 def test_pairs(tmp_path: Path) -> None:
     argument = pair(tmp_path, "a", 0.5, {"many": [2.0, 3.0], "one": [2.5, 3.25]})
     # gaps 0.5 and 0.25; shares 0.5 / 2 and 0.25 / 1
-    row = "| a | 6 of 15 | +0.500 | +0.375 ± 0.177 | 25% | 25% | 7 | 0.25 | 2 | 2 |"
+    row = (
+        "| a | 2 of 10 | 6 of 15 | +0.500 | +0.250 to +1.000 | +0.375 ± 0.177 | 25% | 25% | 2 (2 to 3) | 2 |"
+    )
     assert tables("pairs")([argument]).splitlines()[2:] == [row]
 
 
@@ -59,12 +69,12 @@ def test_correlations(tmp_path: Path) -> None:
         pair(tmp_path, f"f{number}", gap, {"many": [2.0], "one": [2.0 - gap]})
         for number, gap in enumerate((1.0, 2.0))
     ]
-    lines = tables("correlations")([*chosen, "--", *fresh]).splitlines()
+    lines = tables("correlations")(["chosen", *chosen, "--", "fresh", *fresh]).splitlines()
     # (1, 2, 4) with (1, 4, 16): deviations -4/3, -1/3, 5/3 and -6, -3, 9 → 24 / √(14/3 · 126)
     assert f"| chosen | predicted gap | 1.00 | {24 / (14 / 3 * 126) ** 0.5:.2f} | 1.00 (3) | 3 |" in lines
     assert lines[4].startswith("| chosen | bound Γ‖w₀‖ of the run | -1.00 |")
     assert "| fresh | predicted gap | -1.00 | -1.00 | 0.00 (0) | 2 |" in lines
-    assert sum("| both |" in line and line.endswith("| 5 |") for line in lines) == 7
+    assert sum("| all |" in line and line.endswith("| 5 |") for line in lines) == 7
 
 
 def test_rounds(tmp_path: Path) -> None:

@@ -91,19 +91,23 @@ def verdict(document: dict[str, Any]) -> list[str]:
     on, run, losses = document["measured_on"], document["run"], document["losses"]
     prediction, rounds = document["prediction"], document["recommended_rounds"]
     spread = f" ± {prediction['gap_error']:.2g}" if on["loss_groups"] > 1 else ""
-    share = f"{prediction['share']:.0%} of what training gains ({prediction['improvement']:.3g})"
+    low, high = prediction["gap_between"]
+    if low < high:
+        spread += f" (between {low:+.3g} and {high:+.3g})"
     asked = f"{len(on['clients'])} of {run['clients']} clients"
     taken = f"{on['steps']:g} of {run['steps']:g} steps each in {on['rounds']} rounds"
     basis = "Measured on the whole run" if on["whole_run"] else "Probe"
     number = "one round is" if rounds == 1 else f"{rounds} rounds are"
+    fewest, most = document["recommended_between"]
+    between = f", {fewest} to {most} over that range" if fewest < most else ""
     return [
         f"{basis}: {asked}, {taken}; loss on {on['loss_examples']} held-out examples: "
         f"{losses['start']:.4g} before, {losses['multi_round'][-1]:.4g} multi-round, "
         f"{losses['one_shot'][-1]:.4g} one-shot; spread over {on['loss_groups']} parts of them.",
         f"{'' if on['whole_run'] else 'Prediction: '}one-shot ends {prediction['gap']:+.3g}{spread} in loss "
-        f"from {run['rounds']} rounds: {share}.",
+        f"from {run['rounds']} rounds, {prediction['share']:.0%} of what training gains.",
         f"Recommended: {number} enough to lose at most {document['tolerance']:.0%} of the gain "
-        f"(of {run['rounds']} rounds, same steps in all). It rests on this share, and on an approximate law "
-        "for fewer rounds (docs/theory.md).",
+        f"(of {run['rounds']} rounds, same steps in all){between}. It rests on this share, and on an "
+        "approximate law for fewer rounds (docs/theory.md).",
         *(f"Caveat: {caveat}." for caveat in document["caveats"]),
     ]

@@ -33,7 +33,7 @@ def digest(payload: Payload) -> str:
     for name in sorted(payload.tensors):
         tensor = payload.tensors[name].detach().cpu().contiguous()
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

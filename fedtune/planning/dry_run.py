@@ -60,6 +60,7 @@ def client_step(
     cohort: Cohort,
     seed: int,
     taken: Sequence[Turn],
+    together: int,
 ) -> tuple[PartsMeter, float]:
     """The local steps that need most.
 
@@ -72,6 +73,7 @@ def client_step(
         cohort: The first round's.
         seed: The run's.
         taken: All turns of the run, where blocks are trained in turns over the network.
+        together: Batches of the largest step.
 
     Returns:
         The meter with the highest peak, and the tokens of the step whose operations it counted. Where blocks
@@ -84,7 +86,7 @@ def client_step(
     if "block_order" in type(config).model_fields:
         blocks = len(find_blocks(model).modules)
     found, costs = [], []
-    for case in _cases(config, blocks, cohort):
+    for case in _cases(config, blocks, cohort, together):
         probe, meter = copy(method), PartsMeter(repeats=steps is None or steps > 1)
         probe.config = settings = case.settings
         if blocks and not method.sends_model:
@@ -196,9 +198,9 @@ class _Case:
     in_run: bool = True
 
 
-def _cases(config: Any, blocks: int, cohort: Cohort) -> list[_Case]:
+def _cases(config: Any, blocks: int, cohort: Cohort, together: int) -> list[_Case]:
     """The steps that may need most; where blocks train in turn, from the lowest block's to the highest's."""
-    few: dict[str, Any] = {"gradient_accumulation": min(STEPS, config.gradient_accumulation)}
+    few: dict[str, Any] = {"gradient_accumulation": min(STEPS, together)}
     few |= {"local_steps": 1, "local_epochs": None}
     fields = type(config).model_fields
     if "block_order" not in fields:

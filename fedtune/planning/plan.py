@@ -81,7 +81,15 @@ def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True)
     client, server, tokens = PartsMeter(), PartsMeter(), 1.0
     if steps and method.rounds:
         client, tokens = dry_run.client_step(
-            method, model, fakes, items, most, cohort, config.seed, traffic.turns
+            method,
+            model,
+            fakes,
+            items,
+            most,
+            cohort,
+            config.seed,
+            traffic.turns,
+            _together(config.method, work),
         )
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed)
     document = {
@@ -100,7 +108,7 @@ def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True)
             "forward": round(client.forward / tokens),
             "backward": round(client.backward / tokens),
         },
-        "flops_per_client_round": _whole_round(client, tokens, items, config.method, most),
+        "flops_per_client_round": _whole_round(client, tokens, items, config.method, work, most),
         "clients_hold_model": _hold_model(config.method),
         "local_steps": {"least": _steps(config.method, work, min), "most": most},
         "batch": {"examples": len(items), "longest": max((len(item.input_ids) for item in items), default=0)},
@@ -119,14 +127,34 @@ def _steps(settings: Any, work: Workload, choose: Any) -> int | None:
     return getattr(settings, "local_steps", 0)
 
 
+def _batches(settings: Training, work: Workload) -> int | None:
+    """Batches of an epoch of the client that has most; None where that depends on data not here."""
+    return None if work.clients is None else -(-max(work.clients.values()) // settings.batch_size)
+
+
+def _together(settings: Any, work: Workload) -> int:
+    """Batches of the largest step: an epoch may have fewer than a step takes together."""
+    if not isinstance(settings, Training):
+        return 1
+    batches = None if settings.local_steps is not None else _batches(settings, work)
+    return min(settings.gradient_accumulation, batches or settings.gradient_accumulation)
+
+
 def _whole_round(
-    client: PartsMeter, tokens: float, items: Sequence[Encoded], settings: Any, steps: int | None
+    client: PartsMeter,
+    tokens: float,
+    items: Sequence[Encoded],
+    settings: Any,
+    work: Workload,
+    steps: int | None,
 ) -> int | None:
     """Operations of a client's round if all its batches were as large as the largest."""
     if steps is None:
         return None
     padded = len(items) * max((len(item.input_ids) for item in items), default=0)
     batches = steps * getattr(settings, "gradient_accumulation", 1)
+    if isinstance(settings, Training) and settings.local_epochs is not None:
+        batches = settings.local_epochs * (_batches(settings, work) or 0)
     return round((client.forward + client.backward) / tokens * padded * batches)
 
 

@@ -1,8 +1,7 @@
 """`fedtune diagnose`: a probe of both schemes, and what it says about the run.
 
-The probe is the run in small: the same model, settings and number of rounds, on some of the clients, each
-with the same share of its examples, so that examples are seen as often as in the run; where the run counts
-local steps, it takes fewer of those. Losses are those of held-out examples, as in `fedtune compare`.
+The probe is the run in small: the same model, settings, examples and number of rounds, with some of the
+clients and fewer steps a round. Losses are those of held-out examples, as in `fedtune compare`.
 
 A probe has `STEPS_A_ROUND` steps a round, or as many as the run where that has fewer. Shorter ones are
 refused: each round begins with a new optimiser and a rate that falls to 0, and with two steps a round little
@@ -12,6 +11,7 @@ else is seen; what they predicted had nothing to do with what was measured (docs
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from fedtune.run.data import encode_for
 from fedtune.run.federation import torch_settings
 from fedtune.run.progress import Progress
 from fedtune.theory.one_shot import measure
-from fedtune.theory.prediction import Prediction, growth, mean, predict
+from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict
 from fedtune.theory.quantities import Measured, schemes
 
 STEPS_A_ROUND = 8  # of a client in a probe, at least
@@ -45,21 +45,6 @@ class Group:
 
     items: Sequence[Encoded]
     weight: float
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is run in both schemes.
-
-    Attributes:
-        config: Multi-round settings.
-        data: Each client's examples.
-        whole: Clients take as many steps as in the run.
-    """
-
-    config: Config
-    data: Mapping[int, Sequence[Encoded]]
-    whole: bool
 
 
 def diagnose(
@@ -104,16 +89,18 @@ def diagnose(
                 "no client has an example on this machine; diagnose needs data of its own to probe"
             )
         run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
-        chosen = list(everyone) if whole else _drawn(everyone, clients, config.seed)
+        chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
         a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
         data = {client: _encoded(config, parts, client) for client in chosen}
-        probe = _probe(multi, data, a_round, config.seed)
+        if a_round is not None:
+            shorter = {"local_epochs": None, "local_steps": a_round}
+            multi = Config.model_validate({**multi.model_dump(), **shorter})
         groups = _held_out(config, parts, None if whole else HELD_OUT)
         progress.begin(rounds=multi.rounds, name="diagnose")
         measured = measure(
-            probe.config,
+            multi,
             parts.loaded.model,
-            probe.data,
+            data,
             pad_id=parts.loaded.tokenizer.pad_token_id,
             seed=config.seed,
             device=parts.device,
@@ -123,10 +110,10 @@ def diagnose(
             on_round=progress.round,
             on_client=progress.client,
         )
-    ratio = max(1.0, run_steps / measured.steps)
+    ratio = 1.0 if a_round is None else run_steps / measured.steps
     weights = [group.weight for group in groups]
     prediction = predict(measured, weights, ratio=ratio, rounds=multi.rounds, tolerance=tolerance)
-    return _document(config, measured, prediction, groups, len(everyone), probe, run_steps, tolerance)
+    return _document(config, measured, prediction, groups, len(everyone), chosen, ratio, run_steps, tolerance)
 
 
 def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, parts: Parts) -> float:
@@ -175,22 +162,6 @@ def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | No
     return wanted // rounds
 
 
-def _probe(multi: Config, data: dict[int, list[Encoded]], a_round: int | None, seed: int) -> Probe:
-    """The run in small: with so many steps a round, on average over the clients."""
-    if a_round is None:
-        return Probe(multi, data, whole=True)
-    if multi.local_steps is not None:
-        shorter = multi.model_copy(update={"local_steps": a_round})
-        return Probe(shorter, data, whole=False)
-    share = a_round / (sum(multi.steps(len(items)) for items in data.values()) / len(data))
-    kept = {}
-    for client, items in data.items():
-        order = numpy_generator(seed, "diagnose", "examples", client).permutation(len(items))
-        count = min(len(items), math.ceil(share * len(items)))
-        kept[client] = [items[i] for i in sorted(order[:count].tolist())]
-    return Probe(multi, kept, whole=False)
-
-
 def _encoded(config: RunConfig, parts: Parts, client: int) -> list[Encoded]:
     return encode_for(config, parts.split.clients[client], parts.loaded.tokenizer, parts.split.labels)
 
@@ -214,16 +185,16 @@ def _document(
     prediction: Prediction,
     groups: Sequence[Group],
     clients: int,
-    probe: Probe,
+    probed: Sequence[int],
+    ratio: float,
     run_steps: float,
     tolerance: float,
 ) -> dict[str, Any]:
     weights = [group.weight for group in groups]
-    ratio = max(1.0, run_steps / measured.steps)
     moved = measured.moved * ratio ** growth([end.moved for end in measured.ends])
     bound = measured.smoothness * run_steps * moved
     end = measured.ends[-1]
-    whole_run = probe.whole and len(probe.data) == clients
+    whole_run = ratio == 1 and len(probed) == clients
     return {
         "model": config.model.name,
         "initial": config.model.initial,
@@ -233,7 +204,7 @@ def _document(
         "run": {"rounds": measured.rounds, "clients": clients, "steps": run_steps},
         "measured_on": {
             "whole_run": whole_run,
-            "clients": sorted(probe.data),
+            "clients": list(probed),
             "rounds": measured.rounds,
             "steps": measured.steps,
             "loss_examples": sum(len(group.items) for group in groups),
@@ -268,36 +239,21 @@ def _document(
         },
         "prediction": {
             "gap": prediction.gap,
+            "gap_between": [prediction.least, prediction.most],
             "gap_error": prediction.gap_error,
-            "improvement": prediction.improvement,
             "share": prediction.share,
             "distance": end.distance / end.moved,
             "bound": bound,
             "steps_ratio": ratio,
         },
-        "caveats": _caveats(prediction, probe, ratio, clients),
+        "caveats": caveats(measured, weights, prediction, clients=clients, ratio=ratio),
         "tolerance": tolerance,
         "recommended_rounds": prediction.rounds,
+        "recommended_between": [prediction.fewest, prediction.most_rounds],
     }
-
-
-def _caveats(prediction: Prediction, probe: Probe, ratio: float, clients: int) -> list[str]:
-    """What the prediction is the weaker for."""
-    found, probed = [], len(probe.data)
-    if probed < clients:
-        found.append(
-            f"{probed} of {clients} clients were probed: where their data are unlike, fewer are further from "
-            "the run than the spread says, and mostly show too small a gap"
-        )
-    if not probe.whole:
-        found.append(f"the run has {ratio:.3g} times the probe's steps: the rest is extrapolated")
-    if abs(prediction.gap) < 2 * prediction.gap_error:
-        found.append("the gap is less than twice its spread: it may as well be none, or the other way round")
-    return found
 
 
 def _sd(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return statistics.stdev(values)

@@ -1,24 +1,25 @@
 """How far one-shot ends from multi-round, from a probe of both, and how many rounds are enough.
 
 The probe is the run in small: the same model, data, optimiser and number of rounds, but fewer clients or
-fewer steps a round. I is what multi-round gains there, F(w(0,0)) − F(w_multi), and G the share of it that
-one-shot loses, (F(w_one) − F(w_multi)) / I. With ρ times the probe's steps in the run:
+fewer steps a round. G is the share of what multi-round gains there that one-shot loses,
 
-    I / (F(w(0,0)) − I)   grows by ρ^c   c is the power of the gain over the rounds of the probe, in 0..1
-    G / (1 − G)           grows by ρ     so that G doubles with the steps where it is small, and stays below 1
-    G · I                 is the gap, what `fedtune compare` shows as a difference in loss
+    G = (F(w_one) − F(w_multi)) / (F(w(0,0)) − F(w_multi))
+
+The run has ρ times the probe's steps. The gap of the run is taken to lie between the probe's and ρ times it,
+and in the middle, at √ρ times; G / (1 − G) likewise, so that G stays below 1. That is a compromise, not a
+theory: in the leading order (below) the gap grows by ρ² and G by ρ, and neither does once training has used
+up what there is to gain.
 
 With R rounds instead of one, the odds of losing what endlessly many would gain are o / R, since a round is R
 times as short. Against T rounds, R then lose o (T − R) / (T (R + o)), with o from what one round loses; the
 smallest R that loses no more than is tolerated is recommended.
 
-That G grows with the steps and falls as 1/R − 1/T is the leading order in the step size. With gradients g_i
-and Hessians H_i of the clients, s steps of rate β in R rounds end at
+Leading order: with gradients g_i and Hessians H_i of the clients, s steps of rate β in R rounds end at
 
     w0 − βs ḡ + (βs)²/2 [ (1/R) Σ p_i H_i g_i + (1 − 1/R) H̄ ḡ ] + O((βs)³)
 
 so that two schemes part by the difference of their 1/R and as the square of the steps, where the gain is
-linear in them. Odds in place of shares are no theory. `docs/theory.md` holds all of it to measurements.
+linear in them. `docs/theory.md` holds all of it to measurements.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fedtune.errors import InputError
 from fedtune.theory.quantities import Measured
@@ -36,18 +38,22 @@ class Prediction:
     """What the probe says about the run; losses are those of `watch`, in nats.
 
     Attributes:
-        improvement: I, by how much multi-round lowers the loss.
-        share: G, how much of that one-shot loses.
-        gap: G · I, by how much one-shot stays behind.
-        gap_error: Standard error of the probe's gap over its groups, scaled like the gap.
+        gap: By how much one-shot stays behind multi-round.
+        least, most: Between what it is taken to lie, for what extrapolation does not know.
+        gap_error: Standard error of the probe's gap over its groups of examples, scaled like the gap.
+        share: The share of multi-round's gain that this is.
         rounds: The smallest number of rounds that lose no more than the tolerance.
+        fewest, most_rounds: The same at either end of what is taken to be possible.
     """
 
-    improvement: float
-    share: float
     gap: float
+    least: float
+    most: float
     gap_error: float
+    share: float
     rounds: int
+    fewest: int
+    most_rounds: int
 
 
 def predict(
@@ -60,34 +66,67 @@ def predict(
         weights: Of the groups.
         ratio: ρ, at least 1.
         rounds: T of the run.
-        tolerance: The share of the improvement that may be lost.
+        tolerance: The share of what multi-round gains that may be lost.
 
     Raises:
         InputError: The probe did not lower the loss.
     """
-    start = mean(measured.start, weights)
-    multi = [mean(end.multi_round, weights) for end in measured.ends]
-    one = [mean(end.one_shot, weights) for end in measured.ends]
-    gained = start - multi[-1]
+    end = measured.ends[-1]
+    start, multi, one = (mean(f, weights) for f in (measured.start, end.multi_round, end.one_shot))
+    gained = start - multi
     if not gained > 0:
         raise InputError(
-            f"the probe did not lower the loss ({start:.4g} before, {multi[-1]:.4g} after {measured.steps:g} "
-            "steps), so there is nothing that one-shot could lose. Lower method.lr, or raise --steps"
+            f"the probe did not lower the loss ({start:.4g} before, {multi:.4g} after {measured.steps:g} "
+            "steps), so there is nothing that one-shot could lose. Lower method.lr, or probe more clients"
         )
-    power = growth([start - loss for loss in multi])
-    improvement = start * odds_times(gained / start, ratio**power)
-    end = measured.ends[-1]
     differences = [o - m for o, m in zip(end.one_shot, end.multi_round, strict=True)]
-    lost = (one[-1] - multi[-1]) / gained
-    share = odds_times(lost, ratio)
-    scale = improvement / gained * (share / lost if lost else ratio)
+    middle = math.sqrt(ratio)
+    shares = [odds_times((one - multi) / gained, factor) for factor in (1.0, middle, ratio)]
+    enough = [enough_rounds(share, rounds, tolerance) for share in shares]
     return Prediction(
-        improvement=improvement,
-        share=share,
-        gap=share * improvement,
-        gap_error=standard_error(differences, weights) * scale,
-        rounds=enough_rounds(share, rounds, tolerance),
+        gap=(one - multi) * middle,
+        least=min(one - multi, (one - multi) * ratio),
+        most=max(one - multi, (one - multi) * ratio),
+        gap_error=standard_error(differences, weights) * middle,
+        share=shares[1],
+        rounds=enough[1],
+        fewest=enough[0],
+        most_rounds=enough[2],
     )
+
+
+def caveats(
+    measured: Measured, weights: Sequence[float], prediction: Prediction, *, clients: int, ratio: float
+) -> list[str]:
+    """What a prediction is the weaker for, in sentences without a full stop.
+
+    Args:
+        measured: The probe.
+        weights: Of the groups whose losses it took.
+        prediction: What was made of it.
+        clients: Of the run.
+        ratio: ρ.
+    """
+    found = []
+    if measured.clients < clients:
+        found.append(
+            f"{measured.clients} of {clients} clients were probed: where their data are unlike, fewer are "
+            "further from the run than the spread says, and mostly show too small a gap"
+        )
+    if ratio > 1:
+        found.append(
+            f"the run has {ratio:.3g} times the probe's steps: its gap is taken to lie between the probe's "
+            "and so many times it"
+        )
+    losses = [mean(seen, weights) for seen in (measured.start, *(end.multi_round for end in measured.ends))]
+    if any(later > earlier for earlier, later in pairwise(losses)):
+        found.append(
+            "multi-round's loss rose in a round of the probe: at this rate training is unsteady, and the gap "
+            "as much chance as anything else"
+        )
+    if abs(prediction.gap) < 2 * prediction.gap_error:
+        found.append("the gap is less than twice its spread: it may as well be none, or the other way round")
+    return found
 
 
 def growth(values: Sequence[float]) -> float:
