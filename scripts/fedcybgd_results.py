@@ -151,7 +151,8 @@ def split(file: Path, folder: Path) -> None:
 def narrow(folder: Path) -> None:
     """Writes the bundled model rounded to bfloat16, as float32: what both dtypes can start from."""
     bundled = load_model("bundled", dtype="bfloat16", initial="pretrained", seed=0, base=Path())
-    bundled.model.to(torch.float32).save_pretrained(folder)
+    torch.nn.Module.to(bundled.model, torch.float32)
+    bundled.model.save_pretrained(folder)
     bundled.tokenizer.save_pretrained(folder)
 
 

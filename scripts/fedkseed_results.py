@@ -3,6 +3,7 @@
     python scripts/fedkseed_results.py curves FOLDER           loss against steps, by kind of noise
     python scripts/fedkseed_results.py methods FOLDER          scores, bytes and memory by configuration
     python scripts/fedkseed_results.py seeds FOLDER...         final loss and bytes, by number of seeds K
+    python scripts/fedkseed_results.py memory FILE.json        peak memory beside inference, from bench memory
     python scripts/fedkseed_results.py plot FILE.svg FOLDER... the curves as a figure, one panel a folder
 
 scripts/results.sh makes the folders and puts what this prints into the page.
@@ -139,6 +140,20 @@ def methods(folder: Path) -> str:
     return f"Held-out examples, mean ± standard deviation over {len(some)} seeds:\n\n{table(header, rows)}"
 
 
+def memory(file: Path) -> str:
+    """Peaks of one model and batch beside inference; the bench's larger models stand elsewhere."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    first, ratios, rows = document["rows"][0]["case"], document["ratios"], []
+    for row in document["rows"]:
+        line = [row["case"]]
+        for key in ("peak_bytes", "rss_bytes"):
+            ratio = 1.0 if row["case"] == first else ratios.get(f"{key}: {row['case']} / {first}")
+            line += [size(row[key]), f"{ratio:.4f}"] if ratio else ["", ""]
+        if any(line[1:]):
+            rows.append(line)
+    return table(["case", "peak", f"of {first}", "process", f"of {first}"], rows)
+
+
 def seeds(folders: Sequence[Path]) -> str:
     """Final loss and bytes by K, FedKSeed beside FedKSeed-Pro."""
     rows, count, before = [], 0, 0.0
@@ -204,6 +219,8 @@ if __name__ == "__main__":
         print(methods(paths[0]))
     elif what == "seeds":
         print(seeds(paths))
+    elif what == "memory":
+        print(memory(paths[0]))
     elif what == "plot":
         plot(paths[0], paths[1:])
     else:

@@ -125,7 +125,7 @@ page() { # BENCH PAGE
     COLUMNS=118 $fedtune bench "$1" | sed 's/ *$//' | fenced | insert "docs/$2.md" "bench-$1"
 }
 page rebuild noise
-for bench in zo-step memory synchronize; do page $bench fedkseed; done
+for bench in zo-step synchronize; do page $bench fedkseed; done
 for bench in emulator proximal; do page $bench fedbiot; done
 page generation evaluation
 
@@ -157,6 +157,7 @@ done
 $python scripts/privacy_results.py utility $names | insert docs/privacy.md privacy-utility
 
 $fedtune bench memory --json >runs/results/memory.json
+$python scripts/fedkseed_results.py memory runs/results/memory.json | insert docs/fedkseed.md bench-memory
 $python scripts/fedcybgd_results.py memory runs/results/memory.json | insert docs/fedcybgd.md bench-memory
 $python scripts/fedcybgd_results.py bytes | insert docs/fedcybgd.md bytes
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from fedtune.run.config_file import load_config
 from fedtune.run.federation import run
@@ -67,7 +68,7 @@ def main() -> None:
     for config in arguments.configs:
         search(
             partial(final_loss, config, arguments.folder, arguments.settings),
-            load_config(config, arguments.settings).method.lr,
+            cast(Any, load_config(config, arguments.settings).method).lr,
         )
         done = [path.parent for path in arguments.folder.glob(f"{config.stem}-?e-??/summary.json")]
         results[config.stem] = {float(run.name[-5:]): loss_of(run) for run in done}
