@@ -183,6 +183,14 @@ if [ -d ../shared ]; then
     # shellcheck disable=SC2046
     several $(blocks configs/sst2 fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-sst2
     insert docs/results.md blocks-sst2 <runs/results/blocks-sst2/table.md
+    # shellcheck disable=SC2046
+    several $(blocks configs fedcybgd_layer_drop fedcybgd_hybrid) --out runs/results/blocks-dolly \
+        --set model.name=../shared/models/stories260K-hf \
+        --set 'evaluation={tasks: [loss], every: 0, max_examples: 100, batch_size: 32}' \
+        --set 'data={train: ../shared/data/dolly15k/databricks-dolly-15k.jsonl, fields: {instruction: instruction, input: context,
+            output: response}, template: plain, max_length: 96, max_examples: 660, clients: 8, partition: {name: iid},
+            holdout: {fraction: 0.1}}'
+    insert docs/results.md blocks-dolly <runs/results/blocks-dolly/table.md
     data=../shared/data questions=runs/results/questions names=""
     [ -d runs/encoder ] || $python scripts/pretrain_encoder.py --text $data/wikitext2/valid.txt $data/wikitext2/test.txt \
         $data/tinystories/stories.jsonl --steps 200 --threads 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -729,3 +733,27 @@ def test_every_setting_changes_something(field: str) -> None:
         )
 
     assert outcome() != outcome(**{field: CHANGES[field]})
+
+
+PEAKS = """
+import json, torch
+from test_contract import Federation
+from fedtune.core.wire import decode
+torch.set_num_threads(1)
+peaks = []
+for _ in range(2):
+    federation = Federation("fedkseed", "hadamard4")
+    federation.run()
+    peaks.append([decode(reply).meta["peak_bytes"] for reply in federation.transport.replies.values()])
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_has_to_be_compiled_first_does_not_change_the_peak(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True
+    )
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    assert first == second

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from fedtune.models.just_in_time import Formed
 from fedtune.models.spill import spilled
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
+from fedtune.zeroth.pool import Noise
 from fedtune.zeroth.tensors import Prepared
 
 
@@ -37,6 +39,16 @@ class StepWeights(Protocol):
 def coefficients(accumulator: Tensor, lr: float) -> Tensor:
     """−η a, float64 (K)."""
     return accumulator.double() * -lr
+
+
+@cache
+def _compile(noise: Noise) -> None:
+    """Compiles a kind's kernel before any step is measured.
+
+    In the middle of one the compiler would keep that step's tensors alive for a while, and its peak would be
+    another than that of the same step in a process that has the kernel.
+    """
+    perturb_all_({"w": torch.zeros(1)}, SeedPool(0, 64, noise), 0, 1.0)
 
 
 class _FromW0:
@@ -99,6 +111,7 @@ def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: floa
     Raises:
         InputError: The temporary file that keeps w0 while it is changed cannot be written.
     """
+    _compile(pool.noise)
     model.eval()
     a, parameters = coefficients(accumulator, lr), trainable(model)
     if pool.noise == "hadamard4" or any(p.dtype != torch.float32 for p in parameters.values()):
