@@ -161,6 +161,8 @@ ATTENTION = {  # torch's counter has the attention kernels of GPUs alone
     ),
 }
 
+ALPACA = "fedcybgd_llama2_alpaca"
+
 
 def small_run(model: str, method: str) -> RunConfig:
     """Two clients with four examples each, which are one batch."""
@@ -347,35 +349,22 @@ def papers() -> str:
             f"{document['trainable_parameters'] / 1e6:.3f} M, {found['flops_per_token'] / 1e9:.2f} GFLOP, "
             f"{found['bytes_per_client_round'] / 1e6:.2f} MB",
         )
-    for name, label, printed_row in (
-        ("fed_full", "Fed-full", "12.48 GB, 12.48 GB"),
-        ("fedlora", "FedLoRA", "24.96 GB, 32.03 MB"),
-        ("fedcybgd_llama2_alpaca", "FedCyBGD, no compression (Table 6: 13.23 GB)", "12.48 GB, 770.37 MB"),
+    for number, name, label, printed_row in (
+        (1, "fed_full", "Fed-full", "12.48 GB, 12.48 GB"),
+        (1, "fedlora", "FedLoRA", "24.96 GB, 32.03 MB"),
+        (1, ALPACA, "FedCyBGD, no compression (Table 6: 13.23 GB)", "12.48 GB, 770.37 MB"),
         (
-            "fedcybgd_llama2_alpaca_layer_drop",
+            1,
+            f"{ALPACA}_layer_drop",
             "FedCyBGD, half of the blocks (Table 6, i: 6.99 GB)",
             "6.24 GB, 770.37 MB",
         ),
+        (6, f"{ALPACA}_lora", "ii, LoRA of rank 16 in the block", "together 12.49 GB"),
+        (6, f"{ALPACA}_adapter", "iii, an adapter in the block, half of the blocks", "together 6.30 GB"),
     ):
         first = paper(name, "llama-2-7b")["payload_bytes"]["first_time"]
         row(
-            "FedCyBGD, Table 1",
-            label,
-            printed_row,
-            f"{first['down'] / 2**30:.2f} GiB, {first['up'] / 2**20:.2f} MiB "
-            f"(together {(first['down'] + first['up']) / 2**30:.2f} GiB)",
-        )
-    for name, label, printed_row in (
-        ("fedcybgd_llama2_alpaca_lora", "ii, LoRA of rank 16 in the block", "together 12.49 GB"),
-        (
-            "fedcybgd_llama2_alpaca_adapter",
-            "iii, an adapter in the block, half of the blocks",
-            "together 6.30 GB",
-        ),
-    ):
-        first = paper(name, "llama-2-7b")["payload_bytes"]["first_time"]
-        row(
-            "FedCyBGD, Table 6",
+            f"FedCyBGD, Table {number}",
             label,
             printed_row,
             f"{first['down'] / 2**30:.2f} GiB, {first['up'] / 2**20:.2f} MiB "

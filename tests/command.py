@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
@@ -69,8 +69,7 @@ class Command:
         while self._process.is_alive() and not condition():
             time.sleep(0.0005)
         if self._process.is_alive():
-            assert self._process.pid is not None
-            os.kill(self._process.pid, signal_number)
+            os.kill(cast(int, self._process.pid), signal_number)  # a number since `start`
         return self.wait()
 
     def wait(self) -> Result:

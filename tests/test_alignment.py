@@ -133,8 +133,7 @@ def spied(
         adapter_layers=2,
         alignment={"steps_before": steps, "steps": steps, "batch_size": 4, "lr": 0.01, "form": form},
     )
-    server = made._server
-    assert server is not None
+    server = made._at_server()
     server.room = room
     losses, counts = [], {"whole": 0, "tail": 0}
     plain = alignment.alignment_loss
@@ -183,8 +182,7 @@ def test_with_an_adapter_at_both_ends_it_is_computed_anew_once_the_adapter_has_c
 
 def test_what_is_kept_stays_within_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     made, full = method(alignment={"steps_before": 4, "batch_size": 2})
-    server = made._server
-    assert server is not None
+    server = made._at_server()
     server.room = room = 2 * 9 * 32 * 4  # two of the longest examples
     made.init(full)
     teacher = server.teacher()
@@ -199,8 +197,7 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
     made, full = method(
         both_ends=both_ends, alignment={"steps_before": 0, "steps": 3, "batch_size": 6, "lr": 0.01}
     )
-    server = made._server
-    assert server is not None
+    server = made._at_server()
     start = made.init(full)
     assert set(start.emulator) and all(name.startswith(EMULATOR) for name in start.emulator)
     state = woken(start)
@@ -239,8 +236,7 @@ def test_alignment_brings_the_emulator_closer() -> None:
         alignment={"steps_before": 0, "steps": 60, "batch_size": 8, "lr": 3e-3},
         lora={"rank": 4, "alpha": 8.0},
     )
-    server, state = made._server, woken(made.init(full))
-    assert server is not None
+    server, state = made._at_server(), woken(made.init(full))
     student = server.emulate(state.merged)
     made._align(state, state.emulator, 1, 1)
     batch = collate(public, 0)
