@@ -1,3 +1,3 @@
 """Fine-tune one foundation model on data that stays with many owners."""
 
-__version__ = "0.1.0"
+from fedtune.version import __version__ as __version__

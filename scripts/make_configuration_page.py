@@ -24,9 +24,9 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedtune.config.schema import RunConfig
 from fedtune.core.settings import Settings
 from fedtune.methods import registry
-from fedtune.run.config import RunConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 

@@ -22,13 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from deployed import HERE, Site, _descendants  # type: ignore[import-not-found]
 
-from fedtune.core.loop import Arrival
-from fedtune.core.types import Payload
-from fedtune.core.wire import Message, decode, encode
+from fedtune.config.file import parse_config
+from fedtune.core.types import Arrival, Payload
+from fedtune.core.wire import Content, decode, encode
+from fedtune.deploy.server import Server
 from fedtune.measure.clock import Clock
-from fedtune.run.config_file import parse_config
-from fedtune.run.deployment import Server
-from fedtune.transport.network import Conversation, Introduction, gather
+from fedtune.transport.network import Invitation, RoundExchange, gather
 from fedtune.transport.remote import Remote
 
 MB = 1_000_000
@@ -83,9 +82,9 @@ def main(megabytes: int) -> None:
         keys = site.folder / "keys/server"
         with Server(parse_config(DOCUMENT, "test"), keys, site.port, tell) as server:
             mail = server._start()
-            introduction = Introduction("ab12", "{}", "")
-            joined = gather(mail, introduction, {0: "north"}, wait_s=300, tell=lambda text: None)
-            talk = Conversation(introduction, joined, {}, limit=lambda client: 2 * size)
+            introduction = Invitation("ab12", "{}", "")
+            joined = gather(mail, introduction, {0: "north"}, wait_s=300, log_line=lambda text: None)
+            talk = RoundExchange(introduction, joined, {}, limit=lambda client: 2 * size)
             remote = Remote(mail, talk, window=None, deadline_s=None, clock=Clock())
             print("| | seconds | server, beyond the tensors | client, beyond the tensors |")
             print("|---|---:|---:|---:|", flush=True)
@@ -106,7 +105,7 @@ def main(megabytes: int) -> None:
 
 
 def _order(payload: Payload, round: int):  # type: ignore[no-untyped-def]
-    yield 0, encode(Message(payload, {"round": round}))
+    yield 0, encode(Content(payload, {"round": round}))
 
 
 def _read(arrival: Arrival) -> Payload:

@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from fedtune.config.file import load_config, parse_config
+from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
-from fedtune.methods import block_client, block_training, fedkseed, infinite_pool, local_training
+from fedtune.federation.progress import Silent
+from fedtune.federation.run import run
+from fedtune.methods import local_training
+from fedtune.methods.fedcybgd import client as block_client
+from fedtune.methods.fedcybgd import training as block_training
+from fedtune.methods.fedkseed import infinite_pool
+from fedtune.methods.fedkseed import method as fedkseed
 from fedtune.planning.plan import plan
 from fedtune.report.tables import size
-from fedtune.run.config import RunConfig
-from fedtune.run.config_file import load_config, parse_config
-from fedtune.run.federation import run
-from fedtune.run.progress import Silent
 
 TWO = {"rounds": 2, "batch_size": 4}
 EMULATED = {

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedtune.core import masking
+from fedtune.protection import masking
 from fedtune.report.tables import size
 
 

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from fedtune.run.config_file import load_config
-from fedtune.run.federation import run
-from fedtune.run.progress import Silent
+from fedtune.config.file import load_config
+from fedtune.federation.progress import Silent
+from fedtune.federation.run import run
 
 SEED = 7
 MOST = 5  # rates of one configuration

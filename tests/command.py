@@ -21,7 +21,12 @@ WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["fedtune.run.compare", "fedtune.run.results", "fedtune.methods.references", "fedtune.cli.display"]
+    [
+        "fedtune.federation.compare",
+        "fedtune.federation.results",
+        "fedtune.methods.references",
+        "fedtune.report.display",
+    ]
 )
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from command import lines, write_config
 
-from fedtune.run.config_file import load_config
-from fedtune.run.data import prepare_data
-from fedtune.transport.processes import free_port, stop
+from fedtune.config.file import load_config
+from fedtune.deploy.processes import free_port, stop
+from fedtune.federation.data import prepare_data
 
 PROGRAM = Path(sys.executable).with_name("fedtune")
 HERE = Path(__file__).parent

@@ -13,9 +13,9 @@ import torch
 
 from fedtune.cli.main import main
 from fedtune.core.types import Payload
-from fedtune.core.wire import Message, decode, encode
-from fedtune.run import visit
-from fedtune.transport.letters import Field
+from fedtune.core.wire import Content, decode, encode
+from fedtune.deploy import client as deployed_client
+from fedtune.transport.messages import Field
 from fedtune.transport.worker import Joined
 
 
@@ -32,15 +32,15 @@ class Echo:
         wanted = int(order.payload.scalars["answer_bytes"])
         tensors = {f"layer.{i}": torch.full((wanted // 64,), i, dtype=torch.float32) for i in range(16)}
         return encode(
-            Message(Payload(tensors if wanted else {}), {"client": client, "round": order.meta["round"]})
+            Content(Payload(tensors if wanted else {}), {"client": client, "round": order.meta["round"]})
         )
 
 
-def join(introduction: Mapping[str, Field], **setup: Any) -> Joined:
+def join(invitation: Mapping[str, Field], **setup: Any) -> Joined:
     """Takes part in any run."""
     return Joined(Echo(), 1, "echo")  # type: ignore[arg-type]
 
 
-visit.join = join
+deployed_client.join = join
 sys.argv = ["fedtune", "client", *sys.argv[1:]]
 main()

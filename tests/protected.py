@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from toy import Bench, Toy, items
 
 from fedtune.core.client import ClientRunner
-from fedtune.core.loop import Arrival, RoundLoop
-from fedtune.core.protection import Privacy, SecureAggregation
-from fedtune.core.summing import Summing
-from fedtune.core.types import SECURE, Payload
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.loop import RoundLoop
+from fedtune.core.types import SECURE, Arrival, Payload
+from fedtune.core.wire import Content, decode, encode
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg import Config, FedAvg
-from fedtune.methods.fedkseed import Config as KSeedConfig
-from fedtune.methods.fedkseed import FedKSeed
+from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedkseed.method import Config as KSeedConfig
+from fedtune.methods.fedkseed.method import FedKSeed
+from fedtune.protection.secure_client import SecureClient
+from fedtune.protection.settings import Privacy, SecureAggregation
+from fedtune.protection.summing import Summing
 from fedtune.transport.in_process import InProcess, Simulation
 
 DATA = {client: items(client, client + 1, *[client] * client) for client in range(4)}
@@ -80,7 +81,7 @@ class Bent:
             return new
         others = {n: t for n, t in message.payload.tensors.items() if not n.startswith(SECURE)}
         tensors = others | {SECURE + name: tensor for name, tensor in new.items()}
-        return encode(Message(Payload(tensors, message.payload.scalars), message.meta))
+        return encode(Content(Payload(tensors, message.payload.scalars), message.meta))
 
     def of(self, phase: str) -> dict[int, dict[str, Tensor]]:
         """What clients replied in a phase, by client; of several rounds the last."""
@@ -106,14 +107,13 @@ def federation(
     method = method or FedAvg(Config(**{**defaults, **settings}), seed=0)
     data = data or DATA
     bench, device = Bench(method, Wide(rows), data), torch.device("cpu")
-    bench.runner = ClientRunner(
-        method, bench.model, data, pad_id=0, seed=0, device=device, secure=secure, privacy=privacy
-    )
+    guard = SecureClient(method, secure.bits, privacy) if secure else None
+    bench.runner = ClientRunner(method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard)
     clock = Clock()
     inner = InProcess(bench.runner, simulation=simulation, deadline_s=None, seed=0, clock=clock)
     transport = Bent(inner)
     summing = Summing(method, secure, privacy) if secure or privacy else None
-    bench.loop = RoundLoop(method, transport, bench.ledger, clock, device, summing=summing)
+    bench.loop = RoundLoop(method, transport, bench.ledger, clock, device, protection=summing)
     return bench, transport
 
 

@@ -123,7 +123,7 @@ def test_usage_errors(arguments: list[str], part: str, tmp_path: Path) -> None:
 
 
 def test_version(tmp_path: Path) -> None:
-    from fedtune import __version__
+    from fedtune.version import __version__
 
     assert fedtune("--version", cwd=tmp_path) == Result(0, f"fedtune {__version__}\n", "")
 

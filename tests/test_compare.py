@@ -12,10 +12,10 @@ import pytest
 from command import fedtune, write_config
 from model_families import save_folder
 
+from fedtune.config.file import parse_config
 from fedtune.errors import InputError
-from fedtune.run.compare import Candidate, _references, compare, table
-from fedtune.run.config_file import parse_config
-from fedtune.run.progress import Silent
+from fedtune.federation.compare import Candidate, _references, compare, table
+from fedtune.federation.progress import Silent
 
 
 def base(**method: Any) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from fedtune.config.file import dump_config, load_config, parse_config
+from fedtune.config.schema import RunConfig
 from fedtune.core import loop, wire
+from fedtune.federation.progress import Silent
+from fedtune.federation.run import run
 from fedtune.methods import registry
 from fedtune.models.load import load_model
 from fedtune.models.save import load_result
-from fedtune.run.config import RunConfig
-from fedtune.run.config_file import dump_config, load_config, parse_config
-from fedtune.run.federation import run
-from fedtune.run.progress import Silent
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROOT = PROJECT / "configs"

@@ -17,21 +17,22 @@ from model_families import batch, build, save_folder, tokenizer
 from torch import Tensor, nn
 
 from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import Cohort, RoundOutcome, sample_cohort
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import Arrival, RoundLoop, RoundOutcome, sample_cohort
+from fedtune.core.loop import RoundLoop
 from fedtune.core.settings import Settings
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
-from fedtune.core.types import Cohort, Order, Payload, Reply, ServerEnv
-from fedtune.core.wire import Message, check, decode, encode
+from fedtune.core.types import Arrival, Order, Payload, Reply, ServerEnv
+from fedtune.core.wire import Content, check, decode, encode
 from fedtune.data.encode import Encoded
 from fedtune.errors import FederationError
+from fedtune.federation import checkpoint
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import load_result, save_result
 from fedtune.models.tuning import trainable
-from fedtune.run import checkpoint
 from fedtune.transport.in_process import InProcess, Simulation
 
 
@@ -332,7 +333,7 @@ class Federation:
 
 def bits(payload: Payload) -> bytes:
     """A payload's content as bytes: equal bytes are equal bits, names, shapes and dtypes."""
-    return encode(Message(payload))
+    return encode(Content(payload))
 
 
 @cache

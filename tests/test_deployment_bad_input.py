@@ -17,9 +17,9 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from command import Result, fedtune, write_config
 from test_deployment import METHODS, THERE
 
-from fedtune.transport import keys as key_files
-from fedtune.transport.keys import make_keys
-from fedtune.transport.processes import free_port
+from fedtune.deploy import keys as key_files
+from fedtune.deploy.keys import make_keys
+from fedtune.deploy.processes import free_port
 
 EXAMPLE = json.dumps({"instruction": "Name the capital.", "input": "France", "output": "Paris"}) + "\n"
 

@@ -120,7 +120,7 @@ def test_a_run_survives_what_happens_to_its_clients_its_network_and_itself(tmp_p
 def _clients_in(replies: Path) -> set[int]:
     """The clients whose replies a journal holds."""
     from fedtune.core.types import Payload
-    from fedtune.run.journal import Journal
+    from fedtune.federation.journal import Journal
 
     time.sleep(0.1)
     states: dict[int, Payload] = {}

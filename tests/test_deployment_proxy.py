@@ -16,7 +16,7 @@ pytest.importorskip("cryptography", reason="comes with Flower (the extra `flower
 
 from deployed import reverse_proxy
 
-from fedtune.transport.keys import make_keys
+from fedtune.deploy.keys import make_keys
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from command import fedtune, write_config
 
+from fedtune.config.file import parse_config
 from fedtune.errors import InputError
-from fedtune.run.config_file import parse_config
-from fedtune.run.data import prepare_data
+from fedtune.federation.data import prepare_data
 from fedtune.transport.acceptance import (
     NotAccepted,
     check_bytes,
@@ -132,14 +132,14 @@ def test_wrong_limits_are_named(wrong: dict[str, Any]) -> None:
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     pytest.importorskip("cryptography", reason="comes with Flower (the extra `flower`)")
-    from fedtune.transport.keys import make_keys
+    from fedtune.deploy.keys import make_keys
 
     make_keys(tmp_path / "fed", ["fed.example.org", "10.0.0.1"], ["north", "south"], days=2)
     return tmp_path / "fed"
 
 
 def test_keys_are_private_and_more_clients_can_come(made: Path) -> None:
-    from fedtune.transport.keys import check_client, check_server, make_keys, read_clients
+    from fedtune.deploy.keys import check_client, check_server, make_keys, read_clients
 
     secrets = [made / "ca.key", made / "server/server.key", made / "clients/north/client.key"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
@@ -154,7 +154,7 @@ def test_keys_are_private_and_more_clients_can_come(made: Path) -> None:
 
 
 def test_what_is_wrong_with_keys_is_said(made: Path, tmp_path: Path) -> None:
-    from fedtune.transport.keys import check_client, check_server, make_keys
+    from fedtune.deploy.keys import check_client, check_server, make_keys
 
     for name in ("a,b", "../up", "", "-x"):
         with pytest.raises(InputError, match="cannot be a client's name"):
@@ -177,7 +177,7 @@ def test_what_is_wrong_with_keys_is_said(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_expired_certificate_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.transport import keys
+    from fedtune.deploy import keys
 
     in_three_days = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=3)
 

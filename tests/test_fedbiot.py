@@ -21,16 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedtune.bench import emulator as emulator_bench
 from fedtune.bench import random_model
 from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import Cohort, QuorumError, RoundOutcome
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import Arrival, QuorumError, RoundLoop, RoundOutcome
-from fedtune.core.types import MODEL, Cohort, Payload, ServerEnv
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.loop import RoundLoop
+from fedtune.core.types import MODEL, Arrival, Payload, ServerEnv
+from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.methods.fedbiot import Alignment, OffsiteConfig
-from fedtune.methods.fedbiot_server import ADAPTER, EMULATOR, factors
+from fedtune.methods.fedbiot.method import Alignment, OffsiteConfig
+from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
 from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import ARCHITECTURE, flops_per_token, kept_blocks, take
 from fedtune.models.pruning import find_mlp, largest_channels
@@ -279,7 +280,7 @@ def test_a_process_of_its_own_needs_its_orders_alone(tmp_path: Path) -> None:
     for round in (1, 2):  # the same bits as in process, its metrics too
         reply = decode((tmp_path / f"reply{round}").read_bytes())
         other = decode(run.up[round, 1])
-        assert encode(Message(reply.payload)) == encode(Message(other.payload))
+        assert encode(Content(reply.payload)) == encode(Content(other.payload))
         assert reply.meta["train_loss"] == other.meta["train_loss"]
     ours, theirs = tensors_of(run.client_module(1)), load_file(tmp_path / "held")
     assert ours.keys() == theirs.keys()
@@ -435,7 +436,7 @@ def altered(change: Callable[[dict[str, Tensor]], None]) -> Callable[[int, bytes
         message = decode(frame)
         tensors = dict(message.payload.tensors)
         change(tensors)
-        return encode(Message(Payload(tensors), message.meta))
+        return encode(Content(Payload(tensors), message.meta))
 
     return alter
 

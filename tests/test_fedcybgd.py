@@ -22,18 +22,19 @@ from toy import Bench
 from fedtune.core.aggregate import WeightedSum
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import Payload
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.wire import Content, decode, encode
 from fedtune.data.batches import collate, epoch_batches
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods.badam import BAdam
-from fedtune.methods.badam import Config as BAdamConfig
-from fedtune.methods.block_order import turn, turns
-from fedtune.methods.block_training import _Active
-from fedtune.methods.fedcybgd import Config, FedBAvgConfig, FedCyBGD, State
+from fedtune.methods.fedcybgd.badam import BAdam
+from fedtune.methods.fedcybgd.badam import Config as BAdamConfig
+from fedtune.methods.fedcybgd.method import FedCyBGD
+from fedtune.methods.fedcybgd.order import turn, turns
+from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
+from fedtune.methods.fedcybgd.settings import Config, FedBAvgConfig, State
+from fedtune.methods.fedcybgd.training import _Active
 from fedtune.methods.local_training import Training
-from fedtune.methods.powersgd import GradientFilter, PowerSGD
 from fedtune.models.parts import find_parts
 
 SETTINGS: dict[str, Any] = {"local_epochs": 2, "batch_size": 2, "lr": 1e-2, "lr_schedule": "constant"}
@@ -80,7 +81,7 @@ class Spy:
         message = decode(reply)
         self.replies.append(message.payload)
         if client in self.change:
-            return encode(Message(self.change[client](message.payload), message.meta))
+            return encode(Content(self.change[client](message.payload), message.meta))
         return reply
 
 

@@ -25,17 +25,18 @@ from torch.testing import assert_close
 from toy import Bench, Toy, items
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune.config.file import parse_config
+from fedtune.core.cohort import Cohort
 from fedtune.core.state import from_payload, to_payload
-from fedtune.core.types import Cohort, Payload, Reply
+from fedtune.core.types import Payload, Reply
 from fedtune.data.encode import Encoded
 from fedtune.errors import FederationError, InputError
-from fedtune.methods.fedkseed import Config, FedKSeed, ProConfig, State, epsilon_to_try, paper_bytes
-from fedtune.methods.seed_aggregation import Fold, Mean, MedianOfMeans, TrimmedMean
-from fedtune.methods.seed_order import Fingerprint, Origin, changes, with_changes
-from fedtune.methods.zeroth_step import step_weights
+from fedtune.federation import checkpoint
+from fedtune.methods.fedkseed.aggregation import Fold, Mean, MedianOfMeans, TrimmedMean
+from fedtune.methods.fedkseed.method import Config, FedKSeed, ProConfig, State, epsilon_to_try, paper_bytes
+from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, with_changes
+from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import trainable
-from fedtune.run import checkpoint
-from fedtune.run.config_file import parse_config
 from fedtune.zeroth import NOISE_VERSION, reference
 from fedtune.zeroth.pool import SeedPool
 

@@ -19,31 +19,31 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.store import Store
 from fedtune.core.types import Payload
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.wire import Content, decode, encode
+from fedtune.federation.connect import Simulated
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.run.connect import Simulated
-from fedtune.transport.flower import SimulatedMail, simulation
-from fedtune.transport.in_process import Fates, Simulation
-from fedtune.transport.letters import Letter, fault
+from fedtune.transport.flower import SimulatedChannel, simulation
+from fedtune.transport.in_process import SimulatedFaults, Simulation
+from fedtune.transport.messages import Message, fault
 
 TRIED = [(name, next(iter(FORMS.get(name, {"": None})))) for name in registry.METHODS]
 TRIED += [("fedavg", "scaffold"), ("fedavg", "asynchronous"), ("fedcybgd", "hybrid"), ("fedavg", "stack")]
 
 
-def answer(letter: Letter, *, held: str) -> Letter:
+def answer(message: Message, *, held: str) -> Message:
     """What a client of `Federation` answers, in a process of the simulation."""
-    what, _, frame = bytes(letter.body).partition(b"\n")
+    what, _, frame = bytes(message.body).partition(b"\n")
     name, label = what.decode().split()
     runner = _runner(name, label, held)
-    client = letter.number("client")
-    runner.states = {client: decode(letter.state).payload} if letter.state else {}
+    client = message.number("client")
+    runner.states = {client: decode(message.state).payload} if message.state else {}
     try:
         reply = runner.handle(client, frame)
     except Exception as error:
         return fault(f"{type(error).__name__}: {error}")
     state = runner.states.get(client)
-    return Letter({}, reply, encode(Message(state)) if state is not None else b"")
+    return Message({}, reply, encode(Content(state)) if state is not None else b"")
 
 
 @cache
@@ -55,18 +55,18 @@ def _runner(name: str, label: str, held: str):  # type: ignore[no-untyped-def]
 
 
 class Labelled:
-    """A mail that puts the method's name and form in front of each order."""
+    """A channel that puts the method's name and form in front of each order."""
 
-    def __init__(self, mail: SimulatedMail, what: str) -> None:
-        self.collect, self._mail, self._what = mail.collect, mail, what
+    def __init__(self, channel: SimulatedChannel, what: str) -> None:
+        self.collect, self._channel, self._what = channel.collect, channel, what
 
-    def post(self, client: int, letter: Letter, *, lifetime_s: float) -> str:
-        body = self._what.encode() + b"\n" + letter.body
-        return self._mail.post(client, Letter(letter.fields, body, letter.state), lifetime_s=lifetime_s)
+    def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
+        body = self._what.encode() + b"\n" + message.body
+        return self._channel.push(client, Message(message.fields, body, message.state), lifetime_s=lifetime_s)
 
 
 @pytest.fixture(scope="module")
-def mail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedMail]:
+def channel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedChannel]:
     held = str(tmp_path_factory.mktemp("held"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,13 +77,13 @@ def mail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedMail]:
 
 @pytest.mark.parametrize(("name", "label"), TRIED)
 def test_every_method_ends_with_the_bits_of_a_run_in_process(
-    name: str, label: str, mail: SimulatedMail
+    name: str, label: str, channel: SimulatedChannel
 ) -> None:
     federation = Federation(name, label)
     clock = Clock()
     transport = Simulated(
-        Labelled(mail, f"{name} {label}"),
-        Fates(Simulation(), None, 0),
+        Labelled(channel, f"{name} {label}"),
+        SimulatedFaults(Simulation(), None, 0),
         federation.runner.states,
         window=2,
         clock=clock,

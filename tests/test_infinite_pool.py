@@ -11,7 +11,7 @@ from toy import Bench, Toy, items
 
 from fedtune.core.types import Reply
 from fedtune.errors import InputError
-from fedtune.methods.infinite_pool import Config, InfinitePool, State
+from fedtune.methods.fedkseed.infinite_pool import Config, InfinitePool, State
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_
 

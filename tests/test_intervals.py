@@ -14,13 +14,13 @@ from command import fedtune, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.config.file import parse_config
 from fedtune.core.seeds import numpy_generator
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of, summarize
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.subject import Outcome, Scored
-from fedtune.run.config_file import parse_config
-from fedtune.run.data import Split, prepare_data
+from fedtune.federation.data import Split, prepare_data
 
 numbers = st.floats(-100, 100)
 

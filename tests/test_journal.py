@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.core.loop import Arrival
-from fedtune.core.types import Payload
-from fedtune.run.journal import Journal
+from fedtune.core.types import Arrival, Payload
+from fedtune.federation.journal import Journal
 
 
 class Echo:

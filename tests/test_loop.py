@@ -13,12 +13,21 @@ import torch
 from torch import Tensor, nn
 from toy import Bench, Toy, items
 
-from fedtune.core.client import ClientError
+from fedtune.core.cohort import Cohort, QuorumError, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import Arrival, QuorumError, quorum_of, sample_cohort
-from fedtune.core.types import ClientEnv, ClientResult, Cohort, Order, Payload, Reply, ServerEnv, TensorSpec
-from fedtune.core.wire import Message, decode, encode
-from fedtune.methods.fedavg import Config, FedAvg
+from fedtune.core.types import (
+    Arrival,
+    ClientEnv,
+    ClientError,
+    ClientResult,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    TensorSpec,
+)
+from fedtune.core.wire import Content, decode, encode
+from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.transport.in_process import InProcess, Simulation
 
 DATA = {client: items(client, client + 1) for client in range(4)}
@@ -131,7 +140,7 @@ class Rewriting:
 
 def _with_meta(arrival: Arrival, **meta: Any) -> Arrival:
     message = decode(arrival.frame)
-    return Arrival(arrival.client, encode(Message(message.payload, {**message.meta, **meta})))
+    return Arrival(arrival.client, encode(Content(message.payload, {**message.meta, **meta})))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from toy import Bench
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedtune.data.encode import Encoded
-from fedtune.methods import lora_aggregation as lora
-from fedtune.methods.fedavg import Config, FedAvg
+from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.fedavg.method import Config, FedAvg
 
 
 def test_stack_by_hand() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedtune.config.file import parse_config
 from fedtune.errors import InputError
 from fedtune.measure.flops import FlopCounter
 from fedtune.methods.registry import METHODS
@@ -23,7 +24,6 @@ from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.plan import plan
 from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, quantity
 from fedtune.planning.rank import CANDIDATES, Candidate, Means, judge, plan_all
-from fedtune.run.config_file import parse_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "plan_results.py"))

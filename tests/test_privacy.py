@@ -20,14 +20,14 @@ from protected import federation, kseed
 from scipy import stats
 from toy import items
 
-from fedtune.core.loop import QuorumError
-from fedtune.core.privacy import add_noise_, clip_, epsilon, poisson_cohort
-from fedtune.core.protection import Privacy, SecureAggregation
+from fedtune.config.file import load_config, parse_config
+from fedtune.core.cohort import QuorumError
 from fedtune.errors import InputError
-from fedtune.run import federation as runs
-from fedtune.run.config_file import load_config, parse_config
-from fedtune.run.privacy import PrivacyAccount
-from fedtune.run.progress import Silent
+from fedtune.federation import run as runs
+from fedtune.federation.progress import Silent
+from fedtune.protection.account import PrivacyAccount
+from fedtune.protection.noise import add_noise_, clip_, epsilon, poisson_cohort
+from fedtune.protection.settings import Privacy, SecureAggregation
 from fedtune.transport.in_process import InProcess
 
 UNIT = 2.0**-44  # of FedAvg's sums

@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 import pytest
 
-from fedtune.run.config import RunConfig
-from fedtune.run.config_file import parse_config
-from fedtune.run.data import public_examples
+from fedtune.config.file import parse_config
+from fedtune.config.schema import RunConfig
+from fedtune.federation.data import public_examples
 
 
 def config(**public: Any) -> RunConfig:

@@ -14,18 +14,18 @@ from command import fedtune, write_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedtune.config.file import parse_config
+from fedtune.core.cohort import Cohort
 from fedtune.core.state import from_payload
-from fedtune.core.types import Cohort
-from fedtune.core.wire import Message, encode
+from fedtune.core.wire import Content, encode
 from fedtune.errors import InputError
+from fedtune.federation import checkpoint
+from fedtune.federation.assembly import Assembly
+from fedtune.federation.progress import Silent
+from fedtune.federation.results import replay
+from fedtune.federation.run import run
 from fedtune.measure.clock import Clock
-from fedtune.methods import fedkseed
-from fedtune.run import checkpoint
-from fedtune.run.assemble import Parts
-from fedtune.run.config_file import parse_config
-from fedtune.run.federation import run
-from fedtune.run.progress import Silent
-from fedtune.run.results import replay
+from fedtune.methods.fedkseed import method as fedkseed
 
 METHODS = {
     "lora": {"name": "fedavg", "local_steps": 1, "lora": {"rank": 2}},
@@ -121,7 +121,7 @@ def test_clients_server_and_a_replay_elsewhere_hold_the_same_bits(
     replayed = as_bits(load_file(tmp_path / "replayed/model.safetensors"))
 
     config = parse_config(document, "test")
-    parts = Parts.assemble(config, Clock())
+    parts = Assembly.assemble(config, Clock())
     model = parts.method.client_model(lambda: parts.loaded.model)
     parts.runner.use(model)
     w0 = as_bits(dict(model.named_parameters()))
@@ -140,7 +140,7 @@ def test_clients_server_and_a_replay_elsewhere_hold_the_same_bits(
     parts.runner.states.update(saved.clients)
     watch = Watch(monkeypatch)
     for client in (whole[0], part[0], whole[1], part[1]):
-        parts.runner.handle(client, encode(Message(orders[client], {"round": 4})))
+        parts.runner.handle(client, encode(Content(orders[client], {"round": 4})))
         assert torch.equal(parts.runner.states[client].tensors["accumulator"], state.accumulator)
         assert as_bits(watch.seen) == exported, f"client {client}"
     assert as_bits(dict(model.named_parameters())) == w0

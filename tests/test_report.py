@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from command import fedtune
 
+from fedtune.config.file import parse_config
+from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
+from fedtune.federation.folder import RunFolder
 from fedtune.report.page import read_runs, report
-from fedtune.run.config import RunConfig
-from fedtune.run.config_file import parse_config
-from fedtune.run.folder import RunFolder
 
 pytest.importorskip("matplotlib")
 

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from model_families import save_folder
 from pydantic import BaseModel
 
-from fedtune.core.protection import Privacy, SecureAggregation
+from fedtune.config.file import _blocks, apply_overrides, dump_config, load_config, parse_config
+from fedtune.config.schema import Public, RunConfig, Transport
 from fedtune.errors import FedtuneError, InputError
 from fedtune.evaluation import subject
 from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.federation import run as federation
+from fedtune.federation.progress import Silent
 from fedtune.methods import registry
-from fedtune.methods.fedavg import Config
-from fedtune.run import federation
-from fedtune.run.config import Public, RunConfig, Transport
-from fedtune.run.config_file import _blocks, apply_overrides, dump_config, load_config, parse_config
-from fedtune.run.progress import Silent
+from fedtune.methods.fedavg.method import Config
+from fedtune.protection.settings import Privacy, SecureAggregation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -13,11 +13,12 @@ import pytest
 from command import Result, fedtune, lines, outcome, write_config
 from model_families import edit_json, save_folder
 
-from fedtune.core.client import ClientError, ClientRunner
-from fedtune.core.loop import QuorumError
-from fedtune.run import federation
-from fedtune.run.config_file import parse_config
-from fedtune.run.progress import Silent
+from fedtune.config.file import parse_config
+from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import QuorumError
+from fedtune.core.types import ClientError
+from fedtune.federation import run as federation
+from fedtune.federation.progress import Silent
 
 ROW = {"instruction": "w5 w6", "output": "w7", "category": "a"}
 

@@ -20,10 +20,9 @@ from command import Command, fedtune, lines, outcome, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.loop import Arrival
-from fedtune.core.types import Payload
-from fedtune.core.wire import Message, encode
-from fedtune.run.journal import Journal
+from fedtune.core.types import Arrival, Payload
+from fedtune.core.wire import Content, encode
+from fedtune.federation.journal import Journal
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"rounds": 2}},
@@ -179,10 +178,10 @@ def test_interrupted_it_says_so_keeps_its_checkpoint_and_goes_on(unkilled: Unkil
 
 def test_kept_replies_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One-shot has one long round: what came in before the kill is not computed twice."""
+    from fedtune.config.file import parse_config
     from fedtune.core.client import ClientRunner
-    from fedtune.run import federation
-    from fedtune.run.config_file import parse_config
-    from fedtune.run.progress import Silent
+    from fedtune.federation import run as federation
+    from fedtune.federation.progress import Silent
 
     settings = parse_config(config("one-shot"), "test")
     handle, asked = ClientRunner.handle, []
@@ -237,7 +236,7 @@ class Fixed:
             client = held.pop(0)
             self.trained.append(client)
             self.states[client] = Payload(scalars={"rounds": round})
-            reply = Message(Payload({"w": torch.tensor([float(client)])}), {"client": client})
+            reply = Content(Payload({"w": torch.tensor([float(client)])}), {"client": client})
             yield Arrival(client, encode(reply)) if client != 2 else Arrival(2, fault="it dropped out")
 
 

@@ -20,18 +20,17 @@ from scipy import stats
 from torch import Tensor
 from toy import items
 
-from fedtune.core import masking
-from fedtune.core.client import ClientError
-from fedtune.core.loop import QuorumError
-from fedtune.core.protection import SecureAggregation, threshold_of
+from fedtune.config.file import load_config, parse_config
+from fedtune.core.cohort import QuorumError
 from fedtune.core.state import to_payload
-from fedtune.core.types import Payload
-from fedtune.core.wire import Message, encode
+from fedtune.core.types import ClientError, Payload
+from fedtune.core.wire import Content, encode
 from fedtune.errors import InputError
-from fedtune.run import federation as runs
-from fedtune.run.config_file import load_config, parse_config
-from fedtune.run.journal import Journal
-from fedtune.run.progress import Silent
+from fedtune.federation import run as runs
+from fedtune.federation.journal import Journal
+from fedtune.federation.progress import Silent
+from fedtune.protection import masking
+from fedtune.protection.settings import SecureAggregation, threshold_of
 from fedtune.transport.in_process import InProcess, Simulation
 
 SECURE = SecureAggregation()
@@ -433,11 +432,11 @@ def test_a_client_refuses_keys_in_the_name_of_others() -> None:
 def test_a_client_sends_no_plain_update_where_its_configuration_says_masks() -> None:
     bench, _ = federation()
     secure, _ = federation(SECURE)
-    frame = encode(Message(Payload({"w": torch.zeros(1), "more": torch.zeros(7, 11)}), {"round": 1}))
+    frame = encode(Content(Payload({"w": torch.zeros(1), "more": torch.zeros(7, 11)}), {"round": 1}))
     assert bench.runner.handle(1, frame)
     with pytest.raises(ClientError, match="asked for a plain update"):
         secure.runner.handle(1, frame)
-    keys = encode(Message(Payload(), {"round": 1, "phase": "keys"}))
+    keys = encode(Content(Payload(), {"round": 1, "phase": "keys"}))
     assert secure.runner.handle(1, keys)
     with pytest.raises(ClientError, match="which its configuration does not have"):
         bench.runner.handle(1, keys)

@@ -18,7 +18,7 @@ from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods import registry
-from fedtune.methods.fedavg import Config, FedAvg
+from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.models.tuning import trainable
 from fedtune.theory.one_shot import measure
 from fedtune.theory.quantities import Measured, schemes

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.core.types import Payload, TensorSpec
-from fedtune.core.wire import DTYPES, HEADER, FrameError, Message, check, decode, encode
+from fedtune.core.wire import DTYPES, HEADER, Content, FrameError, check, decode, encode
 
-EXAMPLE = Message(
+EXAMPLE = Content(
     Payload(
         {"b": torch.tensor([1.5, -2.0]), "a": torch.tensor([[1, 2]], dtype=torch.int64)}, {"k": 3, "on": True}
     ),
@@ -22,7 +22,7 @@ EXAMPLE = Message(
 
 
 def test_bytes_of_a_frame_worked_out_by_hand() -> None:
-    frame = encode(Message(Payload({"x": torch.tensor([1.0, 2.0])})))
+    frame = encode(Content(Payload({"x": torch.tensor([1.0, 2.0])})))
     manifest = b'{"meta":{},"scalars":{},"tensors":[["x","F32",[2]]]}'
     deflated = zlib.compress(manifest, 9)
     head, flag = (deflated, 1) if len(deflated) < len(manifest) else (manifest, 0)
@@ -45,7 +45,7 @@ def test_every_dtype_comes_back_with_the_same_bits(name: str) -> None:
         else torch.arange(48, dtype=torch.uint8)
     )
     tensor = raw.view(DTYPES[name]).reshape(2, -1)
-    back = decode(encode(Message(Payload({"t": tensor, "empty": tensor[:0]})))).payload.tensors
+    back = decode(encode(Content(Payload({"t": tensor, "empty": tensor[:0]})))).payload.tensors
     assert back["t"].dtype == tensor.dtype and back["t"].shape == tensor.shape
     assert torch.equal(back["t"].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
     assert back["empty"].shape == tensor[:0].shape
@@ -53,8 +53,8 @@ def test_every_dtype_comes_back_with_the_same_bits(name: str) -> None:
 
 def test_views_and_order_do_not_change_a_frame() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    one = Message(Payload({"a": whole.T, "b": whole[:, 1]}))
-    two = Message(Payload({"b": whole[:, 1].clone(), "a": whole.T.contiguous()}))
+    one = Content(Payload({"a": whole.T, "b": whole[:, 1]}))
+    two = Content(Payload({"b": whole[:, 1].clone(), "a": whole.T.contiguous()}))
     assert encode(one) == encode(two)
     assert torch.equal(decode(encode(one)).payload.tensors["a"], whole.T)
 
@@ -188,7 +188,7 @@ def test_an_open_dimension_may_have_any_length() -> None:
 
 def test_an_unsendable_dtype_is_named() -> None:
     with pytest.raises(TypeError, match=r"tensor z: torch\.complex64"):
-        encode(Message(Payload({"z": torch.zeros(1, dtype=torch.complex64)})))
+        encode(Content(Payload({"z": torch.zeros(1, dtype=torch.complex64)})))
 
 
 def test_framing_of_a_lora_update_is_under_one_percent() -> None:
@@ -200,5 +200,5 @@ def test_framing_of_a_lora_update_is_under_one_percent() -> None:
         for factor in "AB"
     }
     payload = Payload(tensors)
-    frame = encode(Message(payload, {"train_loss": 1.2345678901234, "steps": 60, "round": 1, "client": 7}))
+    frame = encode(Content(payload, {"train_loss": 1.2345678901234, "steps": 60, "round": 1, "client": 7}))
     assert len(frame) - payload.nbytes < 0.01 * payload.nbytes

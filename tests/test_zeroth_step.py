@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedtune.bench.memory import CASES, measure_case
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods import zeroth_step
-from fedtune.methods.zeroth_step import coefficients, step_weights
+from fedtune.methods.fedkseed import step as zeroth_step
+from fedtune.methods.fedkseed.step import coefficients, step_weights
 from fedtune.models import just_in_time
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import KINDS, SeedPool, rebuild_all_, reference

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.loop import RoundLoop
 from fedtune.core.types import ServerEnv
 from fedtune.data.encode import Encoded
 from fedtune.measure.clock import Clock

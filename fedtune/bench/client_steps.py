@@ -6,8 +6,8 @@ Each case runs the method's own training code in a process of its own. A client 
 a frame that another process wrote, and keeps what it holds on disk, as in a run; `rss_bytes` covers that too.
 The others have the model from the start, without the message that brought it.
 
-Fed-full as it is has the library's loss and no checkpointing; "Fed-full, lean" has the loss and checkpointing
-that FedCyBGD has, to tell what is due to them.
+Fed-full as it is has the library's loss and no checkpointing; "Fed-full, memory-efficient" has the
+loss and checkpointing that FedCyBGD has, to tell what is due to them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedtune.bench.process_memory import forget_peak, peak_rss, rss
+from fedtune.core.cohort import Cohort
 from fedtune.core.store import Store
-from fedtune.core.types import ClientEnv, Cohort, Payload
-from fedtune.core.wire import Message, decode, encode, room
+from fedtune.core.types import ClientEnv, Payload
+from fedtune.core.wire import Content, decode, encode, room
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods import badam, fedavg, fedcybgd
-from fedtune.methods.block_client import begin_turn
-from fedtune.methods.block_training import train_blocks
+from fedtune.methods.fedavg import method as fedavg
+from fedtune.methods.fedcybgd import badam
+from fedtune.methods.fedcybgd import method as fedcybgd
+from fedtune.methods.fedcybgd.client import begin_turn
+from fedtune.methods.fedcybgd.settings import Config as BlockConfig
+from fedtune.methods.fedcybgd.training import train_blocks
 from fedtune.methods.local_training import build_optimizer, train
 from fedtune.models.blocks import find_blocks
-from fedtune.models.lean import lean
 from fedtune.models.load import quiet, seeded
+from fedtune.models.memory_efficient import memory_efficient
 from fedtune.models.parts import find_parts
 from fedtune.models.pruning import best, find_attention, find_mlp
 from fedtune.models.tuning import trainable
@@ -90,7 +94,7 @@ SHAPES = {
 FULL = fedavg.Config.model_validate({**STEPS, "trainable": "full"})
 WHOLE: dict[str, fedavg.Config] = {
     "Fed-full": FULL,
-    "Fed-full, lean": FULL,
+    "Fed-full, memory-efficient": FULL,
     "FedLoRA": fedavg.Config.model_validate({**STEPS, "trainable": "lora", "lora": {"rank": 16}}),
     "FedAdapter": fedavg.Config.model_validate({**STEPS, "trainable": "adapter", "adapter": {"size": 32}}),
 }
@@ -164,7 +168,11 @@ def _backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
             model.requires_grad_(checkpointing is None)
             for parameter in parts.parameters[str(block)].values():
                 parameter.requires_grad_(True)
-            with nullcontext() if checkpointing is None else lean(model, checkpointing=checkpointing):
+            with (
+                nullcontext()
+                if checkpointing is None
+                else memory_efficient(model, checkpointing=checkpointing)
+            ):
                 loss = model(**batch).loss
                 started = time.process_time()  # of a busy machine the clock on the wall says little
                 loss.backward()
@@ -179,7 +187,11 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
     if case in WHOLE:
         config = WHOLE[case]
         model = config.attach(SHAPES[shape].model(), seed=0)
-        inside = lean(model, checkpointing=True) if case == "Fed-full, lean" else nullcontext()
+        inside = (
+            memory_efficient(model, checkpointing=True)
+            if case == "Fed-full, memory-efficient"
+            else nullcontext()
+        )
         with inside:
             yield lambda meter: train(_env(shape, model, meter), trainable(model), config)
         return
@@ -193,7 +205,7 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
             _env(shape, model, meter), iter([block]), settings, checkpointing=settings.gradient_checkpointing
         )
         return
-    cycle = fedcybgd.Config.model_validate({**STEPS, **CYCLE[name]})
+    cycle = BlockConfig.model_validate({**STEPS, **CYCLE[name]})
     with open(folder / shape, "rb") as file:  # taken up as it is from the network
         frame = room((folder / shape).stat().st_size)
         file.readinto(frame)
@@ -214,8 +226,8 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
     )
 
 
-def _plain_steps(env: ClientEnv, own: Any, config: fedcybgd.Config) -> None:
-    """Steps on a block without what `models/lean.py` does."""
+def _plain_steps(env: ClientEnv, own: Any, config: BlockConfig) -> None:
+    """Steps on a block without what `models/memory_efficient.py` does."""
     for parameter in own.values():
         parameter.requires_grad_(True)
     optimizer = build_optimizer(own, config)
@@ -231,7 +243,7 @@ def _plain_steps(env: ClientEnv, own: Any, config: fedcybgd.Config) -> None:
 def _write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
     """The frame of the order that a client gets in its first cycle, when its block's turn has come."""
     name, _, where = case.rpartition(", ")
-    method = fedcybgd.FedCyBGD(fedcybgd.Config.model_validate({**STEPS, **CYCLE[name]}), 0)
+    method = fedcybgd.FedCyBGD(BlockConfig.model_validate({**STEPS, **CYCLE[name]}), 0)
     model = cast(PreTrainedModel, method.client_model(SHAPES[shape].model))
     blocks = find_blocks(model).modules
     turn = _place(where, len(blocks))
@@ -246,7 +258,7 @@ def _write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
     )
     everyone = tuple(range(len(blocks)))
     (order,) = method.plan(state, 1, Cohort(everyone, dict.fromkeys(everyone, EXAMPLES), len(everyone)))
-    frame = encode(Message(order.payload))
+    frame = encode(Content(order.payload))
     return {"payload_bytes": order.payload.nbytes, "written": (folder / shape).write_bytes(frame)}
 
 

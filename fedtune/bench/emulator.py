@@ -20,10 +20,12 @@ import torch
 
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.core.client import ClientRunner
-from fedtune.core.types import Cohort, Method, ServerEnv
-from fedtune.core.wire import Message, decode, encode
+from fedtune.core.cohort import Cohort
+from fedtune.core.types import Method, ServerEnv
+from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encode import Encoded
-from fedtune.methods import fedavg, fedbiot
+from fedtune.methods.fedavg import method as fedavg
+from fedtune.methods.fedbiot import method as fedbiot
 from fedtune.methods.tuning import Lora
 from fedtune.models.tuning import count_parameters
 
@@ -84,7 +86,7 @@ def _client(method: Method[Any], hidden: int, layers: int) -> tuple[Callable[[],
 
 def _order(method: Method[Any], state: Any, cohort: Cohort) -> bytes:
     (order,) = method.plan(state, 1, cohort)
-    return encode(Message(order.payload, {"round": 1}))
+    return encode(Content(order.payload, {"round": 1}))
 
 
 def _parameters(frame: bytes) -> int:

@@ -26,7 +26,7 @@ from fedtune.bench import client_steps
 from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.measure.memory import MemoryMeter, Resident
-from fedtune.methods.zeroth_step import step_weights
+from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import attach_lora, train_all
 from fedtune.zeroth import SeedPool
 

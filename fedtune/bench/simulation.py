@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import sample_cohort
 from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop, sample_cohort
+from fedtune.core.loop import RoundLoop
 from fedtune.data.encode import encode_causal
 from fedtune.data.sources import bundled_examples
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg import Config, FedAvg
+from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.models.load import load_model
 from fedtune.transport.in_process import InProcess, Simulation
 

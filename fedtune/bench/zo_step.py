@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
-from fedtune.methods.zeroth_step import step_weights
+from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import attach_lora, train_all, trainable
 from fedtune.zeroth import SeedPool
 

@@ -47,10 +47,10 @@ def client(
         if not equals or not ours or not theirs:
             raise InputError(f"--field {pair!r}: write OURS=THEIRS, as in instruction=question")
         named[ours] = theirs
-    from fedtune.run.visit import Setup, visit
+    from fedtune.deploy.client import ClientSetup, run_client
 
-    visit(
-        Setup(
+    run_client(
+        ClientSetup(
             server=server,
             keys=keys,
             data=data,

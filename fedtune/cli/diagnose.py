@@ -36,20 +36,16 @@ def diagnose(
 
     Example: fedtune diagnose configs/bundled_multi_round.yaml --clients 10
     """
-    from contextlib import nullcontext
-
-    from fedtune.cli.display import Display
-    from fedtune.run.config_file import load_config
-    from fedtune.run.files import dumps
-    from fedtune.run.progress import Silent
+    from fedtune.cli.display import print_json, progress_on
+    from fedtune.config.file import load_config
 
     settings = load_config(config, overrides or [])
-    with nullcontext(Silent()) if quiet else Display() as progress:
-        from fedtune.run.diagnose import diagnose as probe
+    with progress_on(quiet) as progress:
+        from fedtune.federation.diagnose import diagnose as probe
 
         document = probe(settings, progress, clients=clients, steps=steps, tolerance=tolerance, whole=whole)
     if as_json:
-        print(dumps(document, indent=2))
+        print_json(document)
         return
     from fedtune.report.tables import print_whole
 

@@ -33,7 +33,7 @@ def keys(
     Example: fedtune keys federation --server fed.example.org --clients north,south,west
     """
     require_flower()
-    from fedtune.transport.keys import make_keys
+    from fedtune.deploy.keys import make_keys
 
     names = [name.strip() for name in clients.split(",") if name.strip()]
     known = make_keys(folder, server or [], names, days=days)

@@ -6,21 +6,22 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune import __version__
 from fedtune.cli.client import client
 from fedtune.cli.diagnose import diagnose
+from fedtune.cli.display import free_name, print_json, progress_on
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.errors import FedtuneError, InputError
+from fedtune.version import __version__
 
 if TYPE_CHECKING:
-    from fedtune.run.config import RunConfig
+    from fedtune.config.schema import RunConfig
 
 app = typer.Typer(
     name="fedtune",
@@ -103,19 +104,19 @@ def run(
 
     Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
     """
-    from fedtune.run.config_file import load_config
+    from fedtune.config.file import load_config
 
     settings = load_config(config, overrides or [])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
-    path = resume or out or _free_name(Path("runs") / config.stem)
-    with _progress(quiet) as progress:
-        from fedtune.run.federation import run as federate
+    path = resume or out or free_name(Path("runs") / config.stem)
+    with progress_on(quiet) as progress:
+        from fedtune.federation.run import run as federate
 
         # killed before its folder was complete, a run has nothing to continue from and begins anew
         summary = federate(settings, path, progress, resume=resume is not None and resume.exists())
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     from fedtune.report.tables import print_whole, summary_tables
 
@@ -141,23 +142,23 @@ def compare(
 
     Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
     """
-    from fedtune.run.compare import Candidate, main_metrics
-    from fedtune.run.compare import compare as compare_all
-    from fedtune.run.config_file import load_config
+    from fedtune.config.file import load_config
+    from fedtune.federation.compare import Candidate, main_metrics
+    from fedtune.federation.compare import compare as compare_all
 
     candidates = [Candidate(path.stem, load_config(path, override or [])) for path in configs]
-    path = out or _free_name(Path("runs") / "compare")
-    with _progress(quiet) as progress:
+    path = out or free_name(Path("runs") / "compare")
+    with progress_on(quiet) as progress:
         document = compare_all(
             candidates, _seeds(seeds, candidates[0].config), path, progress, references=references
         )
+    from fedtune.federation.files import write_text
     from fedtune.report.tables import compare_markdown, compare_table, print_whole
-    from fedtune.run.files import write_text
 
     metrics = main_metrics(document["rows"], candidates[0].config.evaluation.tasks)
     write_text(path / "table.md", compare_markdown(document, metrics))
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     print_whole([compare_table(document, metrics)])
     print(f"Runs, compare.json and table.md: {path}")
@@ -172,8 +173,8 @@ def validate(
 
     Example: fedtune validate configs/*.yaml
     """
+    from fedtune.config.file import load_config
     from fedtune.methods import registry
-    from fedtune.run.config_file import load_config
 
     problems, good = [], []
     for path in configs:
@@ -186,7 +187,7 @@ def validate(
     if problems:
         raise InputError("\n".join(problems))
     if as_json:
-        _print_json(good)
+        print_json(good)
     else:
         for entry in good:
             print(f"{entry['config']}: {entry['method']} on {entry['model']}")
@@ -212,11 +213,11 @@ def evaluate(
 
     Example: fedtune eval runs/demo --tasks loss,accuracy
     """
-    from fedtune.run.results import evaluate_target
+    from fedtune.federation.results import evaluate_target
 
     scores = evaluate_target(target, [task.strip() for task in tasks.split(",")], overrides or [])
     if as_json:
-        _print_json(scores)
+        print_json(scores)
         return
     from fedtune.report.tables import score_lines
 
@@ -239,7 +240,7 @@ def export(
 
     Example: fedtune export runs/demo --out model --merge
     """
-    from fedtune.run.results import export_run
+    from fedtune.federation.results import export_run
 
     for path in export_run(run, out, merge=merge):
         print(path)
@@ -255,7 +256,7 @@ def replay(
 
     Example: fedtune replay runs/demo --round 2 --out round-2
     """
-    from fedtune.run.results import replay as replay_run
+    from fedtune.federation.results import replay as replay_run
 
     for path in replay_run(run, round, out):
         print(path)
@@ -271,7 +272,7 @@ def list_things(
     """
     entries = [{"name": name, "summary": summary} for name, summary in _listing(what).items()]
     if as_json:
-        _print_json(entries)
+        print_json(entries)
         return
     width = max(len(entry["name"]) for entry in entries)
     for entry in entries:
@@ -293,7 +294,7 @@ def bench(
 
     documents = run_benches(name)
     if as_json:
-        _print_json(documents if name is None else documents[0])
+        print_json(documents if name is None else documents[0])
         return
     from fedtune.bench import bench_table
     from fedtune.report.tables import print_whole
@@ -307,12 +308,6 @@ def bench(
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)
-
-
-def _print_json(document: Any) -> None:
-    from fedtune.run.files import dumps
-
-    print(dumps(document, indent=2))
 
 
 def _listing(what: Listing) -> dict[str, str]:
@@ -333,22 +328,6 @@ def _listing(what: Listing) -> dict[str, str]:
         "FOLDER": "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors",
         "OWNER/NAME": "the same from the Hugging Face hub",
     }
-
-
-def _progress(quiet: bool) -> Any:
-    from contextlib import nullcontext
-
-    from fedtune.cli.display import Display
-    from fedtune.run.progress import Silent
-
-    return nullcontext(Silent()) if quiet else Display()
-
-
-def _free_name(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def _seeds(text: str, config: RunConfig) -> list[int]:

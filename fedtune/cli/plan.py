@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli.display import print_json
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def plan(
         document = _ranked(model, figures, model_private, given, quiet=as_json)
         tables = _rank_tables
     if as_json:
-        from fedtune.run.files import dumps
-
-        print(dumps(document, indent=2))
+        print_json(document)
         return
     from fedtune.report.tables import print_whole
 
@@ -78,7 +77,7 @@ def plan(
 
 
 def _one(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    from fedtune.run.config_file import load_config
+    from fedtune.config.file import load_config
 
     config = load_config(path, overrides)
     from fedtune.planning.plan import plan as plan_one

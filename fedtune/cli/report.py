@@ -17,9 +17,9 @@ def report(
     Example: fedtune report runs/demo runs/mine --out report.html
     """
     from fedtune.errors import InputError
+    from fedtune.federation.files import disk_errors, write_text
     from fedtune.report.page import read_runs
     from fedtune.report.page import report as page
-    from fedtune.run.files import disk_errors, write_text
 
     if out.exists():
         raise InputError(f"{out} exists already; give another --out, or move it away")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.display import free_name, print_json, progress_on
 from fedtune.cli.keys import require_flower
 from fedtune.errors import InputError
 
@@ -31,23 +32,22 @@ def server(
 
     Example: fedtune server fed.yaml --keys server --out runs/first
     """
-    from fedtune.cli.main import _free_name, _print_json, _progress
-    from fedtune.run.config_file import load_config
+    from fedtune.config.file import load_config
 
     settings = load_config(config, ["transport.name=flower", *(overrides or [])])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
     require_flower()
-    path = resume or out or _free_name(Path("runs") / config.stem)
-    with _progress(quiet) as progress:
-        from fedtune.run.deployment import Server
-        from fedtune.run.federation import run as federate
+    path = resume or out or free_name(Path("runs") / config.stem)
+    with progress_on(quiet) as progress:
+        from fedtune.deploy.server import Server
+        from fedtune.federation.run import run as federate
 
         with Server(settings, keys, port, progress.note) as deployment:
             resumed = resume is not None and resume.exists()
             summary = federate(settings, path, progress, resume=resumed, deployment=deployment)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     from fedtune.report.tables import print_whole, summary_tables
 

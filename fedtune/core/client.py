@@ -7,27 +7,31 @@ clients in turn, across a network for the one client of a machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
-from fedtune.core.types import SECURE, ClientEnv, ClientResult, Method, Payload, Scalar, SumMethod
-from fedtune.core.wire import Frame, Message, decode, encode
+from fedtune.core.types import (
+    SECURE,
+    ClientEnv,
+    ClientError,
+    ClientProtection,
+    Frame,
+    Method,
+    Payload,
+    Scalar,
+)
+from fedtune.core.wire import Content, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
-    from fedtune.core.protection import Privacy, SecureAggregation
     from fedtune.data.encode import Encoded
 
 
 V = TypeVar("V")
-
-
-class ClientError(Exception):
-    """A client cannot do what it was asked; the message says why. The round goes on without it."""
 
 
 class ClientRunner:
@@ -41,8 +45,7 @@ class ClientRunner:
         seed: The run's seed.
         device: Where the model lies.
         store: What clients were sent to hold; in memory by default.
-        secure: With it a client answers to secure aggregation and never sends a plain update.
-        privacy: With it too, the client clips its update and adds its part of the noise before it masks it.
+        protection: With it a client answers to secure aggregation and never sends a plain update.
     """
 
     def __init__(
@@ -55,11 +58,10 @@ class ClientRunner:
         seed: int,
         device: torch.device,
         store: Store | None = None,
-        secure: SecureAggregation | None = None,
-        privacy: Privacy | None = None,
+        protection: ClientProtection | None = None,
     ) -> None:
         self.store = store or Store()
-        self._secure, self._privacy = secure, privacy
+        self._protection = protection
         self._method, self._data = method, data
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
@@ -86,22 +88,19 @@ class ClientRunner:
         if not self._data.get(client):
             raise ClientError("it has no examples")
         phase = str(order.meta.get("phase", ""))
-        if bool(phase) != (self._secure is not None):
+        if bool(phase) != (self._protection is not None):
             raise ClientError(
                 "it was asked for a plain update, and its configuration has federation.secure_aggregation"
-                if self._secure
+                if self._protection
                 else "it was asked to take part in secure aggregation, which its configuration does not have"
             )
         job, added = _split(order.payload)
         state, secrets = _split(self.states.get(client))
-        if phase and phase != "masked":
-            from fedtune.core import secure_client  # cryptography only where it is used
-
-            reply, secrets = secure_client.answer(
-                phase, added or Payload(), secrets, client=client, round=round
-            )
+        protection = self._protection
+        if protection is not None and phase != "masked":
+            reply, secrets = protection.answer(phase, added or Payload(), secrets, client=client, round=round)
             self.states[client] = _joined(state, secrets)
-            return encode(Message(_joined(None, reply), {"round": round, "client": client}))
+            return encode(Content(_joined(None, reply), {"round": round, "client": client}))
         meter = MemoryMeter(self._device)
         seed = derive_seed(self._seed, "client", client, round)
         env = ClientEnv(
@@ -120,8 +119,10 @@ class ClientRunner:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(seed, "dropout"))
             result = self._method.client_step(job or Payload(), env)
-        if self._secure is not None:
-            return self._masked(result, added or Payload(), state, secrets, client, round)
+        if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
+            reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)
+            self.states[client] = _joined(result.state or state, secrets)
+            return encode(Content(_joined(None, reply), {"round": round, "client": client}))
         if result.state is not None:
             self.states[client] = result.state
         meta: dict[str, Scalar] = {
@@ -131,32 +132,7 @@ class ClientRunner:
             "peak_bytes": meter.peak_bytes,
             "how": meter.how,
         }
-        return encode(Message(result.payload, meta))
-
-    def _masked(
-        self,
-        result: ClientResult,
-        added: Payload,
-        state: Payload | None,
-        secrets: Payload | None,
-        client: int,
-        round: int,
-    ) -> bytes:
-        """The reply under masks. It reports nothing of its own: the loss is in the sum."""
-        from fedtune.core import secure_client
-
-        assert self._secure is not None
-        reply, secrets = secure_client.mask(
-            cast(SumMethod[Any], self._method),  # every other is refused with secure aggregation
-            result,
-            added,
-            secure_client.of_phase("masked", secrets, round),
-            client=client,
-            bits=self._secure.bits,
-            privacy=self._privacy,
-        )
-        self.states[client] = _joined(result.state or state, secrets)
-        return encode(Message(_joined(None, reply), {"round": round, "client": client}))
+        return encode(Content(result.payload, meta))
 
 
 def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:

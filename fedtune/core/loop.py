@@ -9,103 +9,35 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.ledger import Ledger
-from fedtune.core.seeds import numpy_generator
-from fedtune.core.types import MODEL, SECURE, Cohort, Method, Order, Payload, Reply
-from fedtune.core.wire import Frame, FrameError, Message, check, decode, encode
-from fedtune.errors import FederationError
+from fedtune.core.types import (
+    MODEL,
+    SECURE,
+    Arrival,
+    Frame,
+    Method,
+    Order,
+    Payload,
+    Reply,
+    ServerProtection,
+    Transport,
+)
+from fedtune.core.wire import Content, FrameError, check, decode, encode
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
-
-if TYPE_CHECKING:
-    from fedtune.core.summing import Summing
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
 MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensors asked for
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
-
-
-class QuorumError(FederationError):
-    """A round had fewer usable replies than its quorum."""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What a transport brings from one client: a reply's frame, or why there is none."""
-
-    client: int
-    frame: Frame = b""
-    fault: str = ""
-
-
-class Transport(Protocol):
-    """Carries frames to clients and theirs back. Knows no method."""
-
-    def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
-    ) -> Iterator[Arrival]:
-        """Sends each (client, frame) and yields one Arrival a client, as they come or in the order sent."""
-
-
-@dataclass
-class RoundOutcome:
-    """What happened in one round, for rounds.jsonl."""
-
-    round: int
-    asked: tuple[int, ...] = ()
-    clients: list[int] = field(default_factory=list)
-    left_out: dict[int, str] = field(default_factory=dict)
-    metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
-    examples: dict[int, int] = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)  # means of which nothing but the mean is known
-
-    def mean(self, metric: str) -> float | None:
-        """A metric's mean over the clients that replied, weighted by their examples; None if none has it."""
-        if metric in self.totals:
-            return self.totals[metric]
-        having = [c for c in self.clients if metric in self.metrics[c]]
-        total = sum(self.examples[c] for c in having)
-        return sum(self.metrics[c][metric] * self.examples[c] for c in having) / total if total else None
-
-
-def sample_cohort(
-    examples: Mapping[int, int], per_round: float | int | None, *, seed: int, round: int
-) -> Cohort:
-    """Draws a round's clients without replacement, in ascending order.
-
-    Args:
-        examples: Examples of every client.
-        per_round: How many: an integer is a count, a float a fraction (at least one client), None all.
-        seed: The run's seed.
-        round: The round, counted from 1.
-    """
-    everyone = sorted(examples)
-    if per_round is None:
-        chosen = everyone
-    else:
-        wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
-        rng = numpy_generator(seed, "cohort", round)
-        chosen = sorted(everyone[i] for i in rng.permutation(len(everyone))[: min(wanted, len(everyone))])
-    return Cohort(tuple(chosen), {client: examples[client] for client in chosen}, len(everyone))
-
-
-def quorum_of(cohort: int, quorum: float | int) -> int:
-    """Replies a round needs: an integer is a count, a float the fraction of the cohort, rounded up."""
-    return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
-
-
-def round_half_up(x: float) -> int:
-    """The nearest integer; halves go up (Python's round sends 2.5 to 2)."""
-    return math.floor(x + 0.5)
 
 
 class RoundLoop:
@@ -119,10 +51,10 @@ class RoundLoop:
         clock: Clock,
         device: torch.device,
         server_model: nn.Module | None = None,
-        summing: Summing | None = None,
+        protection: ServerProtection | None = None,
     ) -> None:
         self._method, self._transport, self._ledger = method, transport, ledger
-        self._summing = summing  # where the server gets a sum, and no replies
+        self._protection = protection  # where the server gets a sum, and no replies
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
@@ -166,9 +98,9 @@ class RoundLoop:
             hold_quorum(outcome, quorum)
             return state, outcome
         orders = self._method.plan(state, round, cohort)
-        if self._summing is not None and self._summing.secure is not None:
+        if self._protection is not None and self._protection.in_phases:
             step = partial(
-                self._summing.secure_step,
+                self._protection.phased_step,
                 cohort=cohort,
                 outcome=outcome,
                 quorum=quorum,
@@ -184,8 +116,8 @@ class RoundLoop:
             hold_quorum(outcome, quorum)
             return state, outcome
         watched = self._watched(replies, state, outcome, quorum, on_arrival)
-        if self._summing is not None:
-            step = partial(self._summing.step, cohort=cohort, outcome=outcome)
+        if self._protection is not None:
+            step = partial(self._protection.step, cohort=cohort, outcome=outcome)
             return self._fold(state, watched, round, step), outcome
         return self._fold(state, watched, round), outcome
 
@@ -263,7 +195,7 @@ class RoundLoop:
             if order.payload is not payload:  # one payload for all is encoded once
                 with self._clock.part("wire"):
                     meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
-                    payload, frame = order.payload, encode(Message(order.payload, meta))
+                    payload, frame = order.payload, encode(Content(order.payload, meta))
             expects[order.client] = order
             self._enter(round, order, "down", order.payload, frame)
             yield order.client, frame
@@ -324,21 +256,6 @@ class RoundLoop:
                     payload_bytes=payload_bytes,
                     framed_bytes=framed_bytes,
                 )
-
-
-def hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
-    """Raises QuorumError, which names who was left out, if fewer clients are in the outcome."""
-    if len(outcome.clients) >= quorum:
-        return
-    reasons = "; ".join(
-        f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
-    )
-    more = len(outcome.left_out) - 5
-    raise QuorumError(
-        f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
-        f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
-        "Bring them back and continue with --resume, or start a new run with a lower federation.quorum."
-    )
 
 
 def _reply_limit(expects: Mapping[str, Any]) -> int:

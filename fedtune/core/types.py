@@ -8,22 +8,24 @@ environment, never the server.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
-    from fedtune.core.store import Store
     from fedtune.data.encode import Encoded
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool
+Frame = bytes | bytearray | mmap.mmap  # a message as bytes, see wire.py
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
 
@@ -59,21 +61,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """The clients asked in one round, in the order in which they are asked."""
-
-    clients: tuple[int, ...]
-    examples: Mapping[int, int]  # examples each of them trains on, as registered with the server
-    population: int  # clients of the whole federation
-    expected: int | None = None  # clients asked on average, where chance decides how many (privacy)
-
-    @property
-    def total_examples(self) -> int:
-        """Examples of all clients of the cohort together."""
-        return sum(self.examples[client] for client in self.clients)
-
-
-@dataclass(frozen=True)
 class Order:
     """What the server asks of one client, and what the reply has to hold."""
 
@@ -99,6 +86,30 @@ class Reply:
         return self.cohort.examples[self.client]
 
 
+class ClientError(Exception):
+    """A client cannot do what it was asked; the message says why. The round goes on without it."""
+
+
+B = TypeVar("B")
+
+
+class ContentStore(Protocol):
+    """What a client was sent to hold, by digest; see store.py."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether what was put is mapped from disk, so that the memory it came in is free for other use."""
+
+    def put(self, payload: Payload) -> str:
+        """Keeps `payload` and returns its digest."""
+
+    def get(self, key: str) -> Payload | None:
+        """What has this digest, or None if it is not there any more."""
+
+    def built(self, key: str, build: Callable[[], B]) -> B:
+        """What `build` makes, once for each key."""
+
+
 @dataclass(frozen=True)
 class ClientEnv:
     """Everything a client has besides its order: it stays on the client's side."""
@@ -112,7 +123,7 @@ class ClientEnv:
     state: Payload | None  # what this client kept from its last round
     memory: MemoryMeter
     device: torch.device
-    store: Store  # what it was sent to hold, by digest
+    store: ContentStore  # what it was sent to hold, by digest
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator of this client and round for one purpose."""
@@ -146,9 +157,27 @@ class ServerEnv:
             raise InputError(f"data.public is set, but {method} trains nothing on the server; remove it")
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What a transport brings from one client: a reply's frame, or why there is none."""
+
+    client: int
+    frame: Frame = b""
+    fault: str = ""
+
+
+class Transport(Protocol):
+    """Carries frames to clients and theirs back. Knows no method."""
+
+    def exchange(
+        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+    ) -> Iterator[Arrival]:
+        """Sends each (client, frame) and yields one Arrival a client, as they come or in the order sent."""
+
+
 S = TypeVar("S")
 
-Arrival = Literal["plan-order", "any-order", "one-by-one", "in-turn"]
+ArrivalOrder = Literal["plan-order", "any-order", "one-by-one", "in-turn"]
 
 
 class Method(Protocol[S]):
@@ -169,7 +198,7 @@ class Method(Protocol[S]):
     """
 
     rounds: int
-    arrival: Arrival
+    arrival: ArrivalOrder
     pools_data: bool
     uses_wire: bool
     saves_merged: bool
@@ -260,3 +289,53 @@ class SumMethod(Protocol[S]):
 
     def sum_step(self, state: S, total: Summed) -> S:
         """The server's step, from the sum alone: the same bits as `server_step` makes of the replies."""
+
+
+class ClientProtection(Protocol):
+    """A client's half of secure aggregation, as the client runner needs it."""
+
+    def answer(
+        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
+    ) -> tuple[Payload, Payload | None]:
+        """The reply to an order of any phase but `masked`, and what the client keeps after it.
+
+        Raises:
+            ClientError: The order does not fit what came before it in this round, or asks for too much.
+        """
+
+    def mask(
+        self, result: ClientResult, order: Payload, kept: Payload | None, *, client: int, round: int
+    ) -> tuple[Payload, Payload]:
+        """The reply to an order of phase `masked`, in place of what the method's step gave.
+
+        Raises:
+            ClientError: As above, or a number is too large for the sum.
+        """
+
+
+class ServerProtection(Protocol):
+    """How a server that may not see or use replies one by one sums a round, as the loop needs it."""
+
+    @property
+    def in_phases(self) -> bool:
+        """Whether a round takes several exchanges with its clients (`phased_step`), or one (`step`)."""
+
+    def step(self, state: S, replies: Iterable[Reply], *, cohort: Cohort, outcome: RoundOutcome) -> S:
+        """The server's step in place of the method's."""
+
+    def phased_step(
+        self,
+        state: S,
+        orders: Iterable[Order],
+        *,
+        cohort: Cohort,
+        outcome: RoundOutcome,
+        quorum: int,
+        ask: Callable[[Iterable[Order]], Iterator[Reply]],
+        on_arrival: Callable[[S, RoundOutcome], Any],
+    ) -> S:
+        """The same, from the orders on: `ask` sends some and yields the replies that are as asked.
+
+        Raises:
+            QuorumError: Too few clients stayed to the end.
+        """

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedtune.core.types import Payload, Scalar, TensorSpec
+from fedtune.core.types import Frame, Payload, Scalar, TensorSpec
 
 MAGIC = b"FTUN"
 VERSION = 1
@@ -33,7 +33,7 @@ _DEFLATED = 1
 MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes after inflating: a bound on what a hostile frame can make us hold
 
 LONG = 16 * 1024 * 1024  # bytes of a frame from which on it matters whether it is in memory twice
-Frame = bytes | bytearray | mmap.mmap
+
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -55,14 +55,14 @@ class FrameError(ValueError):
 
 
 @dataclass(frozen=True)
-class Message:
+class Content:
     """A decoded frame. `meta` is bookkeeping (round, client, metrics) and not counted as payload."""
 
     payload: Payload
     meta: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Content) -> bytes:
     """The frame of a message; the same message gives the same bytes.
 
     Raises:
@@ -94,7 +94,7 @@ def encode(message: Message) -> bytes:
     return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
 
 
-def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Message:
+def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Content:
     """The message in a frame. Tensors are views of the frame's own memory.
 
     Args:
@@ -137,7 +137,7 @@ def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Messag
             _give_back(frame, HEADER.size + head_length + at)
     if at != length:
         raise FrameError(f"{length - at} bytes of the frame belong to no tensor")
-    return Message(Payload(tensors, scalars), meta)
+    return Content(Payload(tensors, scalars), meta)
 
 
 def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:

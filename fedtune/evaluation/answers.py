@@ -23,10 +23,10 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from fedtune import __version__
 from fedtune.core.seeds import numpy_generator
 from fedtune.errors import InputError
 from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.version import __version__
 
 SHOTS = 8
 _GSM8K_FIELDS = {"question": str, "answer": str}

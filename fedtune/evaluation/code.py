@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fedtune import __version__
 from fedtune.errors import InputError
 from fedtune.evaluation import sandbox
 from fedtune.evaluation.compilers import Missing, Problem, Toolchain
 from fedtune.evaluation.languages import KINDS, LANGUAGES, Language
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.version import __version__
 
 NEW_TOKENS = 512  # all but 2 of the data's 656 solutions, in Llama 2's vocabulary
 KS = (1, 10)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune import __version__
 from fedtune.data import templates
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.answers import all_rows
 from fedtune.evaluation.endpoint import Endpoint, Unanswered, key_of
 from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.version import __version__
 
 TEMPERATURES = {
     "writing": 0.7,

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
-from fedtune import __version__
 from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
 from fedtune.data import templates
@@ -28,6 +27,7 @@ from fedtune.evaluation.endpoint import check_judge
 from fedtune.evaluation.generation import Sampling, context_length, generate, prompt_room
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from torch.nn import Module

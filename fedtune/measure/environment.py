@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedtune import __version__
+from fedtune.version import __version__
 
 PACKAGES = (
     "torch",

@@ -16,9 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.core.client import ClientError
 from fedtune.core.settings import Settings
-from fedtune.core.types import ClientEnv
+from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import collate, endless_batches, epoch_batches
 
 

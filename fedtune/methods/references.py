@@ -11,20 +11,20 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
 from fedtune.core.types import (
-    Arrival,
+    ArrivalOrder,
     ClientEnv,
     ClientResult,
-    Cohort,
     Order,
     Payload,
     Reply,
     ServerEnv,
     TensorSpec,
 )
-from fedtune.methods.fedavg import load
+from fedtune.methods.fedavg.method import load
 from fedtune.methods.local_training import Training, train
 from fedtune.methods.tuning import Tuning
 from fedtune.models.tuning import trainable
@@ -60,7 +60,7 @@ class Local:
     """Each client trains alone, once, and keeps its own model: stand-alone, or centralised for one client."""
 
     rounds = 1
-    arrival: Arrival = "plan-order"
+    arrival: ArrivalOrder = "plan-order"
     uses_wire = False
     saves_merged = False
     sends_model = False
@@ -124,7 +124,7 @@ class ZeroShot:
     """The pre-trained model as it is."""
 
     rounds = 0
-    arrival: Arrival = "plan-order"
+    arrival: ArrivalOrder = "plan-order"
     pools_data = False
     uses_wire = False
     saves_merged = False

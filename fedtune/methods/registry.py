@@ -15,9 +15,8 @@ from fedtune.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method stands: its module, its two classes, and one line for `fedtune ls methods`."""
+    """Where a method's three classes stand, as "module:class", and one line for `fedtune ls methods`."""
 
-    module: str
     method: str
     config: str
     state: str
@@ -30,137 +29,124 @@ _ENTRIES: dict[str, Entry] = {}
 def register(name: str, entry: Entry) -> None:
     """Adds a method. Raises ValueError if the name is taken."""
     if name in _ENTRIES:
-        raise ValueError(f"a method named {name} is registered already: {_ENTRIES[name].module}")
+        raise ValueError(f"a method named {name} is registered already: {_ENTRIES[name].method}")
     _ENTRIES[name] = entry
 
 
 register(
     "fedavg",
     Entry(
-        "fedtune.methods.fedavg",
-        "FedAvg",
-        "Config",
-        "State",
+        "fedtune.methods.fedavg.method:FedAvg",
+        "fedtune.methods.fedavg.method:Config",
+        "fedtune.methods.fedavg.method:State",
         "FedAvg with full weights, LoRA, adapters or prompts; one-shot with rounds: 1, also asynchronous",
     ),
 )
 register(
     "fedkseed",
     Entry(
-        "fedtune.methods.fedkseed",
-        "FedKSeed",
-        "Config",
-        "State",
+        "fedtune.methods.fedkseed.method:FedKSeed",
+        "fedtune.methods.fedkseed.method:Config",
+        "fedtune.methods.fedkseed.method:State",
         "all weights tuned with two forward passes and K shared seeds; under 18 kB a round",
     ),
 )
 register(
     "fedkseed-pro",
     Entry(
-        "fedtune.methods.fedkseed",
-        "FedKSeed",
-        "ProConfig",
-        "State",
+        "fedtune.methods.fedkseed.method:FedKSeed",
+        "fedtune.methods.fedkseed.method:ProConfig",
+        "fedtune.methods.fedkseed.method:State",
         "FedKSeed with seeds drawn by their importance, so that fewer are enough",
     ),
 )
 register(
     "infinite-pool",
     Entry(
-        "fedtune.methods.infinite_pool",
-        "InfinitePool",
-        "Config",
-        "State",
+        "fedtune.methods.fedkseed.infinite_pool:InfinitePool",
+        "fedtune.methods.fedkseed.infinite_pool:Config",
+        "fedtune.methods.fedkseed.infinite_pool:State",
         "FedKSeed's baselines: fresh seeds for ever, all steps replayed or the model downloaded",
     ),
 )
 register(
     "fedbiot",
     Entry(
-        "fedtune.methods.fedbiot",
-        "FedBiOT",
-        "Config",
-        "State",
+        "fedtune.methods.fedbiot.method:FedBiOT",
+        "fedtune.methods.fedbiot.method:Config",
+        "fedtune.methods.fedbiot.method:State",
         "clients tune an adapter on a compressed emulator that the server aligns; they never get the model",
     ),
 )
 register(
     "fedot",
     Entry(
-        "fedtune.methods.fedbiot",
-        "FedBiOT",
-        "OffsiteConfig",
-        "State",
+        "fedtune.methods.fedbiot.method:FedBiOT",
+        "fedtune.methods.fedbiot.method:OffsiteConfig",
+        "fedtune.methods.fedbiot.method:State",
         "offsite-tuning by several clients: first and last blocks as adapter, the emulator fixed",
     ),
 )
 register(
     "offsite-tuning",
     Entry(
-        "fedtune.methods.fedbiot",
-        "FedBiOT",
-        "OneClientConfig",
-        "State",
+        "fedtune.methods.fedbiot.method:FedBiOT",
+        "fedtune.methods.fedbiot.method:OneClientConfig",
+        "fedtune.methods.fedbiot.method:State",
         "the adapter tuned on a fixed emulator by one client that holds all data",
     ),
 )
 register(
     "fedcybgd",
     Entry(
-        "fedtune.methods.fedcybgd",
-        "FedCyBGD",
-        "Config",
-        "State",
+        "fedtune.methods.fedcybgd.method:FedCyBGD",
+        "fedtune.methods.fedcybgd.settings:Config",
+        "fedtune.methods.fedcybgd.settings:State",
         "all weights tuned, one block a client, one client after another; downloads can be compressed",
     ),
 )
 register(
     "fedbavg",
     Entry(
-        "fedtune.methods.fedcybgd",
-        "FedCyBGD",
-        "FedBAvgConfig",
-        "State",
+        "fedtune.methods.fedcybgd.method:FedCyBGD",
+        "fedtune.methods.fedcybgd.settings:FedBAvgConfig",
+        "fedtune.methods.fedcybgd.settings:State",
         "all clients train the same block and the server averages it; the next round takes the next block",
     ),
 )
 register(
     "badam",
     Entry(
-        "fedtune.methods.badam",
-        "BAdam",
-        "Config",
-        "State",
+        "fedtune.methods.fedcybgd.badam:BAdam",
+        "fedtune.methods.fedcybgd.badam:Config",
+        "fedtune.methods.fedcybgd.badam:State",
         "all data in one place, Adam on one block at a time",
     ),
 )
 register(
     "standalone",
     Entry(
-        "fedtune.methods.references",
-        "Local",
-        "StandaloneConfig",
-        "State",
+        "fedtune.methods.references:Local",
+        "fedtune.methods.references:StandaloneConfig",
+        "fedtune.methods.references:State",
         "each client trains alone; mean over the clients' models",
     ),
 )
 register(
     "centralized",
     Entry(
-        "fedtune.methods.references",
-        "Local",
-        "CentralizedConfig",
-        "State",
+        "fedtune.methods.references:Local",
+        "fedtune.methods.references:CentralizedConfig",
+        "fedtune.methods.references:State",
         "all data in one place: what federation gives up at most",
     ),
 )
 register(
     "zero-shot",
     Entry(
-        "fedtune.methods.references",
-        "ZeroShot",
-        "ZeroShotConfig",
-        "Nothing",
+        "fedtune.methods.references:ZeroShot",
+        "fedtune.methods.references:ZeroShotConfig",
+        "fedtune.methods.references:Nothing",
         "the pre-trained model as it is",
     ),
 )
@@ -183,19 +169,20 @@ def entry(name: str) -> Entry:
 
 def config_class(name: str) -> type[Settings]:
     """The class of a method's settings. Raises InputError for an unknown name."""
-    return _load(name, entry(name).config)
+    return _load(entry(name).config)
 
 
 def state_class(name: str) -> type[Any]:
     """The class of a method's server state. Raises InputError for an unknown name."""
-    return _load(name, entry(name).state)
+    return _load(entry(name).state)
 
 
 def build(config: Settings, seed: int) -> Method[Any]:
     """The method that `config` (an object of its config class) describes."""
     name = config.name  # type: ignore[attr-defined]
-    return _load(name, entry(name).method)(config, seed)
+    return _load(entry(name).method)(config, seed)
 
 
-def _load(name: str, attribute: str) -> Any:
-    return getattr(importlib.import_module(entry(name).module), attribute)
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

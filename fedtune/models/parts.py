@@ -4,7 +4,7 @@ A part is a block, named by its index ("0", "1", ...), or one of `embeddings`, `
 block and the head), `head` (of a language model, where it is not tied to the embeddings) and `classifier`.
 What LoRA or a bottleneck adapter adds to a block is a part of its own ("0.added", "1.added", ...). Each
 tensor belongs to exactly one part, and is known as "part:name"; a block's names are paths inside the block,
-and all are those of the plain model, whatever PEFT has wrapped around it.
+and all are those of the base_model model, whatever PEFT has wrapped around it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.bottleneck import ADAPTER_NAME
-from fedtune.models.lean import plain
+from fedtune.models.memory_efficient import base_model
 from fedtune.models.tuning import HEAD_NAMES, canonical_name
 
 AROUND = ("embeddings", "norm", "head")  # parts that can be trained like blocks
@@ -66,7 +66,7 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, 
 
 def find_parts(model: nn.Module) -> Parts:
     """Divides a model, wrapped by PEFT or not. Raises InputError if its blocks are not found."""
-    base = plain(model)
+    base = base_model(model)
     blocks = find_blocks(base)
     output = base.get_output_embeddings()
     head = next((name for name, module in base.named_modules() if module is output), "") if output else ""

@@ -16,14 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.cohort import Cohort
 from fedtune.core.state import to_payload
 from fedtune.core.store import Store
-from fedtune.core.types import ClientEnv, Cohort, Order, Payload, Reply
+from fedtune.core.types import ClientEnv, Order, Payload, Reply
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.flops import FlopCounter
 from fedtune.measure.memory import Resident
-from fedtune.methods.block_order import turns
+from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import Formed
 from fedtune.models.tuning import trainable

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fedtune.core.loop import sample_cohort
+from fedtune.config.schema import RunConfig
+from fedtune.core.cohort import sample_cohort
 from fedtune.core.types import ServerEnv
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
@@ -27,7 +28,6 @@ from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
-from fedtune.run.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.file import apply_overrides, parse_config
+from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.models.load import meta_model
@@ -20,8 +22,6 @@ from fedtune.planning import workload
 from fedtune.planning.plan import Plan, plan
 from fedtune.planning.workload import Workload
 from fedtune.report.tables import size
-from fedtune.run.config import RunConfig
-from fedtune.run.config_file import apply_overrides, parse_config
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "fedavg, full": {"name": "fedavg", "trainable": "full"},

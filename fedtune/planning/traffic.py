@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.core.loop import sample_cohort
+from fedtune.core.cohort import Cohort, sample_cohort
 from fedtune.core.seeds import derive_seed, torch_generator
-from fedtune.core.types import MODEL, Cohort, Order, Payload, Reply, TensorSpec
+from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
 from fedtune.planning.block_turns import Turn, ordered
 from fedtune.planning.fake import Fakes, values
 

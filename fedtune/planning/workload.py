@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.config.schema import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
+from fedtune.federation.data import encode_for, prepare_data, public_examples
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
 from fedtune.models.load import load_tokenizer
-from fedtune.run.config import RunConfig
-from fedtune.run.data import encode_for, prepare_data, public_examples
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune import __version__
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
+from fedtune.federation.folder import RunFolder
 from fedtune.report.tables import interval, number, size
-from fedtune.run.folder import RunFolder
+from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

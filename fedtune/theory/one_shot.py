@@ -40,15 +40,16 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.aggregate import LIMIT
+from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.store import Store
-from fedtune.core.types import ClientEnv, Cohort, Order, Payload, Reply
+from fedtune.core.types import ClientEnv, Order, Payload, Reply
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods import lora_aggregation as lora
-from fedtune.methods.fedavg import Config, FedAvg, State
+from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.fedavg.method import Config, FedAvg, State
 from fedtune.methods.local_training import step_batches
 from fedtune.models.tuning import trainable
 from fedtune.theory.quantities import Measured, RoundEnd, schemes

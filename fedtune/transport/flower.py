@@ -1,10 +1,10 @@
 """Flower: the only file that imports flwr, written against its 1.41.
 
-Flower carries letters and does nothing else: no strategy, no rounds, no weights of its own. In the simulation
-its grid is used by the run's own process. In a deployment Flower starts a short-lived process for every
-message, so both of its apps are thin and hand letters on over a local socket: `client_app` to the worker that
-holds the model, `server_app` to the process that runs the rounds. What they do not need is imported where it
-is used, and torch nowhere here: every message would wait for it.
+Flower carries messages and does nothing else: no strategy, no rounds, no weights of its own. In the
+simulation its grid is used by the run's own process. In a deployment Flower starts a short-lived process for
+every message, so both of its apps are thin and hand messages on over a local socket: `client_app` to the
+worker that holds the model, `server_app` to the process that runs the rounds. What they do not need is
+imported where it is used, and torch nowhere here: every message would wait for it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ QUIET = {  # no telemetry, no look for newer versions, and no installing of pack
 }
 os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict  # noqa: E402
+from flwr.app import Message as FlowerMessage  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
 from fedtune.errors import FederationError  # noqa: E402
-from fedtune.transport.letters import Letter, connect, fault, receive, send  # noqa: E402
+from fedtune.transport.messages import Message, connect, fault, receive, send  # noqa: E402
 
-MESSAGE = "train"  # Flower knows three types of messages; a letter says itself what it is about
+KIND = "train"  # Flower knows three kinds of messages; ours says itself what it is about
 
 
-class GridMail:
-    """Letters over Flower's grid, to nodes by their ids."""
+class GridChannel:
+    """Messages over Flower's grid, to nodes by their ids."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -53,38 +54,38 @@ class GridMail:
             for node in self._grid.get_nodes()
         ]
 
-    def post(self, node: int, letter: Letter, *, lifetime_s: float) -> str:
-        """Sends a letter; returns its id, empty if Flower does not take it."""
-        message = Message(_record(letter), node, MESSAGE, ttl=lifetime_s)
-        (name,) = list(self._grid.push_messages([message])) or [""]
+    def push(self, node: int, message: Message, *, lifetime_s: float) -> str:
+        """Sends a message; returns its id, empty if Flower does not take it."""
+        carrier = FlowerMessage(_record(message), node, KIND, ttl=lifetime_s)
+        (name,) = list(self._grid.push_messages([carrier])) or [""]
         return str(name or "")
 
-    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+    def pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
         """The answers that are there."""
-        for message in self._grid.pull_messages(list(ids)) if ids else []:
-            name = message.metadata.reply_to_message_id
-            if not message.has_error():
-                yield name, _letter(message)
-            elif message.error.code in LOST:
-                yield name, Letter({"fault": LOST[message.error.code], "lost": True})
+        for carrier in self._grid.pull_messages(list(ids)) if ids else []:
+            name = carrier.metadata.reply_to_message_id
+            if not carrier.has_error():
+                yield name, _message(carrier)
+            elif carrier.error.code in LOST:
+                yield name, Message({"fault": LOST[carrier.error.code], "lost": True})
             else:
-                yield name, fault(f"Flower reports error {message.error.code}: {message.error.reason}")
+                yield name, fault(f"Flower reports error {carrier.error.code}: {carrier.error.reason}")
 
 
 # Of flwr.common.constant.ErrorCode: those that say nothing of what the client did.
 LOST = {
-    3: "it was lost: nothing came before its letter expired",  # message unavailable
+    3: "it was lost: nothing came before its message expired",  # message unavailable
     4: "it was lost: its reply came too late",  # reply message unavailable
     5: "it was lost: its connection ended, or it stopped",  # node unavailable
 }
 
 
-def _record(letter: Letter) -> RecordDict:
-    """A letter as a message's content: each run of bytes is one flat array."""
-    records: dict[str, Any] = {"fields": ConfigRecord(dict(letter.fields))}
+def _record(message: Message) -> RecordDict:
+    """Our message as the content of Flower's: each run of bytes is one flat array."""
+    records: dict[str, Any] = {"fields": ConfigRecord(dict(message.fields))}
     arrays = {
         name: Array("uint8", (len(data),), "raw", bytes(data))
-        for name, data in (("body", letter.body), ("state", letter.state))
+        for name, data in (("body", message.body), ("state", message.state))
         if len(data)
     }
     if arrays:
@@ -92,38 +93,40 @@ def _record(letter: Letter) -> RecordDict:
     return RecordDict(records)
 
 
-def _letter(message: Message) -> Letter:
-    """The letter in a message; one that is not ours becomes a fault, whoever sent it."""
+def _message(carrier: FlowerMessage) -> Message:
+    """Our message in one of Flower's; one that is not ours becomes a fault, whoever sent it."""
     try:
-        fields = dict(message.content["fields"])
-        arrays = message.content.get("bytes", {})
+        fields = dict(carrier.content["fields"])
+        arrays = carrier.content.get("bytes", {})
         body, state = (arrays[name].data if name in arrays else b"" for name in ("body", "state"))
     except (KeyError, TypeError, AttributeError) as error:
-        return fault(f"its message is not a letter: {type(error).__name__}: {error}")
-    return Letter(fields, body, state)  # whoever reads a field checks its type
+        return fault(f"its message is not one of fedtune's: {type(error).__name__}: {error}")
+    return Message(fields, body, state)  # whoever reads a field checks its type
 
 
 # --- in the simulation ---
 
 
-class SimulatedMail:
-    """Letters to simulated clients. Which node carries one does not matter: its process serves any client."""
+class SimulatedChannel:
+    """Messages to simulated clients. Which node carries one does not matter: each serves any client."""
 
-    def __init__(self, mail: GridMail) -> None:
-        self._mail = mail
-        self._nodes = sorted(node for node, _ in mail.nodes())
+    def __init__(self, channel: GridChannel) -> None:
+        self._channel = channel
+        self._nodes = sorted(node for node, _ in channel.nodes())
 
-    def post(self, client: int, letter: Letter, *, lifetime_s: float) -> str:
-        """Sends a letter; returns its id."""
-        return self._mail.post(self._nodes[client % len(self._nodes)], letter, lifetime_s=lifetime_s)
+    def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
+        """Sends a message; returns its id."""
+        return self._channel.push(self._nodes[client % len(self._nodes)], message, lifetime_s=lifetime_s)
 
-    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Letter]]:
+    def pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
         """The answers that are there."""
-        return self._mail.collect(ids)
+        return self._channel.pull(ids)
 
 
 @contextmanager
-def simulation(answer: Callable[[Letter], Letter], *, workers: int, gpus: int = 0) -> Iterator[SimulatedMail]:
+def simulation(
+    answer: Callable[[Message], Message], *, workers: int, gpus: int = 0
+) -> Iterator[SimulatedChannel]:
     """Flower's simulation on Ray for as long as the context lasts.
 
     Args:
@@ -174,30 +177,30 @@ def simulation(answer: Callable[[Letter], Letter], *, workers: int, gpus: int = 
         grid = came.get()
         if isinstance(grid, BaseException):
             raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
-        yield SimulatedMail(_wait_for_nodes(grid, came))
+        yield SimulatedChannel(_wait_for_nodes(grid, came))
     finally:
         over.set()
         thread.join(60)
 
 
-def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridMail:
-    """The grid's mail once its nodes are there; they are not always at the start."""
-    mail = GridMail(grid)
-    while not mail.nodes():
+def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridChannel:
+    """The grid's channel once its nodes are there; they are not always at the start."""
+    channel = GridChannel(grid)
+    while not channel.nodes():
         try:
             error = came.get(timeout=0.05)
         except queue.Empty:
             continue
         raise FederationError(f"Flower's simulation did not start: {type(error).__name__}: {error}")
-    return mail
+    return channel
 
 
-def _client_app(answer: Callable[[Letter], Letter]) -> ClientApp:
+def _client_app(answer: Callable[[Message], Message]) -> ClientApp:
     app = ClientApp()
 
     @app.train()
-    def _train(message: Message, context: Context) -> Message:
-        return Message(_record(answer(_letter(message))), reply_to=message)
+    def _train(carrier: FlowerMessage, context: Context) -> FlowerMessage:
+        return FlowerMessage(_record(answer(_message(carrier))), reply_to=carrier)
 
     return app
 
@@ -205,15 +208,15 @@ def _client_app(answer: Callable[[Letter], Letter]) -> ClientApp:
 # --- in a deployment ---
 
 
-def _to_worker(message: Message, context: Context) -> Message:
+def _to_worker(carrier: FlowerMessage, context: Context) -> FlowerMessage:
     """A message handed on to the worker of this node, and its answer."""
     try:
         with connect(str(context.node_config["worker"])) as connection:
-            send(connection, _letter(message))
+            send(connection, _message(carrier))
             answer = receive(connection)
     except (OSError, EOFError) as error:
         answer = fault(f"its worker does not answer: {type(error).__name__}")
-    return Message(_record(answer), reply_to=message)
+    return FlowerMessage(_record(answer), reply_to=carrier)
 
 
 client_app = ClientApp()
@@ -225,7 +228,7 @@ server_app = ServerApp()
 @server_app.main()
 def _serve(grid: Grid, context: Context) -> None:
     """Does what the process that runs the rounds says, until it hangs up."""
-    mail = GridMail(grid)
+    channel = GridChannel(grid)
     with connect(str(context.run_config["socket"])) as connection:
         while True:
             try:
@@ -234,25 +237,25 @@ def _serve(grid: Grid, context: Context) -> None:
                 return
             match asked.fields["ask"]:
                 case "nodes":
-                    send(connection, Letter({"nodes": json.dumps(mail.nodes())}))
+                    send(connection, Message({"nodes": json.dumps(channel.nodes())}))
                 case "post":
-                    letter = Letter(json.loads(str(asked.fields["letter"])), asked.body)
+                    message = Message(json.loads(str(asked.fields["letter"])), asked.body)
                     node, lifetime_s = int(asked.fields["node"]), float(asked.fields["lifetime_s"])
-                    send(connection, Letter({"id": mail.post(node, letter, lifetime_s=lifetime_s)}))
+                    send(connection, Message({"id": channel.push(node, message, lifetime_s=lifetime_s)}))
                 case "collect":
-                    for name, answer in mail.collect(json.loads(str(asked.fields["ids"]))):
+                    for name, answer in channel.pull(json.loads(str(asked.fields["ids"]))):
                         send(
                             connection,
-                            Letter({"id": name, "letter": json.dumps(dict(answer.fields))}, answer.body),
+                            Message({"id": name, "letter": json.dumps(dict(answer.fields))}, answer.body),
                         )
-                    send(connection, Letter({"id": ""}))
+                    send(connection, Message({"id": ""}))
 
 
 APP = """\
 [project]
 name = "fedtune-letters"
 version = "1.0.0"
-description = "Hands letters on; what does the work is installed on every machine."
+description = "Hands messages on; what does the work is installed on every machine."
 license = "Apache-2.0"
 dependencies = []
 
@@ -269,7 +272,7 @@ socket = ""
 
 
 class Control:
-    """What is asked of the SuperLink beside letters: known keys and runs.
+    """What is asked of the SuperLink beside messages: known keys and runs.
 
     Args:
         address: host:port of the SuperLink.

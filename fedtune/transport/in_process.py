@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedtune.core.client import ClientRunner
-from fedtune.core.loop import Arrival
 from fedtune.core.seeds import numpy_generator
+from fedtune.core.types import Arrival
 from fedtune.core.wire import meta_of
 from fedtune.measure.clock import Clock
 
@@ -34,7 +34,7 @@ class Simulation:
     delay_s: float = 0.0
 
 
-class Fates:
+class SimulatedFaults:
     """What goes wrong for whom, and when: drawn from the run's seed, the same on every machine.
 
     Args:
@@ -53,20 +53,20 @@ class Fates:
         """A round's orders in the order of their replies; pulled one by one unless delays decide it."""
         if in_plan_order or self._simulation.delay_s == 0:
             return frames
-        return sorted(frames, key=lambda sent: (self._fate(round, sent[0])[1], sent[0]))
+        return sorted(frames, key=lambda sent: (self._draw(round, sent[0])[1], sent[0]))
 
     def fault(self, round: int, client: int, frame: bytes) -> str:
         """Why a client does not reply to this order of a round; empty if it does."""
         if self._simulation == Simulation() or meta_of(frame).get("phase", "masked") != "masked":
             return ""
-        dropped, delay = self._fate(round, client)
+        dropped, delay = self._draw(round, client)
         if dropped:
             return "it dropped out"
         if delay > self._deadline_s:
             return f"its reply comes after {delay:.1f} s, the deadline is {self._deadline_s:g} s"
         return ""
 
-    def _fate(self, round: int, client: int) -> tuple[bool, float]:
+    def _draw(self, round: int, client: int) -> tuple[bool, float]:
         """Whether a client drops out of a round, and the seconds until its reply."""
         rng = numpy_generator(self._seed, "fate", round, client)
         return bool(rng.random() < self._simulation.dropout), float(rng.exponential(self._simulation.delay_s))
@@ -85,14 +85,14 @@ class InProcess:
         clock: Clock,
     ) -> None:
         self._runner, self._clock = runner, clock
-        self._fates = Fates(simulation, deadline_s, seed)
+        self._faults = SimulatedFaults(simulation, deadline_s, seed)
 
     def exchange(
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """Runs each client when its turn comes; a client that drops out or is late does not run at all."""
-        for client, frame in self._fates.in_order(round, frames, in_plan_order=in_plan_order):
-            fault = self._fates.fault(round, client, frame)
+        for client, frame in self._faults.in_order(round, frames, in_plan_order=in_plan_order):
+            fault = self._faults.fault(round, client, frame)
             yield Arrival(client, fault=fault) if fault else self._run(client, frame)
 
     def _run(self, client: int, frame: bytes) -> Arrival:

@@ -1,8 +1,8 @@
 """The server's side of a federation over a network: who has joined, and what is said to a client in a round.
 
-A client is introduced to a run once: it gets the configuration and tells how many examples it has. One that
-lost that (its machine is a new one) says so and is introduced again. A frame travels in parts, each in a
-letter of its own, and the answer to the last part of an order is the first of the reply.
+A client is invited to a run once: it gets the configuration and tells how many examples it has. One that
+lost that (its machine is a new one) says so and is invited again. A frame travels in parts, each in a
+message of its own, and the answer to the last part of an order is the first of the reply.
 
 What clients keep between rounds stays with them. The server remembers which round it is from, in the same
 place where simulated clients' states are, so that checkpoint, journal and resume need to know nothing of it.
@@ -16,24 +16,23 @@ from collections.abc import Callable, Generator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedtune.core.loop import Arrival
-from fedtune.core.types import Payload
+from fedtune.core.types import Arrival, Payload
 from fedtune.core.wire import room
-from fedtune.transport.letters import PART_BYTES, Letter
-from fedtune.transport.remote import LONGEST_S, Mail, Talk, Unreachable
+from fedtune.transport.messages import PART_BYTES, Message
+from fedtune.transport.remote import LONGEST_S, Channel, Exchange, Unreachable
 
 LOOK_S = 0.5  # between looking for clients that have come
 
 
-class Network(Mail, Protocol):
-    """A mail that also knows who is there."""
+class Network(Channel, Protocol):
+    """A channel that also knows who is there."""
 
     def online(self) -> set[int]:
         """The clients that can be written to now."""
 
 
 @dataclass(frozen=True)
-class Introduction:
+class Invitation:
     """What a client has to know before its first order.
 
     Attributes:
@@ -46,9 +45,9 @@ class Introduction:
     config: str
     weights_sha256: str
 
-    def letter(self, client: int) -> Letter:
-        """The introduction of one client."""
-        return Letter(
+    def message(self, client: int) -> Message:
+        """The invitation of one client."""
+        return Message(
             {
                 "do": "join",
                 "run": self.run,
@@ -61,20 +60,20 @@ class Introduction:
 
 def gather(
     network: Network,
-    introduction: Introduction,
+    invitation: Invitation,
     expected: Mapping[int, str],
     *,
     wait_s: float | None,
-    tell: Callable[[str], None],
+    log_line: Callable[[str], None],
 ) -> dict[int, int]:
-    """Introduces every client that comes, until all have joined or refused, or `wait_s` is over.
+    """Invites every client that comes, until all have joined or refused, or `wait_s` is over.
 
     Args:
         network: Where clients come.
-        introduction: What each is told.
+        invitation: What each is told.
         expected: The clients' names.
         wait_s: None: as long as it takes.
-        tell: Gets a line for everyone who joins or refuses.
+        log_line: Gets a line for everyone who joins or refuses.
 
     Returns:
         Examples of each client that joined.
@@ -82,27 +81,27 @@ def gather(
     end = time.monotonic() + (math.inf if wait_s is None else wait_s)
     joined: dict[int, int] = {}
     done: set[int] = set()
-    letters: dict[str, int] = {}
+    messages: dict[str, int] = {}
     while len(done) < len(expected) and time.monotonic() < end:
-        for client in sorted(network.online() & expected.keys() - done - set(letters.values())):
+        for client in sorted(network.online() & expected.keys() - done - set(messages.values())):
             try:
-                letters[network.post(client, introduction.letter(client), lifetime_s=LONGEST_S)] = client
+                messages[network.push(client, invitation.message(client), lifetime_s=LONGEST_S)] = client
             except Unreachable:
                 continue  # it has just gone; it is looked for again
-        for name, answer in network.collect(list(letters)):
-            client = letters.pop(name)
+        for name, answer in network.pull(list(messages)):
+            client = messages.pop(name)
             if answer.fields.get("lost"):
-                continue  # it went away with the letter; once it is back it is introduced again
+                continue  # it went away with the message; once it is back it is invited again
             done.add(client)
             try:
                 joined[client] = examples_of(answer)
             except Refusal as error:
-                tell(f"client {client} ({expected[client]}) does not take part: {error}")
+                log_line(f"client {client} ({expected[client]}) does not take part: {error}")
             else:
-                tell(f"client {client} ({expected[client]}) has joined with {joined[client]} examples")
+                log_line(f"client {client} ({expected[client]}) has joined with {joined[client]} examples")
         time.sleep(LOOK_S)
     for client in sorted(expected.keys() - done):
-        tell(f"client {client} ({expected[client]}) did not come within {wait_s:g} s")
+        log_line(f"client {client} ({expected[client]}) did not come within {wait_s:g} s")
     return joined
 
 
@@ -110,8 +109,8 @@ class Refusal(Exception):
     """A client does not take part; the message is its reason."""
 
 
-def examples_of(answer: Letter) -> int:
-    """Examples of a client, from its answer to an introduction. Raises Refusal."""
+def examples_of(answer: Message) -> int:
+    """Examples of a client, from its answer to an invitation. Raises Refusal."""
     if "fault" in answer.fields:
         raise Refusal(str(answer.fields["fault"]))
     try:
@@ -130,11 +129,11 @@ def wait_for(network: Network, clients: Mapping[int, str], *, wait_s: float) -> 
         time.sleep(LOOK_S)
 
 
-class Conversation:
+class RoundExchange:
     """What is said to a client in a round.
 
     Args:
-        introduction: For a client that does not know the run any more.
+        invitation: For a client that does not know the run any more.
         examples: Examples of each client, as they joined.
         states: Which round each client's kept state is from, by client, in scalar `round`.
         limit: Bytes that a client's reply may have in this round.
@@ -142,24 +141,24 @@ class Conversation:
 
     def __init__(
         self,
-        introduction: Introduction,
+        invitation: Invitation,
         examples: Mapping[int, int],
         states: MutableMapping[int, Payload],
         *,
         limit: Callable[[int], int],
     ) -> None:
-        self._introduction, self._examples = introduction, examples
+        self._invitation, self._examples = invitation, examples
         self._states, self._limit = states, limit
 
-    def __call__(self, round: int, client: int, frame: bytes) -> Talk:
+    def __call__(self, round: int, client: int, frame: bytes) -> Exchange:
         """One round with one client; returns its arrival."""
         return self._guarded(round, client, frame)
 
-    def _guarded(self, round: int, client: int, frame: bytes) -> Talk:
+    def _guarded(self, round: int, client: int, frame: bytes) -> Exchange:
         try:
             answer = yield from self._order(round, client, frame)
             if answer.fields.get("unknown"):
-                known = examples_of((yield self._introduction.letter(client)))
+                known = examples_of((yield self._invitation.message(client)))
                 if known != self._examples[client]:
                     raise Refusal(f"it joined with {self._examples[client]} examples and now has {known}")
                 answer = yield from self._order(round, client, frame)
@@ -168,26 +167,26 @@ class Conversation:
         except (Refusal, ValueError) as error:
             return Arrival(client, fault=str(error))
 
-    def _order(self, round: int, client: int, frame: bytes) -> Generator[Letter, Letter, Letter]:
+    def _order(self, round: int, client: int, frame: bytes) -> Generator[Message, Message, Message]:
         state = self._states.get(client)
         fields: dict[str, int | float | str | bool] = {
             "do": "order",
-            "run": self._introduction.run,
+            "run": self._invitation.run,
             "round": round,
             "state": int(state.scalars["round"]) if state else 0,
             "bytes": len(frame),
         }
         view = memoryview(frame)
-        answer = Letter()
+        answer = Message()
         for at in range(0, len(frame), PART_BYTES):
             more = at + PART_BYTES < len(frame)
             part = view[at : at + PART_BYTES]
-            answer = yield Letter({**fields, "at": at} | ({"more": True} if more else {}), part)
+            answer = yield Message({**fields, "at": at} | ({"more": True} if more else {}), part)
             if answer.fields.get("unknown") or "fault" in answer.fields:
                 break
         return answer
 
-    def _reply(self, round: int, client: int, answer: Letter) -> Talk:
+    def _reply(self, round: int, client: int, answer: Message) -> Exchange:
         if "fault" in answer.fields:
             raise Refusal(str(answer.fields["fault"]))
         size, kept = answer.number("bytes"), answer.number("state")
@@ -203,7 +202,7 @@ class Conversation:
             if at == size:
                 break
             del part
-            answer = yield Letter({"do": "fetch", "run": self._introduction.run, "round": round, "at": at})
+            answer = yield Message({"do": "fetch", "run": self._invitation.run, "round": round, "at": at})
             if "fault" in answer.fields:
                 raise Refusal(str(answer.fields["fault"]))
         if kept:

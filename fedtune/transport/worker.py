@@ -1,7 +1,7 @@
 """A client's side of a federation over a network: the process that stays and holds the model.
 
-Every letter from the server reaches it through a short-lived process of the transport, over a local socket.
-It knows one run at a time. What it has to remember if it is killed lies in its folder: the introduction to
+Every message from the server reaches it through a short-lived process of the transport, over a local socket.
+It knows one run at a time. What it has to remember if it is killed lies in its folder: the invitation to
 the run, what the method keeps between rounds (of the newest rounds, because a server that was killed goes on
 from its checkpoint), and what the client was sent to hold.
 """
@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.core.client import ClientError, ClientRunner
+from fedtune.core.client import ClientRunner
 from fedtune.core.store import Store, digests_in
-from fedtune.core.types import Payload
-from fedtune.core.wire import FrameError, Message, decode, encode, room
+from fedtune.core.types import ClientError, Payload
+from fedtune.core.wire import Content, FrameError, decode, encode, room
 from fedtune.errors import InputError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
-from fedtune.transport.letters import PART_BYTES, Field, Letter, fault
+from fedtune.transport.messages import PART_BYTES, Field, Message, fault
 
 log = logging.getLogger("fedtune")
 KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
@@ -68,13 +68,13 @@ class _Done:
 
 
 class Worker:
-    """Answers the server's letters.
+    """Answers the server's messages.
 
     Args:
-        join: (introduction's fields) -> the run; raises NotAccepted, or InputError for what is wrong here.
+        join: (invitation's fields) -> the run; raises NotAccepted, or InputError for what is wrong here.
         acceptance: The operator's limits.
         folder: Where what must outlive this process is kept; made when it is needed.
-        tell: Gets a line for everything that a person wants to see.
+        log_line: Gets a line for everything that a person wants to see.
     """
 
     def __init__(
@@ -82,44 +82,46 @@ class Worker:
         join: Callable[[Mapping[str, Field]], Joined],
         acceptance: Acceptance,
         folder: Path,
-        tell: Callable[[str], None],
+        log_line: Callable[[str], None],
     ) -> None:
-        self._join, self._acceptance, self._folder, self._tell = join, acceptance, folder, tell
+        self._join, self._acceptance, self._folder, self._log_line = join, acceptance, folder, log_line
         self._run, self._client = "", -1
         self._joined: Joined | None = None
         self._incoming: _Incoming | None = None
         self._done: _Done | None = None
 
-    def answer(self, letter: Letter) -> Letter:
-        """The answer to a letter. Whatever goes wrong becomes an answer that says so.
+    def answer(self, message: Message) -> Message:
+        """The answer to a message. Whatever goes wrong becomes an answer that says so.
 
         What this machine's own files say stays here: of errors that may name them only the kind is told.
         """
         try:
-            do = letter.text("do")
+            do = message.text("do")
             if do == "join":
-                return self._introduced(letter.fields)
-            if not self._knows(letter.text("run")):
-                return Letter({"unknown": True})
-            return self._order(letter) if do == "order" else self._fetch(letter)
+                return self._invited(message.fields)
+            if not self._knows(message.text("run")):
+                return Message({"unknown": True})
+            return self._order(message) if do == "order" else self._fetch(message)
         except (NotAccepted, ClientError, FrameError, ValueError) as error:
-            self._tell(f"left out: {error}")
+            self._log_line(f"left out: {error}")
             return fault(str(error))
         except InputError as error:
-            self._tell(str(error))
+            self._log_line(str(error))
             return fault("it cannot take part as it is set up; its own log says why")
         except Exception as error:  # a process boundary: whatever breaks here must not end the worker
             log.exception("an order failed")
             return fault(f"it failed: {type(error).__name__}; its own log says more")
 
-    def _introduced(self, fields: Mapping[str, Field]) -> Letter:
+    def _invited(self, fields: Mapping[str, Field]) -> Message:
         self._take(fields)
         assert self._joined is not None
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "run.json", json.dumps(dict(fields)).encode())
-        self._tell(f"joined run {self._run} ({self._joined.method}) with {self._joined.examples} examples")
-        return Letter({"examples": self._joined.examples})
+        self._log_line(
+            f"joined run {self._run} ({self._joined.method}) with {self._joined.examples} examples"
+        )
+        return Message({"examples": self._joined.examples})
 
     def _knows(self, run: str) -> bool:
         """Whether this client has joined a run, if need be as its folder remembers it."""
@@ -133,13 +135,13 @@ class Worker:
             if fields["run"] != run:
                 return False
         except (ValueError, KeyError, TypeError):
-            return False  # as good as not there: the server introduces it again
+            return False  # as good as not there: the server invites it again
         self._take(fields)
         return True
 
     def _take(self, fields: Mapping[str, Field]) -> None:
-        letter = Letter(fields)
-        run, client = letter.text("run"), letter.number("client")
+        message = Message(fields)
+        run, client = message.text("run"), message.number("client")
         if not re.fullmatch(r"[0-9a-f]{1,64}", run):
             raise ValueError("a run's name must be hexadecimal")  # it becomes a folder's name
         if self._joined is None or (run, client) != (self._run, self._client):
@@ -152,30 +154,30 @@ class Worker:
         self._joined.runner.store = Store(self._states() / "held")
         self._incoming = self._done = None
 
-    def _order(self, letter: Letter) -> Letter:
-        round, size, at = letter.number("round"), letter.number("bytes"), letter.number("at")
+    def _order(self, message: Message) -> Message:
+        round, size, at = message.number("round"), message.number("bytes"), message.number("at")
         if at == 0:
             check_bytes(self._acceptance, size, "order")
             if self._done is not None and self._done.round != round:
                 self._done = None  # a long reply is not kept beside a long order
             self._incoming = _Incoming(round, room(size))
-        incoming, end = self._incoming, at + len(letter.body)
+        incoming, end = self._incoming, at + len(message.body)
         if incoming is None and self._done is not None and self._done.round == round and end == size:
             return self._answer(self._done)  # the last part, once more: its answer was lost
         if incoming is not None and incoming.round == round and 0 < end <= incoming.at:
-            return Letter({"at": incoming.at})  # a part that is there already
+            return Message({"at": incoming.at})  # a part that is there already
         if incoming is None or incoming.round != round or incoming.at != at:
             raise ValueError(f"it has only a part of the order of round {round}")
         if end > len(incoming.buffer):
             raise ValueError(f"the order of round {round} is longer than it said")
-        incoming.buffer[at:end] = letter.body
+        incoming.buffer[at:end] = message.body
         incoming.at = end
         if end < len(incoming.buffer):
-            return Letter({"at": end})
+            return Message({"at": end})
         self._incoming = None
-        return self._train(round, incoming.buffer, letter.number("state"))
+        return self._train(round, incoming.buffer, message.number("state"))
 
-    def _train(self, round: int, frame: bytearray | mmap.mmap, state: int) -> Letter:
+    def _train(self, round: int, frame: bytearray | mmap.mmap, state: int) -> Message:
         crc, done = zlib.crc32(frame), self._done
         if done is None or (done.round, done.order_crc, done.state_before) != (round, crc, state):
             assert self._joined is not None
@@ -183,7 +185,7 @@ class Worker:
             before = self._load_state(state)
             runner.states = {client: before} if before is not None else {}
             self._done = None
-            self._tell(f"round {round}: order of {len(frame):,} bytes")
+            self._log_line(f"round {round}: order of {len(frame):,} bytes")
             began = time.monotonic()
             reply = runner.handle(client, frame)
             check_bytes(self._acceptance, len(reply), "reply")
@@ -194,18 +196,18 @@ class Worker:
                 kept = round
             self._done = done = _Done(round, crc, state, reply, kept)
             took = time.monotonic() - began
-            self._tell(f"round {round}: reply of {len(reply):,} bytes after {took:.2f} s")
+            self._log_line(f"round {round}: reply of {len(reply):,} bytes after {took:.2f} s")
         return self._answer(done)
 
-    def _answer(self, done: _Done) -> Letter:
+    def _answer(self, done: _Done) -> Message:
         fields = {"bytes": len(done.reply), "state": done.state}
-        return Letter(fields, memoryview(done.reply)[:PART_BYTES])
+        return Message(fields, memoryview(done.reply)[:PART_BYTES])
 
-    def _fetch(self, letter: Letter) -> Letter:
-        round, at = letter.number("round"), letter.number("at")
+    def _fetch(self, message: Message) -> Message:
+        round, at = message.number("round"), message.number("at")
         if self._done is None or self._done.round != round:
             raise ValueError(f"it does not have its reply of round {round} any more")
-        return Letter({}, memoryview(self._done.reply)[at : at + PART_BYTES])
+        return Message({}, memoryview(self._done.reply)[at : at + PART_BYTES])
 
     def _states(self) -> Path:
         return self._folder / self._run
@@ -218,13 +220,13 @@ class Worker:
         try:
             return decode(path.read_bytes()).payload
         except (OSError, FrameError):
-            self._tell(f"what the method kept after round {round} is lost; it goes on without")
+            self._log_line(f"what the method kept after round {round} is lost; it goes on without")
             return None
 
     def _save_state(self, round: int, state: Payload) -> None:
         folder = self._states()
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"round-{round:06d}", encode(Message(state)))
+        _write(folder / f"round-{round:06d}", encode(Content(state)))
         for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
             if old.name != f"round-{round:06d}":  # a run that was rolled back has newer ones
                 old.unlink()

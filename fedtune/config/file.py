@@ -1,0 +1,202 @@
+"""Configuration files: YAML as people mean it, dotted overrides, and errors that name the setting."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedtune.config.schema import RunConfig
+from fedtune.data.partition import PARTITIONERS
+from fedtune.errors import InputError, nearest
+from fedtune.methods import registry
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, applies `key=value` overrides with dotted keys, and checks the whole.
+
+    Raises:
+        InputError: The file is missing or not YAML, or a setting is unknown, of a wrong type or out of
+            range. The message names every such setting and, for an unknown one, the nearest known.
+    """
+    document = read_yaml(path)
+    apply_overrides(document, overrides)
+    return parse_config(document, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises InputError if it is missing, not YAML or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    document = _yaml(text, str(path))
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: must map setting names to values, got {type(document).__name__}")
+    return document
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML of a resolved configuration, which `load_config` reads back as an equal one."""
+    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration in a mapping; `source` stands in front of each error. Raises InputError."""
+    values = dict(document)
+    method = values.get("method", {"name": "fedavg"})
+    if not isinstance(method, dict):
+        raise InputError(f"{source}: method must be a block of settings with a name, got {method!r}")
+    if "name" not in method:
+        raise InputError(f"{source}: method.name is missing; known are {', '.join(registry.METHODS)}")
+    try:
+        cls = registry.config_class(str(method["name"]))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    problems: list[str] = []
+    try:
+        values["method"] = cls.model_validate(method)
+    except ValidationError as error:
+        problems += _problems(error, cls, ("method",))
+        values["method"] = cast(Any, cls).model_construct(name=method["name"])
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += _problems(error, RunConfig, ())
+    if problems:
+        raise InputError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+    return config
+
+
+def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
+    """One line a problem, with the dotted name as a user writes it."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path, known = _walk(cls, problem["loc"])
+        name = ".".join([*prefix, *path]) or "the configuration"
+        got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+        if problem["type"] == "extra_forbidden":
+            lines.append(
+                f"{name} is not a known setting; here are known: {', '.join(known)}."
+                + nearest(path[-1], known)
+            )
+        elif problem["type"] == "missing":
+            lines.append(f"{name} is missing")
+        elif problem["type"] == "union_tag_invalid":
+            allowed = problem["ctx"]["expected_tags"].replace("'", "")
+            tag = str(problem["ctx"]["tag"])
+            lines.append(
+                f"{name}.name {tag!r} is not known; known are {allowed}.{nearest(tag, PARTITIONERS)}"
+            )
+        else:
+            if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+                got += "." + nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+            text = problem["msg"].removeprefix("Value error, ")
+            lines.append(
+                f"{name}: {text[0].lower() + text[1:]}{'' if problem['type'] == 'value_error' else got}"
+            )
+    return lines
+
+
+def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The dotted path of an error without pydantic's union tags, and the settings beside its last part."""
+    path: list[str] = []
+    blocks: list[type[BaseModel]] = [cls]
+    for part in loc:
+        tagged = [b for b in blocks if "name" in b.model_fields and b.model_fields["name"].default == part]
+        if tagged and len(blocks) > 1:
+            blocks = tagged
+            continue
+        path.append(str(part))
+        inner = [
+            b.model_fields[part].annotation
+            for b in blocks
+            if isinstance(part, str) and part in b.model_fields
+        ]
+        found = [block for annotation in inner for block in _blocks(annotation)]
+        if not found:
+            break
+        blocks = found
+    known = sorted({name for block in blocks for name in block.model_fields})
+    return path, known
+
+
+def _blocks(annotation: Any) -> list[type[BaseModel]]:
+    """The settings blocks that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [block for part in typing.get_args(annotation) for block in _blocks(part)]
+    return []
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-4 is a number, and a key that stands twice is an error."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the text 1e-4, which `_Loader` would take for a number."""
+
+
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} stands twice", key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets `key=value` pairs with dotted keys in a document. Raises InputError for anything else."""
+    for override in overrides:
+        _override(document, override)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(
+            f"{override!r} is not an override; write key=value with a dotted key, as in method.lr=1e-4"
+        )
+    block = document
+    for part in parts[:-1]:
+        inner = block.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {part} is {inner!r}, not a block of settings")
+        block = inner
+    block[parts[-1]] = _yaml(value, f"override {override!r}")

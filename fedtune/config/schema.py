@@ -1,0 +1,297 @@
+"""The configuration of a run: one YAML, strictly typed, no unknown key, every default in its class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from fedtune.core.settings import Settings
+from fedtune.errors import InputError
+from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.evaluation.subject import JudgeSettings
+from fedtune.evaluation.tasks import TASKS, check_tasks
+from fedtune.methods import registry
+from fedtune.protection.settings import Privacy, SecureAggregation, refusal
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is held."""
+
+    name: str = "bundled"  # bundled, a Hugging Face model folder, or a hub name
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    initial: Literal["pretrained", "scratch"] = "pretrained"
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+CLIENTS = "clients"  # as `data.train`: every client has a file of its own
+By = Literal["category", "output"]
+
+
+class Iid(Settings):
+    """Examples shuffled and dealt out evenly."""
+
+    name: Literal["iid"] = "iid"
+
+
+class Dirichlet(Settings):
+    """Each label's examples split by a Dirichlet(alpha) draw, redrawn until everyone has `minimum`."""
+
+    name: Literal["dirichlet"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    minimum: int = Field(10, ge=1)
+    by: By = "category"
+
+
+class ByField(Settings):
+    """One value of a field a client."""
+
+    name: Literal["by-field"] = "by-field"
+    by: By = "category"
+
+
+class Shards(Settings):
+    """Examples sorted by label, cut into shards, a few shards a client."""
+
+    name: Literal["shards"] = "shards"
+    shards_per_client: int = Field(2, ge=1)
+    by: By = "category"
+
+
+class Quantity(Settings):
+    """Unequal sizes: a Dirichlet(alpha) draw over the clients, or given fractions."""
+
+    name: Literal["quantity"] = "quantity"
+    alpha: float | None = Field(None, gt=0)
+    fractions: list[float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("alpha") is None and values.get("fractions") is None:
+            return {**values, "alpha": 1.0}
+        return values
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.alpha is not None and self.fractions is not None:
+            raise ValueError("alpha and fractions are both set; keep the one that is meant")
+        return self
+
+
+Partition = Annotated[Iid | Dirichlet | ByField | Shards | Quantity, Field(discriminator="name")]
+
+
+class Holdout(Settings):
+    """What is kept for evaluation: a fraction, a part of each client's, a category, or another file."""
+
+    fraction: float | None = Field(None, gt=0, lt=1)
+    client_fraction: float | None = Field(None, gt=0, lt=1)  # each client keeps this part of its own examples
+    category: str | None = None  # a name, or `last` in sorted order
+    source: str | None = None  # a file or hub name read like data.train
+    split: str | None = None  # of a hub data set; default test
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        ways = (self.fraction, self.client_fraction, self.category, self.source)
+        if sum(value is not None for value in ways) != 1:
+            raise ValueError("set exactly one of fraction, client_fraction, category and source")
+        if self.split is not None and self.source is None:
+            raise ValueError("split belongs to source")
+        return self
+
+
+Fields = dict[Literal["instruction", "input", "output", "category"], str]
+
+
+class Public(Settings):
+    """Examples that the server holds itself, for methods that train there; read like data.train."""
+
+    source: str  # bundled, a .jsonl file, or a hub name
+    split: str = "train"  # of a hub data set
+    fields: Fields = Field(default_factory=dict)  # our field names to the source's, as in data.fields
+    max_examples: int | None = Field(None, ge=1)  # a random subset
+
+
+class DataSettings(Settings):
+    """Examples, how they are read, and who gets which."""
+
+    train: str = "bundled"  # bundled, a .jsonl file, a hub name, or clients: each has its own file
+    split: str = "train"  # of a hub data set
+    fields: Fields = Field(default_factory=dict)
+    labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
+    template: Literal["alpaca", "plain"] = "alpaca"
+    loss_on: Literal["response", "all"] = "response"
+    max_length: int = Field(512, ge=8)  # tokens of prompt and response together
+    max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
+    clients: int | None = Field(10, ge=1)  # null with by-field: one a value; with train: clients, all keys
+    partition: Partition = Iid()
+    holdout: Holdout = Holdout(fraction=0.1)
+    public: Public | None = None
+
+    @model_validator(mode="after")
+    def _clients(self) -> Self:
+        if self.clients is None and self.partition.name != "by-field" and self.train != CLIENTS:
+            raise ValueError(f"clients must be a number with partition {self.partition.name}")
+        return self
+
+
+class Simulate(Settings):
+    """What goes wrong on purpose, in process."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    delay_s: float = Field(0.0, ge=0)
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Federation(Settings):
+    """Who is asked in a round, and what a round may do without."""
+
+    clients_per_round: Count | Share | None = None  # a count, a fraction, or everyone
+    quorum: Count | Share = 0.5  # replies a round needs: a count, or a fraction of those asked
+    deadline_s: float | None = Field(None, gt=0)
+    simulate: Simulate = Simulate()
+    secure_aggregation: SecureAggregation | None = None  # the server learns the sum of the updates alone
+    privacy: Privacy | None = None  # differential privacy of whole clients
+
+
+class Evaluation(Settings):
+    """What is measured, on which examples, and when."""
+
+    tasks: list[str] = Field(["loss"], min_length=1)
+    every: int = Field(1, ge=0)  # rounds; 0: only at the end
+    arrivals: bool = False  # asynchronous: also after each arrival
+    max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
+    max_new_tokens: int | None = Field(None, ge=1)  # of an answer; null: what each task needs
+    batch_size: int = Field(64, ge=1)
+    bootstrap: int = Field(1000, ge=0)  # resamples of the 95 % interval; 0: no interval
+    limit: int | None = Field(None, ge=1)  # examples of a task that brings its own; null: all
+    files: dict[str, str] = Field(default_factory=dict)  # the data file of each task that reads one
+    task_folder: str | None = None  # YAML tasks for lm-evaluation-harness, beside its own
+    data_folder: str | None = None  # where those tasks read their files
+    few_shot: int | None = Field(None, ge=0)  # solved examples of a harness task; null: its own
+    samples: int = Field(1, ge=1)  # answers drawn for one question, for Pass@k
+    temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
+    top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum
+    judge: JudgeSettings | None = None  # who marks answers, for mt-bench
+    code: CodeSettings = CodeSettings()  # how programs that the model wrote are run
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            check_tasks(self.tasks, self.task_folder)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class Transport(Settings):
+    """How orders reach the clients."""
+
+    name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
+    workers: int = Field(1, ge=1)  # flower-simulation: processes, each with the model, that clients train in
+    wait_s: float | None = Field(None, gt=0)  # flower: for clients to join; null: until all have, or refused
+
+    @model_validator(mode="after")
+    def _own(self) -> Self:
+        if self.workers != 1 and self.name != "flower-simulation":
+            raise ValueError(f"workers belongs to name: flower-simulation, got {self.name}")
+        if self.wait_s is not None and self.name != "flower":
+            raise ValueError(f"wait_s belongs to name: flower, got {self.name}")
+        return self
+
+
+class Checkpoints(Settings):
+    """What a run keeps on the way."""
+
+    keep: int | None = Field(2, ge=1)  # newest rounds; None: all
+    rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
+
+
+class RunConfig(Settings):
+    """The whole configuration. Defaults live here and nowhere else."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    method: SerializeAsAny[Settings]
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+    transport: Transport = Transport()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled(cls, values: object) -> object:
+        """The bundled model knows the plain template, and the bundled data bring their own test part."""
+        if not isinstance(values, dict):
+            return values
+        model, data = values.get("model", {}), values.get("data", {})
+        if not isinstance(model, dict) or not isinstance(data, dict):
+            return values
+        data = dict(data)
+        if model.get("name", "bundled") == "bundled":
+            data.setdefault("template", "plain")
+        if data.get("train", "bundled") == "bundled":
+            data.setdefault("holdout", {"source": "bundled"})
+        return {**values, "data": data}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.labels is not None and self.model.task != "classification":
+            raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
+        for name in ("secure_aggregation", "privacy"):
+            if getattr(self.federation, name) is not None:
+                reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
+                if reason:
+                    raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
+        if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
+            raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
+        if self.model.task == "classification":
+            for task in self.evaluation.tasks:
+                if task not in TASKS or not TASKS[task].classifier:
+                    raise ValueError(f"task {task} needs generated text; model.task is classification")
+        return self
+
+    @model_validator(mode="after")
+    def _where_data_are(self) -> Self:
+        """Over a network the server has no training examples; on one machine nobody else has them."""
+        data, network = self.data, self.transport.name == "flower"
+        if (data.train == CLIENTS) != network:
+            raise ValueError(
+                f"data.train is {data.train} and transport.name {self.transport.name}; over a network "
+                f"(flower), and only there, each client has a file of its own (data.train: {CLIENTS})"
+            )
+        if not network:
+            return self
+        if data.holdout.source is None:
+            raise ValueError("data.holdout.source is missing: the server evaluates on examples of its own")
+        if data.partition != Iid() or data.max_examples is not None:
+            raise ValueError("data.partition and data.max_examples are for examples that the server has")
+        if self.federation.simulate != Simulate():
+            raise ValueError("federation.simulate is for one machine; elsewhere clients fail by themselves")
+        if self.model.task == "classification" and data.labels is None:
+            raise ValueError("data.labels is missing: no side of a network knows all the classes by itself")
+        return self
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method."""
+        return str(self.method.name)  # type: ignore[attr-defined]
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration as plain values, defaults included; reading it back gives an equal one.
+
+        Without `checkpoints.rollback`, which is done once and is no property of the run.
+        """
+        return self.model_dump(mode="json", exclude={"checkpoints": {"rollback"}})
+
+    def sha256(self) -> str:
+        """Identifies the resolved configuration."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,96 @@
+"""A round's cohort: who is asked, how many must answer, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedtune.core.seeds import numpy_generator
+from fedtune.errors import FederationError
+
+
+class QuorumError(FederationError):
+    """A round had fewer usable replies than its quorum."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients asked in one round, in the order in which they are asked."""
+
+    clients: tuple[int, ...]
+    examples: Mapping[int, int]  # examples each of them trains on, as registered with the server
+    population: int  # clients of the whole federation
+    expected: int | None = None  # clients asked on average, where chance decides how many (privacy)
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of all clients of the cohort together."""
+        return sum(self.examples[client] for client in self.clients)
+
+
+@dataclass
+class RoundOutcome:
+    """What happened in one round, for rounds.jsonl."""
+
+    round: int
+    asked: tuple[int, ...] = ()
+    clients: list[int] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+    metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)  # means of which nothing but the mean is known
+
+    def mean(self, metric: str) -> float | None:
+        """A metric's mean over the clients that replied, weighted by their examples; None if none has it."""
+        if metric in self.totals:
+            return self.totals[metric]
+        having = [c for c in self.clients if metric in self.metrics[c]]
+        total = sum(self.examples[c] for c in having)
+        return sum(self.metrics[c][metric] * self.examples[c] for c in having) / total if total else None
+
+
+def sample_cohort(
+    examples: Mapping[int, int], per_round: float | int | None, *, seed: int, round: int
+) -> Cohort:
+    """Draws a round's clients without replacement, in ascending order.
+
+    Args:
+        examples: Examples of every client.
+        per_round: How many: an integer is a count, a float a fraction (at least one client), None all.
+        seed: The run's seed.
+        round: The round, counted from 1.
+    """
+    everyone = sorted(examples)
+    if per_round is None:
+        chosen = everyone
+    else:
+        wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
+        rng = numpy_generator(seed, "cohort", round)
+        chosen = sorted(everyone[i] for i in rng.permutation(len(everyone))[: min(wanted, len(everyone))])
+    return Cohort(tuple(chosen), {client: examples[client] for client in chosen}, len(everyone))
+
+
+def quorum_of(cohort: int, quorum: float | int) -> int:
+    """Replies a round needs: an integer is a count, a float the fraction of the cohort, rounded up."""
+    return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer; halves go up (Python's round sends 2.5 to 2)."""
+    return math.floor(x + 0.5)
+
+
+def hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
+    """Raises QuorumError, which names who was left out, if fewer clients are in the outcome."""
+    if len(outcome.clients) >= quorum:
+        return
+    reasons = "; ".join(
+        f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
+    )
+    more = len(outcome.left_out) - 5
+    raise QuorumError(
+        f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
+        f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
+        "Bring them back and continue with --resume, or start a new run with a lower federation.quorum."
+    )

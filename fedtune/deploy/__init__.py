@@ -1,0 +1,1 @@
+"""A federation over a network: the server, a client, their keys and processes."""

@@ -1,0 +1,220 @@
+"""One client of a federation over a network: the worker in this process, and Flower's node beside it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fedtune.config.file import read_yaml
+from fedtune.deploy import processes
+from fedtune.deploy.keys import check_client
+from fedtune.errors import FederationError, FedtuneError, InputError
+from fedtune.federation.client import join, local_examples
+from fedtune.federation.run import torch_settings
+from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
+from fedtune.transport.flower import supernode_command
+from fedtune.transport.messages import Message, connect, listening, receive, send
+from fedtune.transport.worker import Worker
+
+log = logging.getLogger("fedtune")
+LOOK_S = 1.0
+TAKEN_S = 90.0  # a node that was killed blocks its key for 60 s
+# After these Flower's node does nothing more, but does not end: for it a connection that closes in the middle
+# of a TLS handshake, as through a proxy whose server is away, is one to the wrong server.
+BROKEN = ("Giving up reconnection", "SSL/TLS handshake error detected")
+
+
+@dataclass(frozen=True)
+class ClientSetup:
+    """How a client takes part.
+
+    Attributes:
+        server: host:port of the server, or of the proxy in front of it.
+        keys: The folder that `fedtune keys` made for this client.
+        data: This client's examples.
+        fields: Our field names to the file's.
+        model: Where the base model is on this machine; None: where the configuration says.
+        device: auto, cpu or cuda.
+        accept: The operator's limits; None: no limits.
+        state: The folder of what must outlive this process.
+    """
+
+    server: str
+    keys: Path
+    data: Path
+    fields: Mapping[str, str]
+    model: str | None
+    device: str
+    accept: Path | None
+    state: Path
+
+
+def run_client(setup: ClientSetup) -> None:
+    """Takes part until it is stopped.
+
+    Raises:
+        InputError: Something on this machine is not usable: address, keys, data, the acceptance file.
+        FederationError: The server does not take this client.
+    """
+    acceptance = _acceptance(setup.accept)
+    host, port = _address(setup.server)
+    check_client(setup.keys)
+    check_data(acceptance, setup.data)
+    log_line(f"{len(local_examples(setup.data, setup.fields))} examples in {setup.data}")
+    joining = partial(
+        join,
+        data=setup.data,
+        fields=setup.fields,
+        model=setup.model,
+        device=setup.device,
+        acceptance=acceptance,
+    )
+    worker = Worker(joining, acceptance, setup.state, log_line)
+    setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with torch_settings(), listening() as (listener, address):
+        node = _Node(setup, host, port, address)
+        try:
+            while True:
+                with listener.accept() as connection:
+                    try:
+                        message = receive(connection)
+                        if message.fields.get("do") == "end":
+                            raise node.error or FederationError("Flower's node ended")
+                        send(connection, worker.answer(message))
+                    except (OSError, EOFError) as error:
+                        log.debug("a message's process went away: %s", type(error).__name__)
+        finally:
+            node.stop()
+
+
+def log_line(text: str) -> None:
+    """One line for whoever watches or keeps the log of this client."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class _Node:
+    """Flower's node, started again whenever it ends by itself.
+
+    It ends when it cannot connect, and when the server does not know it any more. Neither is final, except
+    that the server does not take this client's key, or has another certificate than its authority signed.
+    """
+
+    def __init__(self, setup: ClientSetup, host: str, port: int, worker: str) -> None:
+        self._setup, self._host, self._port, self._worker = setup, host, port, worker
+        self._log = setup.state / "supernode.log"
+        self._over = threading.Event()
+        self.error: FedtuneError | None = None
+        self._thread = threading.Thread(target=self._keep, name="supernode", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends it for good."""
+        self._over.set()
+        self._thread.join(15)
+
+    def _keep(self) -> None:
+        try:
+            self._run()
+        except FedtuneError as error:
+            self.error = error
+            with connect(self._worker) as connection:  # wakes up who waits for messages
+                send(connection, Message({"do": "end"}))
+
+    def _run(self) -> None:
+        began_refusing = None
+        while not self._over.is_set():
+            self._wait_for_server()
+            if self._over.is_set():
+                return
+            start_of_log = self._log.stat().st_size if self._log.exists() else 0
+            process = processes.start(
+                supernode_command(self._setup.keys, self._setup.server, processes.free_port(), self._worker),
+                {"FLWR_HOME": str((self._setup.state / "flower").resolve())},
+                self._log,
+            )
+            try:
+                connected = False
+                while process.poll() is None and not self._over.wait(LOOK_S):
+                    if not connected and "SuperNode ID" in self._since(start_of_log):
+                        connected, began_refusing = True, None
+                        log_line(f"connected to {self._setup.server}")
+                    if connected and any(said in self._since(start_of_log) for said in BROKEN):
+                        break
+            finally:
+                processes.stop(process)
+            if self._over.is_set():
+                return
+            if connected:
+                log_line("the connection ended; trying again")
+                continue
+            began_refusing = began_refusing or time.monotonic()
+            self._refused(self._since(start_of_log), time.monotonic() - began_refusing)
+            self._over.wait(5)
+
+    def _since(self, start: int) -> str:
+        try:
+            with self._log.open("rb") as file:
+                file.seek(start)
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def _refused(self, text: str, seconds: float) -> None:
+        """Whether to try again after the server did not take this node. Raises FederationError if not."""
+        code = re.search(r"\[code: (\d+)\]", text)
+        if code or re.search(r"\b401\b", text):
+            if seconds < TAKEN_S:
+                log_line("the server does not take this client's key now; trying again")
+                return
+            raise FederationError(
+                f"{self._setup.server} does not take the key of {self._setup.keys}: it is not in the "
+                "server's clients.json, or another client uses it now. Every client needs a key of its own; "
+                "fedtune keys makes one, and the server has to be started again with the new clients.json"
+            )
+        log_line(f"Flower's node ended; trying again. {processes.last_lines(self._log, 1)}")
+
+    def _wait_for_server(self) -> None:
+        """Waits until the server can be reached. Raises InputError if it has the wrong certificate."""
+        told = False
+        context = ssl.create_default_context(cafile=str(self._setup.keys / "ca.crt"))
+        while not self._over.is_set():
+            try:
+                with (
+                    socket.create_connection((self._host, self._port), timeout=10) as plain,
+                    context.wrap_socket(plain, server_hostname=self._host),
+                ):
+                    return
+            except ssl.SSLCertVerificationError as error:
+                raise InputError(
+                    f"{self._setup.server} has a certificate that {self._setup.keys / 'ca.crt'} does not "
+                    f"vouch for: {error.verify_message}. If it has expired or the name is missing in it, its "
+                    "operator makes a new one with fedtune keys; if the authority is another, get the right "
+                    "ca.crt from them, and not over this network"
+                ) from None
+            except OSError as error:  # ssl.SSLError is one too
+                if not told:
+                    log_line(f"{self._setup.server} cannot be reached ({error}); trying until it can")
+                    told = True
+                self._over.wait(2)
+
+
+def _acceptance(path: Path | None) -> Acceptance:
+    if path is None:
+        return Acceptance()
+    return read_acceptance(read_yaml(path), str(path))
+
+
+def _address(server: str) -> tuple[str, int]:
+    host, colon, port = server.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--server {server!r}: write HOST:PORT, as in fed.example.org:443")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,1 @@
+"""One federation from configuration to summary."""

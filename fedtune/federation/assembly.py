@@ -1,0 +1,136 @@
+"""What a run is assembled from: its method, its data, its model, and the checks that they go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fedtune.config.schema import CLIENTS, RunConfig
+from fedtune.core.client import ClientRunner
+from fedtune.core.cohort import quorum_of, sample_cohort
+from fedtune.core.seeds import derive_seed
+from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
+from fedtune.errors import InputError
+from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
+from fedtune.federation.files import read_json
+from fedtune.measure.clock import Clock
+from fedtune.measure.environment import environment
+from fedtune.methods import registry
+from fedtune.models.load import Loaded, load_model
+from fedtune.models.tuning import count_parameters
+from fedtune.protection.settings import require_packages, threshold_of
+
+
+@dataclass
+class Assembly:
+    """What a run is assembled from."""
+
+    config: RunConfig
+    split: Split
+    loaded: Loaded
+    method: Method[Any]
+    runner: ClientRunner
+    device: torch.device
+    client_examples: dict[int, int]
+    environment: dict[str, Any]
+    base_parameters: int
+
+    @staticmethod
+    def assemble(config: RunConfig, clock: Clock) -> Assembly:
+        """Loads and checks everything; writes nothing.
+
+        Raises:
+            InputError: Data or model are not usable, or the settings do not go with them.
+        """
+        method = registry.build(config.method, config.seed)
+        split = prepare_data(config, pooled=method.pools_data)
+        if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
+            check_counts(config, len(split.clients))
+        device = device_of(config.model.device)
+        loaded = load_model(
+            config.model.name,
+            dtype=config.model.dtype,
+            initial=config.model.initial,
+            task=config.model.task,
+            num_labels=len(split.labels) if split.labels else None,
+            seed=derive_seed(config.seed, "model"),
+            base=Path("."),
+        )
+        torch.nn.Module.to(loaded.model, device)
+        with clock.part("encoding"):
+            data = {
+                c: encode_for(config, items, loaded.tokenizer, split.labels)
+                for c, items in split.clients.items()
+            }
+            public = encode_for(config, public_examples(config), loaded.tokenizer, split.labels)
+        method.prepare(ServerEnv(public, loaded.tokenizer.pad_token_id, device))
+        runner = ClientRunner(
+            method,
+            loaded.model,
+            data,
+            pad_id=loaded.tokenizer.pad_token_id,
+            seed=config.seed,
+            device=device,
+            protection=client_protection(config, method),
+        )
+        about = environment() | {
+            "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
+            "data": {"name": config.data.train, "sha256": split.sha256},
+            "device_used": str(device),
+        }
+        sizes = {client: len(items) for client, items in data.items()}
+        base = count_parameters(loaded.model)[0]
+        return Assembly(config, split, loaded, method, runner, device, sizes, about, base)
+
+    def refuse_other_inputs(self, path: Path) -> None:
+        """Raises InputError if the run in `path` began with other weights or data than these."""
+        before = read_json(path / "environment.json")
+        for what, key in (("model", "weights_sha256"), ("data", "sha256")):
+            was, now = before[what][key], self.environment[what][key]
+            if was != now:
+                raise InputError(
+                    f"{path} began with another {what}: {key} was {was[:12]}, "
+                    f"{self.environment[what]['name']} now has {now[:12]}; bring the old one back"
+                )
+
+
+def client_protection(config: RunConfig, method: Method[Any]) -> ClientProtection | None:
+    """A client's half of secure aggregation, where the run has it."""
+    secure = config.federation.secure_aggregation
+    if secure is None:
+        return None
+    from fedtune.protection.secure_client import SecureClient  # cryptography only where it is used
+
+    return SecureClient(cast(SumMethod[Any], method), secure.bits, config.federation.privacy)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` stands for on this machine. Raises InputError if it has none such."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_counts(config: RunConfig, clients: int) -> None:
+    """Refuses counts of clients that no round could have."""
+    federation = config.federation
+    asked = federation.clients_per_round
+    if isinstance(asked, int) and asked > clients:
+        raise InputError(f"federation.clients_per_round is {asked}, but there are {clients} clients")
+    cohort = sample_cohort(dict.fromkeys(range(clients), 1), asked, seed=config.seed, round=1).clients
+    if quorum_of(len(cohort), federation.quorum) > len(cohort):
+        raise InputError(
+            f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
+            "no round could reach it"
+        )
+    require_packages(federation.secure_aggregation, federation.privacy)
+    if federation.secure_aggregation is not None:
+        threshold_of(federation.secure_aggregation, len(cohort))
+    if federation.privacy is not None and federation.privacy.delta * clients >= 1:
+        raise InputError(
+            f"federation.privacy.delta is {federation.privacy.delta:g}; with {clients} clients it must be "
+            f"below {1 / clients:g}: a δ of one in as many clients allows giving one of them away whole"
+        )

@@ -1,0 +1,174 @@
+"""A client's side of a run, built from the run's configuration alone: its data, its model, its runner.
+
+Over a network that is one client, with a file of its own on its own machine. In Flower's simulation it is any
+client of the run, in one of several processes that each hold the model once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedtune.config.file import parse_config
+from fedtune.config.schema import RunConfig
+from fedtune.core.client import ClientRunner
+from fedtune.core.seeds import derive_seed
+from fedtune.core.store import Store
+from fedtune.core.wire import Content, decode, encode
+from fedtune.data.examples import Example
+from fedtune.data.sources import load_examples
+from fedtune.errors import FedtuneError, InputError
+from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.data import encode_for
+from fedtune.measure.clock import Clock
+from fedtune.methods import registry
+from fedtune.models.load import load_model, load_tokenizer
+from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
+from fedtune.transport.messages import Field, Message, fault
+from fedtune.transport.worker import Joined
+from fedtune.version import __version__
+
+
+def local_examples(data: Path, fields: Mapping[str, str]) -> list[Example]:
+    """The examples of a client's own file.
+
+    Args:
+        data: A .json or .jsonl file.
+        fields: Our field names to the file's.
+
+    Raises:
+        InputError: It is missing, malformed or empty.
+    """
+    if data.suffix not in (".json", ".jsonl"):
+        raise InputError(f"{data}: a client's data are a .json or .jsonl file")
+    return load_examples(str(data.resolve()), fields=dict(fields), split="train", base=Path("."))
+
+
+def join(
+    invitation: Mapping[str, Field],
+    *,
+    data: Path,
+    fields: Mapping[str, str],
+    model: str | None,
+    device: str,
+    acceptance: Acceptance,
+) -> Joined:
+    """Takes part in the run that the server invited this client to.
+
+    Args:
+        invitation: The message's fields: the configuration, the base model's digest.
+        data: This client's examples.
+        fields: Our field names to the file's; those of the configuration count less.
+        model: Where the base model is on this machine; None: where the configuration says.
+        device: As `model.device`, of this machine.
+        acceptance: The operator's limits.
+
+    Raises:
+        NotAccepted: The operator or this version of the program does not take part in such a run.
+        InputError: Data or model are not usable here.
+    """
+    message = Message(invitation)
+    try:
+        config = parse_config(json.loads(message.text("config")), "the server's configuration")
+    except (InputError, ValueError) as error:
+        raise NotAccepted(f"fedtune {__version__} there cannot read the configuration: {error}") from None
+    method = registry.build(config.method, config.seed)
+    settings = config.data
+    named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
+    examples = local_examples(data, named)
+    check_run(
+        acceptance,
+        config.method_name,
+        local_steps(config, len(examples)),
+        secure=config.federation.secure_aggregation is not None,
+    )
+    name, where = model or config.model.name, device_of(device)
+    labels = tuple(settings.labels or ())
+    if config.model.task == "classification":
+        unknown = sorted({example.output for example in examples} - set(labels))
+        if unknown:
+            raise InputError(
+                f"{data} has classes that the run does not know: {', '.join(unknown[:5])}; "
+                f"it knows {', '.join(labels)}"
+            )
+    held: nn.Module
+    if method.sends_model:  # this client never gets the server's model, and must not need it
+        tokenizer, held = load_tokenizer(name, Path(".")), nn.Module()
+    else:
+        loaded = load_model(
+            name,
+            dtype=config.model.dtype,
+            initial=config.model.initial,
+            task=config.model.task,
+            num_labels=len(labels) or None,
+            seed=derive_seed(config.seed, "model"),
+            base=Path("."),
+        )
+        if loaded.weights_sha256 != message.text("weights"):
+            raise NotAccepted(
+                f"its model {config.model.name} has other weights ({loaded.weights_sha256[:12]}) than the "
+                f"server's ({message.text('weights')[:12]})"
+            )
+        torch.nn.Module.to(loaded.model, where)
+        tokenizer, held = loaded.tokenizer, method.client_model(lambda: loaded.model)
+    items = encode_for(config, examples, tokenizer, labels)
+    runner = ClientRunner(
+        method,
+        held,
+        {message.number("client"): items},
+        pad_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        device=where,
+        protection=client_protection(config, method),
+    )
+    return Joined(runner, len(items), config.method_name)
+
+
+def local_steps(config: RunConfig, examples: int) -> int:
+    """Training steps of one order on so many examples."""
+    method = config.method
+    if hasattr(method, "steps"):
+        return int(method.steps(examples))
+    return int(getattr(method, "local_steps", 0))
+
+
+def simulated(message: Message, *, config: str, held: str, threads: int, base: str) -> Message:
+    """The answer of any of a run's clients, in a process of Flower's simulation.
+
+    Args:
+        message: The order; with it comes what the client keeps between rounds.
+        config: The run's configuration, as JSON.
+        held: The folder of what clients were sent to hold, which all processes share.
+        threads: PyTorch's, as many as the server has: with others a sum may round differently.
+        base: The folder that relative paths of the configuration start from.
+    """
+    try:
+        runner, client = _runner(config, held, threads, base), message.number("client")
+        runner.states = {client: decode(message.state).payload} if message.state else {}
+        frame = runner.handle(client, bytes(message.body))
+    except FedtuneError as error:
+        return fault(f"it failed: {error}")
+    except Exception as error:  # a process boundary: whatever breaks a client must not break the round
+        return fault(f"it failed: {type(error).__name__}: {error}")
+    state = runner.states.get(client)
+    kept = encode(Content(state)) if state is not None else b""
+    return Message({}, frame, kept)
+
+
+@cache
+def _runner(config: str, held: str, threads: int, base: str) -> ClientRunner:
+    """The runner of all clients, once a process."""
+    os.chdir(base)  # the process is this simulation's own
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    parts = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock())
+    parts.runner.store = Store(Path(held))
+    if not parts.method.sends_model:
+        parts.runner.use(parts.method.client_model(lambda: parts.loaded.model))
+    return parts.runner

@@ -1,0 +1,142 @@
+"""How a run reaches its clients: in this process, in Flower's simulation, or over a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedtune.config.schema import RunConfig
+from fedtune.core.types import Arrival, Payload, Transport
+from fedtune.core.wire import Content, decode, encode
+from fedtune.errors import InputError
+from fedtune.federation.assembly import Assembly
+from fedtune.federation.client import simulated
+from fedtune.measure.clock import Clock
+from fedtune.transport.in_process import InProcess, SimulatedFaults, Simulation
+from fedtune.transport.messages import Message
+from fedtune.transport.remote import Channel, Exchange, Remote
+
+
+class Deployment(Protocol):
+    """A federation over a network, as a run needs it."""
+
+    reply_limit: Callable[[int], int]  # bytes that a client's reply may have; set by the run
+
+    def join(self, parts: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
+        """Examples of each client, once they are there; `known` is partition.json of a resumed run."""
+
+    def partition(self) -> dict[str, Any]:
+        """What partition.json says of the clients."""
+
+    def transport(self, parts: Assembly, clock: Clock) -> Transport:
+        """The way to the clients."""
+
+
+@contextmanager
+def connected(
+    config: RunConfig, parts: Assembly, folder: Path, clock: Clock, deployment: Deployment | None
+) -> Iterator[Transport]:
+    """The transport of a run, for as long as the run lasts.
+
+    Args:
+        config: The run's configuration.
+        parts: What it is assembled from.
+        folder: The run's folder.
+        clock: Counts the clients' training.
+        deployment: The way to real clients, for `transport.name: flower`.
+
+    Raises:
+        FederationError: Flower's simulation does not start.
+    """
+    federation, real = config.federation, parts.method.uses_wire
+    simulate = federation.simulate
+    what = Simulation(simulate.dropout, simulate.delay_s) if real else Simulation()
+    deadline_s = federation.deadline_s if real else None
+    if config.transport.name == "in-process":
+        yield InProcess(parts.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock)
+    elif config.transport.name == "flower-simulation":
+        answer = partial(
+            simulated,
+            config=json.dumps(config.resolved()),
+            held=str(folder.resolve() / "held"),
+            threads=torch.get_num_threads(),
+            base=os.getcwd(),
+        )
+        from fedtune.transport.flower import simulation
+
+        workers = config.transport.workers
+        gpus = torch.cuda.device_count() if parts.device.type == "cuda" else 0
+        with simulation(answer, workers=workers, gpus=gpus) as channel:
+            faults = SimulatedFaults(what, deadline_s, config.seed)
+            yield Simulated(channel, faults, parts.runner.states, window=2 * workers, clock=clock)
+    else:
+        assert deployment is not None  # check_transport
+        yield deployment.transport(parts, clock)
+
+
+def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
+    """Raises InputError if the clients cannot be reached in the way that the configuration says."""
+    name = config.transport.name
+    if name != "in-process" and find_spec("flwr") is None:
+        raise InputError(
+            f"transport.name is {name}, and Flower is not installed; pip install 'fedtune[flower]'"
+        )
+    if (name == "flower") != (deployment is not None):
+        raise InputError(
+            f"transport.name is {name}: a federation over a network (flower) is started with fedtune server, "
+            "every other with fedtune run"
+        )
+
+
+class Simulated:
+    """The transport to clients of one run in several processes of this machine.
+
+    Arrivals come in the order that they have within one process, so that a run's logs are the same.
+
+    Args:
+        channel: Carries the messages.
+        faults: What goes wrong on purpose.
+        states: What each client keeps between rounds; travels with its orders.
+        window: Clients that are spoken to at the same time.
+        clock: Counts the clients' training.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        faults: SimulatedFaults,
+        states: MutableMapping[int, Payload],
+        *,
+        window: int,
+        clock: Clock,
+    ) -> None:
+        self._faults, self._states = faults, states
+        self._remote = Remote(channel, self._exchange_with, window=window, deadline_s=None, clock=clock)
+
+    def exchange(
+        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+    ) -> Iterator[Arrival]:
+        """As in process; a client that drops out or is late does not run at all."""
+        ordered = self._faults.in_order(round, frames, in_plan_order=in_plan_order)
+        return self._remote.exchange(round, ordered, in_plan_order=True)
+
+    def _exchange_with(self, round: int, client: int, frame: bytes) -> Exchange:
+        fault = self._faults.fault(round, client, frame)
+        if fault:
+            return Arrival(client, fault=fault)
+        state = self._states.get(client)
+        kept = encode(Content(state)) if state is not None else b""
+        answer = yield Message({"client": client}, frame, kept)
+        if "fault" in answer.fields:
+            return Arrival(client, fault=str(answer.fields["fault"]))
+        if answer.state:
+            self._states[client] = decode(answer.state).payload
+        return Arrival(client, bytes(answer.body))

@@ -1,0 +1,210 @@
+"""Examples of a run: loaded, held out, dealt to clients, encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config.schema import CLIENTS, Dirichlet, Quantity, RunConfig, Shards
+from fedtune.core.seeds import numpy_generator
+from fedtune.data import partition as split_by
+from fedtune.data.encode import Encoded, encode_causal, encode_classification
+from fedtune.data.examples import Example
+from fedtune.data.holdout import split_holdout
+from fedtune.data.sources import bundled_examples, load_examples
+from fedtune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who has which examples, and what is held out.
+
+    Attributes:
+        clients: Each client's examples.
+        evaluation: The held-out examples, in the order in which they are used.
+        labels: The classes, sorted, for a classification model; else empty.
+        partition: What partition.json says: examples a client, by index into the training examples.
+        sha256: Identifies the training and held-out examples.
+        owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
+    """
+
+    clients: dict[int, list[Example]]
+    evaluation: list[Example]
+    labels: tuple[str, ...]
+    partition: dict[str, Any]
+    sha256: str
+    owners: tuple[int, ...] = ()
+
+
+def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
+    """Loads and splits a run's examples; the same configuration and seed give the same split.
+
+    Args:
+        config: The run's configuration.
+        pooled: One client holds everything (centralised training).
+
+    Raises:
+        InputError: Files are missing or malformed, or the split asked for is not possible.
+    """
+    if config.data.train == CLIENTS:
+        return _server_split(config)
+    examples = load_examples(
+        config.data.train, fields=_fields(config), split=config.data.split, base=Path(".")
+    )
+    train, held_out = _hold_out(config, examples)
+    if config.data.max_examples is not None and config.data.max_examples < len(train):
+        chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
+        train = [train[i] for i in sorted(chosen)]
+    indices, owners, kept = _deal(config, train), list[int](), train
+    if config.data.holdout.client_fraction is not None:
+        indices, own = _hold_out_own(config, indices)
+        held_out = [train[i] for part in own for i in part]
+        owners = [client for client, part in enumerate(own) for _ in part]
+        kept = [train[i] for i in sorted(i for part in indices for i in part)]
+    order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
+    order = order[: config.evaluation.max_examples]
+    evaluation = [held_out[i] for i in order]
+    labels: tuple[str, ...] = ()
+    if config.model.task == "classification":
+        labels = tuple(config.data.labels or sorted({example.output for example in kept}))
+        unseen = {example.output for example in [*evaluation, *kept]} - set(labels)
+        if unseen:
+            whose = "that are not in data.labels" if config.data.labels else "that no training example has"
+            raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
+    values = [example.category or example.output for example in train]
+    summary = {
+        "name": config.data.partition.name,
+        "clients": [
+            {**about, "indices": part.tolist()}
+            for about, part in zip(split_by.summarize(indices, values), indices, strict=True)
+        ],
+        "held_out": len(evaluation),
+    }
+    if pooled:
+        clients = {0: kept}
+    else:
+        clients = {client: [train[i] for i in part] for client, part in enumerate(indices)}
+    return Split(
+        clients,
+        evaluation,
+        labels,
+        summary,
+        _sha256(kept, evaluation),
+        tuple(owners[i] for i in order) if owners else (),
+    )
+
+
+def _server_split(config: RunConfig) -> Split:
+    """What the server has where every client has a file of its own: held-out examples, and no others."""
+    _, held_out = _hold_out(config, [])
+    order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
+    evaluation = [held_out[i] for i in order[: config.evaluation.max_examples]]
+    labels = tuple(config.data.labels or ()) if config.model.task == "classification" else ()
+    unseen = {example.output for example in evaluation} - set(labels) if labels else set()
+    if unseen:
+        raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
+    partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
+    return Split({}, evaluation, labels, partition, _sha256([], evaluation))
+
+
+def public_examples(config: RunConfig) -> list[Example]:
+    """The examples that the server holds itself; none without `data.public`.
+
+    Raises:
+        InputError: The file is missing or malformed.
+    """
+    public = config.data.public
+    if public is None:
+        return []
+    fields = {str(ours): theirs for ours, theirs in public.fields.items()}
+    examples = load_examples(public.source, fields=fields, split=public.split, base=Path("."))
+    if public.max_examples is not None and public.max_examples < len(examples):
+        chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
+        examples = [examples[i] for i in sorted(chosen)]
+    return examples
+
+
+def encode_for(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> list[Encoded]:
+    """A client's examples as token ids."""
+    if config.model.task == "classification":
+        return list(
+            encode_classification(examples, tokenizer, labels=labels, max_length=config.data.max_length).items
+        )
+    encoded = encode_causal(
+        examples,
+        tokenizer,
+        template=config.data.template,
+        loss_on=config.data.loss_on,
+        max_length=config.data.max_length,
+    )
+    return list(encoded.items)
+
+
+def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    holdout = config.data.holdout
+    if holdout.source == "bundled":
+        return examples, bundled_examples("test")
+    if holdout.source is not None:
+        split = holdout.split or ("train" if holdout.source.endswith((".json", ".jsonl")) else "test")
+        return examples, load_examples(holdout.source, fields=_fields(config), split=split, base=Path("."))
+    if holdout.client_fraction is not None:
+        return examples, []
+    rng = numpy_generator(config.seed, "holdout")
+    return split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng)
+
+
+def _hold_out_own(config: RunConfig, parts: split_by.Parts) -> tuple[split_by.Parts, split_by.Parts]:
+    """Each client's examples in two: those it trains on, and those it keeps for evaluation."""
+    fraction = config.data.holdout.client_fraction
+    assert fraction is not None
+    left, own = [], []
+    for client, part in enumerate(parts):
+        count = max(1, round(fraction * len(part)))
+        if count >= len(part):
+            raise InputError(
+                f"data.holdout.client_fraction is {fraction}, but client {client} has {len(part)} examples; "
+                "it must keep one to train on. Use fewer clients, or another partition"
+            )
+        shuffled = numpy_generator(config.seed, "holdout", client).permutation(part)
+        left.append(np.sort(shuffled[count:]))
+        own.append(np.sort(shuffled[:count]))
+    return left, own
+
+
+def _fields(config: RunConfig) -> dict[str, str]:
+    return {str(ours): theirs for ours, theirs in config.data.fields.items()}
+
+
+def _deal(config: RunConfig, train: Sequence[Example]) -> split_by.Parts:
+    how, clients = config.data.partition, config.data.clients
+    rng = numpy_generator(config.seed, "partition")
+    by = getattr(how, "by", "category")
+    values = [getattr(example, by) for example in train]
+    if how.name == "by-field":
+        return split_by.by_field(values, clients, rng)
+    assert clients is not None  # the configuration allows that for by-field alone
+    if isinstance(how, Dirichlet):
+        return split_by.dirichlet(values, clients, how.alpha, how.minimum, rng)
+    if isinstance(how, Shards):
+        return split_by.shards(values, clients, how.shards_per_client, rng)
+    if isinstance(how, Quantity):
+        return split_by.quantity(len(train), clients, rng, alpha=how.alpha, fractions=how.fractions)
+    return split_by.iid(len(train), clients, rng)
+
+
+def _sha256(*parts: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for example in part:
+            digest.update(json.dumps(asdict(example), sort_keys=True).encode() + b"\n")
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""`fedtune diagnose`: a probe of both schemes, and what it says about the run.
+
+The probe is the run in small: the same model, settings, examples and number of rounds, with some of the
+clients and fewer steps a round. Losses are those of held-out examples, as in `fedtune compare`.
+
+A probe has `STEPS_A_ROUND` steps a round, or as many as the run where that has fewer. Shorter ones are
+refused: each round begins with a new optimiser and a rate that falls to 0, and with two steps a round little
+else is seen; what they predicted had nothing to do with what was measured (docs/theory.md).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.config.schema import RunConfig
+from fedtune.core.seeds import numpy_generator
+from fedtune.data.batches import collate
+from fedtune.data.encode import IGNORED, Encoded
+from fedtune.errors import InputError
+from fedtune.federation.assembly import Assembly
+from fedtune.federation.data import encode_for
+from fedtune.federation.progress import Progress
+from fedtune.federation.run import torch_settings
+from fedtune.measure.clock import Clock
+from fedtune.methods.fedavg.method import Config
+from fedtune.theory.one_shot import measure
+from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict
+from fedtune.theory.quantities import Measured, schemes
+
+STEPS_A_ROUND = 8  # of a client in a probe, at least
+HELD_OUT = 256  # examples for the losses of a probe, at most; the whole run takes all
+PARTS = 8  # of the held-out examples, for the spread
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of the held-out examples, whose loss is taken together, and its weight."""
+
+    items: Sequence[Encoded]
+    weight: float
+
+
+def diagnose(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    clients: int = 8,
+    steps: int | None = None,
+    tolerance: float = 0.1,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """The document of `fedtune diagnose`: the quantities, and the prediction with what it rests on.
+
+    Args:
+        config: The run.
+        progress: Told what happens.
+        clients: Clients of the probe, drawn by the run's seed.
+        steps: Steps of a client in the probe, over all its rounds; None: `STEPS_A_ROUND` in each.
+        tolerance: The share of multi-round's improvement that may be lost.
+        whole: No probe but the whole run in both schemes.
+
+    Raises:
+        InputError: The theory does not cover the method, data or model are not usable, the probe is too
+            short, or it diverges.
+    """
+    multi, _ = schemes(config.method)
+    if config.federation.clients_per_round is not None:
+        raise InputError(
+            "the one-shot theory has every client train in every round; "
+            "diagnose with federation.clients_per_round=null"
+        )
+    if config.federation.privacy is not None:
+        raise InputError(
+            "the one-shot theory has no clipping and no noise; diagnose with federation.privacy=null"
+        )
+    progress.stage("loading data and model")
+    with torch_settings():
+        parts = Assembly.assemble(config, Clock())
+        everyone = {client: count for client, count in parts.client_examples.items() if count}
+        if not everyone:
+            raise InputError(
+                "no client has an example on this machine; diagnose needs data of its own to probe"
+            )
+        run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
+        chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
+        a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
+        data = {client: _encoded(config, parts, client) for client in chosen}
+        if a_round is not None:
+            shorter = {"local_epochs": None, "local_steps": a_round}
+            multi = Config.model_validate({**multi.model_dump(), **shorter})
+        groups = _held_out(config, parts, None if whole else HELD_OUT)
+        progress.begin(rounds=multi.rounds, name="diagnose")
+        measured = measure(
+            multi,
+            parts.loaded.model,
+            data,
+            pad_id=parts.loaded.tokenizer.pad_token_id,
+            seed=config.seed,
+            device=parts.device,
+            watch=lambda model: tuple(
+                mean_loss(model, group.items, config.evaluation.batch_size, parts) for group in groups
+            ),
+            on_round=progress.round,
+            on_client=progress.client,
+        )
+    ratio = 1.0 if a_round is None else run_steps / measured.steps
+    weights = [group.weight for group in groups]
+    prediction = predict(measured, weights, ratio=ratio, rounds=multi.rounds, tolerance=tolerance)
+    return _document(config, measured, prediction, groups, len(everyone), chosen, ratio, run_steps, tolerance)
+
+
+def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, parts: Assembly) -> float:
+    """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for at in range(0, len(items), batch_size):
+            batch = collate(items[at : at + batch_size], parts.loaded.tokenizer.pad_token_id)
+            labels = batch["labels"]
+            counted = len(labels) if labels.shape[1] == 1 else int((labels[:, 1:] != IGNORED).sum())
+            if counted:
+                loss = model(**{key: value.to(parts.device) for key, value in batch.items()}).loss
+                total, count = total + float(loss) * counted, count + counted
+    if not count or not math.isfinite(total):
+        what = f"is {total}" if count else "is undefined: none of them has a token to predict"
+        raise InputError(
+            f"the loss on the held-out examples {what}; lower method.lr, or raise data.max_length"
+        )
+    return total / count
+
+
+def _drawn(everyone: Mapping[int, int], clients: int, seed: int) -> list[int]:
+    able = sorted(everyone)
+    order = numpy_generator(seed, "diagnose", "clients").permutation(len(able))
+    return sorted(able[i] for i in order[:clients])
+
+
+def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | None:
+    """Steps of a client and round of the probe, on average; None: as many as in the run.
+
+    Raises:
+        InputError: Fewer than a prediction can rest on.
+    """
+    needed = rounds * STEPS_A_ROUND
+    wanted = needed if steps is None else steps
+    if wanted >= run_steps:
+        return None
+    if wanted < needed:
+        enough = min(needed, math.ceil(run_steps))
+        raise InputError(
+            f"a probe of {steps} steps has {wanted / rounds:.3g} in each of {rounds} rounds, and says "
+            "nothing about the run: with few steps a round all is the beginning of a round. "
+            f"Give --steps {enough} or more, or leave it out"
+        )
+    return wanted // rounds
+
+
+def _encoded(config: RunConfig, parts: Assembly, client: int) -> list[Encoded]:
+    return encode_for(config, parts.split.clients[client], parts.loaded.tokenizer, parts.split.labels)
+
+
+def _held_out(config: RunConfig, parts: Assembly, most: int | None) -> list[Group]:
+    """The run's held-out examples in parts, whose weighted mean is the loss of `compare`; at most so many."""
+    examples = parts.split.evaluation[:most]
+    items = encode_for(config, examples, parts.loaded.tokenizer, parts.split.labels)
+    groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
+    return [Group(part, float(sum(map(_counted, part)))) for part in groups]
+
+
+def _counted(item: Encoded) -> int:
+    """Tokens that carry loss; a classifier's example counts once."""
+    return 1 if len(item.labels) == 1 else sum(label != IGNORED for label in item.labels[1:])
+
+
+def _document(
+    config: RunConfig,
+    measured: Measured,
+    prediction: Prediction,
+    groups: Sequence[Group],
+    clients: int,
+    probed: Sequence[int],
+    ratio: float,
+    run_steps: float,
+    tolerance: float,
+) -> dict[str, Any]:
+    weights = [group.weight for group in groups]
+    moved = measured.moved * ratio ** growth([end.moved for end in measured.ends])
+    bound = measured.smoothness * run_steps * moved
+    end = measured.ends[-1]
+    whole_run = ratio == 1 and len(probed) == clients
+    return {
+        "model": config.model.name,
+        "initial": config.model.initial,
+        "method": config.method_name,
+        "trainable": getattr(config.method, "trainable", None),
+        "seed": config.seed,
+        "run": {"rounds": measured.rounds, "clients": clients, "steps": run_steps},
+        "measured_on": {
+            "whole_run": whole_run,
+            "clients": list(probed),
+            "rounds": measured.rounds,
+            "steps": measured.steps,
+            "loss_examples": sum(len(group.items) for group in groups),
+            "loss_groups": len(groups),
+        },
+        "quantities": {
+            "trainable_parameters": measured.trainable,
+            "smoothness": measured.smoothness,
+            "smoothness_sd": _sd(measured.smoothnesses),
+            "smoothness_batches": len(measured.smoothnesses),
+            "largest_smoothness": measured.largest_smoothness,
+            "relative_update": measured.relative_update,
+            "largest_relative_update": measured.largest_move / measured.norm if measured.norm else None,
+            "norm": measured.norm,
+            "gamma": measured.gamma,
+            "bound": measured.bound,
+            "bound_of_clients": measured.bound_of_clients,
+            "error": measured.error,
+            "error_without_rates": measured.error_without_rates,
+            "local_errors": list(measured.local_errors),
+            "sum_of_local_errors_without_rates": sum(measured.local_errors_without_rates),
+            "sum_of_gradient_differences": measured.gradient_differences,
+            "sum_of_distances": measured.distances,
+            "distance": end.distance,
+            "moved": measured.moved,
+        },
+        "losses": {
+            "start": mean(measured.start, weights),
+            "multi_round": [mean(e.multi_round, weights) for e in measured.ends],
+            "one_shot": [mean(e.one_shot, weights) for e in measured.ends],
+            "gap_by_group": [o - m for o, m in zip(end.one_shot, end.multi_round, strict=True)],
+        },
+        "prediction": {
+            "gap": prediction.gap,
+            "gap_between": [prediction.least, prediction.most],
+            "gap_error": prediction.gap_error,
+            "share": prediction.share,
+            "distance": end.distance / end.moved,
+            "bound": bound,
+            "steps_ratio": ratio,
+        },
+        "caveats": caveats(measured, weights, prediction, clients=clients, ratio=ratio),
+        "tolerance": tolerance,
+        "recommended_rounds": prediction.rounds,
+        "recommended_between": [prediction.fewest, prediction.most_rounds],
+    }
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values)

@@ -1,0 +1,89 @@
+"""The folder of one run: what DESIGN calls its files, created whole, appended to line by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.file import dump_config, load_config
+from fedtune.config.schema import RunConfig
+from fedtune.errors import InputError
+from fedtune.federation.files import disk_errors, dumps, read_json, whole_folder, write_json
+
+LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
+
+
+class RunFolder:
+    """One run's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(
+        path: Path, config: RunConfig, environment: dict[str, Any], partition: dict[str, Any]
+    ) -> RunFolder:
+        """Makes the folder with its configuration, environment and partition, all at once.
+
+        Raises:
+            InputError: `path` exists and is not empty.
+        """
+        refuse_existing(path)
+        with disk_errors(f"run folder {path}"), whole_folder(path) as new:
+            (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            write_json(new / "environment.json", environment)
+            write_json(new / "partition.json", partition)
+            (new / "checkpoints").mkdir()
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing run. Raises InputError if `path` is not a run folder."""
+        if not (path / "config.yaml").is_file():
+            what = "no such folder" if not path.exists() else "not a run folder: it has no config.yaml"
+            raise InputError(f"{path}: {what}; give the folder that `fedtune run` printed")
+        return RunFolder(path)
+
+    def config(self) -> RunConfig:
+        """The run's resolved configuration."""
+        return load_config(self.path / "config.yaml")
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json, or None while the run has not ended."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else None
+
+    def append(self, log: str, entry: dict[str, Any]) -> None:
+        """Adds one line to a log and hands it to the operating system, so that a killed run keeps it."""
+        with disk_errors(log), (self.path / log).open("a", encoding="utf-8") as file:
+            file.write(dumps(entry) + "\n")
+
+    def entries(self, log: str) -> Iterator[dict[str, Any]]:
+        """The lines of a log."""
+        path = self.path / log
+        if path.exists():
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    yield json.loads(line)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each log, for a checkpoint to remember."""
+        return {log: (self.path / log).stat().st_size if (self.path / log).exists() else 0 for log in LOGS}
+
+    def truncate(self, sizes: dict[str, int]) -> None:
+        """Cuts the logs back to what they held at a checkpoint."""
+        for log in LOGS:
+            path = self.path / log
+            if path.exists():
+                with path.open("r+b") as file:
+                    file.truncate(sizes.get(log, 0))
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises InputError if `path` holds anything, so that no run overwrites another."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path} exists already; give another --out, or continue that run with --resume {path}"
+        )

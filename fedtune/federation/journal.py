@@ -1,0 +1,109 @@
+"""Replies of the round in progress, kept on disk, so that a killed run does not train them again.
+
+One-shot fine-tuning has one long round; without this, a kill at its end would lose all of it. Each
+arrival is appended as it comes. A tail that was cut by the kill fails its checksum and is dropped.
+Resumed, the round first folds in what is kept, in its old order, and then goes on. Each entry tells how
+many orders had been sent when it came, so that the ledger's lines fall in their old order too. A round whose
+clients come in turn has an exchange for each of them; an entry says which it belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, MutableMapping
+from itertools import chain, islice
+from pathlib import Path
+
+from fedtune.core.types import Arrival, Payload, Transport
+from fedtune.core.wire import Content, decode, encode
+from fedtune.federation.files import disk_errors
+
+# exchange of the round, client, orders sent so far, bytes of fault, reply, state; their CRC-32
+_ENTRY = struct.Struct("<QqQQQQI")
+
+
+class Journal:
+    """A transport that writes down what another transport brings.
+
+    Args:
+        inner: The transport that reaches the clients.
+        folder: Where the journal of the round lies.
+        states: What clients keep between rounds, where it is this process that keeps it.
+    """
+
+    def __init__(self, inner: Transport, folder: Path, states: MutableMapping[int, Payload]) -> None:
+        self._inner, self._folder, self._states = inner, folder, states
+        self._exchanges = Counter[int]()  # of each round, so far
+
+    def exchange(
+        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+    ) -> Iterator[Arrival]:
+        """First the arrivals kept from before a kill, then new ones, each written before it is yielded."""
+        sent, turn = 0, self._exchanges[round]
+        self._exchanges[round] += 1
+
+        def counted() -> Iterator[tuple[int, bytes]]:
+            nonlocal sent
+            for order in frames:
+                sent += 1
+                yield order
+
+        orders, unanswered = counted(), dict[int, bytes]()
+        for sent_before, arrival, state in self._read(round, turn):
+            unanswered.update(islice(orders, sent_before - sent))
+            unanswered.pop(arrival.client, None)
+            if state is not None:
+                self._states[arrival.client] = state
+            yield arrival
+        rest = chain(unanswered.items(), orders)
+        for arrival in self._inner.exchange(round, rest, in_plan_order=in_plan_order):
+            self._write(round, turn, sent, arrival)
+            yield arrival
+
+    def clear(self) -> None:
+        """Forgets the rounds: their checkpoint is written, or they are to be asked again."""
+        for path in self._folder.glob("round-*.replies"):
+            path.unlink()
+        self._exchanges.clear()
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.replies"
+
+    def _write(self, round: int, turn: int, sent: int, arrival: Arrival) -> None:
+        state = self._states.get(arrival.client)
+        parts = (arrival.fault.encode(), arrival.frame, encode(Content(state)) if state is not None else b"")
+        with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
+            crc = 0
+            for part in parts:
+                crc = zlib.crc32(part, crc)
+            file.write(_ENTRY.pack(turn, arrival.client, sent, *map(len, parts), crc))
+            for part in parts:
+                file.write(part)
+
+    def _read(self, round: int, turn: int) -> Iterator[tuple[int, Arrival, Payload | None]]:
+        """The whole entries of an exchange, one in memory at a time; what follows all entries is cut off."""
+        path = self._path(round)
+        if not path.exists():
+            return
+        with path.open("r+b") as file:
+            end, size = 0, path.stat().st_size
+            while len(head := file.read(_ENTRY.size)) == _ENTRY.size:
+                of, client, sent, *lengths, crc = _ENTRY.unpack(head)
+                if sum(lengths) > size - end - _ENTRY.size:
+                    break
+                if of < turn:  # folded in already, and its checksum held
+                    end = file.seek(sum(lengths), os.SEEK_CUR)
+                    continue
+                body = file.read(sum(lengths))
+                if zlib.crc32(body) != crc:
+                    break
+                if of > turn:
+                    return
+                end = file.tell()
+                fault, frame = body[: lengths[0]].decode(), body[lengths[0] : lengths[0] + lengths[1]]
+                state = body[lengths[0] + lengths[1] :]
+                yield sent, Arrival(client, frame, fault), decode(state).payload if state else None
+            file.truncate(end)

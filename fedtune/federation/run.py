@@ -1,0 +1,358 @@
+"""One run from configuration to summary: load, split, train round by round, evaluate, save.
+
+Everything of a run that has to survive a kill is in its folder. A resumed run reads the newest
+checkpoint, cuts the logs back to it, takes over the replies that had already come in, and ends with the
+bits of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fedtune.config.schema import RunConfig
+from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.ledger import Ledger
+from fedtune.core.loop import RoundLoop
+from fedtune.core.state import from_payload, to_payload
+from fedtune.core.store import Store
+from fedtune.core.types import Transport
+from fedtune.errors import FederationError, InputError
+from fedtune.evaluation.tasks import scorer
+from fedtune.federation import checkpoint, rollback
+from fedtune.federation.assembly import Assembly, check_counts
+from fedtune.federation.connect import Deployment, check_transport, connected
+from fedtune.federation.files import disk_errors, read_json, write_json
+from fedtune.federation.folder import RunFolder, refuse_existing
+from fedtune.federation.journal import Journal
+from fedtune.federation.progress import Progress
+from fedtune.federation.saving import save_models
+from fedtune.federation.scoring import Evaluated, eval_settings, evaluate
+from fedtune.measure.clock import Clock
+from fedtune.methods import registry
+from fedtune.models.tuning import count_parameters
+from fedtune.protection.account import PrivacyAccount
+from fedtune.protection.summing import Summing
+
+
+def run(
+    config: RunConfig,
+    path: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    deployment: Deployment | None = None,
+) -> dict[str, Any]:
+    """Runs one federation, or continues one, in the folder `path`; returns its summary.
+
+    Args:
+        config: The configuration.
+        path: The run's folder.
+        progress: Is told what happens.
+        resume: Continue the run in `path`.
+        deployment: The way to real clients, with `transport.name: flower`.
+
+    Raises:
+        InputError: Data, model or folder are not usable. A new run leaves nothing behind then.
+        FederationError: A round stayed under its quorum, or the disk is full. The folder holds a
+            checkpoint and a summary with `status: stopped`.
+        KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
+    """
+    check_transport(config, deployment)
+    back_to = config.checkpoints.rollback
+    if resume:
+        folder = _reopen(config, path)
+        rollback.finish(path)  # one that a kill cut short
+        if back_to is not None:
+            rollback.check(path, back_to, config_sha256=config.sha256())
+        elif (done := folder.summary()) and done["status"] == "done":
+            return done
+    else:
+        if back_to is not None:
+            raise InputError(
+                f"checkpoints.rollback={back_to} needs a run to go back in; name its folder with --resume"
+            )
+        refuse_existing(path)
+    clock = Clock()
+    progress.stage("loading data and model")
+    with torch_settings():
+        with clock.part("setup"):
+            parts = Assembly.assemble(config, clock)
+        if resume:
+            parts.refuse_other_inputs(path)
+            if back_to is not None:
+                rollback.roll_back(path, back_to)
+        federation = _Federation(config, RunFolder(path), parts, clock, progress)
+        federation.prepare()
+        if deployment is not None:
+            progress.stage("waiting for clients")
+            parts.client_examples = deployment.join(
+                parts, read_json(path / "partition.json") if resume else None
+            )
+            check_counts(config, len(parts.client_examples))
+            parts.split.partition.update(deployment.partition())
+        if not resume:  # only now: until here, anything in the input may still turn out to be wrong
+            RunFolder.create(path, config, parts.environment, parts.split.partition)
+        try:
+            with connected(config, parts, path, clock, deployment) as transport:
+                return federation.run(transport, deployment)
+        except KeyboardInterrupt:
+            federation.summarize("interrupted")
+            raise
+        except FederationError:
+            with suppress(FederationError):  # on a full disk; the first error is the one to show
+                federation.summarize("stopped")
+            raise
+
+
+@contextmanager
+def torch_settings() -> Iterator[None]:
+    """Deterministic algorithms while a run lasts; the process's own setting comes back after it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _Federation:
+    """The rounds of one run."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, parts: Assembly, clock: Clock, progress: Progress
+    ) -> None:
+        self._config, self._folder, self._parts = config, folder, parts
+        self._clock, self._progress = clock, progress
+        parts.runner.store = Store(folder.path / "held")
+        self._ledger = Ledger(
+            lambda entry: folder.append("wire.jsonl", entry),
+            lambda entry: folder.append("memory.jsonl", entry),
+        )
+        self._earlier: dict[str, float] = {}  # seconds before a resume
+        self._held: dict[int, set[str]] = {}  # digests of what clients hold, by checkpoint
+        self._rounds: list[dict[str, Any]] = []
+        self._trainable = 0
+        self._total_parameters = parts.base_parameters
+        self._sha = config.sha256()
+        self._model: nn.Module = parts.loaded.model
+        self._start: checkpoint.Checkpoint | None = None
+        self._account: PrivacyAccount | None = None
+        self._zero_shot = Evaluated()
+
+    def prepare(self) -> None:
+        """Reads the newest checkpoint, scores the untrained model, attaches what is trained; writes nothing.
+
+        Raises:
+            InputError: The checkpoint is damaged, or the model does not go with the method or the tasks.
+        """
+        method, checkpoints = self._parts.method, self._folder.path / "checkpoints"
+        saved = checkpoint.rounds(checkpoints)
+        if saved:
+            self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha)
+        self._progress.begin(rounds=method.rounds, name=self._config.method_name)
+        if self._start is None:
+            self._zero_shot = self._evaluate(None)
+        self._model = method.client_model(lambda: self._parts.loaded.model)
+        self._total_parameters, self._trainable = count_parameters(self._model)
+        self._parts.runner.use(self._model)
+
+    def run(self, transport: Transport, deployment: Deployment | None = None) -> dict[str, Any]:
+        """The rounds that are left, and the result."""
+        method, model, start = self._parts.method, self._model, self._start
+        checkpoints = self._folder.path / "checkpoints"
+        self._restore(start)
+        if start is None:  # round 0 is the model before any training
+            self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
+        state = (
+            from_payload(registry.state_class(self._config.method_name), start.state)
+            if start
+            else method.init(model)
+        )
+        journal = Journal(transport, checkpoints, self._parts.runner.states)
+        secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
+        if privacy is not None:
+            self._account = PrivacyAccount(
+                privacy,
+                self._folder.path,
+                per_round=self._per_round(),
+                population=len(self._parts.client_examples),
+                secure=secure is not None,
+            )
+        loop = RoundLoop(
+            method,
+            journal,
+            self._ledger,
+            self._clock,
+            self._parts.device,
+            server_model=model if method.sends_model else None,
+            protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
+        )
+        if deployment is not None:
+            deployment.reply_limit = loop.reply_limit
+        for round in range(start.round + 1 if start else 1, method.rounds + 1):
+            try:
+                state = self._round(loop, state, model, round)
+            except QuorumError:
+                journal.clear()  # resumed, the round asks everyone again: those left out may be back
+                raise
+            with self._clock.part("checkpoint"):
+                self._save(checkpoints, round, state)
+                journal.clear()
+        self._save_result(state, model)
+        journal.clear()  # where a kill came between the last checkpoint and its own clearing
+        return self.summarize("done")
+
+    def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
+        config, before = self._config, self._clock.total
+        cohort = self._account.cohort(self._parts.client_examples) if self._account else None
+        drawn = cohort is not None
+        if cohort is None:
+            cohort = sample_cohort(
+                self._parts.client_examples, self._per_round(), seed=config.seed, round=round
+            )
+        self._progress.round(round, len(cohort.clients))
+        arrivals: list[dict[str, Any]] = []
+
+        def on_arrival(now: Any, outcome: RoundOutcome) -> None:
+            self._progress.client(len(outcome.clients) + len(outcome.left_out))
+            if config.evaluation.arrivals:
+                scores = self._evaluate((now, model)).result
+                arrivals.append({"clients": list(outcome.clients), "eval": scores})
+
+        quorum = quorum_of(len(cohort.clients), config.federation.quorum)
+        if not self._parts.method.uses_wire:  # a count that is meant for the methods beside it
+            quorum = min(quorum, len(cohort.clients))
+        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
+            asked, wanted = len(cohort.clients), config.federation.quorum
+            quorum = min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
+        state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
+        entry: dict[str, Any] = {
+            "round": round,
+            "clients": sorted(outcome.clients),
+            "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
+            "train_loss": outcome.mean("train_loss"),
+        }
+        if self._account is not None:
+            entry["privacy"] = self._account.spend(outcome.clients)
+        if arrivals:
+            entry["arrivals"] = arrivals
+        every = config.evaluation.every
+        due = round == self._parts.method.rounds or (every > 0 and round % every == 0)
+        scores = self._evaluate((state, model)) if due else Evaluated()
+        self._record(entry, scores, self._clock.total - before)
+        return state
+
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
+        self._progress.stage("evaluating")
+        loaded, method = self._parts.loaded, self._parts.method
+        with self._clock.part("evaluation"):
+            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            return evaluate(models, loaded.tokenizer, self._parts.split, self._config)
+
+    def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
+        entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
+        if scores.models:
+            entry["eval_clients"] = scores.models
+        if scores.per_client:
+            entry["per_client"] = scores.per_client
+        if scores.notes:
+            entry["eval_notes"] = scores.notes
+        for line in scores.details:
+            self._folder.append("answers.jsonl", {"round": entry["round"], **line})
+        self._rounds.append(entry)
+        self._folder.append("rounds.jsonl", entry)
+        self._progress.scores(entry["round"], scores.result)
+
+    def _restore(self, start: checkpoint.Checkpoint | None) -> None:
+        if start is None:
+            self._folder.truncate({})
+            return
+        self._folder.truncate(dict(start.logs))
+        self._rounds = list(self._folder.entries("rounds.jsonl"))
+        self._ledger.restore(self._folder.entries("wire.jsonl"), self._folder.entries("memory.jsonl"))
+        self._parts.runner.states.update(start.clients)
+        self._earlier = dict(start.seconds)
+
+    def _save(self, checkpoints: Path, round: int, state: Any) -> None:
+        whole = checkpoint.Checkpoint(
+            round, to_payload(state), self._parts.runner.states, self._folder.sizes(), self._seconds()
+        )
+        checkpoint.save(checkpoints, whole, config_sha256=self._sha, keep=self._config.checkpoints.keep)
+        there = checkpoint.rounds(checkpoints)  # what none of them names, no resumed run asks for
+        self._held = {r: self._held.get(r) or checkpoint.held(checkpoints, r) for r in there}
+        self._parts.runner.store.retain(set().union(*self._held.values()))
+
+    def _save_result(self, state: Any, model: nn.Module) -> None:
+        self._progress.stage("saving the result")
+        method = self._parts.method
+        with self._clock.part("checkpoint"):
+            save_models(
+                method.export(state, model),
+                self._parts.loaded.tokenizer,
+                self._folder.path / "final",
+                merge=method.saves_merged,
+                what="the result",
+            )
+
+    def _per_round(self) -> float | int | None:
+        """Reference rows always ask everyone: they stand for no communication pattern."""
+        return self._config.federation.clients_per_round if self._parts.method.uses_wire else None
+
+    def _seconds(self) -> dict[str, float]:
+        now = self._clock.seconds | {"total": self._clock.total - self._clock.seconds.get("setup", 0.0)}
+        return {
+            part: round(now.get(part, 0.0) + self._earlier.get(part, 0.0), 3) for part in now | self._earlier
+        }
+
+    def summarize(self, status: str) -> dict[str, Any]:
+        """Writes and returns summary.json."""
+        evaluated = [entry for entry in self._rounds if entry["eval"]]
+        settings = eval_settings(self._config, self._parts.split.labels)
+        seconds = (
+            dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
+            | self._seconds()
+        )
+        summary = {
+            "method": self._config.method_name,
+            "model": self._config.model.name,
+            "seed": self._config.seed,
+            "rounds": self._rounds[-1]["round"] if self._rounds else 0,
+            "clients": len(self._parts.client_examples),
+            "trainable_parameters": self._trainable,
+            "total_parameters": self._total_parameters,
+            "payload_bytes": dict(self._ledger.payload_bytes),
+            "framed_bytes": dict(self._ledger.framed_bytes),
+            "payload_bytes_per_client_round": self._ledger.payload_bytes_per_client_round(),
+            "peak_memory_bytes": self._ledger.peak_memory_bytes,
+            "seconds": seconds,
+            "scorers": {task: scorer(task, settings) for task in self._config.evaluation.tasks},
+            "evaluation": evaluated[-1]["eval"] if evaluated else {},
+            "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
+            "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
+            "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
+            "status": status,
+        }
+        if self._account is not None:
+            summary["privacy"] = self._account.spent()
+        with disk_errors("summary.json"):
+            write_json(self._folder.path / "summary.json", summary)
+        return summary
+
+
+def _reopen(config: RunConfig, path: Path) -> RunFolder:
+    folder = RunFolder.open(path)
+    theirs = folder.config()
+    if theirs.sha256() != config.sha256():
+        mine, its = config.resolved(), theirs.resolved()
+        different = [key for key in its if mine.get(key) != its[key]]
+        raise InputError(
+            f"{path} was started with another configuration; different: {', '.join(different)}. "
+            f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
+        )
+    return folder

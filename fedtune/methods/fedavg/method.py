@@ -1,0 +1,364 @@
+"""FedAvg in every form the papers compare, and one-shot federated fine-tuning, which is its one-round case.
+
+McMahan et al. (2017); Wang et al., "One-shot Federated Learning Methods" for foundation models: one
+round of T·k local epochs instead of T rounds of k, synchronous or asynchronous.
+
+    w(t+1) = server(w(t), Σ p_i Δ_i),   p_i = n_i / Σ n over the clients that replied       `server_step`
+    Δ_i    = local training from w(t) on client i's examples                                `client_step`
+
+Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), SCAFFOLD (`control_variates`,
+Karimireddy et al. 2020, option II), LoRA factors averaged, stacked or with A frozen (`aggregation`).
+
+Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
+w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
+exact (`core/aggregate.py`).
+
+Deviations: clients send updates, not weights (same bytes; a bfloat16 update keeps eight more bits of
+what training did than a bfloat16 weight would); SCAFFOLD's model update is weighted by examples like
+every other, its control variates are averaged evenly as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
+from fedtune.core.cohort import Cohort
+from fedtune.core.seeds import derive_seed
+from fedtune.core.types import (
+    ArrivalOrder,
+    ClientEnv,
+    ClientResult,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    Summed,
+    TensorSpec,
+)
+from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
+from fedtune.methods.local_training import Training, train
+from fedtune.methods.tuning import Tuning
+from fedtune.models.tuning import trainable
+
+CONTROL, PRODUCT = "control:", "product:"  # prefixes on the wire beside the weights' own names
+
+
+class Config(Tuning, Training):
+    """Settings of `method.name: fedavg`."""
+
+    name: Literal["fedavg"] = "fedavg"
+    rounds: int = Field(3, ge=1)
+    arrival: Literal["synchronous", "asynchronous"] = "synchronous"
+    aggregation: Literal["mean", "stack", "freeze-a"] = "mean"
+    server_optimizer: ServerOptimizer = ServerOptimizer()
+    proximal: float = Field(0.0, ge=0)
+    control_variates: bool = False
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.aggregation != "mean" and self.trainable != "lora":
+            raise ValueError(f"aggregation: {self.aggregation} is for trainable: lora, got {self.trainable}")
+        if self.aggregation == "stack" and (
+            self.arrival == "asynchronous" or self.control_variates or self.server_optimizer.name != "mean"
+        ):
+            raise ValueError(
+                "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
+                "server_optimizer mean and no control_variates"
+            )
+        if self.arrival == "asynchronous" and (self.rounds != 1 or self.control_variates):
+            raise ValueError(
+                f"arrival: asynchronous is one-shot: set rounds: 1 (got {self.rounds}), more local_epochs, "
+                "and no control_variates"
+            )
+        if self.arrival == "asynchronous" and self.server_optimizer.name != "mean":
+            raise ValueError("arrival: asynchronous keeps a running mean; it goes with server_optimizer mean")
+        if self.control_variates and (self.optimizer != "sgd" or self.momentum):
+            raise ValueError(
+                "control_variates (SCAFFOLD) correct plain SGD steps; set optimizer: sgd, momentum: 0"
+            )
+        if self.control_variates and self.lora and self.lora.client_ranks:
+            raise ValueError("control_variates need clients of one rank; leave lora.client_ranks out")
+        return self
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state.
+
+    Attributes:
+        weights: The global trainable parameters, float32.
+        dtypes: The dtype in which each of them is held and sent, by name.
+        scaling: alpha / rank of each LoRA module.
+        moments: The server optimiser's moments, by "moment/name".
+        control: SCAFFOLD's c.
+        product: The stacked or dense product Σ p_i B_i A_i of all rounds so far (aggregation: stack).
+        start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
+    """
+
+    weights: dict[str, Tensor]
+    dtypes: dict[str, str]
+    scaling: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
+    product: dict[str, Tensor] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    weight: int = 0
+
+
+class FedAvg:
+    """FedAvg and one-shot; see the module's text."""
+
+    pools_data = False
+    uses_wire = True
+    sends_model = False
+    unit = 2.0**-FRACTION_BITS
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config, self._seed = config, seed
+        self.rounds = config.rounds
+        self.saves_merged = config.aggregation == "stack"
+        self.arrival: ArrivalOrder = (
+            "one-by-one"
+            if config.arrival == "asynchronous"
+            else "plan-order"
+            if config.aggregation == "stack"
+            else "any-order"
+        )
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
+
+    def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The whole model, with the adapter where one is trained."""
+        model = self.config.attach(build(), derive_seed(self._seed, "adapter"))
+        if self.config.aggregation == "freeze-a":
+            for name, parameter in trainable(model).items():
+                parameter.requires_grad_(not name.endswith(lora.A))
+        return model
+
+    def init(self, model: nn.Module) -> State:
+        """The state before the first round: the model as it is."""
+        parameters = trainable(model)
+        weights = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
+        return State(
+            weights,
+            {name: str(p.dtype).removeprefix("torch.") for name, p in parameters.items()},
+            scaling={
+                name: float(layer.scaling["default"]) for name, layer in lora.lora_layers(model).items()
+            },
+            control={n: torch.zeros_like(w) for n, w in weights.items()}
+            if self.config.control_variates
+            else {},
+        )
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
+        """Everyone in the cohort gets the global weights, cut to its rank."""
+        weights = _as_sent(state.weights, state.dtypes)
+        ranks = {client: self._rank(client) for client in cohort.clients}
+        if self.config.aggregation == "stack":  # every client draws its own fresh factors
+            down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
+            down |= {PRODUCT + name: t for name, t in state.product.items()}
+            payloads = dict.fromkeys(ranks.values(), Payload(down))  # the product is whole for every rank
+        else:
+            down = weights | {CONTROL + name: c for name, c in state.control.items()}
+            payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
+        for client in cohort.clients:
+            rank = ranks[client]
+            up = (lora.cut(weights, rank) if rank else weights) | {
+                CONTROL + name: c for name, c in state.control.items()
+            }
+            expects = {name: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for name, t in up.items()}
+            yield Order(client, payloads[rank], expects)
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        """Local training from the received weights; returns the update (or the trained factors to stack)."""
+        parameters = trainable(env.model)
+        weights = {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}
+        product = {n.removeprefix(PRODUCT): t for n, t in job.tensors.items() if n.startswith(PRODUCT)}
+        control = {n.removeprefix(CONTROL): t for n, t in job.tensors.items() if n.startswith(CONTROL)}
+        if self.config.aggregation == "stack":
+            weights |= self._fresh_factors(parameters, env)
+        start = lora.pad(weights, parameters)
+        load(parameters, start)
+        own = dict(env.state.tensors) if env.state else {n: torch.zeros_like(c) for n, c in control.items()}
+        with lora.folded(env.model, product) if product else nullcontext():
+            trained = train(
+                env,
+                parameters,
+                self.config,
+                proximal=self.config.proximal,
+                correction={name: c - own[name] for name, c in control.items()},
+            )
+        # the start as float32 is what the masters began from: bfloat16 weights widen without loss
+        deltas = {name: w.cpu() - start[name].to(torch.float32) for name, w in trained.weights.items()}
+        up: dict[str, Tensor] = {}
+        for name, received in weights.items():
+            whole = trained.weights[name].cpu() if self._sends_factor(name) else deltas[name]
+            up[name] = _cut_like(whole, received).to(received.dtype)
+        metrics = {"train_loss": trained.train_loss, "steps": trained.steps}
+        if not control:
+            return ClientResult(Payload(up), metrics)
+        renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
+            name: own[name] - c - deltas[name] / trained.rate_sum for name, c in control.items()
+        }
+        up |= {CONTROL + name: renewed[name] - own[name] for name in renewed}
+        return ClientResult(Payload(up), metrics, state=Payload(renewed))
+
+    def server_step(self, state: State, replies: Iterable[Reply]) -> State:
+        """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""
+        if self.config.aggregation == "stack":
+            return self._stack(state, replies)
+        total: WeightedSum | None = None
+        control: WeightedSum | None = None
+        for reply in replies:
+            if total is None:
+                total = WeightedSum(reply.cohort.total_examples, state.weight, dict(state.sums))
+                control = WeightedSum.empty(reply.cohort.population)
+            assert control is not None
+            update = {n: t for n, t in reply.payload.tensors.items() if not n.startswith(CONTROL)}
+            total = total.add(lora.pad(update, state.weights), reply.examples)
+            control = control.add(
+                {
+                    n.removeprefix(CONTROL): t
+                    for n, t in reply.payload.tensors.items()
+                    if n.startswith(CONTROL)
+                },
+                1,
+            )
+        if total is None or control is None:
+            raise ValueError("no client replied: there is nothing to average")
+        return self._advance(state, total, control)
+
+    def sum_refusal(self, *, privacy: bool) -> str | None:
+        """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
+        if self.config.aggregation == "stack":
+            return "aggregation: stack needs each client's factors"
+        if privacy and self.config.control_variates:
+            return "control_variates are a second update beside the first, on another scale"
+        return None
+
+    def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
+        """The global weights', and the control variates'."""
+        shapes = {name: tuple(w.shape) for name, w in state.weights.items()}
+        return shapes | {CONTROL + name: tuple(c.shape) for name, c in state.control.items()}
+
+    def summand(
+        self,
+        payload: Payload,
+        *,
+        weight: int,
+        total: int,
+        population: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        """The integers that `server_step` would add up for this reply."""
+        like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        update = {n: t for n, t in payload.tensors.items() if not n.startswith(CONTROL)}
+        control = {n: t for n, t in payload.tensors.items() if n.startswith(CONTROL)}
+        sums = WeightedSum.empty(total).add(lora.pad(update, like), weight).sums
+        return sums | WeightedSum.empty(population).add(control, 1).sums
+
+    def sum_step(self, state: State, total: Summed) -> State:
+        """The step that `server_step` makes, from the sum."""
+        control = {n.removeprefix(CONTROL): t for n, t in total.sums.items() if n.startswith(CONTROL)}
+        weights = {n: t for n, t in total.sums.items() if not n.startswith(CONTROL)}
+        return self._advance(
+            state,
+            WeightedSum(total.total, total.weight, weights),
+            WeightedSum(total.population, len(total.clients), control),
+        )
+
+    def _advance(self, state: State, total: WeightedSum, control: WeightedSum) -> State:
+        renewed = {name: c + control.scaled(name) for name, c in state.control.items()}  # c + 1/N Σ Δc_i
+        if self.config.arrival == "asynchronous":
+            start = state.start or state.weights
+            weights, _ = self._apply(start, total, {})
+            return replace(state, weights=weights, start=start, sums=total.sums, weight=total.weight)
+        weights, moments = self._apply(state.weights, total, state.moments)
+        return replace(state, weights=weights, moments=moments, control=renewed)
+
+    def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The global model."""
+        parameters = trainable(model)
+        if self.config.aggregation == "stack":
+            load(parameters, {n: torch.zeros_like(w) for n, w in state.weights.items() if lora.is_factor(n)})
+            load(parameters, {n: w for n, w in state.weights.items() if not lora.is_factor(n)})
+            with lora.folded(model, state.product):
+                yield "global", model
+        else:
+            load(parameters, state.weights)
+            yield "global", model
+
+    def _apply(
+        self, weights: Mapping[str, Tensor], total: WeightedSum, moments: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        new: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            mine = {m: moments[f"{m}/{name}"] for m in ("m", "v") if f"{m}/{name}" in moments}
+            new[name], moved = self.config.server_optimizer.step(weight, total.mean(name), mine)
+            kept |= {f"{m}/{name}": t for m, t in moved.items()}
+        return new, kept
+
+    def _stack(self, state: State, replies: Iterable[Reply]) -> State:
+        """Stacking holds a cohort's factors together: they are the result, not a means to it."""
+        factors: list[tuple[Mapping[str, Tensor], int]] = []
+        rest: WeightedSum | None = None
+        for reply in replies:
+            rest = rest or WeightedSum.empty(reply.cohort.total_examples)
+            rest = rest.add(
+                {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
+            )
+            factors.append(
+                ({n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}, reply.examples)
+            )
+        if rest is None:
+            raise ValueError("no client replied: there is nothing to stack")
+        weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}
+        return replace(state, weights=weights, product=lora.stack(state.product, factors, state.scaling))
+
+    def _sends_factor(self, name: str) -> bool:
+        return self.config.aggregation == "stack" and lora.is_factor(name)
+
+    def _rank(self, client: int) -> int:
+        """The LoRA rank of a client where ranks differ, else 0."""
+        ranks = self.config.lora.client_ranks if self.config.lora else None
+        return ranks[client % len(ranks)] if ranks else 0
+
+    def _fresh_factors(self, parameters: Mapping[str, nn.Parameter], env: ClientEnv) -> dict[str, Tensor]:
+        """A uniform in ±1/√in (LoRA's initialisation), B zero, cut to this client's rank."""
+        generator = env.generator("factors")
+        fresh = {}
+        for name, parameter in parameters.items():
+            if name.endswith(lora.A):
+                bound = parameter.shape[1] ** -0.5
+                fresh[name] = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            elif name.endswith(lora.B):
+                fresh[name] = torch.zeros(parameter.shape)
+        return lora.cut(fresh, self._rank(env.client)) if self._rank(env.client) else fresh
+
+
+def load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Copies values into parameters of the same names."""
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def _as_sent(weights: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+    return {name: w.to(getattr(torch, dtypes[name])) for name, w in weights.items()}
+
+
+def _cut_like(whole: Tensor, received: Tensor) -> Tensor:
+    return whole[tuple(slice(n) for n in received.shape)] if whole.ndim else whole

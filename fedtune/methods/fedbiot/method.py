@@ -1,0 +1,390 @@
+"""FedBiOT, FedOT and Offsite-tuning: clients tune an adapter on an emulator and never see the model.
+
+Wu et al., "FedBiOT: LLM Local Fine-tuning in Federated Learning without Full Model" (KDD 2024), Algorithm 2.
+
+    E, A          = cut and compress M                                 Algorithm 1   `client_model`
+    w_E          ← argmin ‖E(x) − E*(x)‖² + λ KL, on public data       Eq. 7         `init`, `server_step`
+    w_A,m        ← K steps on F_m + ε/2 ‖ŵ_A,m − ŵ_A(t)‖²              Eq. 9, 10     `client_step`
+    w_A          ← Σ p_m w_A,m                                         Eq. 11        `server_step`
+    AdapFu = E* ∘ A,  AdapEmu = E ∘ A                                                `export`
+
+What is trained of A and E is LoRA. A client is sent the adapter's and the emulator's weights once, then the
+LoRA of both each round, and answers with the adapter's. What pre-alignment learnt is merged into the emulator
+before anyone gets it, so that its tuned layers are not the model's own.
+
+`fedot` has the first and the last blocks as adapter and no alignment between rounds (Kuang et al. 2024);
+`offsite-tuning` is that with one client who holds all data (Xiao et al. 2023).
+
+Deviations: at β = 0 there is nothing to align and nothing is; the optimiser of the alignment starts anew in
+every round. Clients send what their LoRA changed by, as in FedAvg.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedtune.core.aggregate import LIMIT, WeightedSum
+from fedtune.core.cohort import Cohort
+from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.core.settings import Settings
+from fedtune.core.types import (
+    MODEL,
+    ArrivalOrder,
+    ClientEnv,
+    ClientError,
+    ClientResult,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    TensorSpec,
+)
+from fedtune.data.batches import endless_batches
+from fedtune.errors import InputError
+from fedtune.methods.fedavg.lora_aggregation import A
+from fedtune.methods.fedavg.method import load
+from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, Server, copied, factors, partner
+from fedtune.methods.local_training import Training, train
+from fedtune.methods.tuning import Lora
+from fedtune.models.alignment import align
+from fedtune.models.blocks import find_blocks
+from fedtune.models.emulator import EMULATORS, Cut, build, cut, take
+from fedtune.models.proximal import moved_squared
+from fedtune.models.pruning import find_mlp
+from fedtune.models.tuning import HEAD_NAMES, attach_lora
+
+log = logging.getLogger("fedtune")
+
+
+class Alignment(Settings):
+    """How the server tunes the emulator's LoRA on its public examples."""
+
+    steps_before: int = Field(500, ge=0)  # before the first round
+    steps: int = Field(10, ge=0)  # after each round
+    batch_size: int = Field(10, ge=1)  # public examples a step
+    lr: float = Field(1e-4, gt=0)  # constant
+    form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
+    keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
+
+
+class Config(Training):
+    """Settings of `method.name: fedbiot`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedbiot"  # the method
+    rounds: int = Field(10, ge=1)  # communication rounds
+    adapter_layers: int = Field(2, ge=1)  # s, the blocks that clients train
+    both_ends: bool = False  # the adapter is the first and the last s/2 blocks instead of the last s
+    emulator: Literal["layer-dropout", "channel-pruning"] = "layer-dropout"  # how E* is compressed
+    layer_dropout: float = Field(0.2, ge=0, lt=1)  # β, the share of E* (blocks, or channels) that is left out
+    proximal: float = Field(0.0, ge=0)  # ε, of the distance from the round's start, in reconstructed weights
+    distill_weight: float = Field(1.0, ge=0)  # λ
+    lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
+    alignment: Alignment = Alignment()
+    batch_size: int = Field(10, ge=1)  # examples a batch
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)  # adamw, also when aligning
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch(cls, values: object) -> object:
+        """30 local steps unless steps or epochs are given; SGD has no betas."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("local_epochs") is None and values.get("local_steps") is None:
+            values = {**values, "local_steps": 30}
+        if values.get("optimizer") == "sgd":
+            values = {"betas": [0.9, 0.999], **values}
+        return values
+
+    @field_validator("lora")
+    @classmethod
+    def _one_rank(cls, lora: Lora) -> Lora:
+        if lora.client_ranks:
+            raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        if lora.dropout:
+            raise ValueError("dropout is for fedavg; the emulator is aligned without it, leave it out")
+        return lora
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the emulator changes between rounds, so that its LoRA travels."""
+        return self.layer_dropout > 0 and self.alignment.steps > 0
+
+
+class OffsiteConfig(Config):
+    """Settings of `method.name: fedot` and `offsite-tuning`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedot"  # the method
+    adapter_layers: int = Field(4, ge=1)  # s, half of them at either end
+    both_ends: bool = True  # the first and the last s/2 blocks
+    alignment: Alignment = Alignment(steps=0)  # on public data, before the first round alone
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_only(cls, values: object) -> object:
+        """No steps between rounds, also where other settings of the alignment are given."""
+        if isinstance(values, dict) and isinstance(values.get("alignment"), dict):
+            return {**values, "alignment": {"steps": 0, **values["alignment"]}}
+        return values
+
+
+class OneClientConfig(OffsiteConfig):
+    """Settings of `method.name: offsite-tuning`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"  # the method
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state: LoRA factors by block and path, float32.
+
+    Attributes:
+        adapter: Of the adapter.
+        emulator: Of the emulator, on top of `merged`; empty where it never changes.
+        merged: What pre-alignment learnt; part of the emulator's weights.
+        holders: Clients that have the emulator's and the adapter's weights.
+        round: Rounds that are done.
+    """
+
+    adapter: dict[str, Tensor]
+    emulator: dict[str, Tensor] = field(default_factory=dict)
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    holders: dict[str, bool] = field(default_factory=dict)
+    round: int = 0
+
+
+class FedBiOT:
+    """FedBiOT, FedOT and Offsite-tuning; see the module's text."""
+
+    arrival: ArrivalOrder = "any-order"
+    uses_wire = True
+    saves_merged = False
+    sends_model = True
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config, self._seed = config, seed
+        self.rounds = config.rounds
+        self.pools_data = config.name == "offsite-tuning"
+        self._server: Server | None = None
+        self._env: ServerEnv | None = None
+
+    def prepare(self, server: ServerEnv) -> None:
+        """Public examples, wherever the emulator is to be aligned on them."""
+        alignment = self.config.alignment
+        needed = self.config.layer_dropout > 0 and (alignment.steps_before or alignment.steps)
+        if needed and not server.public:
+            raise InputError(
+                f"{self.config.name} aligns its emulator on public data and there is none; set data.public."
+                "source, or method.alignment.steps_before=0 and method.alignment.steps=0"
+            )
+        if not needed:
+            server.refuse_public(f"{self.config.name} without alignment")
+        self._env = server
+
+    def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The server's model, AdapFu: the whole of it with LoRA on the adapter's blocks."""
+        model = cast(PreTrainedModel, build())
+        if any(name in HEAD_NAMES for name, _ in model.named_children()):
+            raise InputError(
+                f"{self.config.name} needs a model that generates text, got {type(model).__name__}, which "
+                "classifies; set model.task: causal-lm"
+            )
+        blocks = len(find_blocks(model).modules)
+        places = cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
+        compressed = EMULATORS[self.config.emulator](model, places.middle, self.config.layer_dropout)
+        parts = (take(model, places.front), compressed, take(model, places.back))
+        pruned = (
+            find_mlp(find_blocks(model).modules[0]) if self.config.emulator == "channel-pruning" else None
+        )
+        full = self._attach(model, places.adapter)
+        if pruned:
+            tuned = {name.partition(".")[2].removesuffix(A) for name in factors(full, places.adapter, "")}
+            if tuned & {*pruned.ups, pruned.down}:
+                raise InputError(
+                    "method.emulator channel-pruning takes channels out of the MLP; LoRA must be elsewhere: "
+                    f"leave {', '.join((*pruned.ups, pruned.down))} out of method.lora.targets"
+                )
+        scaling = self.config.lora.alpha / self.config.lora.rank
+        room = self.config.alignment.keep_mb * 1_000_000
+        self._server = Server(model, full, places, parts, self._attach, scaling, room)
+        return full
+
+    def init(self, model: nn.Module) -> State:
+        """The adapter as it is, and an emulator aligned before anyone gets it."""
+        server, config = self._at_server(), self.config
+        adapter = copied(factors(server.full, server.places.adapter, ADAPTER))
+        state = State(adapter)
+        if config.layer_dropout > 0 and config.alignment.steps_before:
+            log.info("aligning the emulator in %d steps", config.alignment.steps_before)
+            server.emulate(state.merged)
+            drawn = copied(server.emulator_factors())
+            merged = self._align(state, drawn, config.alignment.steps_before, "before")
+            server.emulated = None
+            state = replace(state, merged=merged)
+        if config.aligns:
+            server.emulate(state.merged)
+            state = replace(state, emulator=copied(server.emulator_factors()))
+        return state
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
+        """The LoRA of adapter and emulator; to who does not have them yet, also the weights below it."""
+        lora = state.adapter | state.emulator
+        expects = {n: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for n, t in state.adapter.items()}
+        short, whole = Payload(lora), None
+        for client in cohort.clients:
+            if str(client) in state.holders:
+                yield Order(client, short, expects)
+                continue
+            if whole is None:
+                held = self._at_server().client_tensors(state.merged)
+                whole = Payload(lora | {MODEL + name: tensor for name, tensor in held.items()})
+            yield Order(client, whole, expects)
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        """K local steps on the adapter's LoRA, on top of the emulator; sends what they changed."""
+        sent = {n.removeprefix(MODEL): t for n, t in job.tensors.items() if n.startswith(MODEL)}
+        if sent:
+            key = env.store.put(Payload(sent))
+        else:
+            key = str(env.state.scalars["model"]) if env.state else ""
+        held = env.store.get(key)
+        if held is None:
+            raise ClientError("it does not have the emulator any more; it will be sent again")
+        model = env.store.built(key, lambda: self._client(held, env.device))
+        places = self._cut(model)
+        lora = {n: t for n, t in job.tensors.items() if not n.startswith(MODEL)}
+        parameters = factors(model, places.adapter, ADAPTER)
+        load(parameters | factors(model, places.middle, EMULATOR), lora)
+        start = {name: lora[name].to(env.device, torch.float32) for name in parameters}
+        scaling = self.config.lora.alpha / self.config.lora.rank
+
+        def proximal() -> Tensor:  # ε/2 ‖ŵ − ŵ(t)‖², ŵ = s B A
+            moved = [
+                moved_squared(a, parameters[partner(name)], start[name], start[partner(name)], scaling)
+                for name, a in parameters.items()
+                if name.endswith(A)
+            ]
+            return self.config.proximal / 2 * torch.stack(moved).sum()
+
+        trained = train(
+            replace(env, model=model),
+            parameters,
+            self.config,
+            penalty=proximal if self.config.proximal else None,
+        )
+        update = {name: (trained.weights[name] - start[name]).cpu() for name in parameters}
+        metrics = {"train_loss": trained.train_loss, "steps": trained.steps}
+        return ClientResult(Payload(update), metrics, state=Payload(scalars={"model": key}))
+
+    def server_step(self, state: State, replies: Iterable[Reply]) -> State:
+        """Averages the adapters, and aligns the emulator with the new one."""
+        total: WeightedSum | None = None
+        holders = dict(state.holders)
+        replied = []
+        for reply in replies:
+            if total is None:
+                total = WeightedSum.empty(reply.cohort.total_examples)
+                for client in reply.cohort.clients:  # who does not answer may have lost what it held
+                    holders.pop(str(client), None)
+            total = total.add(reply.payload.tensors, reply.examples)
+            replied.append(reply.client)
+        if total is None:
+            raise ValueError("no client replied: there is nothing to average")
+        adapter = {name: weight + total.mean(name) for name, weight in state.adapter.items()}
+        holders |= {str(client): True for client in sorted(replied)}
+        state = replace(state, adapter=adapter, holders=holders, round=state.round + 1)
+        if self.config.aligns:
+            self._at_server().emulate(state.merged)
+            emulator = self._align(state, state.emulator, self.config.alignment.steps, state.round)
+            state = replace(state, emulator=emulator)
+        return state
+
+    def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """AdapFu, the result, and AdapEmu beside it."""
+        server = self._at_server()
+        load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
+        yield "global", server.full
+        emulated = server.emulate(state.merged)
+        places = self._cut(emulated)
+        load(factors(emulated, places.adapter, ADAPTER), state.adapter)
+        load(factors(emulated, places.middle, EMULATOR), state.emulator)
+        yield "adapemu", emulated
+
+    def _attach(self, model: nn.Module, layers: Sequence[int]) -> nn.Module:
+        """LoRA on some blocks; the adapter's factors have the same start wherever they are attached."""
+        lora, seed = self.config.lora, derive_seed(self._seed, "adapter")
+        return attach_lora(
+            cast(PreTrainedModel, model),
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+            seed=seed,
+            layers=layers,
+        )
+
+    def _cut(self, model: nn.Module) -> Cut:
+        """The division of an emulated model, whose E is as long as it is."""
+        blocks = len(find_blocks(model).modules)
+        return cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
+
+    def _client(self, held: Payload, device: torch.device) -> nn.Module:
+        """A client's model, from what it was sent and nothing else."""
+        model = build(held.tensors)
+        places = self._cut(model)
+        emulator = places.middle if self.config.aligns else ()
+        attached = self._attach(model, sorted((*places.adapter, *emulator))).to(device)
+        for parameter in factors(attached, places.middle, EMULATOR).values():
+            parameter.requires_grad_(False)
+        return attached
+
+    def _align(
+        self, state: State, emulator: Mapping[str, Tensor], steps: int, when: str | int
+    ) -> dict[str, Tensor]:
+        server, alignment, env = self._at_server(), self.config.alignment, self._env
+        assert env is not None and server.emulated is not None
+        student = server.emulated
+        places = self._cut(student)
+        teacher = server.teacher()
+        load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
+        tail = server.tail_factors()
+        load(tail, {name: state.adapter[name] for name in tail})
+        if places.front:
+            teacher.forget()
+        load(factors(student, places.adapter, ADAPTER), state.adapter)
+        parameters = server.emulator_factors()
+        load(parameters, emulator)
+        student.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        batches = endless_batches(
+            len(env.public), alignment.batch_size, torch_generator(self._seed, "alignment", when)
+        )
+        loss = align(
+            student.eval(),
+            find_blocks(student).modules[places.back[0]],
+            list(parameters.values()),
+            teacher,
+            batches,
+            env.public,
+            pad_id=env.pad_id,
+            device=env.device,
+            steps=steps,
+            lr=alignment.lr,
+            betas=(self.config.betas[0], self.config.betas[1]),
+            distill_weight=self.config.distill_weight,
+            form=alignment.form,
+        )
+        log.info("alignment: mean loss %.4g over %d steps", loss, steps)
+        return copied(parameters)
+
+    def _at_server(self) -> Server:
+        assert self._server is not None, "client_model comes first"
+        return self._server

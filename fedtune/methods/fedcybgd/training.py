@@ -1,0 +1,142 @@
+"""Local training of one block at a time, as FedCyBGD and BAdam do it.
+
+Only the active block has gradients, a float32 master and optimiser state, and all three end with it. Blocks
+before it run without a graph, since nothing in them asks for gradients; what the step needs besides is kept
+low by `models/memory_efficient.py`. The learning rate's schedule spans all steps,
+whichever blocks they fall on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.types import ClientEnv, ClientError
+from fedtune.data.batches import collate
+from fedtune.measure.memory import Resident
+from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
+from fedtune.methods.local_training import (
+    Trained,
+    Training,
+    build_optimizer,
+    float32_master,
+    step_batches,
+)
+from fedtune.models.memory_efficient import memory_efficient
+
+
+def train_blocks(
+    env: ClientEnv,
+    blocks: Iterator[Mapping[str, nn.Parameter]],
+    settings: Training,
+    *,
+    checkpointing: bool,
+    interval: int | None = None,
+    powersgd: PowerSGD | None = None,
+    resident: Sequence[Resident] = (),
+) -> Trained:
+    """Trains blocks of `env.model` in turn on the client's examples.
+
+    Args:
+        env: The client; no parameter of its model asks for gradients.
+        blocks: The parameters of each block, by name.
+        settings: Epochs or steps, batch, optimiser, schedule.
+        checkpointing: Activations are computed again in the backward pass.
+        interval: Steps until the next block; None: the first takes them all.
+        powersgd: Filters gradients before the optimiser sees them.
+        resident: What the client holds in memory besides, for the account of it.
+
+    Returns:
+        `weights` holds the last block's alone; those of earlier ones are in the model.
+
+    Raises:
+        ClientError: The loss became NaN or infinite.
+    """
+    total = settings.steps(len(env.items))
+    loss_sum, seen, rate_sum = 0.0, 0, 0.0
+    active: _Active | None = None
+    env.model.train()
+    try:
+        with memory_efficient(env.model, checkpointing=checkpointing):
+            for step, group in enumerate(step_batches(env, settings)):
+                if step == total:
+                    break
+                if active is None or (interval is not None and step % interval == 0):
+                    if active is not None:
+                        active.end()
+                    active = _Active.begin(next(blocks), settings, powersgd, env.generator("powersgd", step))
+                rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
+                rate_sum += rate
+                batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
+                size = max(batch["input_ids"].numel() for batch in batches)
+                with env.memory.step(size, resident=[env.model, *active.resident(), *resident]):
+                    for batch in batches:
+                        loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
+                        (loss / len(batches)).backward()
+                        value = float(loss.detach())
+                        if not math.isfinite(value):
+                            raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
+                        loss_sum += value * len(batch["input_ids"])
+                        seen += len(batch["input_ids"])
+                    active.step(rate, settings)
+    finally:
+        env.model.eval()
+        if active is not None:
+            active.end()
+    assert active is not None  # a client has at least one example, hence one step
+    weights = {name: master.detach() for name, master in active.masters.items()}
+    return Trained(weights, total, rate_sum, loss_sum / seen)
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The block that is trained just now."""
+
+    parameters: Mapping[str, nn.Parameter]
+    masters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    filter: GradientFilter | None
+
+    @staticmethod
+    def begin(
+        parameters: Mapping[str, nn.Parameter],
+        settings: Training,
+        powersgd: PowerSGD | None,
+        generator: torch.Generator,
+    ) -> _Active:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
+        filter = GradientFilter(powersgd, generator) if powersgd else None
+        return _Active(parameters, masters, build_optimizer(masters, settings), filter)
+
+    def resident(self) -> list[Resident]:
+        """What is in memory beside the model."""
+        return [self.optimizer, dict(self.masters), dict(self.filter.memory) if self.filter else {}]
+
+    def step(self, rate: float, settings: Training) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter and parameter.grad is not None:
+                self.masters[name].grad, parameter.grad = parameter.grad.to(torch.float32), None
+        if settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(list(self.masters.values()), settings.max_grad_norm)
+        if self.filter is not None:
+            self.filter.step(self.masters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    def end(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None

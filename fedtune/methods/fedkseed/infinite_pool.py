@@ -1,0 +1,210 @@
+"""Seeds without end: the two protocols that FedKSeed argues against, as its baselines.
+
+Qin et al., FedKSeed (2024), Table 1 and Figure 1(b). A local step is the same, (seed, scalar) with a fresh
+seed out of 2^31, and so is the upload. Nothing can be summed by seed, so the newest model costs a client
+
+* `download: steps` (Zelikman et al. 2023): every step that anyone ever took, replayed from w0 one by one. The
+  server holds the list of steps, and time and memory grow with it;
+* `download: model` (Feng et al. 2023): all weights, sent down in every round. The server holds the model and
+  replays the steps of a round into it.
+
+Client i's step counts with c_i = n_i / Σ n over those that replied, as in FedKSeed, and steps are applied in
+the order of client and step, so that all who replay them hold the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedtune.core.aggregate import LIMIT
+from fedtune.core.cohort import Cohort
+from fedtune.core.settings import Settings
+from fedtune.core.types import (
+    ArrivalOrder,
+    ClientEnv,
+    ClientError,
+    ClientResult,
+    Order,
+    Payload,
+    Reply,
+    ServerEnv,
+    TensorSpec,
+)
+from fedtune.data.batches import collate, endless_batches
+from fedtune.errors import InputError
+from fedtune.methods.fedavg.method import load
+from fedtune.models.on_disk import kept_on_disk
+from fedtune.models.tuning import train_all, trainable
+from fedtune.zeroth import SeedPool, perturb_all_
+
+SEEDS = 2**31
+
+
+class Config(Settings):
+    """Settings of `method.name: infinite-pool`."""
+
+    name: Literal["infinite-pool"] = "infinite-pool"  # the method
+    rounds: int = Field(40, ge=1)  # communication rounds
+    download: Literal["steps", "model"] = "steps"  # how a client gets to the newest model
+    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
+    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
+    lr: float = Field(3e-7, gt=0)  # η, constant
+    local_steps: int = Field(200, ge=1)  # τ, a client and round
+    batch_size: int = Field(1, ge=1)  # examples a step
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state.
+
+    Attributes:
+        seeds, scalars: All steps so far, int32 and float32; a scalar is c_i ĝ.
+        known: How many of them each client has (download: steps).
+        weights: The model (download: model).
+    """
+
+    seeds: Tensor
+    scalars: Tensor
+    known: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class InfinitePool:
+    """Zeroth-order tuning with fresh seeds; see the module's text."""
+
+    pools_data = False
+    uses_wire = True
+    saves_merged = False
+    sends_model = False
+    arrival: ArrivalOrder = "any-order"
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config = config
+        self.rounds = config.rounds
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
+
+    def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The whole model, all of it tuned, float32: steps are taken where the weights lie."""
+        model = train_all(build())  # type: ignore[arg-type]
+        for name, parameter in trainable(model).items():
+            if parameter.dtype != torch.float32:
+                raise InputError(
+                    f"{self.config.name} moves weights step by step, which {parameter.dtype} ({name}) cannot "
+                    "hold; set model.dtype=float32, or use fedkseed"
+                )
+        return model.eval()
+
+    def init(self, model: nn.Module) -> State:
+        """No step was taken; with `download: model`, the model as it is."""
+        weights = {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+        return State(
+            torch.zeros(0, dtype=torch.int32),
+            torch.zeros(0),
+            weights=weights if self.config.download == "model" else {},
+        )
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
+        """All weights, or the steps that a client does not have yet."""
+        count = self.config.local_steps
+        expects = {
+            "seeds": TensorSpec(torch.int32, (count,), SEEDS, at_least=0),
+            "scalars": TensorSpec(torch.float32, (count,), LIMIT),
+        }
+        whole = Payload(state.weights)
+        for client in cohort.clients:
+            if self.config.download == "model":
+                yield Order(client, whole, expects)
+            else:
+                known = state.known.get(str(client), 0)
+                missing = {"seeds": state.seeds[known:], "scalars": state.scalars[known:]}
+                yield Order(client, Payload(missing), expects)
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        """Gets to the newest model, then τ local steps from there; sends seeds and scalars."""
+        parameters = trainable(env.model)
+        weights = {name: parameter.data for name, parameter in parameters.items()}
+        if self.config.download == "model":
+            load(parameters, job.tensors)
+            return self._steps(weights, env, None)
+        known = env.state.tensors if env.state else {}
+        history = {
+            name: torch.cat([known[name], job.tensors[name]]) if known else job.tensors[name]
+            for name in ("seeds", "scalars")
+        }
+        with kept_on_disk(parameters):
+            self._replay(weights, history["seeds"], history["scalars"])
+            return self._steps(weights, env, Payload(history))
+
+    def server_step(self, state: State, replies: Iterable[Reply]) -> State:
+        """Appends the steps of a round, by client; with `download: model` also takes them."""
+        got = {reply.client: reply for reply in replies}
+        if not got:
+            raise ValueError("no client replied: there is nothing to append")
+        total = sum(reply.examples for reply in got.values())
+        in_order = [got[client] for client in sorted(got)]
+        seeds = torch.cat([reply.payload.tensors["seeds"] for reply in in_order])
+        scalars = torch.cat(
+            [reply.payload.tensors["scalars"] * (reply.examples / total) for reply in in_order]
+        )
+        if self.config.download == "model":
+            weights = {name: weight.clone() for name, weight in state.weights.items()}
+            self._replay(weights, seeds, scalars)
+            return State(state.seeds, state.scalars, weights=weights)
+        before = len(state.seeds)  # who replied had all of them
+        known = state.known | {str(client): before for client in sorted(got)}
+        return State(torch.cat([state.seeds, seeds]), torch.cat([state.scalars, scalars]), known)
+
+    def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The newest model; afterwards `model` holds what it held before."""
+        parameters = trainable(model)
+        with kept_on_disk(parameters):
+            if self.config.download == "model":
+                load(parameters, state.weights)
+            else:
+                weights = {name: parameter.data for name, parameter in parameters.items()}
+                self._replay(weights, state.seeds, state.scalars)
+            yield "global", model
+
+    def _steps(self, weights: Mapping[str, Tensor], env: ClientEnv, kept: Payload | None) -> ClientResult:
+        config = self.config
+        drawn = torch.randint(SEEDS, (config.local_steps,), generator=env.generator("seeds"))
+        batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
+        scalars, loss_sum = [], 0.0
+        for step, seed in enumerate(drawn.tolist()):
+            batch = {k: v.to(env.device) for k, v in self._batch(env, next(batches)).items()}
+            with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
+                self._move(weights, seed, config.epsilon)
+                plus = float(env.model(**batch).loss)
+                self._move(weights, seed, -2 * config.epsilon)
+                minus = float(env.model(**batch).loss)
+                scalar = (plus - minus) / (2 * config.epsilon)
+                if not math.isfinite(scalar):
+                    raise ClientError(
+                        f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
+                    )
+                self._move(weights, seed, config.epsilon - config.lr * scalar)
+            scalars.append(scalar)
+            loss_sum += (plus + minus) / 2
+        up = Payload({"seeds": drawn.to(torch.int32), "scalars": torch.tensor(scalars)})
+        metrics = {"train_loss": loss_sum / config.local_steps, "steps": config.local_steps}
+        return ClientResult(up, metrics, state=kept)
+
+    def _batch(self, env: ClientEnv, indices: list[int]) -> dict[str, Tensor]:
+        return collate([env.items[i] for i in indices], env.pad_id)
+
+    def _replay(self, weights: Mapping[str, Tensor], seeds: Tensor, scalars: Tensor) -> None:
+        for seed, scalar in zip(seeds.tolist(), scalars.tolist(), strict=True):
+            self._move(weights, seed, -self.config.lr * scalar)
+
+    def _move(self, weights: Mapping[str, Tensor], seed: int, scale: float) -> None:
+        perturb_all_(weights, SeedPool(seed, 1, self.config.noise), 0, scale)

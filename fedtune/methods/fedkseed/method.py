@@ -1,0 +1,410 @@
+"""FedKSeed and FedKSeed-Pro: full-parameter tuning with two forward passes a step and K shared seeds.
+
+Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost
+under 18 Kilobytes" (2024), Algorithm 1.
+
+    w = w0 − η Σ_j a_j z_j                                    Eq. 4    `step_weights`
+    ĝ = (L(w + ε z_j; x) − L(w − ε z_j; x)) / 2ε              Eq. 5    `client_step`
+    w ← w − η ĝ z_j                                           Eq. 6    `client_step`
+    a_j ← a_j + Σ_i c_i Σ ĝ,   c_i = n_i / Σ n of those that replied   `server_step`, seed_aggregation.py
+    ψ_j = mean |ĝ| of seed j;  p = softmax(min-max(ψ))        Eq. 13, 14  `probabilities` (Pro)
+
+The server holds K numbers and no model. What crosses the wire: down the accumulator (and p), or for a client
+that replied in the round before only the entries that changed since; up the drawn seeds with their scalars,
+or the dense K sums where those are smaller. Each order names w0 and the pool (seed_order.py).
+
+Deviations: noise is a function of (pool key, parameter name, element, seed index) instead of a serial
+generator's draws (`zeroth/`), so that unlike devices rebuild the same bits; seeds are pool indices. ψ of a
+seed that was never drawn is the mean over those that were (the paper leaves it open). A client's weights are
+formed from w0 anew in every forward pass, but for other noise than `hadamard4` in float32 (zeroth_step.py).
+Scalars can be clipped, and folded in by a robust mean, which the paper does not have.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fedtune.core.cohort import Cohort
+from fedtune.core.seeds import derive_seed
+from fedtune.core.settings import Settings
+from fedtune.core.types import (
+    ArrivalOrder,
+    ClientEnv,
+    ClientError,
+    ClientResult,
+    Order,
+    Payload,
+    Reply,
+    Scalar,
+    ServerEnv,
+    Summed,
+    TensorSpec,
+)
+from fedtune.data.batches import collate, endless_batches
+from fedtune.errors import InputError
+from fedtune.methods.fedkseed.aggregation import (
+    SUM_LIMIT,
+    UNIT,
+    Fold,
+    Mean,
+    MedianOfMeans,
+    TrimmedMean,
+    mean_of,
+    units,
+)
+from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
+from fedtune.methods.fedkseed.step import coefficients, step_weights
+from fedtune.models.on_disk import kept_on_disk
+from fedtune.models.tuning import train_all, trainable
+from fedtune.zeroth import MAX_SEEDS, NOISE_VERSION, SeedPool, rebuild_all_
+
+log = logging.getLogger("fedtune")
+
+
+class Config(Settings):
+    """Settings of `method.name: fedkseed`."""
+
+    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed"  # the method
+    rounds: int = Field(40, ge=1)  # communication rounds
+    seeds: int = Field(4096, ge=1, le=MAX_SEEDS)  # K, the shared seeds
+    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
+    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
+    lr: float = Field(3e-7, gt=0)  # η, constant
+    local_steps: int = Field(200, ge=1)  # τ, a client and round
+    batch_size: int = Field(1, ge=1)  # examples a step
+    perturbations: int = Field(1, ge=1)  # seeds tried a step, on the same batch
+    scalar_limit: float | None = Field(None, gt=0)  # a reply with a scalar of this size or more is refused
+    clip: float | None = Field(None, gt=0)  # the server cuts scalars to ± this
+    aggregation: Literal["mean", "trimmed-mean", "median-of-means"] = "mean"  # of a seed's scalars
+    trim: float = Field(0.1, ge=0, lt=0.5)  # trimmed-mean: share of a seed's clients left out at each end
+    groups: int = Field(5, ge=1)  # median-of-means: groups of clients
+
+    @model_validator(mode="after")
+    def _robust(self) -> Self:
+        for name, belongs in (("trim", "trimmed-mean"), ("groups", "median-of-means")):
+            if self.aggregation != belongs and getattr(self, name) != Config.model_fields[name].default:
+                raise ValueError(
+                    f"{name} has no effect with aggregation: {self.aggregation}; it belongs to {belongs}"
+                )
+        return self
+
+
+class ProConfig(Config):
+    """Settings of `method.name: fedkseed-pro`."""
+
+    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed-pro"  # the method
+    seeds: int = Field(1024, ge=1, le=MAX_SEEDS)  # K, the shared seeds
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state: a few vectors of length K.
+
+    Attributes:
+        origin: The w0 and the pool that the accumulator belongs to.
+        accumulator: a, float32: server, clients and replay all rebuild from these bits.
+        before: The accumulator that the last round began with.
+        holders: Clients that replied in the last round, and so hold `before`.
+        magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
+    """
+
+    origin: Mapping[str, Scalar]
+    accumulator: Tensor
+    before: Tensor
+    magnitude: Tensor
+    draws: Tensor
+    holders: Mapping[str, bool] = field(default_factory=dict)
+
+
+class FedKSeed:
+    """FedKSeed, and FedKSeed-Pro; see the module's text."""
+
+    pools_data = False
+    uses_wire = True
+    saves_merged = False
+    sends_model = False
+    arrival: ArrivalOrder = "any-order"
+    unit = UNIT
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config = config
+        self.rounds = config.rounds
+        self.pro = config.name == "fedkseed-pro"
+        self._key = derive_seed(seed, "pool") & 0x7FFFFFFF  # 4 bytes: the paper's seed of seeds
+        self._w0 = Fingerprint()
+        self._drawn = config.local_steps * config.perturbations  # seeds that a client draws in a round
+        # indices are signed on the wire; the paper takes 4 bytes for each
+        self._index = torch.int16 if config.seeds <= 2**15 else torch.int32
+
+    def prepare(self, server: ServerEnv) -> None:
+        """The server needs nothing besides its state."""
+        server.refuse_public(self.config.name)
+
+    def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The whole model, all of it tuned; evaluation mode, no gradients are ever needed."""
+        model = train_all(build())  # type: ignore[arg-type]
+        return model.eval()
+
+    def init(self, model: nn.Module) -> State:
+        """An accumulator of zeros: the model is w0."""
+        zeros = torch.zeros(self.config.seeds)
+        origin = self._origin(model).as_mapping()
+        return State(origin, zeros, zeros, zeros.double(), zeros.to(torch.int64))
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
+        """The accumulator whole, or what changed in it for those who hold the one before."""
+        fixed = {"origin": Origin(**state.origin).as_tensor()}  # type: ignore[arg-type]
+        if self.pro:
+            fixed["probability"] = self.probabilities(state)
+        scalars = {"crc32": checksum(state.accumulator)}
+        whole = Payload({**fixed, "accumulator": state.accumulator}, scalars)
+        changed = changes(state.before, state.accumulator)
+        part = whole if changed is None else Payload({**fixed, **changed}, scalars)
+        for client in cohort.clients:
+            yield Order(client, part if str(client) in state.holders else whole, self._expects())
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        """τ local steps from the rebuilt global model; the reply is what was drawn and its scalars."""
+        config = self.config
+        refused = Origin.of_tensor(job.tensors["origin"]).against(self._origin(env.model).as_mapping())
+        if refused:
+            raise ClientError(f"the order is for {refused}")
+        received = self._received(job, env)
+        pool = SeedPool(self._key, config.seeds, config.noise)
+        draws = self.draw(job, env.generator("seeds"))
+        batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
+        scalars, loss_sum = [], 0.0
+        with step_weights(env.model, pool, received, config.lr) as weights:
+            for step in range(config.local_steps):
+                batch = collate([env.items[i] for i in next(batches)], env.pad_id)
+                tokens = batch["input_ids"].numel()
+                on_device = {key: value.to(env.device) for key, value in batch.items()}
+                estimates = []
+                with env.memory.step(tokens, resident=[env.model]):
+                    for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
+                        plus = weights.loss(on_device, j, config.epsilon)
+                        minus = weights.loss(on_device, j, -config.epsilon)
+                        scalar = float(np.float32((plus - minus) / (2 * config.epsilon)))  # as it is sent
+                        if not math.isfinite(scalar):
+                            raise ClientError(
+                                f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
+                            )
+                        estimates.append((j, scalar))
+                        loss_sum += (plus + minus) / 2
+                    weights.update([(j, g / config.perturbations) for j, g in estimates])
+                scalars += [g for _, g in estimates]
+        if 2 * scalars.count(0.0) > len(scalars):
+            log.warning(
+                "client %d: both losses were equal in %d of %d steps: epsilon %g is too small for %s "
+                "weights; try method.epsilon=%.1g",
+                env.client,
+                scalars.count(0.0),
+                len(scalars),
+                config.epsilon,
+                next(env.model.parameters()).dtype,
+                epsilon_to_try(env.model, config.epsilon),
+            )
+        metrics = {"train_loss": round(loss_sum / len(scalars), 6), "steps": config.local_steps}
+        return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
+
+    def server_step(self, state: State, replies: Iterable[Reply]) -> State:
+        """Adds the clients' scalars to the accumulator, seed by seed."""
+        fold: Fold | None = None
+        magnitude, draws, holders, clipped = state.magnitude.clone(), state.draws.clone(), {}, {}
+        limit = self.config.clip
+        for reply in replies:
+            fold = fold or self._fold(reply.cohort)
+            seeds, scalars = self._drawn_by(reply.payload)
+            if limit is not None:
+                clipped[reply.client] = int((scalars.abs() > limit).sum())
+                scalars = scalars.clamp(-limit, limit)
+            fold.add(reply, seeds, scalars / self.config.perturbations)
+            if self.pro:
+                magnitude.index_add_(0, seeds, scalars.abs())
+                draws.index_add_(0, seeds, torch.ones_like(seeds))
+            holders[str(reply.client)] = True
+        if fold is None:
+            raise ValueError("no client replied: there is nothing to add")
+        if any(clipped.values()):
+            named = ", ".join(f"client {client}: {n}" for client, n in sorted(clipped.items()) if n)
+            log.warning("scalars cut to ±%g, of %d each: %s", self.config.clip, self._drawn, named)
+        return replace(
+            state,
+            accumulator=state.accumulator + fold.change(),
+            before=state.accumulator,
+            magnitude=magnitude,
+            draws=draws,
+            holders=holders,
+        )
+
+    def sum_refusal(self, *, privacy: bool) -> str | None:
+        """Whatever looks at single scalars needs more than their sum."""
+        if self.pro:
+            return "it counts how often each seed was drawn and how large its scalars were; take fedkseed"
+        for name in ("clip", "scalar_limit"):
+            if getattr(self.config, name) is not None:
+                return f"{name} looks at each client's scalars"
+        if self.config.aggregation != "mean":
+            return f"aggregation: {self.config.aggregation} compares the clients' scalars; take mean"
+        return None
+
+    def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
+        """The accumulator's."""
+        return {"accumulator": (self.config.seeds,)}
+
+    def summand(
+        self,
+        payload: Payload,
+        *,
+        weight: int,
+        total: int,
+        population: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        """The integers that the mean of Algorithm 1 would add up for this reply."""
+        seeds, scalars = self._drawn_by(payload)
+        sizes = torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, scalars.abs())
+        if not float(sizes.max()) < SUM_LIMIT:
+            raise ValueError(f"the scalars of one seed sum to {SUM_LIMIT:,.0f} or more")
+        added = torch.zeros(self.config.seeds, dtype=torch.int64)
+        share = units(scalars / self.config.perturbations, weight / total)
+        return {"accumulator": added.index_add_(0, seeds, share)}
+
+    def sum_step(self, state: State, total: Summed) -> State:
+        """The step that `server_step` makes, from the sum."""
+        return replace(
+            state,
+            accumulator=state.accumulator + mean_of(total.sums["accumulator"], total.weight, total.total),
+            before=state.accumulator,
+            holders={str(client): True for client in total.clients},
+        )
+
+    def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The global model of Eq. 4, written into `model` for as long as it is looked at.
+
+        Raises:
+            InputError: The state belongs to other weights or another pool.
+        """
+        refused = Origin(**state.origin).against(self._origin(model).as_mapping())  # type: ignore[arg-type]
+        if refused:
+            raise InputError(f"the run's state is for {refused}")
+        pool = SeedPool(self._key, self.config.seeds, self.config.noise)
+        parameters = trainable(model)
+        with kept_on_disk(parameters):
+            weights = {name: parameter.data for name, parameter in parameters.items()}
+            rebuild_all_(weights, weights, pool, coefficients(state.accumulator, self.config.lr))
+            yield "global", model
+
+    def probabilities(self, state: State) -> Tensor:
+        """The p of Eq. 14, float32 (K); uniform until something was drawn or while ψ does not vary."""
+        drawn = state.draws > 0
+        if not bool(drawn.any()):
+            return torch.full((self.config.seeds,), 1 / self.config.seeds)
+        psi = state.magnitude / state.draws.clamp(min=1)
+        psi = torch.where(drawn, psi, psi[drawn].mean())
+        spread = psi.max() - psi.min()
+        normalized = (psi - psi.min()) / spread if spread > 0 else torch.zeros_like(psi)
+        return normalized.softmax(0).float()
+
+    def _origin(self, model: nn.Module) -> Origin:
+        """What an accumulator of this method and model belongs to."""
+        return Origin(self._w0.of(model), self._key, self.config.seeds, self.config.noise, NOISE_VERSION)
+
+    def _received(self, job: Payload, env: ClientEnv) -> Tensor:
+        """The accumulator that the order stands for."""
+        if "accumulator" in job.tensors:
+            received = job.tensors["accumulator"]
+        elif env.state is None:
+            raise ClientError("it was sent changes only, but holds no accumulator any more")
+        else:
+            received = with_changes(env.state.tensors["accumulator"], job.tensors)
+        if received.shape != (self.config.seeds,) or checksum(received) != job.scalars["crc32"]:
+            raise ClientError("its accumulator is not the server's, whose checksum is another")
+        return received
+
+    def draw(self, job: Payload, generator: torch.Generator) -> list[int]:
+        """The seeds of all steps of a client's round, from its own stream of the purpose "seeds".
+
+        Raises:
+            ClientError: The order's probabilities (Pro) are none.
+        """
+        if not self.pro:
+            return torch.randint(self.config.seeds, (self._drawn,), generator=generator).tolist()
+        p = job.tensors["probability"].double()
+        if p.shape != (self.config.seeds,) or not bool(torch.isfinite(p).all()) or bool((p < 0).any()):
+            raise ClientError(
+                f"the probabilities it got are not {self.config.seeds} finite numbers of 0 or more"
+            )
+        if abs(float(p.sum()) - 1) > 1e-3:
+            raise ClientError(f"the probabilities it got sum to {float(p.sum()):.4f} and not to 1")
+        return torch.multinomial(p, self._drawn, replacement=True, generator=generator).tolist()
+
+    def _sends_pairs(self) -> bool:
+        """Pairs, or the dense sums of 4K bytes where those are smaller and nobody needs each scalar."""
+        needed = self.pro or self.config.clip is not None or self.config.aggregation != "mean"
+        return needed or (self._index.itemsize + 4) * self._drawn <= 4 * self.config.seeds
+
+    def _expects(self) -> Mapping[str, TensorSpec]:
+        count, limit = self._drawn, self.config.scalar_limit or SUM_LIMIT
+        if not self._sends_pairs():
+            return {"sums": TensorSpec(torch.float32, (self.config.seeds,), min(limit * count, SUM_LIMIT))}
+        return {
+            "seeds": TensorSpec(self._index, (count,), self.config.seeds, at_least=0),
+            "scalars": TensorSpec(torch.float32, (count,), min(limit, SUM_LIMIT / count)),
+        }
+
+    def reply(self, draws: list[int], scalars: list[float]) -> Payload:
+        """A client's reply: what its examples gave leaves it here, but for the mean loss, a metric.
+
+        Args:
+            draws: The seeds of the round, as `draw` gave them.
+            scalars: ĝ of each.
+        """
+        seeds, values = torch.tensor(draws), torch.tensor(scalars, dtype=torch.float32)
+        if self._sends_pairs():
+            return Payload({"seeds": seeds.to(self._index), "scalars": values})
+        sums = torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, values.double())
+        return Payload({"sums": sums.float()})
+
+    def _drawn_by(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """The seeds, int64, and scalars, float64, of a reply."""
+        if "sums" in payload.tensors:  # a draw of each seed, as it were
+            return torch.arange(self.config.seeds), payload.tensors["sums"].double()
+        return payload.tensors["seeds"].long(), payload.tensors["scalars"].double()
+
+    def _fold(self, cohort: Cohort) -> Fold:
+        if self.config.aggregation == "trimmed-mean":
+            return TrimmedMean(self.config.seeds, cohort, self.config.trim)
+        if self.config.aggregation == "median-of-means":
+            return MedianOfMeans(self.config.seeds, cohort, self.config.groups)
+        return Mean(self.config.seeds, cohort)
+
+
+def paper_bytes(config: Config) -> int:
+    """Bytes of a client and round in the paper's own encoding (its Table 3).
+
+    Down 4 for the seed of seeds and 4 a seed for the accumulator, for Pro 4 more for the probability; up 4
+    for the seed and 4 for the scalar of each draw.
+    """
+    down = 4 + 4 * config.seeds * (2 if config.name == "fedkseed-pro" else 1)
+    return down + 8 * config.local_steps * config.perturbations
+
+
+def epsilon_to_try(model: nn.Module, epsilon: float) -> float:
+    """The textbook choice for a two-point slope: the cube root of the dtype's resolution, times |w|.
+
+    |w| is the root mean square of the weights. At least ten times the `epsilon` that was too small.
+    """
+    parameters = list(trainable(model).values())
+    squares = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) ** 2 for p in parameters)
+    scale = math.sqrt(squares / sum(p.numel() for p in parameters))
+    return max(10 * epsilon, torch.finfo(parameters[0].dtype).eps ** (1 / 3) * scale)

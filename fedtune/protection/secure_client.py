@@ -1,0 +1,276 @@
+"""A client's half of secure aggregation: five answers a round, each given once; see secure_server.py.
+
+What a client keeps between the answers (its secrets, the others' shares) lies with what its method keeps,
+under names with a prefix, and is thrown away with the last answer. A client that lost it drops out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
+from fedtune.protection import masking
+from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
+from fedtune.protection.noise import add_noise_, clip_
+from fedtune.protection.settings import Privacy
+from fedtune.protection.share import LOSS_UNIT, Share, flatten
+
+SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
+BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}
+ONE_ITSELF, PAIRWISE = b"b", b"s"  # the two secrets: of a client's own mask, of its mask key
+_TAIL = 9.0  # deviations; no noise is further out
+
+
+@dataclass(frozen=True)
+class SecureClient:
+    """A client's half of secure aggregation, in every round: what the client runner asks for.
+
+    Attributes:
+        method: Whose updates are summed.
+        bits: Of a masked number.
+        privacy: With it the client clips its update and adds its part of the noise before it masks it.
+    """
+
+    method: SumMethod[Any]
+    bits: int
+    privacy: Privacy | None = None
+
+    def answer(
+        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
+    ) -> tuple[Payload, Payload | None]:
+        """The reply to an order of any phase but `masked`, and what the client keeps after it."""
+        return answer(phase, order, kept, client=client, round=round)
+
+    def mask(
+        self, result: ClientResult, order: Payload, kept: Payload | None, *, client: int, round: int
+    ) -> tuple[Payload, Payload]:
+        """The reply to an order of phase `masked`, in place of what the method's step gave."""
+        kept = of_phase("masked", kept, round)
+        return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
+
+
+def answer(
+    phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
+) -> tuple[Payload, Payload | None]:
+    """The reply to an order of any phase but `masked`, and what the client keeps after it.
+
+    Raises:
+        ClientError: The order does not fit what came before it in this round, or asks for too much.
+    """
+    if phase == "keys":
+        return _keys(round)
+    kept = of_phase(phase, kept, round)
+    if phase == "shares":
+        return _shares(order, kept, client, round)
+    if phase == "opened":
+        return _opened(order, kept, client, round)
+    if phase == "unmask":
+        return _unmask(order, kept, client), None
+    raise ClientError(f"secure aggregation has no phase {phase!r}")
+
+
+def of_phase(phase: str, kept: Payload | None, round: int) -> Payload:
+    """What is kept, if it is what this phase goes on from.
+
+    Raises:
+        ClientError: It is not. A phase that was answered twice could give away a mask.
+    """
+    if kept is None or kept.scalars["round"] != round or kept.scalars["phase"] != BEFORE[phase]:
+        has = "nothing" if kept is None else f"phase {kept.scalars['phase']} of round {kept.scalars['round']}"
+        raise ClientError(
+            f"it was asked for phase {phase} of round {round}, which comes after phase {BEFORE[phase]} and "
+            f"is answered once; it holds {has}"
+        )
+    return kept
+
+
+def mask(
+    method: SumMethod[Any],
+    result: ClientResult,
+    order: Payload,
+    kept: Payload,
+    *,
+    client: int,
+    bits: int,
+    privacy: Privacy | None,
+) -> tuple[Payload, Payload]:
+    """What a client's update adds to the sum, under its masks, and what the client keeps.
+
+    With privacy the update is clipped, and noise is added of which `noise_shares` clients together make the
+    whole: no client sends anything that is not noisy already.
+
+    Raises:
+        ClientError: A number is too large for the sum, or others are in the sum than shared their secrets.
+    """
+    clients, keys = kept.tensors["clients"].tolist(), kept.tensors["keys"]
+    summed = order.tensors["clients"].tolist()
+    opened = kept.tensors["senders"][kept.tensors["opened"]].tolist()
+    share, noise_shares = Share.of_tensor(kept.tensors["share"]), int(kept.tensors["noise_shares"][0])
+    needed = max(int(kept.tensors["threshold"][0]), noise_shares)
+    if client not in summed or not set(summed) <= set(opened) or len(summed) < needed:
+        raise ClientError(
+            f"the sum is to be of clients {summed}; it must hold this one, at least {needed} clients, and "
+            f"only those whose shares it could open, {opened}"
+        )
+    shapes = {name: tuple(shape) for name, shape in json.loads(str(kept.scalars["shapes"])).items()}
+    flat = flatten(share.summand(method, result.payload, shapes), shapes)
+    if privacy is not None:
+        bound = share.clip(privacy, method.unit)
+        deviation = privacy.noise_multiplier * bound / math.sqrt(noise_shares)
+        add_noise_(clip_(flat, bound), deviation)
+        largest = bound + _TAIL * deviation
+    else:
+        loss = result.metrics["train_loss"] * share.weight / share.total / LOSS_UNIT
+        flat = torch.cat([flat, torch.tensor([round(loss)])])
+        largest = float(flat.abs().max())
+    limit = 2.0 ** (bits - 1) / len(summed)
+    if not largest < limit:
+        raise ClientError(
+            f"its update has a number of {largest * method.unit:.3g}; with "
+            f"federation.secure_aggregation.bits={bits} it must be below {limit * method.unit:.3g}; "
+            "set more bits"
+        )
+    vector = flat.numpy().view(np.uint64)
+    masking.add_mask(vector, masking.derive(_bytes(kept.tensors["self"]), "self"), bits)
+    private = masking.derive(_bytes(kept.tensors["seed"]), "mask key")
+    for other in summed:
+        if other != client:
+            key = masking.agree(private, _bytes(keys[clients.index(other), 1]), "mask")
+            masking.add_mask(vector, key, bits, subtract=other < client)
+    now = _with(kept, "masked", summed=order.tensors["clients"])
+    return Payload({"masked": masking.pack(vector, bits)}), now
+
+
+def _keys(round: int) -> tuple[Payload, Payload]:
+    private, seed = masking.fresh(KEY), masking.fresh(SECRET)
+    publics = masking.public_key(private), masking.public_key(masking.derive(seed, "mask key"))
+    kept = Payload({"private": _tensor(private), "seed": _tensor(seed)}, {"round": round})
+    return Payload({"keys": _tensor(b"".join(publics), 2, KEY)}), _with(kept, "keys")
+
+
+def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Payload, Payload]:
+    clients, keys = order.tensors["clients"].tolist(), order.tensors["keys"]
+    threshold, count = int(order.tensors["threshold"][0]), len(clients)
+    seed, private = _bytes(kept.tensors["seed"]), _bytes(kept.tensors["private"])
+    mine = [masking.public_key(private), masking.public_key(masking.derive(seed, "mask key"))]
+    every = [_bytes(key) for key in keys.reshape(-1, KEY)]
+    if clients != sorted(set(clients)) or client not in clients or len(every) != 2 * count:
+        raise ClientError(f"the keys it was sent are said to be of clients {clients}; it is client {client}")
+    place = clients.index(client)
+    if every[2 * place : 2 * place + 2] != mine:
+        raise ClientError("the keys it was sent as its own are not those that it made")
+    if len(set(every)) != len(every):
+        raise ClientError("two of the keys it was sent are the same: someone takes the place of another")
+    if not 2 <= threshold <= count < 2 * threshold:
+        raise ClientError(
+            f"a threshold of {threshold} of {count} clients is not safe: it must be at least two and above "
+            "one half"
+        )
+    own = masking.fresh(SECRET)
+    dealt = list(zip(masking.deal(own, threshold, count), masking.deal(seed, threshold, count), strict=True))
+    sealed, commitments = [], []
+    for at, (other, pair) in enumerate(zip(clients, dealt, strict=True)):
+        commitments += [commitment(*half, client, other) for half in zip(_KINDS, pair, strict=True)]
+        if other == client:
+            sealed.append(bytes(SEALED))
+            continue
+        key = masking.agree(private, every[2 * at], "shares")
+        sealed.append(masking.seal(key, b"".join(pair), about(round, client, other)))
+    reply = {
+        "sealed": _tensor(b"".join(sealed), count, SEALED),
+        "commitments": _tensor(b"".join(commitments), count, 2, HASH),
+        "secret": _tensor(masking.commit(ONE_ITSELF, own)),
+    }
+    now = _with(
+        kept,
+        "shares",
+        self=_tensor(own),
+        clients=order.tensors["clients"],
+        keys=keys,
+        threshold=order.tensors["threshold"],
+        dealt=_tensor(b"".join(dealt[place]), 2, SECRET),
+    )
+    return Payload(reply), now
+
+
+def _opened(order: Payload, kept: Payload, client: int, round: int) -> tuple[Payload, Payload]:
+    clients, keys = kept.tensors["clients"].tolist(), kept.tensors["keys"]
+    senders = order.tensors["senders"].tolist()
+    if senders != sorted(set(senders)) or not set(senders) <= set(clients) or client not in senders:
+        raise ClientError(f"the shares it was sent are said to be of clients {senders}, out of {clients}")
+    private = _bytes(kept.tensors["private"])
+    shares, opened = [], []
+    for at, sender in enumerate(senders):
+        if sender == client:
+            text: bytes | None = _bytes(kept.tensors["dealt"])
+        else:
+            key = masking.agree(private, _bytes(keys[clients.index(sender), 0]), "shares")
+            text = masking.unseal(key, _bytes(order.tensors["sealed"][at]), about(round, sender, client))
+        fits = text is not None and len(text) == 2 * SECRET
+        for kind, share, wanted in zip(_KINDS, _halves(text), order.tensors["commitments"][at], strict=True):
+            fits = fits and commitment(kind, share, sender, client) == _bytes(wanted)
+        opened.append(fits)
+        shares.append(text if fits and text is not None else bytes(2 * SECRET))
+    now = _with(
+        kept,
+        "opened",
+        senders=order.tensors["senders"],
+        opened=torch.tensor(opened),
+        received=_tensor(b"".join(shares), len(senders), 2, SECRET),
+        share=order.tensors["share"],
+        noise_shares=order.tensors["noise_shares"],
+    )
+    now = Payload(now.tensors, {**now.scalars, "shapes": order.scalars["shapes"]})
+    return Payload({"opened": torch.tensor(opened)}), now
+
+
+def _unmask(order: Payload, kept: Payload, client: int) -> Payload:
+    survivors, summed = order.tensors["survivors"].tolist(), kept.tensors["summed"].tolist()
+    needed = max(int(kept.tensors["threshold"][0]), int(kept.tensors["noise_shares"][0]))
+    if len(set(survivors)) < needed or not set(survivors) <= set(summed) or client not in survivors:
+        raise ClientError(
+            f"the sum is said to be of clients {survivors}, out of {summed}; it must hold this one and at "
+            f"least {needed}"
+        )
+    senders, received = kept.tensors["senders"].tolist(), kept.tensors["received"]
+    # of who is in the sum its own mask, of who dropped out its mask key: never both of one client
+    rows = [received[senders.index(other), 0 if other in survivors else 1] for other in summed]
+    return Payload({"shares": torch.stack(rows)})
+
+
+_KINDS = (ONE_ITSELF, PAIRWISE)
+
+
+def commitment(kind: bytes, share: bytes, sender: int, receiver: int) -> bytes:
+    """What a sender tells the server about a share, so that its receiver cannot return another."""
+    return masking.commit(kind, sender.to_bytes(8, "big"), receiver.to_bytes(8, "big"), share)
+
+
+def about(round: int, sender: int, receiver: int) -> bytes:
+    """What is authenticated with sealed shares."""
+    return f"{round} {sender} {receiver}".encode()
+
+
+def _halves(text: bytes | None) -> tuple[bytes, bytes]:
+    return (text[:SECRET], text[SECRET:]) if text is not None else (b"", b"")
+
+
+def _with(kept: Payload, phase: str, **tensors: Tensor) -> Payload:
+    together: Mapping[str, Tensor] = {**kept.tensors, **tensors}
+    return Payload(together, {**kept.scalars, "phase": phase})
+
+
+def _tensor(data: bytes, *shape: int) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape or (-1,))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()

@@ -1,0 +1,70 @@
+"""A client's part of a round's sum: its share of the cohort, and its update as one vector of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.core.types import Payload, SumMethod
+from fedtune.protection.settings import Privacy
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LOSS_UNIT = 2.0**-24  # what 1 stands for in the sum of the clients' training losses
+
+
+@dataclass(frozen=True)
+class Share:
+    """A client's part of a cohort: weight / total; and the federation's size."""
+
+    weight: int
+    total: int
+    population: int
+
+    @staticmethod
+    def of_tensor(tensor: Tensor) -> Share:
+        """What `as_tensor` gave."""
+        weight, total, population = tensor.tolist()
+        return Share(weight, total, population)
+
+    def as_tensor(self) -> Tensor:
+        """For an order, int64 (3)."""
+        return torch.tensor([self.weight, self.total, self.population])
+
+    def summand(self, method: SumMethod[Any], payload: Payload, shapes: Shapes) -> dict[str, Tensor]:
+        """What a reply with this share adds to the sum."""
+        return method.summand(
+            payload, weight=self.weight, total=self.total, population=self.population, shapes=shapes
+        )
+
+    def clip(self, privacy: Privacy, unit: float) -> float:
+        """The largest norm of a summand, in units."""
+        return privacy.clip * self.weight / self.total / unit
+
+
+def length(shapes: Shapes) -> int:
+    """Numbers of a vector of these tensors."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def flatten(tensors: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
+    """Tensors as one vector, by name.
+
+    Raises:
+        ValueError: They are not those of `shapes`.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != dict(shapes):
+        raise ValueError(f"a sum of {dict(shapes)} was asked for, and there is {found}")
+    return torch.cat([tensors[name].reshape(-1) for name in sorted(shapes)])
+
+
+def unflatten(vector: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """What `flatten` made one."""
+    names = sorted(shapes)
+    parts = vector.split([torch.Size(shapes[name]).numel() for name in names])
+    return {name: part.reshape(shapes[name]) for name, part in zip(names, parts, strict=True)}

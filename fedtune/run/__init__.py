@@ -1,1 +1,0 @@
-"""Configurations, run folders and checkpoints."""

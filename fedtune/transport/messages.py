@@ -1,0 +1,94 @@
+"""Messages: what crosses between the server's and a client's side, and the local sockets that hand them on.
+
+A message is a few fields and one flat run of bytes. A frame that is longer than a message may be travels in
+parts. No pickle: fields are JSON, and the rest is bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+from fedtune.errors import FederationError
+
+Field = int | float | str | bool
+PART_BYTES = 64 * 1024 * 1024  # of a frame in one message; Flower's own limit with a database is 256 MB
+_FIELDS_LIMIT = 1 << 20  # bytes of JSON: a configuration is the longest there is
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message between the two sides.
+
+    Attributes:
+        fields: What it is about. `fault` in an answer says why there is nothing else in it.
+        body: A frame, or a part of one.
+        state: What a simulated client keeps between rounds, as a frame; a real client keeps it itself.
+    """
+
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    body: bytes | memoryview = b""
+    state: bytes = b""
+
+    def number(self, name: str) -> int:
+        """A field that has to be a whole number of 0 or more.
+
+        Raises:
+            ValueError: It is missing or something else.
+        """
+        value = self.fields.get(name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} of a message must be a whole number, got {value!r}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that has to be text. Raises ValueError if it is missing or something else."""
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            raise ValueError(f"{name} of a message must be text, got {value!r}")
+        return value
+
+
+def fault(reason: str) -> Message:
+    """An answer that says why there is no other."""
+    return Message({"fault": reason})
+
+
+def send(connection: Connection, message: Message) -> None:
+    """Hands a message to the process at the other end."""
+    connection.send_bytes(json.dumps(dict(message.fields)).encode())
+    connection.send_bytes(message.body)
+
+
+def receive(connection: Connection) -> Message:
+    """The next message of the process at the other end. Raises EOFError when there will be none."""
+    fields = json.loads(connection.recv_bytes(_FIELDS_LIMIT))
+    return Message(fields, connection.recv_bytes())
+
+
+@contextmanager
+def listening() -> Iterator[tuple[Listener, str]]:
+    """A local socket that this user alone can reach, and its address; gone at the end.
+
+    Raises:
+        FederationError: The folder for temporary files has too long a name for a socket.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:  # mode 700
+        path = str(Path(folder) / "socket")
+        if len(os.fsencode(path)) > 100:
+            raise FederationError(
+                f"{path} is too long a name for a local socket; set TMPDIR to a shorter one"
+            )
+        with Listener(path, family="AF_UNIX") as listener:
+            yield listener, path
+
+
+def connect(address: str) -> Connection:
+    """A connection to the process that listens at `address`. Raises OSError if there is none."""
+    return Client(address, family="AF_UNIX")
