@@ -58,7 +58,7 @@ class Labelled:
     """A channel that puts the method's name and form in front of each order."""
 
     def __init__(self, channel: SimulatedChannel, what: str) -> None:
-        self.collect, self._channel, self._what = channel.collect, channel, what
+        self.pull, self._channel, self._what = channel.pull, channel, what
 
     def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
         body = self._what.encode() + b"\n" + message.body
