@@ -374,7 +374,7 @@ def test_rouge_of_fedkseed_is_a_task_named_after_its_scorer() -> None:
 
 
 def test_without_the_package_rouge_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    module._rouge.cache_clear()
+    module.rouge_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge", None)
     with pytest.raises(InputError, match=r"package rouge: install fedtune\[eval\]"):
         module.TASKS["rouge-l-fedkseed"].scorer()

@@ -393,10 +393,10 @@ def test_a_language_without_a_compiler_is_skipped_and_not_zero(
 def test_a_compiler_that_is_too_old_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.evaluation import compilers
 
-    monkeypatch.setattr(compilers, "_version", lambda tool, *arguments: "javac 11.0.2")
+    monkeypatch.setattr(compilers, "version_line", lambda tool, *arguments: "javac 11.0.2")
     with pytest.raises(Missing, match=r"need version 16\.0 or newer, this is javac 11"):
         compilers.java_version()
-    monkeypatch.setattr(compilers, "_version", lambda tool, *arguments: "go version go1.9.7 linux/amd64")
+    monkeypatch.setattr(compilers, "version_line", lambda tool, *arguments: "go version go1.9.7 linux/amd64")
     with pytest.raises(Missing, match=r"need version 1\.18"):
         compilers.go_version()
 
@@ -430,7 +430,7 @@ def test_where_isolation_is_not_permitted_nothing_is_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sandbox, "_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
+        sandbox, "run_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
     )
     subject = Writer(_write(tmp_path, "python", [ADD["python"]]), [["    return x + y"]])
     with pytest.raises(InputError, match="cannot be isolated"):

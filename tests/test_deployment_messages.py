@@ -307,7 +307,7 @@ def test_what_goes_wrong_at_a_client_names_none_of_its_files(
 ) -> None:
     member = client(tmp_path, Runner(error))
     assert exchange(Post({0: member}), {0: b"a"}) == {0: said}
-    member._joined.runner.fails = None  # type: ignore[union-attr]
+    member.joined.runner.fails = None  # type: ignore[union-attr]
     assert exchange(Post({0: member}), {0: b"a"}, round=2) == {0: b"a"}
 
 

@@ -112,8 +112,9 @@ class Run:
         return outcome
 
     def client_module(self, client: int) -> nn.Module:
-        (module,) = self.runners[client].store._built.values()
-        return module  # type: ignore[no-any-return]
+        runner = self.runners[client]
+        key = str(runner.states[client].scalars["model"])
+        return runner.store.built(key, lambda: pytest.fail("it was never built"))
 
     def sent(self, kind: str) -> list[tuple[int, int, int]]:
         """Round, client and bytes of downloads."""
@@ -162,8 +163,8 @@ def test_table_5(name: str, layers: int, dropout: float, trainable: int, mb: str
     assert up == 4 * trainable == 4 * layers * 131_072
     assert f"{(down + up) / 1e6:.2f}" == mb
     # the emulator and the adapter are among what is sent once
-    emulated = method._server.emulate(state.merged)
-    places = method._cut(emulated)
+    emulated = method.at_server().emulate(state.merged)
+    places = method.division(emulated)
     count = len({n.split(".")[2] for n in sent if n.startswith(f"{MODEL}model.layers.")})
     assert count == len(places.adapter) + len(places.middle) == len(find_blocks(emulated).modules)
     assert block == 202_383_360
@@ -223,7 +224,7 @@ def test_nothing_of_the_model_but_emulator_and_adapter_crosses_the_wire_or_is_he
     own = tensors_of(build("llama", blocks=6))
     same = {n for n, t in model.items() for o in own.values() if t.shape == o.shape and torch.equal(t, o)}
     tuned = {n for n in model if "q_proj" in n or "v_proj" in n} - {
-        n for n in model if n.startswith(f"model.layers.{run.method._cut(run.client_module(0)).back[0]}.")
+        n for n in model if n.startswith(f"model.layers.{run.method.division(run.client_module(0)).back[0]}.")
     }
     pruned = {n for n in model if "mlp" in n and n not in same}
     assert model.keys() - same == {ARCHITECTURE} | tuned | pruned
@@ -290,7 +291,7 @@ def test_a_process_of_its_own_needs_its_orders_alone(tmp_path: Path) -> None:
 def test_a_client_is_sent_its_model_once_and_again_when_it_has_lost_it() -> None:
     run = Run(**ALIGNED, rounds=6)
     run.round(1)
-    held = sum(t.nbytes for t in run.method._server.client_tensors(run.state.merged).values())
+    held = sum(t.nbytes for t in run.method.at_server().client_tensors(run.state.merged).values())
     lora = 4 * sum(t.numel() for t in (run.state.adapter | run.state.emulator).values())
     assert run.sent("model") == [(1, 0, held), (1, 1, held)]
     assert run.sent("train") == [(1, 0, lora), (1, 1, lora)]
@@ -342,7 +343,7 @@ def test_on_a_client_only_the_adapters_lora_changes(settings: dict[str, Any]) ->
     run = Run(**settings)
     run.round(1)
     module = run.client_module(0)
-    places = run.method._cut(module)
+    places = run.method.division(module)
     adapter = {id(p) for p in factors(module, places.adapter, ADAPTER).values()}
     names = {n for n, p in module.named_parameters() if id(p) in adapter}
     loaded = {id(p) for p in factors(module, places.middle, EMULATOR).values()}

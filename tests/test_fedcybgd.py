@@ -33,7 +33,7 @@ from fedtune.methods.fedcybgd.method import FedCyBGD
 from fedtune.methods.fedcybgd.order import turn, turns
 from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
 from fedtune.methods.fedcybgd.settings import Config, FedBAvgConfig, State
-from fedtune.methods.fedcybgd.training import _Active
+from fedtune.methods.fedcybgd.training import ActiveBlock
 from fedtune.methods.local_training import Training
 from fedtune.models.parts import find_parts
 
@@ -419,13 +419,13 @@ def small_rate(
     federation.state = federation.method.init(federation.model)
     first = federation.state.weights
 
-    def step(active: _Active, rate: float, settings: Training) -> None:
+    def step(active: ActiveBlock, rate: float, settings: Training) -> None:
         change(active.parameters)
         take_step(active, rate, settings)
 
-    take_step = _Active.step
+    take_step = ActiveBlock.step
     with monkeypatch.context() as patch:
-        patch.setattr(_Active, "step", step)
+        patch.setattr(ActiveBlock, "step", step)
         federation.round(1)
         once = federation.state
         federation.round(2)

@@ -82,7 +82,7 @@ def text(clients: int = 3) -> dict[int, list[Encoded]]:
 
 
 def z(bench: Bench, j: int) -> float:
-    pool = SeedPool(bench.method._key, bench.method.config.seeds, bench.method.config.noise)
+    pool = SeedPool(bench.method.pool_key, bench.method.config.seeds, bench.method.config.noise)
     return float(reference.z(pool, "w", 1, j)[0])
 
 
@@ -216,7 +216,7 @@ def test_after_any_number_of_steps_a_client_computes_with_the_rebuild(kind: str,
     state = method.init(method.client_model(lambda: model))
     total = torch.randint(-8, 9, (64,), generator=draw) / 4.0  # in quarters, so that no sum is rounded
     batch = {name: torch.tensor([[3, 4, 5]]) for name in ("input_ids", "labels")}
-    with step_weights(model, SeedPool(method._key, 64, kind), total.clone(), lr) as weights:
+    with step_weights(model, SeedPool(method.pool_key, 64, kind), total.clone(), lr) as weights:
         for step, j in enumerate(torch.randint(64, (25,), generator=draw).tolist()):
             for scale in (2.0**-8, -(2.0**-8)):
                 weights.loss(batch, j, scale)
@@ -315,7 +315,7 @@ def test_a_state_of_other_weights_noise_or_pool_is_not_exported() -> None:
             99,
             f"noise of version 99, here it is {NOISE_VERSION}: use the fedtune that the run began with",
         ),
-        ("pool", 7, rf"a pool with the key 7, here it is {b.method._key}: give all the same seed"),
+        ("pool", 7, rf"a pool with the key 7, here it is {b.method.pool_key}: give all the same seed"),
         ("noise", "gaussian", r"noise of the kind gaussian, here it is hadamard4: .* method\.noise"),
         ("seeds", 9, r"a pool of as many seeds as 9, here it is 8: give all the same method\.seeds"),
     ):

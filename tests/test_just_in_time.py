@@ -283,7 +283,7 @@ def test_a_team_shares_work_and_hands_on_what_is_raised(threads: int) -> None:
 
 
 @pytest.mark.skipif(
-    openmp._parallel() is None, reason="PyTorch has no OpenMP library that can be called here"
+    openmp.parallel_region() is None, reason="PyTorch has no OpenMP library that can be called here"
 )
 def test_a_team_is_two_threads_at_once_and_pytorch_works_alone_in_each() -> None:
     here = threading.Barrier(2, timeout=60)

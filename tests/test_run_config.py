@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from model_families import save_folder
 from pydantic import BaseModel
 
-from fedtune.config.file import _blocks, apply_overrides, dump_config, load_config, parse_config
+from fedtune.config.file import apply_overrides, dump_config, load_config, parse_config, settings_blocks
 from fedtune.config.schema import Public, RunConfig, Transport
 from fedtune.errors import FedtuneError, InputError
 from fedtune.evaluation import subject
@@ -390,7 +390,7 @@ def fields_of(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if dotted == "method":
             yield from fields_of(Config, "method.")
             continue
-        inner = _blocks(info.annotation)
+        inner = settings_blocks(info.annotation)
         if not inner:
             yield dotted
         elif len(inner) == 1:

@@ -21,6 +21,7 @@ from torch import Tensor
 from toy import items
 
 from fedtune.config.file import load_config, parse_config
+from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import QuorumError
 from fedtune.core.state import to_payload
 from fedtune.core.types import ClientError, Payload
@@ -29,6 +30,7 @@ from fedtune.errors import InputError
 from fedtune.federation import run as runs
 from fedtune.federation.journal import Journal
 from fedtune.federation.progress import Silent
+from fedtune.measure.clock import Clock
 from fedtune.protection import masking
 from fedtune.protection.settings import SecureAggregation, threshold_of
 from fedtune.transport.in_process import InProcess, Simulation
@@ -549,7 +551,7 @@ def test_a_killed_run_goes_on_under_masks_and_ends_with_the_same_bits(
     secure = load_config(tmp_path / "c.yaml")
     handled, kills = 0, iter([2, 9, 15, 18, 31, 10**9])
     limit = next(kills)
-    handle = InProcess._run
+    handle = ClientRunner.handle
 
     def run(self: Any, client: int, frame: bytes) -> Any:
         nonlocal handled
@@ -558,7 +560,7 @@ def test_a_killed_run_goes_on_under_masks_and_ends_with_the_same_bits(
             raise KeyboardInterrupt
         return handle(self, client, frame)
 
-    monkeypatch.setattr(InProcess, "_run", run)
+    monkeypatch.setattr(ClientRunner, "handle", run)
     resumed = 0
     while True:
         try:
@@ -592,12 +594,12 @@ def load_states(run: Path) -> list[str]:
 def test_the_journal_gives_back_what_a_client_kept_between_phases(tmp_path: Path) -> None:
     bench, bent = federation(SECURE)
     transport = Journal(bent, tmp_path, bench.runner.states)
-    bench.loop._transport = transport
+    bench.loop.transport = transport
     bench.round(1)
     first = bits_of(bench)
     again, _ = federation(SECURE)
-    again.loop._transport = Journal(
-        InProcess(again.runner, simulation=Simulation(), deadline_s=None, seed=0, clock=again.loop._clock),
+    again.loop.transport = Journal(
+        InProcess(again.runner, simulation=Simulation(), deadline_s=None, seed=0, clock=Clock()),
         tmp_path,
         again.runner.states,
     )

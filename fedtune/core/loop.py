@@ -53,7 +53,8 @@ class RoundLoop:
         server_model: nn.Module | None = None,
         protection: ServerProtection | None = None,
     ) -> None:
-        self._method, self._transport, self._ledger = method, transport, ledger
+        self._method, self._ledger = method, ledger
+        self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
@@ -163,7 +164,7 @@ class RoundLoop:
     def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
         expects: dict[int, Order] = {}
         self._expects = expects
-        arrivals = self._transport.exchange(
+        arrivals = self.transport.exchange(
             outcome.round,
             self._frames(orders, expects, outcome.round),
             in_plan_order=self._method.arrival == "plan-order",

@@ -98,7 +98,7 @@ class Server:
         run = str(known["run"]) if known else secrets.token_hex(8)
         config = json.dumps(self._config.resolved(), separators=(",", ":"))
         self._invitation = Invitation(run, config, parts.loaded.weights_sha256)
-        self._channel = self._start()
+        self._channel = self.start()
         if known:
             self._examples = {int(e["client"]): int(e["examples"]) for e in known["clients"]}
             names = {client: self._names.get(client, "") for client in self._examples}
@@ -140,7 +140,13 @@ class Server:
         deadline_s = self._config.federation.deadline_s
         return Remote(self._channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
 
-    def _start(self) -> _ServerChannel:
+    def start(self) -> _ServerChannel:
+        """Starts Flower's server and its app; they end with this object.
+
+        Raises:
+            InputError: The port is taken.
+            FederationError: Flower does not start.
+        """
         if not processes.is_free(self._port):
             raise InputError(
                 f"port {self._port} of this machine is in use; end what uses it, or give another --port "

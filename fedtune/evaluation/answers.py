@@ -194,7 +194,7 @@ def rouge_l_fedkseed(answer: str, reference: str) -> float:
     Raises:
         InputError: The package is not installed.
     """
-    scorer = _rouge()
+    scorer = rouge_scorer()
     # the package walks back through a sentence by one call a word
     with _deeper_recursion(len(answer.split()) + len(reference.split())):
         try:
@@ -204,7 +204,8 @@ def rouge_l_fedkseed(answer: str, reference: str) -> float:
 
 
 @functools.cache
-def _rouge() -> Any:
+def rouge_scorer() -> Any:
+    """The scorer of the package rouge. Raises InputError if it is not installed."""
     try:
         from rouge import Rouge
     except ModuleNotFoundError:
@@ -215,7 +216,7 @@ def _rouge() -> Any:
 
 
 def _rouge_name() -> str:
-    _rouge()
+    rouge_scorer()
     return f"rouge {metadata.version('rouge')} rouge-l F1"
 
 

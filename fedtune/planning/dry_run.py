@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -40,16 +40,18 @@ ZEROTH = ("fedkseed", "fedkseed-pro", "infinite-pool")
 class Held(Store):
     """Keeps fake tensors, which have no bytes to take a digest of, as if on disk."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = count()
+
     @property
     def on_disk(self) -> bool:
         """A run keeps what clients hold in its folder."""
         return True
 
-    def put(self, payload: Payload) -> str:
-        """Keeps `payload` under a number."""
-        key = str(len(self._payloads))
-        self._payloads[key] = payload
-        return key
+    def key_of(self, payload: Payload) -> str:
+        """A number of its own."""
+        return str(next(self._numbers))
 
 
 def client_step(

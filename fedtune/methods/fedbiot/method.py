@@ -218,14 +218,14 @@ class FedBiOT:
 
     def init(self, model: nn.Module) -> State:
         """The adapter as it is, and an emulator aligned before anyone gets it."""
-        server, config = self._at_server(), self.config
+        server, config = self.at_server(), self.config
         adapter = copied(factors(server.full, server.places.adapter, ADAPTER))
         state = State(adapter)
         if config.layer_dropout > 0 and config.alignment.steps_before:
             log.info("aligning the emulator in %d steps", config.alignment.steps_before)
             server.emulate(state.merged)
             drawn = copied(server.emulator_factors())
-            merged = self._align(state, drawn, config.alignment.steps_before, "before")
+            merged = self.tune_emulator(state, drawn, config.alignment.steps_before, "before")
             server.emulated = None
             state = replace(state, merged=merged)
         if config.aligns:
@@ -243,7 +243,7 @@ class FedBiOT:
                 yield Order(client, short, expects)
                 continue
             if whole is None:
-                held = self._at_server().client_tensors(state.merged)
+                held = self.at_server().client_tensors(state.merged)
                 whole = Payload(lora | {MODEL + name: tensor for name, tensor in held.items()})
             yield Order(client, whole, expects)
 
@@ -258,7 +258,7 @@ class FedBiOT:
         if held is None:
             raise ClientError("it does not have the emulator any more; it will be sent again")
         model = env.store.built(key, lambda: self._client(held, env.device))
-        places = self._cut(model)
+        places = self.division(model)
         lora = {n: t for n, t in job.tensors.items() if not n.startswith(MODEL)}
         parameters = factors(model, places.adapter, ADAPTER)
         load(parameters | factors(model, places.middle, EMULATOR), lora)
@@ -301,18 +301,18 @@ class FedBiOT:
         holders |= {str(client): True for client in sorted(replied)}
         state = replace(state, adapter=adapter, holders=holders, round=state.round + 1)
         if self.config.aligns:
-            self._at_server().emulate(state.merged)
-            emulator = self._align(state, state.emulator, self.config.alignment.steps, state.round)
+            self.at_server().emulate(state.merged)
+            emulator = self.tune_emulator(state, state.emulator, self.config.alignment.steps, state.round)
             state = replace(state, emulator=emulator)
         return state
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """AdapFu, the result, and AdapEmu beside it."""
-        server = self._at_server()
+        server = self.at_server()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
         yield "global", server.full
         emulated = server.emulate(state.merged)
-        places = self._cut(emulated)
+        places = self.division(emulated)
         load(factors(emulated, places.adapter, ADAPTER), state.adapter)
         load(factors(emulated, places.middle, EMULATOR), state.emulator)
         yield "adapemu", emulated
@@ -330,7 +330,7 @@ class FedBiOT:
             layers=layers,
         )
 
-    def _cut(self, model: nn.Module) -> Cut:
+    def division(self, model: nn.Module) -> Cut:
         """The division of an emulated model, whose E is as long as it is."""
         blocks = len(find_blocks(model).modules)
         return cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
@@ -338,20 +338,28 @@ class FedBiOT:
     def _client(self, held: Payload, device: torch.device) -> nn.Module:
         """A client's model, from what it was sent and nothing else."""
         model = build(held.tensors)
-        places = self._cut(model)
+        places = self.division(model)
         emulator = places.middle if self.config.aligns else ()
         attached = self._attach(model, sorted((*places.adapter, *emulator))).to(device)
         for parameter in factors(attached, places.middle, EMULATOR).values():
             parameter.requires_grad_(False)
         return attached
 
-    def _align(
+    def tune_emulator(
         self, state: State, emulator: Mapping[str, Tensor], steps: int, when: str | int
     ) -> dict[str, Tensor]:
-        server, alignment, env = self._at_server(), self.config.alignment, self._env
+        """The emulator's LoRA after so many steps of Eq. 7 on public data, with the state's adapter.
+
+        Args:
+            state: Holds the adapter.
+            emulator: The LoRA to start from.
+            steps: How many.
+            when: The round, or "before": which batches are drawn.
+        """
+        server, alignment, env = self.at_server(), self.config.alignment, self._env
         assert env is not None and server.emulated is not None
         student = server.emulated
-        places = self._cut(student)
+        places = self.division(student)
         teacher = server.teacher()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
         tail = server.tail_factors()
@@ -385,6 +393,7 @@ class FedBiOT:
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
         return copied(parameters)
 
-    def _at_server(self) -> Server:
+    def at_server(self) -> Server:
+        """The models that the server holds; there once `client_model` was called."""
         assert self._server is not None, "client_model comes first"
         return self._server

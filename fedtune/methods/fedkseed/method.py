@@ -139,7 +139,7 @@ class FedKSeed:
         self.config = config
         self.rounds = config.rounds
         self.pro = config.name == "fedkseed-pro"
-        self._key = derive_seed(seed, "pool") & 0x7FFFFFFF  # 4 bytes: the paper's seed of seeds
+        self.pool_key = derive_seed(seed, "pool") & 0x7FFFFFFF  # 4 bytes: the paper's seed of seeds
         self._w0 = Fingerprint()
         self._drawn = config.local_steps * config.perturbations  # seeds that a client draws in a round
         # indices are signed on the wire; the paper takes 4 bytes for each
@@ -179,7 +179,7 @@ class FedKSeed:
         if refused:
             raise ClientError(f"the order is for {refused}")
         received = self._received(job, env)
-        pool = SeedPool(self._key, config.seeds, config.noise)
+        pool = SeedPool(self.pool_key, config.seeds, config.noise)
         draws = self.draw(job, env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
         scalars, loss_sum = [], 0.0
@@ -297,7 +297,7 @@ class FedKSeed:
         refused = Origin(**state.origin).against(self._origin(model).as_mapping())  # type: ignore[arg-type]
         if refused:
             raise InputError(f"the run's state is for {refused}")
-        pool = SeedPool(self._key, self.config.seeds, self.config.noise)
+        pool = SeedPool(self.pool_key, self.config.seeds, self.config.noise)
         parameters = trainable(model)
         with kept_on_disk(parameters):
             weights = {name: parameter.data for name, parameter in parameters.items()}
@@ -317,7 +317,7 @@ class FedKSeed:
 
     def _origin(self, model: nn.Module) -> Origin:
         """What an accumulator of this method and model belongs to."""
-        return Origin(self._w0.of(model), self._key, self.config.seeds, self.config.noise, NOISE_VERSION)
+        return Origin(self._w0.of(model), self.pool_key, self.config.seeds, self.config.noise, NOISE_VERSION)
 
     def _received(self, job: Payload, env: ClientEnv) -> Tensor:
         """The accumulator that the order stands for."""
