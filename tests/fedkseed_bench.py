@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.core.types import Payload
 from fedtune.data.encode import Encoded
-from fedtune.methods.fedkseed.method import Config, FedKSeed
+from fedtune.methods.fedkseed.method import FedKSeed
+from fedtune.methods.fedkseed.settings import Config
 from fedtune.zeroth import reference
 from fedtune.zeroth.pool import SeedPool
 

@@ -15,8 +15,9 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
-from fedtune.methods.fedbiot.method import Config, FedBiOT, OffsiteConfig, State
+from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
+from fedtune.methods.fedbiot.settings import Config, OffsiteConfig, State
 from fedtune.models import alignment
 from fedtune.models.alignment import alignment_loss, distillation_loss, entering, representation_loss
 from fedtune.models.blocks import find_blocks

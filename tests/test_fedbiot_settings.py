@@ -17,7 +17,7 @@ from fedtune.core.types import Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.errors import InputError
 from fedtune.methods import registry
-from fedtune.methods.fedbiot.method import Alignment, OffsiteConfig
+from fedtune.methods.fedbiot.settings import Alignment, OffsiteConfig
 
 
 def altered(change: Callable[[dict[str, Tensor]], None]) -> Callable[[int, bytes], bytes]:

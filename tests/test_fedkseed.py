@@ -23,8 +23,9 @@ from fedtune.config.file import parse_config
 from fedtune.core.state import from_payload, to_payload
 from fedtune.errors import FederationError, InputError
 from fedtune.federation import checkpoint
-from fedtune.methods.fedkseed.method import Config, FedKSeed, ProConfig, State, epsilon_to_try
-from fedtune.methods.fedkseed.step import step_weights
+from fedtune.methods.fedkseed.method import FedKSeed
+from fedtune.methods.fedkseed.settings import Config, ProConfig, State
+from fedtune.methods.fedkseed.step import epsilon_to_try, step_weights
 from fedtune.models.tuning import trainable
 from fedtune.zeroth.pool import SeedPool
 

@@ -17,7 +17,8 @@ from toy import Bench, Toy, items
 from fedtune.core.cohort import Cohort
 from fedtune.core.types import Payload, Reply
 from fedtune.methods.fedkseed.aggregation import Fold, Mean, MedianOfMeans, TrimmedMean
-from fedtune.methods.fedkseed.method import Config, FedKSeed, ProConfig
+from fedtune.methods.fedkseed.method import FedKSeed
+from fedtune.methods.fedkseed.settings import Config, ProConfig
 
 
 def cohort(examples: dict[int, int]) -> Cohort:

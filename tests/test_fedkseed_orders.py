@@ -16,8 +16,9 @@ from toy import Bench, Toy, items
 
 from fedtune.core.types import Payload
 from fedtune.errors import FederationError, InputError
-from fedtune.methods.fedkseed.method import Config, FedKSeed, ProConfig, paper_bytes
+from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, with_changes
+from fedtune.methods.fedkseed.settings import Config, ProConfig, paper_bytes
 from fedtune.zeroth import NOISE_VERSION
 
 
