@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -260,12 +262,14 @@ def too_long(lines: Mapping[str, int]) -> list[str]:
     return found
 
 
+FOREIGN = {"train.py"}  # files of other projects that a text names
 _PATH = re.compile(r"(?<![\w./*{}-])(?:[\w-]+/)*[\w-]+\.py\b")
 
 
 def prose(source: str) -> str:
     """The comments and docstrings of a source."""
-    texts = [line.partition("#")[2] for line in source.splitlines() if "#" in line]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = [token.string for token in tokens if token.type == tokenize.COMMENT]
     for node in ast.walk(_tree(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             texts.append(ast.get_docstring(node) or "")
@@ -283,6 +287,6 @@ def missing_files(texts: Mapping[str, str], files: Iterable[str]) -> list[str]:
     return [
         f"{name} names {path}"
         for name, text in texts.items()
-        for path in sorted(set(_PATH.findall(text)))
+        for path in sorted(set(_PATH.findall(text)) - FOREIGN)
         if not any(each.endswith(f"/{path}") for each in there)
     ]

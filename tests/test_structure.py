@@ -17,7 +17,9 @@ from structure import (
     blind,
     circles,
     imports,
+    missing_files,
     package,
+    prose,
     strangers,
     too_long,
     underscored,
@@ -67,6 +69,13 @@ def test_core_knows_no_method_no_transport_and_no_protection() -> None:
 def test_files_can_be_read_in_one_sitting() -> None:
     lines = {str(path.relative_to(HOME)): path.read_text(encoding="utf-8").count("\n") for path in FILES}
     assert too_long(lines) == []
+
+
+def test_files_that_texts_name_are_there() -> None:
+    pages = [HOME / "README.md", *sorted((HOME / "docs").rglob("*.md"))]
+    texts = {module: prose(source) for module, source in (PACKAGE | AROUND).items()}
+    texts |= {str(page.relative_to(HOME)): page.read_text(encoding="utf-8") for page in pages}
+    assert missing_files(texts, [str(path.relative_to(HOME)) for path in FILES]) == []
 
 
 def test_importing_fedtune_brings_nothing_heavy() -> None:
@@ -235,4 +244,22 @@ def test_a_file_that_is_too_long_is_found() -> None:
         "fedtune/a.py: 401 lines, 400 are allowed",
         "scripts/c.py: 401 lines, 400 are allowed",
         "tests/e.py: 601 lines, 600 are allowed",
+    ]
+
+
+def test_a_file_that_is_not_there_is_found_in_pages_docstrings_and_comments() -> None:
+    source = '''"""As in `core/loop.py`."""
+def f():
+    """See method.py, and old/method.py."""
+    return "text.py"  # gone.py
+'''
+    texts = {
+        "docs/a.md": "in `fedtune/core/loop.py`, not core.py or configs/*.py",
+        "fedtune.b": prose(source),
+    }
+    files = ["fedtune/core/loop.py", "fedtune/methods/fedavg/method.py"]
+    assert missing_files(texts, files) == [
+        "docs/a.md names core.py",
+        "fedtune.b names gone.py",
+        "fedtune.b names old/method.py",
     ]

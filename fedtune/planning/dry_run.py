@@ -239,7 +239,7 @@ def _resident(state: Any) -> list[Resident]:
 
 
 def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tuple[PartsMeter, float]:
-    """Two forward passes; weights are formed just in time where the method does that (zeroth_step.py)."""
+    """Two forward passes; weights are formed just in time where the method does that (fedkseed/step.py)."""
     config, meter, counter = method.config, PartsMeter(), FlopCounter()
     batch = collate(items, 0)
     parameters = trainable(model)
