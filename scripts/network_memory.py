@@ -27,7 +27,7 @@ from fedtune.core.types import Arrival, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.deploy.server import Server
 from fedtune.measure.clock import Clock
-from fedtune.transport.network import Invitation, RoundExchange, gather
+from fedtune.transport.network import Invitation, RoundExchange, invite_clients
 from fedtune.transport.remote import Remote
 
 MB = 1_000_000
@@ -81,11 +81,11 @@ def main(megabytes: int) -> None:
         site.client(0, program=(sys.executable, str(HERE / "echo_client.py")))
         keys = site.folder / "keys/server"
         with Server(parse_config(DOCUMENT, "test"), keys, site.port, tell) as server:
-            mail = server.start()
-            introduction = Invitation("ab12", "{}", "")
-            joined = gather(mail, introduction, {0: "north"}, wait_s=300, log_line=lambda text: None)
-            talk = RoundExchange(introduction, joined, {}, limit=lambda client: 2 * size)
-            remote = Remote(mail, talk, window=None, deadline_s=None, clock=Clock())
+            channel = server.start()
+            invitation = Invitation("ab12", "{}", "")
+            joined = invite_clients(channel, invitation, {0: "north"}, wait_s=300, log_line=lambda text: None)
+            exchange = RoundExchange(invitation, joined, {}, limit=lambda client: 2 * size)
+            remote = Remote(channel, exchange, window=None, deadline_s=None, clock=Clock())
             print("| | seconds | server, beyond the tensors | client, beyond the tensors |")
             print("|---|---:|---:|---:|", flush=True)
             for round, (way, down, up) in enumerate((("down", size, 0), ("up", 0, size)), start=1):

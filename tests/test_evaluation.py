@@ -31,8 +31,8 @@ from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.evaluation.generation import generate
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
-from fedtune.evaluation.subject import EvalSettings, Subject
 from fedtune.evaluation.tasks import TASKS, evaluate
+from fedtune.evaluation.types import EvalEnv, EvalSettings
 from fedtune.models.tuning import attach_prompt
 
 
@@ -140,7 +140,7 @@ def test_accuracy_counts_exact_answers_by_category(monkeypatch: pytest.MonkeyPat
         calls.append(prompts)
         return given_answers
 
-    monkeypatch.setattr("fedtune.evaluation.subject.generate", fake)
+    monkeypatch.setattr("fedtune.evaluation.types.generate", fake)
     got = evaluate(llama(), tokenizer(), EXAMPLES, ["accuracy", "rouge-l"], settings())
     assert plain(got["accuracy"]) == {"accuracy": 3 / 5, "accuracy/a": 1 / 2, "accuracy/b": 1 / 2}
     third = 2 * 1 * (3 / 4) / (1 + 3 / 4)
@@ -167,7 +167,7 @@ def test_a_prompt_cut_to_the_context_keeps_its_begin_token(monkeypatch: pytest.M
         seen.extend(prompts)
         return [""] * len(prompts)
 
-    monkeypatch.setattr("fedtune.evaluation.subject.generate", fake)
+    monkeypatch.setattr("fedtune.evaluation.types.generate", fake)
     long = Example(" ".join(["w5"] * 300), "", "w6")
     short = Example("w5", "", "w6")
     got = evaluate(
@@ -241,21 +241,19 @@ def test_a_task_draws_samples_for_each_prompt() -> None:
     model, prompts = llama(), ["w5 w6", "w7", " ".join(["w8"] * 200)]
     drawn: dict[int, list[list[str]]] = {}
     for batch_size in (1, 16):
-        subject = Subject(model, tokenizer(), [], settings(batch_size=batch_size))
-        drawn[batch_size] = subject.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0)
-        assert subject.truncated == 1
-        subject.generate(prompts, max_new_tokens=8)
-        assert subject.truncated == 2
+        env = EvalEnv(model, tokenizer(), [], settings(batch_size=batch_size))
+        drawn[batch_size] = env.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0)
+        assert env.truncated == 1
+        env.generate(prompts, max_new_tokens=8)
+        assert env.truncated == 2
     assert drawn[1] == drawn[16]
     assert [len(set(texts)) > 1 for texts in drawn[1]] == [True] * 3
-    subject = Subject(model, tokenizer(), [], settings())
-    assert subject.generate(prompts, max_new_tokens=8, samples=2, temperature=1.0) == [
-        t[:2] for t in drawn[1]
-    ]
-    assert subject.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0, seed=1) != drawn[1]
-    other = Subject(model, tokenizer(), [], settings(seed=1))
+    env = EvalEnv(model, tokenizer(), [], settings())
+    assert env.generate(prompts, max_new_tokens=8, samples=2, temperature=1.0) == [t[:2] for t in drawn[1]]
+    assert env.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0, seed=1) != drawn[1]
+    other = EvalEnv(model, tokenizer(), [], settings(seed=1))
     assert other.generate(prompts, max_new_tokens=8, samples=4, temperature=1.0) != drawn[1]
-    greedy = subject.generate(prompts, max_new_tokens=8, samples=2)
+    greedy = env.generate(prompts, max_new_tokens=8, samples=2)
     ids = [[BEGIN, 5, 6], [BEGIN, 7], [BEGIN] + [8] * 87]  # 96 tokens less 8
     assert greedy == [
         [text] * 2 for text in generate(model, tokenizer(), ids, max_new_tokens=8, batch_size=3)
@@ -266,7 +264,7 @@ def test_rows_of_a_tasks_file(tmp_path: Path) -> None:
     def rows(text: str, **changes: Any) -> list[dict[str, Any]]:
         (tmp_path / "f.jsonl").write_text(text, encoding="utf-8")
         files = {"task": str(tmp_path / "f.jsonl")}
-        return Subject(llama(), tokenizer(), [], settings(files=files, **changes)).rows(
+        return EvalEnv(llama(), tokenizer(), [], settings(files=files, **changes)).rows(
             "task", {"question": str, "score": (int, float)}
         )
 
@@ -287,8 +285,8 @@ def test_rows_of_a_tasks_file(tmp_path: Path) -> None:
             rows(f"{good}\n{bad}\n")
     with pytest.raises(InputError, match="has no examples for task task"):
         rows("\n")
-    subject = Subject(llama(), tokenizer(), [], settings(files={"task": str(tmp_path / "none.jsonl")}))
+    env = EvalEnv(llama(), tokenizer(), [], settings(files={"task": str(tmp_path / "none.jsonl")}))
     with pytest.raises(InputError, match=r"evaluation\.files\.task: no such file: .*none\.jsonl"):
-        subject.file("task")
+        env.file("task")
     with pytest.raises(InputError, match=r"task other reads a data file: give evaluation\.files\.other=FILE"):
-        subject.file("other")
+        env.file("other")

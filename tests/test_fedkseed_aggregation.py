@@ -16,7 +16,7 @@ from toy import Bench, Toy, items
 
 from fedtune.core.cohort import Cohort
 from fedtune.core.types import Payload, Reply
-from fedtune.methods.fedkseed.aggregation import Fold, Mean, MedianOfMeans, TrimmedMean
+from fedtune.methods.fedkseed.aggregation import Aggregator, Mean, MedianOfMeans, TrimmedMean
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config, ProConfig
 
@@ -25,12 +25,14 @@ def cohort(examples: dict[int, int]) -> Cohort:
     return Cohort(tuple(sorted(examples)), examples, len(examples))
 
 
-def folded(fold: Fold, drawn: dict[int, list[tuple[int, float]]], together: Cohort, order: list[int]) -> Any:
+def folded(
+    aggregator: Aggregator, drawn: dict[int, list[tuple[int, float]]], together: Cohort, order: list[int]
+) -> Any:
     for client in order:
         seeds, scalars = zip(*drawn[client], strict=True)
         reply = Reply(client, Payload(), {}, together)
-        fold.add(reply, torch.tensor(seeds), torch.tensor(scalars, dtype=torch.float64))
-    return fold.change()
+        aggregator.add(reply, torch.tensor(seeds), torch.tensor(scalars, dtype=torch.float64))
+    return aggregator.change()
 
 
 def test_robust_means_by_hand() -> None:

@@ -34,7 +34,7 @@ from fedtune.evaluation.judge import (
     outcome,
     score_in,
 )
-from fedtune.evaluation.subject import EvalSettings, JudgeSettings, Outcome, Subject
+from fedtune.evaluation.types import EvalEnv, EvalSettings, JudgeSettings, Outcome
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def files(folder: Path, **changed: Sequence[Any]) -> dict[str, str]:
     return {name: lines(folder / f"{name}.jsonl", value) for name, value in rows.items()}
 
 
-class Scripted(Subject):
+class Scripted(EvalEnv):
     """A model that answers each prompt with its call's and place's number."""
 
     def __init__(self, tokenizer: Any = None, **changes: Any) -> None:
@@ -116,10 +116,10 @@ class Scripted(Subject):
 
 
 def test_the_second_turn_sees_the_first_answer(tmp_path: Path) -> None:
-    subject = Scripted(files=files(tmp_path))
-    answers = answer(subject, load_questions(subject))
-    assert [options["temperature"] for _, options in subject.calls] == [0.0, 0.1, 0.7, 0.0, 0.7]
-    assert [prompts for prompts, _ in subject.calls] == [
+    env = Scripted(files=files(tmp_path))
+    answers = answer(env, load_questions(env))
+    assert [options["temperature"] for _, options in env.calls] == [0.0, 0.1, 0.7, 0.0, 0.7]
+    assert [prompts for prompts, _ in env.calls] == [
         ["1 + 1?\nAnswer:"],
         ["Who?\nAnswer:"],
         ["Write.\nAnswer:"],
@@ -127,8 +127,8 @@ def test_the_second_turn_sees_the_first_answer(tmp_path: Path) -> None:
         ["Write.\nAnswer: said{3.0}\n\nRewrite.\nAnswer:"],
     ]
     assert answers == [["said{3.0}", "said{5.0}"], ["said{1.0}", "said{4.0}"], ["said{2.0}"]]
-    assert {options["max_new_tokens"] for _, options in subject.calls} == {1024}
-    assert len({options["seed"] for _, options in subject.calls}) == 5
+    assert {options["max_new_tokens"] for _, options in env.calls} == {1024}
+    assert len({options["seed"] for _, options in env.calls}) == 5
 
 
 class Chat:
@@ -141,11 +141,11 @@ class Chat:
 
 
 def test_a_chat_template_goes_before_the_runs_own() -> None:
-    subject = Scripted(Chat())
+    env = Scripted(Chat())
     # without the begin token, which generation puts in front of any prompt
-    assert conversation(subject, ["Write."], []) == "<user>Write.<assistant>"
+    assert conversation(env, ["Write."], []) == "<user>Write.<assistant>"
     assert (
-        conversation(subject, ["Write.", "Rewrite."], ["So."])
+        conversation(env, ["Write.", "Rewrite."], ["So."])
         == "<user>Write.<assistant>So.<user>Rewrite.<assistant>"
     )
 
@@ -157,11 +157,11 @@ def scores_by_prompt(marks: dict[str, str]) -> Judge.Play:
     return play
 
 
-def run(subject: Subject, server: Judge, **changes: Any) -> Outcome:
+def run(env: EvalEnv, server: Judge, **changes: Any) -> Outcome:
     plain: dict[str, Any] = {"timeout_s": 20.0, "retries": 1, "key_variable": None, "model": "strict-judge"}
     judging = JudgeSettings(url=server.url, **plain | changes)
-    subject.settings = EvalSettings(**{**vars(subject.settings), "judge": judging})
-    return TASKS["mt-bench"].function(subject)
+    env.settings = EvalSettings(**{**vars(env.settings), "judge": judging})
+    return TASKS["mt-bench"].function(env)
 
 
 def test_mt_bench_by_hand(playing: Playing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,16 +280,16 @@ def test_nothing_is_asked_before_the_settings_hold(
     playing: Playing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = playing(in_turn(completion("[[5]]")))
-    subject = Scripted(files=files(tmp_path))
+    env = Scripted(files=files(tmp_path))
     with pytest.raises(InputError, match=r"needs a judge: set evaluation\.judge\.url"):
-        TASKS["mt-bench"].function(subject)
+        TASKS["mt-bench"].function(env)
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(InputError, match=f"{VARIABLE} is not set"):
-        run(subject, server, key_variable=VARIABLE)
+        run(env, server, key_variable=VARIABLE)
     with pytest.raises(ValidationError, match="never the key itself") as refused:
         JudgeSettings(url=server.url, model="judge", key_variable=KEY)
     assert KEY not in str(refused.value)
-    assert subject.calls == [] and server.asked == []
+    assert env.calls == [] and server.asked == []
 
 
 @pytest.mark.parametrize(
@@ -311,9 +311,9 @@ def test_nothing_is_asked_before_the_settings_hold(
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], match: str) -> None:
-    subject = Scripted(files=files(tmp_path, **changed))
+    env = Scripted(files=files(tmp_path, **changed))
     with pytest.raises(InputError, match=match):
-        load_prompts(subject, load_questions(subject))
+        load_prompts(env, load_questions(env))
 
 
 @pytest.mark.parametrize(
@@ -322,16 +322,16 @@ def test_files_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], match: s
 )
 def test_a_judge_prompt_has_the_published_fields(tmp_path: Path, template: str) -> None:
     prompts = [{"name": "single-v1", "system_prompt": "", "prompt_template": template}]
-    subject = Scripted(files=files(tmp_path, mt_bench=QUESTIONS[2:], mt_bench_prompts=prompts))
+    env = Scripted(files=files(tmp_path, mt_bench=QUESTIONS[2:], mt_bench_prompts=prompts))
     with pytest.raises(InputError, match="prompt_template of single-v1"):
-        load_prompts(subject, load_questions(subject))
+        load_prompts(env, load_questions(env))
 
 
 def test_a_limit_counts_questions_only(tmp_path: Path) -> None:
-    subject = Scripted(files=files(tmp_path), limit=2)
-    questions = load_questions(subject)
+    env = Scripted(files=files(tmp_path), limit=2)
+    questions = load_questions(env)
     assert [question.id for question in questions] == [81, 111]
-    assert len(load_prompts(subject, questions)) == 4
+    assert len(load_prompts(env, questions)) == 4
 
 
 def real(folder: Path) -> dict[str, str]:
@@ -344,9 +344,9 @@ def real(folder: Path) -> dict[str, str]:
 
 
 def test_the_published_files_are_read_whole(playing: Playing, shared_data: Path) -> None:
-    subject = Scripted(files=real(shared_data))
+    env = Scripted(files=real(shared_data))
     server = playing(in_turn(completion("Rating: [[7]]")))
-    found = run(subject, server)
+    found = run(env, server)
     assert found.metrics["score"].value == 7 and found.more == {"unjudged": 0}
     assert len(server.asked) == 160
     assert sum("Reference" in one.said for one in server.asked) == 60  # 10 each of math, reasoning, coding
@@ -376,10 +376,10 @@ def test_a_real_model_is_judged(playing: Playing, shared_data: Path, shared_mode
         in_turn(completion("[[2]]"), completion("[[3]]"), completion("[[2]]"), completion("[[1]]"))
     )
     with torch.no_grad():
-        subject = Subject(model.eval(), AutoTokenizer.from_pretrained(folder), (), settings)
-        found = run(subject, server)
+        env = EvalEnv(model.eval(), AutoTokenizer.from_pretrained(folder), (), settings)
+        found = run(env, server)
     assert found.metrics["score"].value == 2
-    assert subject.truncated == 0
+    assert env.truncated == 0
     start, end = "[The Start of Assistant's Answer]\n", "\n[The End of Assistant's Answer]"
     said = server.asked[0].said.partition(start)[2].removesuffix(end)
     assert said and f"### Assistant A:\n{said}\n" in server.asked[1].said

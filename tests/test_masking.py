@@ -46,10 +46,10 @@ def test_a_mask_is_the_key_stream_of_aes_and_can_be_taken_off(bits: int) -> None
 
 def test_shares_give_the_secret_from_the_threshold_on() -> None:
     secret = masking.fresh(16)
-    shares = dict(enumerate(masking.deal(secret, 3, 5)))
+    shares = dict(enumerate(masking.split_secret(secret, 3, 5)))
     for some in itertools.combinations(shares, 3):
-        assert masking.combine({place: shares[place] for place in some}) == secret
-    assert masking.combine({place: shares[place] for place in (0, 4)}) != secret
+        assert masking.join_shares({place: shares[place] for place in some}) == secret
+    assert masking.join_shares({place: shares[place] for place in (0, 4)}) != secret
 
 
 def test_two_parties_agree_and_labels_separate_keys() -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from fedtune.config.file import load_config, parse_config, settings_blocks
 from fedtune.config.schema import Public, RunConfig, Transport
 from fedtune.errors import FedtuneError
-from fedtune.evaluation import subject
+from fedtune.evaluation import types as evaluation
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.federation import run as federation
 from fedtune.federation.progress import Silent
@@ -179,7 +179,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     *(f"federation.privacy.{name}" for name in Privacy.model_fields),  # test_privacy.py
     *(f"evaluation.{name}" for name in ("samples", "temperature", "top_p")),  # test_code_evaluation.py
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py
-    *(f"evaluation.judge.{name}" for name in subject.JudgeSettings.model_fields),  # test_judge.py
+    *(f"evaluation.judge.{name}" for name in evaluation.JudgeSettings.model_fields),  # test_judge.py
 }
 
 
@@ -320,7 +320,7 @@ def observe(tiny: Path, changes: dict[str, Any]) -> Observed:
         else:
             block[last] = value
     evaluated: list[Any] = []
-    collate, generate = subject.collate, subject.generate
+    collate, generate = evaluation.collate, evaluation.generate
 
     def watched_collate(items: Any, pad: int) -> Any:
         evaluated.append(len(items))
@@ -333,8 +333,8 @@ def observe(tiny: Path, changes: dict[str, Any]) -> Observed:
 
     path = tiny / f"run-{next(_numbers)}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subject, "collate", watched_collate)
-        patch.setattr(subject, "generate", watched_generate)
+        patch.setattr(evaluation, "collate", watched_collate)
+        patch.setattr(evaluation, "generate", watched_generate)
         try:
             federation.run(parse_config(document, "test"), path, Silent())
         except FedtuneError as problem:

@@ -31,7 +31,7 @@ from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.core.cohort import Cohort
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Payload
-from fedtune.core.wire import Content, decode, encode, room
+from fedtune.core.wire import Content, decode, empty_frame, encode
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
@@ -207,7 +207,7 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
         return
     cycle = BlockConfig.model_validate({**STEPS, **CYCLE[name]})
     with open(folder / shape, "rb") as file:  # taken up as it is from the network
-        frame = room((folder / shape).stat().st_size)
+        frame = empty_frame((folder / shape).stat().st_size)
         file.readinto(frame)
     job = decode(frame).payload
     del frame

@@ -203,31 +203,31 @@ class RoundLoop:
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         with self._clock.part("wire"):
-            message = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
-            sender = (message.meta.get("round"), message.meta.get("client"))
+            content = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
+            sender = (content.meta.get("round"), content.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
                     f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
                 )
-            check(message.payload, asked.expects)
+            check(content.payload, asked.expects)
         metrics = {
             name: float(value)
-            for name, value in message.meta.items()
+            for name, value in content.meta.items()
             if isinstance(value, int | float) and name not in ("round", "client")
         }
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FrameError(f"metric {name} is {value}")
-        self._enter(round, asked, "up", message.payload, arrival.frame)
+        self._enter(round, asked, "up", content.payload, arrival.frame)
         if not asked.phase:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
                 where="client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop("peak_bytes", 0)),
-                how=str(message.meta.get("how", "not measured")),
+                how=str(content.meta.get("how", "not measured")),
             )
-        return Reply(arrival.client, message.payload, metrics, cohort)
+        return Reply(arrival.client, content.payload, metrics, cohort)
 
     def _enter(self, round: int, order: Order, direction: str, payload: Payload, frame: Frame) -> None:
         if not self._method.uses_wire:

@@ -31,7 +31,7 @@ from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
 from fedtune.transport.messages import Field, Message, fault
-from fedtune.transport.worker import Joined
+from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
 
 
@@ -58,7 +58,7 @@ def join(
     model: str | None,
     device: str,
     acceptance: Acceptance,
-) -> Joined:
+) -> JoinedRun:
     """Takes part in the run that the server invited this client to.
 
     Args:
@@ -127,7 +127,7 @@ def join(
         device=where,
         protection=client_protection(config, method),
     )
-    return Joined(runner, len(items), config.method_name)
+    return JoinedRun(runner, len(items), config.method_name)
 
 
 def local_steps(config: RunConfig, examples: int) -> int:
@@ -167,8 +167,8 @@ def _runner(config: str, held: str, threads: int, base: str) -> ClientRunner:
     os.chdir(base)  # the process is this simulation's own
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    parts = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock())
-    parts.runner.store = Store(Path(held))
-    if not parts.method.sends_model:
-        parts.runner.use(parts.method.client_model(lambda: parts.loaded.model))
-    return parts.runner
+    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock())
+    assembly.runner.store = Store(Path(held))
+    if not assembly.method.sends_model:
+        assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
+    return assembly.runner

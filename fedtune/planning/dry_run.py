@@ -26,7 +26,7 @@ from fedtune.measure.flops import FlopCounter
 from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
-from fedtune.models.just_in_time import Formed
+from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
@@ -37,7 +37,7 @@ STEPS = 2
 ZEROTH = ("fedkseed", "fedkseed-pro", "infinite-pool")
 
 
-class Held(Store):
+class FakeStore(Store):
     """Keeps fake tensors, which have no bytes to take a digest of, as if on disk."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def client_step(
                 state=None,
                 memory=meter,
                 device=CPU,
-                store=Held(),
+                store=FakeStore(),
             )
             probe.client_step(order.payload, env)
         if blocks:
@@ -250,7 +250,7 @@ def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tup
             model(**batch)
         with meter.whole([model]):
             if formed:
-                with Formed(parameters, _unwritten):
+                with JustInTimeWeights(parameters, _unwritten):
                     float(cast(Any, model(**batch)).loss)
             else:
                 float(cast(Any, model(**batch)).loss)

@@ -23,7 +23,7 @@ from pathlib import Path
 from fedtune.core.client import ClientRunner
 from fedtune.core.store import Store, digests_in
 from fedtune.core.types import ClientError, Payload
-from fedtune.core.wire import Content, FrameError, decode, encode, room
+from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode
 from fedtune.errors import InputError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
 from fedtune.transport.messages import PART_BYTES, Field, Message, fault
@@ -33,7 +33,7 @@ KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its 
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedRun:
     """A run that this client takes part in.
 
     Attributes:
@@ -79,14 +79,14 @@ class Worker:
 
     def __init__(
         self,
-        join: Callable[[Mapping[str, Field]], Joined],
+        join: Callable[[Mapping[str, Field]], JoinedRun],
         acceptance: Acceptance,
         folder: Path,
         log_line: Callable[[str], None],
     ) -> None:
         self._join, self._acceptance, self._folder, self._log_line = join, acceptance, folder, log_line
         self._run, self._client = "", -1
-        self.joined: Joined | None = None
+        self.joined: JoinedRun | None = None
         self._incoming: _Incoming | None = None
         self._done: _Done | None = None
 
@@ -158,7 +158,7 @@ class Worker:
             check_bytes(self._acceptance, size, "order")
             if self._done is not None and self._done.round != round:
                 self._done = None  # a long reply is not kept beside a long order
-            self._incoming = _Incoming(round, room(size))
+            self._incoming = _Incoming(round, empty_frame(size))
         incoming, end = self._incoming, at + len(message.body)
         if incoming is None and self._done is not None and self._done.round == round and end == size:
             return self._answer(self._done)  # the last part, once more: its answer was lost

@@ -54,7 +54,7 @@ from fedtune.errors import InputError
 from fedtune.methods.fedkseed.aggregation import (
     SUM_LIMIT,
     UNIT,
-    Fold,
+    Aggregator,
     Mean,
     MedianOfMeans,
     TrimmedMean,
@@ -165,28 +165,28 @@ class FedKSeed:
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adds the clients' scalars to the accumulator, seed by seed."""
-        fold: Fold | None = None
+        aggregator: Aggregator | None = None
         magnitude, draws, holders, clipped = state.magnitude.clone(), state.draws.clone(), {}, {}
         limit = self.config.clip
         for reply in replies:
-            fold = fold or self._fold(reply.cohort)
+            aggregator = aggregator or self._aggregator(reply.cohort)
             seeds, scalars = self._drawn_by(reply.payload)
             if limit is not None:
                 clipped[reply.client] = int((scalars.abs() > limit).sum())
                 scalars = scalars.clamp(-limit, limit)
-            fold.add(reply, seeds, scalars / self.config.perturbations)  # line 7
+            aggregator.add(reply, seeds, scalars / self.config.perturbations)  # line 7
             if self.pro:
                 magnitude.index_add_(0, seeds, scalars.abs())
                 draws.index_add_(0, seeds, torch.ones_like(seeds))
             holders[str(reply.client)] = True
-        if fold is None:
+        if aggregator is None:
             raise ValueError("no client replied: there is nothing to add")
         if any(clipped.values()):
             named = ", ".join(f"client {client}: {n}" for client, n in sorted(clipped.items()) if n)
             log.warning("scalars cut to ±%g, of %d each: %s", self.config.clip, self._drawn, named)
         return replace(
             state,
-            accumulator=state.accumulator + fold.change(),
+            accumulator=state.accumulator + aggregator.change(),
             before=state.accumulator,
             magnitude=magnitude,
             draws=draws,
@@ -328,7 +328,7 @@ class FedKSeed:
             return torch.arange(self.config.seeds), payload.tensors["sums"].double()
         return payload.tensors["seeds"].long(), payload.tensors["scalars"].double()
 
-    def _fold(self, cohort: Cohort) -> Fold:
+    def _aggregator(self, cohort: Cohort) -> Aggregator:
         if self.config.aggregation == "trimmed-mean":
             return TrimmedMean(self.config.seeds, cohort, self.config.trim)
         if self.config.aggregation == "median-of-means":

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedtune.models.just_in_time import Formed
+from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
@@ -57,7 +57,7 @@ class _FromW0:
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._a, self._lr = model, pool, a, lr
-        self._formed = Formed(trainable(model), self._form)
+        self._formed = JustInTimeWeights(trainable(model), self._form)
         self._prepared: Prepared | None = None
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
