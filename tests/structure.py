@@ -36,7 +36,7 @@ ORDER = [
 ]
 BOTTOM = ["errors", "registry", "version"]  # single files that may know each other
 LEVEL = {name: level for level, name in enumerate(ORDER)} | dict.fromkeys(BOTTOM, len(ORDER))
-FRONT_DOOR = {"fedtune.api", "fedtune.version"}  # what `import fedtune` itself may take
+FRONT_DOOR = {"api", "errors", "version"}  # what `import fedtune` itself may take
 BLIND = {"core": {"protection", "methods", "transport"}}  # told what they need by whoever calls them
 OF_TORCH = {"_parameters", "_buffers", "_modules"}  # of every nn.Module
 ONE_HOME = {"flwr": "fedtune.transport.flower"}  # a library that one module alone knows
@@ -132,12 +132,12 @@ def upward(sources: Sources) -> list[str]:
         taken = [(each.line, each.module) for each in imports(source, sources) if _ours(each.module)]
         for line, other in [*taken, *named_in_text(source, sources)]:
             if not folder:
-                wrong = other not in FRONT_DOOR
+                wrong = _folder(other) not in FRONT_DOOR
             else:
                 wrong = LEVEL.get(_folder(other), -1) < LEVEL[folder]
             if wrong:
                 found.append(f"{module}:{line} imports {other}")
-    return found
+    return list(dict.fromkeys(found))  # one line may take several names
 
 
 def circles(sources: Sources) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, SerializeAsAny, model_validator
 
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
@@ -28,6 +28,7 @@ class ModelSettings(Settings):
 
 
 CLIENTS = "clients"  # as `data.train`: every client has a file of its own
+OBJECTS = "objects"  # as `data.train`: examples are given to `fedtune.run` as Python objects
 By = Literal["category", "output"]
 
 
@@ -82,7 +83,13 @@ class Quantity(Settings):
         return self
 
 
-Partition = Annotated[Iid | Dirichlet | ByField | Shards | Quantity, Field(discriminator="name")]
+class Given(Settings):
+    """Python objects that come client by client: each keeps what it was given."""
+
+    name: Literal["given"] = "given"
+
+
+Partition = Annotated[Iid | Dirichlet | ByField | Shards | Quantity | Given, Field(discriminator="name")]
 
 
 class Holdout(Settings):
@@ -119,7 +126,7 @@ class Public(Settings):
 class DataSettings(Settings):
     """Examples, how they are read, and who gets which."""
 
-    train: str = "bundled"  # bundled, a .jsonl file, a hub name, or clients: each has its own file
+    train: str = "bundled"  # bundled, a .jsonl file, a hub name; clients: own files; objects: from Python
     split: str = "train"  # of a hub data set
     fields: Fields = Field(default_factory=dict)
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
@@ -136,6 +143,8 @@ class DataSettings(Settings):
     def _clients(self) -> Self:
         if self.clients is None and self.partition.name != "by-field" and self.train != CLIENTS:
             raise ValueError(f"clients must be a number with partition {self.partition.name}")
+        if isinstance(self.partition, Given) and self.train != OBJECTS:
+            raise ValueError(f"partition given is for Python objects (train: {OBJECTS}), got {self.train}")
         return self
 
 
@@ -225,22 +234,23 @@ class RunConfig(Settings):
     evaluation: Evaluation = Evaluation()
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
+    _holdout_given: bool = PrivateAttr(True)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _bundled(cls, values: object) -> object:
+    def _bundled(cls, values: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """The bundled model knows the plain template, and the bundled data bring their own test part."""
-        if not isinstance(values, dict):
-            return values
-        model, data = values.get("model", {}), values.get("data", {})
-        if not isinstance(model, dict) or not isinstance(data, dict):
-            return values
-        data = dict(data)
+        model, data = (values.get(key, {}) if isinstance(values, dict) else None for key in ("model", "data"))
+        if not isinstance(values, dict) or not isinstance(model, dict) or not isinstance(data, dict):
+            return handler(values)
+        data, given = dict(data), "holdout" in data
         if model.get("name", "bundled") == "bundled":
             data.setdefault("template", "plain")
         if data.get("train", "bundled") == "bundled":
             data.setdefault("holdout", {"source": "bundled"})
-        return {**values, "data": data}
+        config = handler({**values, "data": data})
+        config._holdout_given = given
+        return config
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -284,6 +294,29 @@ class RunConfig(Settings):
     def method_name(self) -> str:
         """Name of the method."""
         return str(self.method.name)  # type: ignore[attr-defined]
+
+    def for_objects(self, clients: int | None) -> dict[str, Any]:
+        """The configuration as plain values for examples that are Python objects, in place of `data.train`.
+
+        Args:
+            clients: How many clients they are given for; None: they are to be split by `data.partition`.
+
+        Raises:
+            InputError: They come client by client, and the configuration splits them otherwise too.
+        """
+        document = self.resolved()
+        data = document["data"]
+        data["train"] = OBJECTS
+        if not self._holdout_given:
+            del data["holdout"]  # the bundled data's own, which the configuration did not ask for
+        if clients is not None:
+            if not isinstance(self.data.partition, Iid | Given):
+                raise InputError(
+                    f"the data are given client by client, and data.partition is {self.data.partition.name}; "
+                    "leave the partition out, or give all rows in one list"
+                )
+            data |= {"partition": {"name": "given"}, "clients": clients}
+        return document
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration as plain values, defaults included; reading it back gives an equal one.

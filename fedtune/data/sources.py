@@ -59,12 +59,12 @@ def load_examples(
         if not path.is_file():
             what = "is not a file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {what}. Paths start from {base.resolve()}.")
-        return _examples(_file_rows(path, str(path)), fields, str(path))
+        return examples_from(_file_rows(path, str(path)), fields, str(path))
     if path.is_dir():
-        return _examples(_task_rows(path, split, base), fields, str(path))
+        return examples_from(_task_rows(path, split, base), fields, str(path))
     if path.exists():
         raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
-    return _examples(_hub_rows(source, split), fields, f'data set "{source}"')
+    return examples_from(_hub_rows(source, split), fields, f'data set "{source}"')
 
 
 def bundled_examples(part: str = "train", *, fields: Mapping[str, str] | None = None) -> list[Example]:
@@ -82,7 +82,7 @@ def bundled_examples(part: str = "train", *, fields: Mapping[str, str] | None = 
     file = resources.files("fedtune.data") / f"bundled_{part}.jsonl"
     if not file.is_file():
         raise InputError(f"the bundled data file {file.name} is not installed; install fedtune again.")
-    return _examples(_file_rows(file, file.name), fields or {}, file.name)
+    return examples_from(_file_rows(file, file.name), fields or {}, file.name)
 
 
 def _check_fields(fields: Mapping[str, str]) -> None:
@@ -221,7 +221,18 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
         yield f'data set "{source}", row {number}', row
 
 
-def _examples(rows: Iterator[tuple[str, Any]], fields: Mapping[str, str], name: str) -> list[Example]:
+def examples_from(rows: Iterator[tuple[str, Any]], fields: Mapping[str, str], name: str) -> list[Example]:
+    """Examples from records, each with its place.
+
+    Args:
+        rows: (place, record); the place stands in front of an error.
+        fields: Our field names to the records' keys, as in `load_examples`.
+        name: Of all of them together.
+
+    Raises:
+        InputError: There is none, or one does not fit.
+    """
+    _check_fields(fields)
     examples = []
     for place, row in rows:
         if not isinstance(row, dict):

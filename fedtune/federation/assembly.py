@@ -13,6 +13,7 @@ from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
 from fedtune.federation.files import read_json
@@ -39,14 +40,19 @@ class Assembly:
     base_parameters: int
 
     @staticmethod
-    def assemble(config: RunConfig, clock: Clock) -> Assembly:
+    def assemble(config: RunConfig, clock: Clock, objects: ObjectData | None = None) -> Assembly:
         """Loads and checks everything; writes nothing.
+
+        Args:
+            config: The run's configuration.
+            clock: Counts the encoding.
+            objects: The examples, with `data.train: objects`.
 
         Raises:
             InputError: Data or model are not usable, or the settings do not go with them.
         """
         method = registry.build(config.method, config.seed)
-        split = prepare_data(config, pooled=method.pools_data)
+        split = prepare_data(config, pooled=method.pools_data, objects=objects)
         if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
             check_counts(config, len(split.clients))
         device = device_of(config.model.device)
@@ -87,14 +93,26 @@ class Assembly:
 
     def refuse_other_inputs(self, path: Path) -> None:
         """Raises InputError if the run in `path` began with other weights or data than these."""
-        before = read_json(path / "environment.json")
         for what, key in (("model", "weights_sha256"), ("data", "sha256")):
-            was, now = before[what][key], self.environment[what][key]
-            if was != now:
-                raise InputError(
-                    f"{path} began with another {what}: {key} was {was[:12]}, "
-                    f"{self.environment[what]['name']} now has {now[:12]}; bring the old one back"
-                )
+            refuse_other(path, what, self.environment[what][key], self.environment[what]["name"])
+
+
+def refuse_other(path: Path, what: str, now: str, name: str) -> None:
+    """Raises InputError if the run in `path` began with another model or other data.
+
+    Args:
+        path: The run's folder.
+        what: "model" or "data".
+        now: The digest of what is there now.
+        name: Where that comes from.
+    """
+    key = {"model": "weights_sha256", "data": "sha256"}[what]
+    was = read_json(path / "environment.json")[what][key]
+    if was != now:
+        raise InputError(
+            f"{path} began with another {what}: {key} was {was[:12]}, {name} now has {now[:12]}; bring the "
+            "old one back"
+        )
 
 
 def client_protection(config: RunConfig, method: Method[Any]) -> ClientProtection | None:

@@ -22,6 +22,7 @@ from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
+from fedtune.data.objects import ObjectData
 from fedtune.data.sources import load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
@@ -138,7 +139,7 @@ def local_steps(config: RunConfig, examples: int) -> int:
     return int(getattr(method, "local_steps", 0))
 
 
-def simulated(message: Message, *, config: str, held: str, threads: int, base: str) -> Message:
+def simulated(message: Message, *, config: str, held: str, threads: int, base: str, objects: str) -> Message:
     """The answer of any of a run's clients, in a process of Flower's simulation.
 
     Args:
@@ -147,9 +148,10 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
         held: The folder of what clients were sent to hold, which all processes share.
         threads: PyTorch's, as many as the server has: with others a sum may round differently.
         base: The folder that relative paths of the configuration start from.
+        objects: The examples as JSON, with `data.train: objects`; else empty.
     """
     try:
-        runner, client = _runner(config, held, threads, base), message.number("client")
+        runner, client = _runner(config, held, threads, base, objects), message.number("client")
         runner.states = {client: decode(message.state).payload} if message.state else {}
         frame = runner.handle(client, bytes(message.body))
     except FedtuneError as error:
@@ -162,12 +164,13 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
 
 
 @cache
-def _runner(config: str, held: str, threads: int, base: str) -> ClientRunner:
+def _runner(config: str, held: str, threads: int, base: str, objects: str) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(base)  # the process is this simulation's own
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock())
+    given = ObjectData.from_json(objects) if objects else None
+    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
     assembly.runner.store = Store(Path(held))
     if not assembly.method.sends_model:
         assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))

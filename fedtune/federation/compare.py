@@ -11,6 +11,7 @@ from typing import Any
 
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.federation.data import prepare_data
@@ -40,6 +41,7 @@ def compare(
     progress: Progress,
     *,
     references: bool = True,
+    objects: ObjectData | None = None,
 ) -> dict[str, Any]:
     """Runs every candidate with every seed and gathers the results.
 
@@ -52,6 +54,7 @@ def compare(
         out: Folder for the runs.
         progress: Told what happens.
         references: Add zero-shot, stand-alone and centralised rows for each model among the candidates.
+        objects: The examples of all of them, with `data.train: objects`.
 
     Returns:
         `rows`: one a run, with the fields of summary.json; `table`: means and spreads by row.
@@ -60,13 +63,13 @@ def compare(
         InputError: Two candidates do not have the same split or held-out examples.
         FederationError: A run could not finish.
     """
-    _same_split(candidates, seeds[0])
+    _same_split(candidates, seeds[0], objects)
     everyone = [*candidates, *(reference_candidates(candidates) if references else [])]
     rows: list[dict[str, Any]] = []
     for candidate in everyone:
         for seed in seeds:
             path = out / f"{candidate.label}-seed{seed}"
-            summary = run(candidate.with_seed(seed), path, progress, resume=path.exists())
+            summary = run(candidate.with_seed(seed), path, progress, resume=path.exists(), objects=objects)
             rows.append({"config": candidate.label, **summary})
     if references:
         rows += _zero_shot(candidates, rows)
@@ -166,7 +169,7 @@ def _sd(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def _same_split(candidates: Sequence[Candidate], seed: int) -> None:
+def _same_split(candidates: Sequence[Candidate], seed: int, objects: ObjectData | None) -> None:
     labels = [candidate.label for candidate in candidates]
     if len(set(labels)) != len(labels):
         raise InputError(
@@ -174,7 +177,7 @@ def _same_split(candidates: Sequence[Candidate], seed: int) -> None:
         )
     seen: tuple[str, Any] | None = None
     for candidate in candidates:
-        split = prepare_data(candidate.with_seed(seed), pooled=False)
+        split = prepare_data(candidate.with_seed(seed), pooled=False, objects=objects)
         mine = (split.sha256, split.partition)
         if seen is None:
             seen = mine

@@ -16,6 +16,7 @@ import torch
 from fedtune.config.schema import RunConfig
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.client import simulated
@@ -42,7 +43,12 @@ class Deployment(Protocol):
 
 @contextmanager
 def connected(
-    config: RunConfig, assembly: Assembly, folder: Path, clock: Clock, deployment: Deployment | None
+    config: RunConfig,
+    assembly: Assembly,
+    folder: Path,
+    clock: Clock,
+    deployment: Deployment | None,
+    objects: ObjectData | None = None,
 ) -> Iterator[Transport]:
     """The transport of a run, for as long as the run lasts.
 
@@ -52,6 +58,7 @@ def connected(
         folder: The run's folder.
         clock: Counts the clients' training.
         deployment: The way to real clients, for `transport.name: flower`.
+        objects: The examples, with `data.train: objects`.
 
     Raises:
         FederationError: Flower's simulation does not start.
@@ -71,6 +78,7 @@ def connected(
             held=str(folder.resolve() / "held"),
             threads=torch.get_num_threads(),
             base=os.getcwd(),
+            objects=objects.to_json() if objects else "",
         )
         from fedtune.transport.flower import simulation
 

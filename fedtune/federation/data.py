@@ -6,18 +6,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config.schema import CLIENTS, Dirichlet, Quantity, RunConfig, Shards
+from fedtune.config.schema import CLIENTS, OBJECTS, Dirichlet, Given, Quantity, RunConfig, Shards
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.encode import Encoded, encode_causal, encode_classification
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
+from fedtune.data.objects import ObjectData
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.errors import InputError
 
@@ -43,26 +45,26 @@ class Split:
     owners: tuple[int, ...] = ()
 
 
-def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
+def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None = None) -> Split:
     """Loads and splits a run's examples; the same configuration and seed give the same split.
 
     Args:
         config: The run's configuration.
         pooled: One client holds everything (centralised training).
+        objects: The examples, with `data.train: objects`.
 
     Raises:
         InputError: Files are missing or malformed, or the split asked for is not possible.
     """
     if config.data.train == CLIENTS:
         return _server_split(config)
-    examples = load_examples(
-        config.data.train, fields=_fields(config), split=config.data.split, base=Path(".")
-    )
-    train, held_out = _hold_out(config, examples)
+    train, held_out = _hold_out(config, _examples(config, objects))
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
-    indices, owners, kept = _deal(config, train), list[int](), train
+    named = dict(objects.clients) if objects and isinstance(config.data.partition, Given) else {}
+    indices = _as_given(train, objects) if objects and named else _deal(config, train)
+    owners, kept = list[int](), train
     if config.data.holdout.client_fraction is not None:
         indices, own = _hold_out_own(config, indices)
         held_out = [train[i] for part in own for i in part]
@@ -82,8 +84,10 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
     summary = {
         "name": config.data.partition.name,
         "clients": [
-            {**about, "indices": part.tolist()}
-            for about, part in zip(split_by.summarize(indices, values), indices, strict=True)
+            {**about, **({"name": name} if name else {}), "indices": part.tolist()}
+            for name, about, part in zip(
+                named or [""] * len(indices), split_by.summarize(indices, values), indices, strict=True
+            )
         ],
         "held_out": len(evaluation),
     }
@@ -99,6 +103,36 @@ def prepare_data(config: RunConfig, *, pooled: bool) -> Split:
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
     )
+
+
+def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
+    """All examples before any split."""
+    if config.data.train == OBJECTS:
+        if objects is None:
+            raise InputError(
+                f"data.train is {OBJECTS}: the examples come from Python and are in no file. Give them as "
+                "data=... to fedtune.run or fedtune.open, or name a file in data.train"
+            )
+        return list(objects.examples)
+    return load_examples(config.data.train, fields=_fields(config), split=config.data.split, base=Path("."))
+
+
+def _as_given(train: Sequence[Example], objects: ObjectData) -> split_by.Parts:
+    """Each client's training examples, where they came client by client."""
+    owners = {}  # by identity: two clients may have equal examples
+    rest = iter(objects.examples)
+    for place, count in enumerate(objects.clients.values()):
+        owners.update({id(example): place for example in islice(rest, count)})
+    parts: list[list[int]] = [[] for _ in objects.clients]
+    for index, example in enumerate(train):
+        parts[owners[id(example)]].append(index)
+    for client, part in zip(objects.clients, parts, strict=True):
+        if not part:
+            raise InputError(
+                f"no example of client {client!r} is left to train on: all are held out or beyond "
+                "data.max_examples. Give it more, or hold out less (data.holdout)"
+            )
+    return [np.array(part, dtype=np.int64) for part in parts]
 
 
 def _server_split(config: RunConfig) -> Split:

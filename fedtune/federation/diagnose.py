@@ -23,6 +23,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import encode_for
@@ -55,6 +56,7 @@ def diagnose(
     steps: int | None = None,
     tolerance: float = 0.1,
     whole: bool = False,
+    objects: ObjectData | None = None,
 ) -> dict[str, Any]:
     """The document of `fedtune diagnose`: the quantities, and the prediction with what it rests on.
 
@@ -65,6 +67,7 @@ def diagnose(
         steps: Steps of a client in the probe, over all its rounds; None: `STEPS_A_ROUND` in each.
         tolerance: The share of multi-round's improvement that may be lost.
         whole: No probe but the whole run in both schemes.
+        objects: The examples, with `data.train: objects`.
 
     Raises:
         InputError: The theory does not cover the method, data or model are not usable, the probe is too
@@ -82,7 +85,7 @@ def diagnose(
         )
     progress.stage("loading data and model")
     with torch_settings():
-        assembly = Assembly.assemble(config, Clock())
+        assembly = Assembly.assemble(config, Clock(), objects)
         everyone = {client: count for client, count in assembly.client_examples.items() if count}
         if not everyone:
             raise InputError(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config.file import apply_overrides, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
-from fedtune.federation.assembly import Assembly
+from fedtune.federation.assembly import Assembly, refuse_other
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.saving import save_models
@@ -25,13 +29,16 @@ from fedtune.models.load import Loaded, load_model, load_tokenizer
 from fedtune.models.save import load_result
 
 
-def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+def evaluate_target(
+    target: str, tasks: Sequence[str], overrides: Sequence[str], objects: ObjectData | None = None
+) -> dict[str, Any]:
     """Scores of a run's result or of a model, on the held-out examples of its data block.
 
     Args:
         target: A run folder, a model folder, or a model's name.
         tasks: Task names.
         overrides: `key=value` settings to change.
+        objects: The examples, with `data.train: objects`.
 
     Returns:
         `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
@@ -45,13 +52,37 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
     path = Path(target)
     if (path / "config.yaml").is_file():
         config = load_config(path / "config.yaml", wanted)
-        split = prepare_data(config, pooled=False)
-        models = _results(path, config, split)
+        split = prepare_data(config, pooled=False, objects=objects)
+        if objects is not None:
+            refuse_other(path, "data", split.sha256, "what was given")
+        models = results(path, config, len(split.labels))
     else:
-        config = _model_config(target, wanted)
-        split = prepare_data(config, pooled=False)
-        models = iter([("model", _load(config, config.model.name, split))])
-    settings = eval_settings(config, split.labels)
+        config = model_config(target, wanted, objects)
+        split = prepare_data(config, pooled=False, objects=objects)
+        models = iter([("model", _load(config, config.model.name, len(split.labels)))])
+    return scores_of(target, models, split, config)
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    overrides: Sequence[str],
+    objects: ObjectData | None = None,
+) -> dict[str, Any]:
+    """The same of a model in memory: the examples are those of the overrides' data block, or `objects`."""
+    wanted = [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides]
+    config = model_config("in-memory", wanted, objects)
+    split = prepare_data(config, pooled=False, objects=objects)
+    loaded = Loaded(cast(PreTrainedModel, model), tokenizer, config.model.name, weights_sha256="")
+    return scores_of("model", [("model", loaded)], split, config)
+
+
+def scores_of(
+    target: str, models: Iterable[tuple[str, Loaded]], split: Split, config: RunConfig
+) -> dict[str, Any]:
+    """The document of `evaluate_target`, for models by name."""
+    settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
     outcomes = {
         name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
         for name, loaded in models
@@ -77,22 +108,28 @@ def _about(task: str, scorer: str, outcomes: Sequence[Outcome]) -> dict[str, Any
     return {"scorer": scorer, "metric": metric, "notes": list(notes)}
 
 
-def export_run(path: Path, out: Path, *, merge: bool) -> list[Path]:
+def export_run(path: Path, out: Path, *, merge: bool, objects: ObjectData | None = None) -> list[Path]:
     """Writes a run's result(s) to `out`, which must not hold anything; returns the folders written.
+
+    Args:
+        path: The run's folder.
+        out: The folder to write.
+        merge: Fold an adapter into the weights.
+        objects: The examples, with `data.train: objects` and a classifier, whose classes they have.
 
     Raises:
         InputError: The run has no result yet, `out` is taken, or merging does not apply.
     """
     config = RunFolder.open(path).config()
     refuse_existing(out)
-    split = prepare_data(config, pooled=False)
-    models = ((name, loaded.model) for name, loaded in _results(path, config, split))
+    found = results(path, config, len(classes(config, objects)))
+    models = ((name, loaded.model) for name, loaded in found)
     return save_models(
         models, load_tokenizer(config.model.name, Path(".")), out, merge=merge, what=f"export {out}"
     )
 
 
-def replay(path: Path, round: int, out: Path) -> list[Path]:
+def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None) -> list[Path]:
     """Rebuilds the model of an earlier round from its checkpoint and writes it to `out`.
 
     A FedKSeed checkpoint is a few vectors of K numbers, so all rounds can be kept (`checkpoints.keep: null`).
@@ -105,7 +142,7 @@ def replay(path: Path, round: int, out: Path) -> list[Path]:
     folder = path / "checkpoints"
     checkpoint.require(folder, round)
     saved = checkpoint.load(folder, round, config_sha256=config.sha256())
-    assembly = Assembly.assemble(config, Clock())
+    assembly = Assembly.assemble(config, Clock(), objects)
     assembly.refuse_other_inputs(path)
     model = assembly.method.client_model(lambda: assembly.loaded.model)
     state = from_payload(registry.state_class(config.method_name), saved.state)
@@ -115,32 +152,65 @@ def replay(path: Path, round: int, out: Path) -> list[Path]:
     )
 
 
-def _results(path: Path, config: RunConfig, split: Split) -> Iterator[tuple[str, Loaded]]:
-    """The models in a run's final/ folder: one a client, or the result and what stands beside it."""
+def classes(config: RunConfig, objects: ObjectData | None) -> tuple[str, ...]:
+    """The classes of a run's classifier; of another model none, and no data are read."""
+    if config.model.task != "classification":
+        return ()
+    return prepare_data(config, pooled=False, objects=objects).labels
+
+
+def results(path: Path, config: RunConfig, labels: int) -> Iterator[tuple[str, Loaded]]:
+    """The models in a run's final/ folder: one a client, or the result and what stands beside it.
+
+    Args:
+        path: The run's folder.
+        config: Its configuration.
+        labels: Classes of a classifier; else 0.
+
+    Raises:
+        InputError: The run has no result yet, or it does not go with its base model.
+    """
+    for name, folder in result_folders(path).items():
+        yield name, load_result(folder, lambda base: _load(config, base, labels))
+
+
+def result_folders(path: Path) -> dict[str, Path]:
+    """Where each of a run's results is, by name; `global` first. Raises InputError if there is none yet."""
     final = path / "final"
     if not final.is_dir():
         raise InputError(f"{path} has no result yet; continue it with fedtune run --resume {path}")
     named = {folder.name: folder for folder in sorted(final.iterdir()) if folder.is_dir()}
-    if not any(name.startswith("client-") for name in named):
-        named = {"global": final, **named}
-    for name, folder in named.items():
-        yield name, load_result(folder, lambda base: _load(config, base, split))
+    if any(name.startswith("client-") for name in named):
+        return named
+    return {"global": final, **named}
 
 
-def _load(config: RunConfig, name: str, split: Split) -> Loaded:
+def one_result(path: Path, config: RunConfig, name: str, labels: int) -> Loaded:
+    """One of a run's results. Raises InputError if it has none of that name."""
+    folders = result_folders(path)
+    if name not in folders:
+        raise InputError(f"{path} has no result named {name!r}; it has {', '.join(folders)}")
+    return load_result(folders[name], lambda base: _load(config, base, labels))
+
+
+def _load(config: RunConfig, name: str, labels: int) -> Loaded:
     return load_model(
         name,
         dtype=config.model.dtype,
         # a result that is a whole model has its weights in its own folder, even where it began from scratch
         initial=config.model.initial if name == config.model.name else "pretrained",
         task=config.model.task,
-        num_labels=len(split.labels) or None,
+        num_labels=labels or None,
         seed=derive_seed(config.seed, "model"),
         base=Path("."),
     )
 
 
-def _model_config(name: str, overrides: Sequence[str]) -> RunConfig:
+def model_config(name: str, overrides: Sequence[str], objects: ObjectData | None) -> RunConfig:
+    """A configuration around a model that no run made. Raises InputError for a wrong setting."""
     document: dict[str, Any] = {"model": {"name": name}, "method": {"name": "zero-shot"}}
     apply_overrides(document, overrides)
-    return parse_config(document, name)
+    config = parse_config(document, name)
+    if objects is None:
+        return config
+    return parse_config(config.for_objects(len(objects.clients) or None), name)

@@ -22,10 +22,12 @@ from fedtune.core.loop import RoundLoop
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Transport
+from fedtune.data.objects import ObjectData
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.tasks import scorer
 from fedtune.federation import checkpoint, rollback
 from fedtune.federation.assembly import Assembly, check_counts
+from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, refuse_existing
@@ -47,6 +49,8 @@ def run(
     *,
     resume: bool = False,
     deployment: Deployment | None = None,
+    objects: ObjectData | None = None,
+    callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
     """Runs one federation, or continues one, in the folder `path`; returns its summary.
 
@@ -56,6 +60,8 @@ def run(
         progress: Is told what happens.
         resume: Continue the run in `path`.
         deployment: The way to real clients, with `transport.name: flower`.
+        objects: The examples, with `data.train: objects`.
+        callbacks: Are told too.
 
     Raises:
         InputError: Data, model or folder are not usable. A new run leaves nothing behind then.
@@ -82,12 +88,13 @@ def run(
     progress.stage("loading data and model")
     with torch_settings():
         with clock.part("setup"):
-            assembly = Assembly.assemble(config, clock)
+            assembly = Assembly.assemble(config, clock, objects)
         if resume:
             assembly.refuse_other_inputs(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
-        federation = _Federation(config, RunFolder(path), assembly, clock, progress)
+        told = callbacks or Callbacks()
+        federation = _Federation(config, RunFolder(path), assembly, clock, progress, told)
         federation.prepare()
         if deployment is not None:
             progress.stage("waiting for clients")
@@ -99,36 +106,45 @@ def run(
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             RunFolder.create(path, config, assembly.environment, assembly.split.partition)
         try:
-            with connected(config, assembly, path, clock, deployment) as transport:
-                return federation.run(transport, deployment)
+            with connected(config, assembly, path, clock, deployment, objects) as transport:
+                summary = federation.run(transport, deployment)
         except KeyboardInterrupt:
-            federation.summarize("interrupted")
+            told.end(federation.summarize("interrupted"))
             raise
         except FederationError:
             with suppress(FederationError):  # on a full disk; the first error is the one to show
-                federation.summarize("stopped")
+                told.end(federation.summarize("stopped"))
             raise
+        told.end(summary)
+        return summary
 
 
 @contextmanager
 def torch_settings() -> Iterator[None]:
     """Deterministic algorithms while a run lasts; the process's own setting comes back after it."""
     before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 class _Federation:
     """The rounds of one run."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, assembly: Assembly, clock: Clock, progress: Progress
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        assembly: Assembly,
+        clock: Clock,
+        progress: Progress,
+        callbacks: Callbacks,
     ) -> None:
         self._config, self._folder, self._assembly = config, folder, assembly
-        self._clock, self._progress = clock, progress
+        self._clock, self._progress, self._callbacks = clock, progress, callbacks
         assembly.runner.store = Store(folder.path / "held")
         self._ledger = Ledger(
             lambda entry: folder.append("wire.jsonl", entry),
@@ -169,6 +185,7 @@ class _Federation:
         self._restore(start)
         if start is None:  # round 0 is the model before any training
             self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
+            self._report(None)
         state = (
             from_payload(registry.state_class(self._config.method_name), start.state)
             if start
@@ -204,6 +221,7 @@ class _Federation:
             with self._clock.part("checkpoint"):
                 self._save(checkpoints, round, state)
                 journal.clear()
+            self._report(state)
         self._save_result(state, model)
         journal.clear()  # where a kill came between the last checkpoint and its own clearing
         return self.summarize("done")
@@ -221,6 +239,7 @@ class _Federation:
 
         def on_arrival(now: Any, outcome: RoundOutcome) -> None:
             self._progress.client(len(outcome.clients) + len(outcome.left_out))
+            self._callbacks.clients(outcome)
             if config.evaluation.arrivals:
                 scores = self._evaluate((now, model)).result
                 arrivals.append({"clients": list(outcome.clients), "eval": scores})
@@ -232,6 +251,7 @@ class _Federation:
             asked, wanted = len(cohort.clients), config.federation.quorum
             quorum = min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
         state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
+        self._callbacks.clients(outcome)  # those left out after the last arrival
         entry: dict[str, Any] = {
             "round": round,
             "clients": sorted(outcome.clients),
@@ -268,6 +288,14 @@ class _Federation:
         self._rounds.append(entry)
         self._folder.append("rounds.jsonl", entry)
         self._progress.scores(entry["round"], scores.result)
+
+    def _report(self, state: Any) -> None:
+        """Tells the callbacks of the round that was recorded last."""
+        entry, ledger = self._rounds[-1], self._ledger
+        now = RoundState(
+            entry, state, dict(ledger.payload_bytes), dict(ledger.framed_bytes), ledger.peak_memory_bytes
+        )
+        self._callbacks.round(entry["round"], entry["eval"], now)
 
     def _restore(self, start: checkpoint.Checkpoint | None) -> None:
         if start is None:

@@ -18,6 +18,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import sample_cohort
 from fedtune.core.types import ServerEnv
 from fedtune.data.encode import Encoded
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.local_training import Training
@@ -39,13 +40,20 @@ class Plan:
     in_turn: bool
 
 
-def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True) -> Plan:
+def plan(
+    config: RunConfig,
+    work: Workload | None = None,
+    *,
+    steps: bool = True,
+    objects: ObjectData | None = None,
+) -> Plan:
     """Plans a run. The document is the JSON of `fedtune plan`.
 
     Args:
         config: The run's configuration.
         work: What clients train on; read from the configuration's data unless given.
         steps: Also what steps need: memory and operations. Without, those are all 0.
+        objects: The examples, with `data.train: objects`.
 
     Raises:
         InputError: As the run would raise it: no such model or no config.json, a method that the model does
@@ -55,7 +63,7 @@ def plan(config: RunConfig, work: Workload | None = None, *, steps: bool = True)
     size = getattr(config.method, "batch_size", 1)
     if work is None:
         rows = max(size, config.method.alignment.batch_size if hasattr(config.method, "alignment") else 1)
-        work = workload.read(config, pooled=method.pools_data, rows=rows)
+        work = workload.read(config, pooled=method.pools_data, rows=rows, objects=objects)
     clients = work.clients or dict.fromkeys(range(work.population), 1)
     if method.uses_wire and isinstance(config.federation.clients_per_round, int):
         _check_count(config.federation.clients_per_round, len(clients))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedtune.config.schema import RunConfig
 from fedtune.data.encode import Encoded
+from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import encode_for, prepare_data, public_examples
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
@@ -50,20 +51,22 @@ class Workload:
         return items
 
 
-def read(config: RunConfig, *, pooled: bool, rows: int) -> Workload:
+def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | None = None) -> Workload:
     """What the configuration's data come to.
 
     Args:
         config: The run's configuration.
         pooled: One client holds all data.
         rows: The most examples that a batch will be asked for.
+        objects: The examples, with `data.train: objects`.
 
     Raises:
         InputError: Local data are malformed or cannot be split as asked; or their number of clients is to
             come from data that are not here.
     """
     data, notes = config.data, []
-    sources = [data.train, *([data.holdout.source] if data.holdout.source else [])]
+    sources = [] if objects else [data.train]
+    sources += [data.holdout.source] if data.holdout.source else []
     here = all(map(_is_here, sources))
     tokenized = _has_tokenizer(config.model.name)
     longest = _assumed(config, rows)
@@ -81,7 +84,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int) -> Workload:
         population = 1 if pooled else data.clients
         labels = len(data.labels) if data.labels else None
         return Workload(None, population, longest, public, labels, tuple(notes))
-    split = prepare_data(config, pooled=pooled)
+    split = prepare_data(config, pooled=pooled, objects=objects)
     counts = {client: len(items) for client, items in split.clients.items()}
     classes = len(split.labels) or None
     if not tokenized:

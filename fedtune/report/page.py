@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
+from fedtune.federation.files import disk_errors, write_text
 from fedtune.federation.folder import RunFolder
 from fedtune.report.tables import interval, number, size
 from fedtune.version import __version__
@@ -240,3 +241,20 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *
         f'<div class="wide"><table{kind}><caption>{escape(caption)}</caption>\n'
         f"<tr>{head}</tr>\n{body}\n</table></div>"
     )
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page of several runs; returns `out`.
+
+    Raises:
+        InputError: `out` is taken, its folder is not there, or as `read_runs`.
+        FederationError: The disk is full or cannot be written.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already; give another --out, or move it away")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    text = report(read_runs(runs))
+    with disk_errors(str(out)):
+        write_text(out, text)
+    return out

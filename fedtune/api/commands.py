@@ -1,0 +1,297 @@
+"""The functions of `import fedtune`: one for each command, with Python objects in place of files.
+
+Everything heavy is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.api.federate import federate, objects_from, shown, with_objects
+from fedtune.api.runs import Comparison, Run
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.config.schema import RunConfig
+    from fedtune.federation.callbacks import Callback
+
+
+def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) -> RunConfig:
+    """A configuration, checked as a whole.
+
+    Args:
+        source: A YAML file, the same as a dictionary, or a configuration.
+        overrides: `key=value` with dotted keys, as on the command line: "method.lr=1e-4".
+
+    Returns:
+        The configuration; its settings are attributes, as in `config.method.lr`.
+
+    Raises:
+        InputError: The file is missing or not YAML, or a setting is unknown, of a wrong type or out of
+            range. Names every such setting and, for an unknown one, the nearest known.
+    """
+    from copy import deepcopy
+
+    from fedtune.config.file import apply_overrides, parse_config, read_yaml
+    from fedtune.config.schema import RunConfig
+
+    if isinstance(source, RunConfig):
+        if not overrides:
+            return source
+        document, name = source.resolved(), "the configuration"
+    elif isinstance(source, Mapping):
+        document, name = deepcopy(dict(source)), "the configuration"
+    elif isinstance(source, str | Path):
+        document, name = read_yaml(Path(source)), str(source)
+    else:
+        raise InputError(
+            f"a configuration is a YAML file's path, a dictionary or what fedtune.load gave; "
+            f"got {type(source).__name__}"
+        )
+    apply_overrides(document, overrides)
+    return parse_config(document, name)
+
+
+def run(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *overrides: str,
+    out: str | Path | None = None,
+    data: Any = None,
+    callbacks: Sequence[Callback | Any] = (),
+    progress: bool = True,
+) -> Run:
+    """Runs one federation to its end.
+
+    Args:
+        config: What `load` takes.
+        overrides: As of `load`.
+        out: The run's folder, which must not hold anything; None: runs/NAME, numbered if taken.
+        data: Examples as Python objects in place of `data.train`: a list of dictionaries, a
+            `datasets.Dataset`, or a dictionary from clients' names to one of either, which is then the
+            split. They are not written to the run's folder: `open` takes them again.
+        callbacks: Objects with `on_client`, `on_round` or `on_end`; see `Callback`.
+        progress: Show what happens, in a terminal or a notebook.
+
+    Raises:
+        InputError: Configuration, data or model are not usable; nothing was written.
+        FederationError: A round stayed under its quorum, or the machine failed. The folder holds a
+            checkpoint; `open(out).resume()` goes on.
+    """
+    from fedtune.federation.folder import free_name
+
+    settings, objects = with_objects(load(config, *overrides), data)
+    stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
+    path = Path(out) if out is not None else free_name(Path("runs") / stem)
+    federate(settings, path, objects, callbacks, progress, resume=False)
+    return Run(path, settings, objects)
+
+
+def open(path: str | Path, data: Any = None) -> Run:
+    """A run that is in a folder, finished or not.
+
+    Args:
+        path: The run's folder.
+        data: The examples, where the run was made with some; see `run`.
+
+    Raises:
+        InputError: It is not a run's folder, or `data` are for a run that has files.
+    """
+    from fedtune.config.schema import OBJECTS
+    from fedtune.federation.folder import RunFolder
+
+    config = RunFolder.open(Path(path)).config()
+    if data is not None and config.data.train != OBJECTS:
+        raise InputError(f"{path} was made with data.train: {config.data.train}; it takes no data=...")
+    return Run(Path(path), config, objects_from(config, data))
+
+
+def compare(
+    configs: Sequence[RunConfig | str | Path | Mapping[str, Any]] | Mapping[str, Any],
+    *overrides: str,
+    seeds: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    data: Any = None,
+    references: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Runs several configurations on the same split, over several seeds.
+
+    Args:
+        configs: What `load` takes, or a dictionary from rows' names to that. Files give their names to the
+            rows, others are called by their method.
+        overrides: `key=value`, for all of them.
+        seeds: None: the first configuration's own.
+        out: Folder of the runs; what is done there is taken over. None: runs/compare, numbered if taken.
+        data: As of `run`.
+        references: Add rows without training, of each client alone, and of all data in one place.
+        progress: As of `run`.
+
+    Raises:
+        InputError: As `run`; or two of them do not have the same split.
+        FederationError: As `run`.
+    """
+    from fedtune.federation.compare import Candidate, main_metrics
+    from fedtune.federation.compare import compare as compare_all
+    from fedtune.federation.files import write_text
+    from fedtune.federation.folder import free_name
+    from fedtune.report.tables import compare_markdown
+
+    named = _named(configs)
+    if not named:
+        raise InputError("compare needs at least one configuration")
+    loaded = {name: with_objects(load(config, *overrides), data) for name, config in named.items()}
+    candidates = [Candidate(name, settings) for name, (settings, _) in loaded.items()]
+    first, objects = next(iter(loaded.values()))
+    chosen = [first.seed] if seeds is None else list(seeds)
+    if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
+        raise InputError(f"seeds must be different whole numbers from 0 up, as in 0, 1, 2; got {chosen}")
+    path = Path(out) if out is not None else free_name(Path("runs") / "compare")
+    with shown(progress) as display:
+        document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
+    metrics = main_metrics(document["rows"], first.evaluation.tasks)
+    write_text(path / "table.md", compare_markdown(document, metrics))
+    return Comparison(path, document, metrics)
+
+
+def plan(
+    config: RunConfig | str | Path | Mapping[str, Any], *overrides: str, data: Any = None
+) -> dict[str, Any]:
+    """Bytes, memory, operations and trainable parameters of a run, before anything is loaded or run.
+
+    Args:
+        config: What `load` takes.
+        overrides: As of `load`.
+        data: As of `run`.
+
+    Returns:
+        The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
+        `flops_per_token` and so on, in bytes and operations.
+
+    Raises:
+        InputError: As the run would raise it.
+    """
+    from fedtune.planning.plan import plan as plan_one
+
+    settings, objects = with_objects(load(config, *overrides), data)
+    return plan_one(settings, objects=objects).document
+
+
+def diagnose(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *overrides: str,
+    clients: int = 8,
+    steps: int | None = None,
+    tolerance: float = 0.1,
+    whole: bool = False,
+    data: Any = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Predicts from a short probe how far one-shot will be from multi-round, and how many rounds are enough.
+
+    Args:
+        config: What `load` takes.
+        overrides: As of `load`.
+        clients: Clients of the probe.
+        steps: Steps of each, over all rounds of the probe; None: 8 a round.
+        tolerance: Share of what training gains that fewer rounds may lose.
+        whole: Measure the whole run in both schemes; predict nothing.
+        data: As of `run`.
+        progress: As of `run`.
+
+    Raises:
+        InputError: The theory does not cover the method, or as `run`.
+    """
+    from fedtune.federation.diagnose import diagnose as probe
+
+    settings, objects = with_objects(load(config, *overrides), data)
+    with shown(progress) as display:
+        return probe(
+            settings,
+            display,
+            clients=clients,
+            steps=steps,
+            tolerance=tolerance,
+            whole=whole,
+            objects=objects,
+        )
+
+
+def evaluate(
+    target: Run | str | Path | nn.Module,
+    tasks: Sequence[str],
+    *overrides: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Any = None,
+) -> dict[str, Any]:
+    """Scores a run's result, or any model, on held-out examples, files, or lm-evaluation-harness's tasks.
+
+    Args:
+        target: A run or its folder, a model's folder or name, or a model in memory.
+        tasks: Names of tasks, as `fedtune ls tasks` has them.
+        overrides: `key=value` settings to change: "data.train=x.jsonl", "evaluation.max_examples=100".
+        tokenizer: Of a model in memory.
+        data: Examples to score on where no run says which, as of `run`; `data.holdout` says what part of
+            them (0.1 without it).
+
+    Returns:
+        The document of `fedtune eval --json`: `scores` by result, task and metric, and what they rest on.
+
+    Raises:
+        InputError: There is no result, or a task or setting is wrong.
+    """
+    from fedtune.data.objects import ObjectData
+    from fedtune.federation.results import evaluate_model, evaluate_target
+
+    if isinstance(tasks, str):
+        raise InputError(f"tasks is a list of names, as in [{tasks!r}]; got the text {tasks!r}")
+    if isinstance(target, Run):
+        if data is not None:
+            raise InputError("a run has its own data; open it with them: fedtune.open(path, data=...)")
+        return evaluate_target(str(target.path), list(tasks), overrides, target.objects)
+    if isinstance(target, str | Path):
+        given = None if data is None else ObjectData.read(data, {})
+        return evaluate_target(str(target), list(tasks), overrides, given)
+    if tokenizer is None:
+        raise InputError("a model in memory needs its tokenizer: evaluate(model, tasks, tokenizer=...)")
+    given = None if data is None else ObjectData.read(data, {})
+    return evaluate_model(target, tokenizer, list(tasks), overrides, given)
+
+
+def report_page(runs: Sequence[Run | str | Path], out: str | Path = "report.html") -> Path:
+    """Writes one self-contained HTML page of several runs: scores, curves against rounds and bytes, memory.
+
+    Args:
+        runs: Runs or their folders, finished or not.
+        out: The file, which must not exist.
+
+    Raises:
+        InputError: `out` is taken, its folder is not there, or something is not a run's folder.
+    """
+    from fedtune.report.page import write_report
+
+    paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
+    return write_report(paths, Path(out))
+
+
+def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Configurations by the names of their rows."""
+    if isinstance(configs, str | Path):
+        raise InputError(f"compare takes a list of configurations, as in [{str(configs)!r}]")
+    if isinstance(configs, Mapping) and "method" not in configs:
+        return dict(configs)
+    if isinstance(configs, Mapping):
+        raise InputError("compare takes several configurations: a list, or a dictionary from names to them")
+    named: dict[str, Any] = {}
+    for config in configs:
+        stem = Path(config).stem if isinstance(config, str | Path) else load(config).method_name
+        if stem in named:
+            raise InputError(
+                f"two configurations would be called {stem}; give a dictionary from names to configurations"
+            )
+        named[stem] = config
+    return named

@@ -1,0 +1,68 @@
+"""What the front door's functions share: examples as objects, progress, and one federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import RunConfig
+    from fedtune.data.objects import ObjectData
+
+
+def objects_from(config: RunConfig, data: Any) -> ObjectData | None:
+    """Python objects as examples, by the fields that a configuration names; None for None.
+
+    Raises:
+        InputError: They are not what `fedtune.run` takes.
+    """
+    if data is None:
+        return None
+    from fedtune.data.objects import ObjectData
+
+    return ObjectData.read(data, {str(ours): theirs for ours, theirs in config.data.fields.items()})
+
+
+def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | None]:
+    """A configuration whose examples are Python objects, and these; as it is without any.
+
+    Raises:
+        InputError: They are not what `fedtune.run` takes, or the configuration does not go with them.
+    """
+    objects = objects_from(config, data)
+    if objects is None:
+        return config, None
+    from fedtune.config.file import parse_config
+
+    return parse_config(config.for_objects(len(objects.clients) or None), "data"), objects
+
+
+def shown(progress: bool) -> AbstractContextManager[Any]:
+    """A context that shows what happens, in a terminal, a notebook or a log; nothing without `progress`."""
+    if not progress:
+        from fedtune.federation.progress import Silent
+
+        return nullcontext(Silent())
+    from fedtune.report.display import Display
+
+    return Display()
+
+
+def federate(
+    config: RunConfig,
+    path: Path,
+    objects: ObjectData | None,
+    callbacks: Sequence[Any],
+    progress: bool,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """Runs a federation in the folder `path`, or continues the one that is there; returns its summary."""
+    from fedtune.federation.callbacks import Callbacks
+    from fedtune.federation.run import run
+
+    told = Callbacks(callbacks)
+    with shown(progress) as display:
+        return run(config, path, display, resume=resume, objects=objects, callbacks=told)

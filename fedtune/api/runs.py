@@ -1,0 +1,248 @@
+"""What `fedtune.run`, `fedtune.open` and `fedtune.compare` give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.api.federate import federate
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedtune.config.schema import RunConfig
+    from fedtune.data.objects import ObjectData
+    from fedtune.federation.callbacks import Callback
+    from fedtune.federation.folder import RunFolder
+    from fedtune.federation.rows import Rows
+    from fedtune.models.load import Loaded
+
+
+class Run:
+    """A federation in its folder: what it was told, what it did, and what it made."""
+
+    def __init__(self, path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
+        self.path, self.config, self.objects = path, config, objects
+        self._loaded: dict[str, Loaded] = {}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.config.method_name}, {self.status})"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: totals, seconds, scores before and after; empty while the run has not ended."""
+        return self._folder.summary() or {}
+
+    @property
+    def status(self) -> str:
+        """`done`, `stopped`, `interrupted`, or `unfinished` where nothing wrote a summary."""
+        return str(self.summary.get("status", "unfinished"))
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """`{task: {metric: value}}` of the last round that was evaluated; of the untrained model at first."""
+        return next((entry["eval"] for entry in reversed(self.rounds) if entry["eval"]), {})
+
+    @property
+    def rounds(self) -> Rows:
+        """rounds.jsonl, one dictionary a round; round 0 is the untrained model."""
+        return self._rows("rounds.jsonl")
+
+    @property
+    def messages(self) -> Rows:
+        """wire.jsonl, one dictionary a message: round, client, direction, kind, bytes."""
+        return self._rows("wire.jsonl")
+
+    @property
+    def clients(self) -> Rows:
+        """One dictionary a client: examples, rounds it took part in, bytes, peak memory."""
+        from fedtune.federation.files import read_json
+        from fedtune.federation.rows import client_rows
+
+        partition = read_json(self.path / "partition.json")
+        return client_rows(partition, self.rounds, self.messages, self._rows("memory.jsonl"))
+
+    def to_pandas(self, what: str = "rounds") -> Any:
+        """`rounds`, `messages` or `clients` as a flat table; see `Rows.to_pandas`."""
+        if what not in ("rounds", "messages", "clients"):
+            raise InputError(f"to_pandas gives rounds, messages or clients; got {what!r}")
+        return getattr(self, what).to_pandas()
+
+    def model(self, name: str = "global") -> PreTrainedModel:
+        """The result in memory, in eval mode: a model, or one with its adapter attached.
+
+        Args:
+            name: `global`; or what the run made beside it (`adapemu`), or `client-0000` and so on where each
+                client has its own.
+
+        Raises:
+            InputError: The run has no such result (yet).
+        """
+        return self._result(name).model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that goes with the result."""
+        from fedtune.models.load import load_tokenizer
+
+        return load_tokenizer(self.config.model.name, Path("."))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Mapping[str, str]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        name: str = "global",
+    ) -> list[str]:
+        """The result's answers, in the template that it was tuned in; of a classifier the class.
+
+        Args:
+            prompts: Instructions; or dictionaries with `instruction` and `input`.
+            max_new_tokens: The most tokens of an answer; None: the configuration's, else 64.
+            temperature: 0: the likeliest token each time; else drawn.
+            top_p: Of draws: the least set of likeliest tokens with this probability in sum.
+            seed: Of draws.
+            name: Which result, as of `model`.
+
+        Raises:
+            InputError: There is no result, or a prompt is empty or too long for the model.
+        """
+        from fedtune.federation.answering import answers
+
+        return answers(
+            self.config,
+            self._result(name),
+            prompts,
+            self._classes,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def resume(self, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
+        """Continues the run where it was cut, with the bits of one that never was; a finished one stays.
+
+        Raises:
+            InputError: Model or data are not those that it began with.
+            FederationError: As `fedtune.run`.
+        """
+        federate(self.config, self.path, self.objects, callbacks, progress, resume=True)
+        return Run(self.path, self.config, self.objects)
+
+    def rollback(self, round: int, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
+        """Goes back to a round and trains anew from there; what came after it is moved aside, not lost.
+
+        Raises:
+            InputError: The round's checkpoint was not kept; names those that were.
+            FederationError: As `fedtune.run`.
+        """
+        from fedtune.config.file import parse_config
+
+        document = self.config.resolved()
+        document["checkpoints"]["rollback"] = round
+        back = parse_config(document, str(self.path))
+        federate(back, self.path, self.objects, callbacks, progress, resume=True)
+        return Run(self.path, self.config, self.objects)
+
+    def replay(self, round: int, out: str | Path) -> list[Path]:
+        """Writes the model of an earlier round, from its checkpoint; returns the folders written."""
+        from fedtune.federation.results import replay
+
+        return replay(self.path, round, Path(out), self.objects)
+
+    def export(self, out: str | Path, *, merge: bool = False) -> list[Path]:
+        """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
+
+        Args:
+            out: The folder, which must not hold anything.
+            merge: Fold an adapter into the weights and write a whole model.
+
+        Raises:
+            InputError: There is no result yet, or `out` is taken.
+        """
+        from fedtune.federation.results import export_run
+
+        return export_run(self.path, Path(out), merge=merge, objects=self.objects)
+
+    def report(self, out: str | Path = "report.html") -> Path:
+        """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.
+
+        Raises:
+            InputError: `out` is taken, or its folder is not there.
+        """
+        from fedtune.report.page import write_report
+
+        return write_report([self.path], Path(out))
+
+    @cached_property
+    def _folder(self) -> RunFolder:
+        from fedtune.federation.folder import RunFolder
+
+        return RunFolder(self.path)
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        from fedtune.federation.results import classes
+
+        return classes(self.config, self.objects)
+
+    def _rows(self, log: str) -> Rows:
+        from fedtune.federation.rows import Rows
+
+        return Rows(self._folder.entries(log))
+
+    def _result(self, name: str) -> Loaded:
+        from fedtune.federation.results import one_result
+
+        if name not in self._loaded:
+            self._loaded[name] = one_result(self.path, self.config, name, len(self._classes))
+        return self._loaded[name]
+
+
+class Comparison:
+    """What `fedtune.compare` found.
+
+    Attributes:
+        path: The folder of its runs, with compare.json and table.md.
+        document: compare.json: `rows`, one a run, and `table`, means and spreads by configuration.
+        metrics: The main metric of each task, as `task.metric`.
+    """
+
+    def __init__(self, path: Path, document: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        self.path, self.document, self.metrics = path, document, list(metrics)
+
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r}, {len(self.rows)} runs)"
+
+    def __str__(self) -> str:
+        """The table as Markdown: mean ± spread over seeds, and the difference from the first row."""
+        from fedtune.report.tables import compare_markdown
+
+        return compare_markdown(self.document, self.metrics)
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+    @property
+    def rows(self) -> Rows:
+        """One dictionary a run: `config`, and the fields of its summary.json."""
+        from fedtune.federation.rows import Rows
+
+        return Rows(self.document["rows"])
+
+    @property
+    def table(self) -> Rows:
+        """One dictionary a configuration: means and spreads over the seeds."""
+        from fedtune.federation.rows import Rows
+
+        return Rows(self.document["table"])
+
+    def to_pandas(self) -> Any:
+        """`table`, flat; see `Rows.to_pandas`."""
+        return self.table.to_pandas()
