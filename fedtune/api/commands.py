@@ -43,7 +43,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
     if isinstance(source, RunConfig):
         if not overrides:
             return source
-        document, name = source.resolved(), "the configuration"
+        document, name = source.given(), "the configuration"
     elif isinstance(source, Mapping):
         document, name = deepcopy(dict(source)), "the configuration"
     elif isinstance(source, str | Path):
@@ -244,8 +244,7 @@ def evaluate(
     Raises:
         InputError: There is no result, or a task or setting is wrong.
     """
-    from fedtune.data.objects import ObjectData
-    from fedtune.federation.results import evaluate_model, evaluate_target
+    from fedtune.federation.results import evaluate_model, evaluate_target, model_config
 
     if isinstance(tasks, str):
         raise InputError(f"tasks is a list of names, as in [{tasks!r}]; got the text {tasks!r}")
@@ -253,13 +252,12 @@ def evaluate(
         if data is not None:
             raise InputError("a run has its own data; open it with them: fedtune.open(path, data=...)")
         return evaluate_target(str(target.path), list(tasks), overrides, target.objects)
+    objects = objects_from(model_config("in-memory", overrides), data)
     if isinstance(target, str | Path):
-        given = None if data is None else ObjectData.read(data, {})
-        return evaluate_target(str(target), list(tasks), overrides, given)
+        return evaluate_target(str(target), list(tasks), overrides, objects)
     if tokenizer is None:
         raise InputError("a model in memory needs its tokenizer: evaluate(model, tasks, tokenizer=...)")
-    given = None if data is None else ObjectData.read(data, {})
-    return evaluate_model(target, tokenizer, list(tasks), overrides, given)
+    return evaluate_model(target, tokenizer, list(tasks), overrides, objects)
 
 
 def report_page(runs: Sequence[Run | str | Path], out: str | Path = "report.html") -> Path:

@@ -46,8 +46,9 @@ def shown(progress: bool) -> AbstractContextManager[Any]:
 
         return nullcontext(Silent())
     from fedtune.report.display import Display
+    from fedtune.report.notebook import NotebookDisplay, in_notebook
 
-    return Display()
+    return NotebookDisplay() if in_notebook() else Display()
 
 
 def federate(

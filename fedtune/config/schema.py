@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
@@ -234,7 +234,6 @@ class RunConfig(Settings):
     evaluation: Evaluation = Evaluation()
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
-    _holdout_given: bool = PrivateAttr(True)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -249,7 +248,8 @@ class RunConfig(Settings):
         if data.get("train", "bundled") == "bundled":
             data.setdefault("holdout", {"source": "bundled"})
         config = handler({**values, "data": data})
-        config._holdout_given = given
+        if not given:
+            config.data.model_fields_set.discard("holdout")  # filled in, and not asked for
         return config
 
     @model_validator(mode="after")
@@ -304,11 +304,9 @@ class RunConfig(Settings):
         Raises:
             InputError: They come client by client, and the configuration splits them otherwise too.
         """
-        document = self.resolved()
+        document = self.given()
         data = document["data"]
         data["train"] = OBJECTS
-        if not self._holdout_given:
-            del data["holdout"]  # the bundled data's own, which the configuration did not ask for
         if clients is not None:
             if not isinstance(self.data.partition, Iid | Given):
                 raise InputError(
@@ -316,6 +314,13 @@ class RunConfig(Settings):
                     "leave the partition out, or give all rows in one list"
                 )
             data |= {"partition": {"name": "given"}, "clients": clients}
+        return document
+
+    def given(self) -> dict[str, Any]:
+        """As `resolved`, without the bundled data's hold-out where the configuration did not ask for it."""
+        document = self.resolved()
+        if "holdout" not in self.data.model_fields_set:
+            del document["data"]["holdout"]
         return document
 
     def resolved(self) -> dict[str, Any]:

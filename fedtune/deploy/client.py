@@ -21,7 +21,7 @@ from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_examples
 from fedtune.federation.run import torch_settings
 from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
-from fedtune.transport.flower import supernode_command
+from fedtune.transport.flower import quiet_environment, supernode_command
 from fedtune.transport.messages import Message, connect, listening, receive, send
 from fedtune.transport.worker import Worker
 
@@ -80,7 +80,7 @@ def run_client(setup: ClientSetup) -> None:
     )
     worker = Worker(joining, acceptance, setup.state, log_line)
     setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with torch_settings(), listening() as (listener, address):
+    with torch_settings(), quiet_environment(), listening() as (listener, address):
         node = _Node(setup, host, port, address)
         try:
             while True:

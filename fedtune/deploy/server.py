@@ -27,7 +27,7 @@ from fedtune.errors import FederationError, InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.transport.flower import Control, superexec_command, superlink_command
+from fedtune.transport.flower import Control, quiet_environment, superexec_command, superlink_command
 from fedtune.transport.messages import Message, listening, receive, send
 from fedtune.transport.network import Invitation, RoundExchange, invite_clients, wait_for_clients
 from fedtune.transport.remote import Remote, Unreachable
@@ -153,6 +153,7 @@ class Server:
                 "(and tell the reverse proxy)"
             )
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._stack.enter_context(quiet_environment())  # Flower's programs inherit it
         listener, address = self._stack.enter_context(listening())
         environment = {"FLWR_HOME": str((self._folder / "home").resolve())}
         where = f"127.0.0.1:{self._port}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -45,7 +46,8 @@ def answers(
     """
     if isinstance(prompts, str | Mapping):
         raise InputError("prompts is a list of texts, as in ['Add 2 and 3.']")
-    examples = [_example(prompt, place) for place, prompt in enumerate(prompts)]
+    some = labels[0] if labels else ""  # the class is asked for, but a classifier's example must have one
+    examples = [replace(_example(prompt, place), output=some) for place, prompt in enumerate(prompts)]
     env = EvalEnv(loaded.model, loaded.tokenizer, examples, eval_settings(config, labels))
     with evaluating(loaded.model), torch.no_grad():
         if labels:

@@ -206,7 +206,7 @@ def _load(config: RunConfig, name: str, labels: int) -> Loaded:
     )
 
 
-def model_config(name: str, overrides: Sequence[str], objects: ObjectData | None) -> RunConfig:
+def model_config(name: str, overrides: Sequence[str], objects: ObjectData | None = None) -> RunConfig:
     """A configuration around a model that no run made. Raises InputError for a wrong setting."""
     document: dict[str, Any] = {"model": {"name": name}, "method": {"name": "zero-shot"}}
     apply_overrides(document, overrides)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.folders import CONFIG, first_line
-from fedtune.models.load import Loaded, quiet
+from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, trainable, true_positions
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -155,7 +155,7 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             true_positions(loaded.model)
-        with quiet():
+        with seeded(0), quiet():  # it draws values first, which those of the file replace
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not fit its base model {name}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedtune.report.tables import number
+from fedtune.report.tables import score_line
 
 
 class Display:
@@ -73,12 +73,5 @@ class Display:
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """One line a round that was evaluated."""
-        shown = [
-            f"{metric} {number(value)}"
-            for metrics in scores.values()
-            for metric, value in metrics.items()
-            if "/" not in metric and metric not in ("tokens", "examples", "perplexity")
-        ]
-        if shown:
-            name = "zero-shot" if round == 0 else f"round {round}"
-            self.console.print(f"{self._label}{name}: {', '.join(shown)}")
+        if line := score_line(round, scores):
+            self.console.print(f"{self._label}{line}")

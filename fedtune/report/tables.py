@@ -139,6 +139,19 @@ def score_lines(document: Mapping[str, Any]) -> list[str]:
     return lines + [f"{task}: {note}" for task, found in notes.items() for note in found]
 
 
+def score_line(round: int, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """A round's scores in one short line; empty if it was not evaluated."""
+    shown = [
+        f"{metric} {number(value)}"
+        for metrics in scores.values()
+        for metric in metrics_of(metrics)
+        if "/" not in metric and metric not in ("tokens", "perplexity")
+        for value in [metrics[metric]]
+    ]
+    name = "zero-shot" if round == 0 else f"round {round}"
+    return f"{name}: {', '.join(shown)}" if shown else ""
+
+
 def interval(metrics: Mapping[str, Any], metric: str) -> str:
     """The 95 % interval of a metric in brackets, after a blank; nothing where there is none."""
     if f"{metric}_low" not in metrics:

@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedtune.errors import FederationError
+from fedtune.transport.messages import Message, connect, fault, receive, send
+
 QUIET = {  # no telemetry, no look for newer versions, and no installing of packages while a run begins
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -28,15 +31,25 @@ QUIET = {  # no telemetry, no look for newer versions, and no installing of pack
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # s; its default of 1 s is waited for in every message
 }
-os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict  # noqa: E402
-from flwr.app import Message as FlowerMessage  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
-from fedtune.errors import FederationError  # noqa: E402
-from fedtune.transport.messages import Message, connect, fault, receive, send  # noqa: E402
+@contextmanager
+def quiet_environment() -> Iterator[None]:
+    """Inside, environment variables keep Flower and Ray to their work; those set already stay."""
+    new = {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+with quiet_environment():  # read when it is imported
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+    from flwr.app import Message as FlowerMessage
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
 
 KIND = "train"  # Flower knows three kinds of messages; ours says itself what it is about
 
@@ -140,8 +153,10 @@ def simulation(
     """
     from flwr.simulation import run_simulation
 
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    levels = {"flwr": logging.CRITICAL, "ray": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     came: queue.Queue[Grid | BaseException] = queue.Queue()
     over = threading.Event()
     app = ServerApp()
@@ -172,15 +187,18 @@ def simulation(
             came.put(error)
 
     thread = threading.Thread(target=_run, name="flower-simulation", daemon=True)
-    thread.start()
-    try:
-        grid = came.get()
-        if isinstance(grid, BaseException):
-            raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
-        yield SimulatedChannel(_wait_for_nodes(grid, came))
-    finally:
-        over.set()
-        thread.join(60)
+    with quiet_environment():
+        thread.start()
+        try:
+            grid = came.get()
+            if isinstance(grid, BaseException):
+                raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
+            yield SimulatedChannel(_wait_for_nodes(grid, came))
+        finally:
+            over.set()
+            thread.join(60)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridChannel:

@@ -1,0 +1,81 @@
+"""A run as people watch it in a notebook: one output that is redrawn in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from html import escape
+from types import TracebackType
+from typing import Any, Self
+
+from fedtune.report.tables import score_line
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+class NotebookDisplay:
+    """Shows a bar, what is going on, and a line a round that was evaluated. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._label, self._doing, self._lines = "", "starting", list[str]()
+        self._rounds, self._before, self._done, self._of = 0, 0, 0, 0
+        self._handle: Any = None
+
+    def __enter__(self) -> Self:
+        from IPython.display import display
+
+        self._handle = display(self, display_id=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._doing = "done" if kind is None else f"ended by {kind.__name__}"
+        self._redraw()
+
+    def _repr_html_(self) -> str:
+        value = f' value="{self._before + self._done}"' if self._of else ""
+        bar = f'<progress{value} max="{self._rounds * self._of or 1}"></progress>'
+        lines = "".join(f"<div>{escape(line)}</div>" for line in self._lines)
+        return f"{bar} {escape(self._label + self._doing)}{lines}"
+
+    def __repr__(self) -> str:
+        return "\n".join([self._label + self._doing, *self._lines])
+
+    def stage(self, text: str) -> None:
+        """Names what is going on where nothing can be counted."""
+        self._doing = text
+        self._redraw()
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._lines.append(text)
+        self._redraw()
+
+    def begin(self, rounds: int, name: str) -> None:
+        """The rounds begin."""
+        self._label, self._rounds, self._before, self._done, self._of = f"{name}: ", rounds, 0, 0, 0
+        self._redraw()
+
+    def round(self, round: int, clients: int) -> None:
+        """A round begins; the bar counts client steps over all rounds."""
+        self._before, self._done, self._of = (round - 1) * clients, 0, clients
+        self.stage(f"round {round} of {self._rounds}")
+
+    def client(self, done: int) -> None:
+        """So many of the round's clients are done."""
+        self._done = done
+        self._redraw()
+
+    def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """One line a round that was evaluated."""
+        if line := score_line(round, scores):
+            self.note(f"{self._label}{line}")
+
+    def _redraw(self) -> None:
+        if self._handle is not None:
+            self._handle.update(self)
