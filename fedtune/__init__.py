@@ -20,12 +20,12 @@ from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
-    from fedtune.federation.callbacks import Callback, ClientReport, RoundState
+    from fedtune.api.callbacks import Callback, ClientReport, RoundState
 
 _LATER = {  # names whose modules import PyTorch
-    "Callback": "fedtune.federation.callbacks",
-    "ClientReport": "fedtune.federation.callbacks",
-    "RoundState": "fedtune.federation.callbacks",
+    "Callback": "fedtune.api.callbacks",
+    "ClientReport": "fedtune.api.callbacks",
+    "RoundState": "fedtune.api.callbacks",
 }
 
 __all__ = [

@@ -20,14 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from deployed import HERE, Site, _descendants  # type: ignore[import-not-found]
+from deployed import HERE, Site, descendants  # type: ignore[import-not-found]
 
 from fedtune.config.file import parse_config
 from fedtune.core.types import Arrival, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.deploy.server import Server
 from fedtune.measure.clock import Clock
-from fedtune.transport.network import Invitation, RoundExchange, gather
+from fedtune.transport.network import Invitation, RoundExchange, invite_clients
 from fedtune.transport.remote import Remote
 
 MB = 1_000_000
@@ -57,8 +57,8 @@ class Peak:
                 self.peak[side] = max(self.peak[side], size)
 
     def _now(self) -> dict[str, int]:
-        of_client = {self._sides["client"], *_descendants(self._sides["client"])}
-        of_server = {self._sides["server"], *_descendants(self._sides["server"])} - of_client
+        of_client = {self._sides["client"], *descendants(self._sides["client"])}
+        of_server = {self._sides["server"], *descendants(self._sides["server"])} - of_client
         return {"server": sum(map(_resident, of_server)), "client": sum(map(_resident, of_client))}
 
 
@@ -81,11 +81,11 @@ def main(megabytes: int) -> None:
         site.client(0, program=(sys.executable, str(HERE / "echo_client.py")))
         keys = site.folder / "keys/server"
         with Server(parse_config(DOCUMENT, "test"), keys, site.port, tell) as server:
-            mail = server._start()
-            introduction = Invitation("ab12", "{}", "")
-            joined = gather(mail, introduction, {0: "north"}, wait_s=300, log_line=lambda text: None)
-            talk = RoundExchange(introduction, joined, {}, limit=lambda client: 2 * size)
-            remote = Remote(mail, talk, window=None, deadline_s=None, clock=Clock())
+            channel = server.start()
+            invitation = Invitation("ab12", "{}", "")
+            joined = invite_clients(channel, invitation, {0: "north"}, wait_s=300, log_line=lambda text: None)
+            exchange = RoundExchange(invitation, joined, {}, limit=lambda client: 2 * size)
+            remote = Remote(channel, exchange, window=None, deadline_s=None, clock=Clock())
             print("| | seconds | server, beyond the tensors | client, beyond the tensors |")
             print("|---|---:|---:|---:|", flush=True)
             for round, (way, down, up) in enumerate((("down", size, 0), ("up", 0, size)), start=1):

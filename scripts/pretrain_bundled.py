@@ -35,8 +35,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedtune.data.examples import Example
-from fedtune.evaluation.subject import EvalSettings
 from fedtune.evaluation.tasks import evaluate as evaluate_tasks
+from fedtune.evaluation.types import EvalSettings
 
 OUT = Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled"
 VOCABULARY = 768  # at most; the corpus has words for fewer

@@ -107,9 +107,9 @@ def seconds() -> str:
     for clients in (4, 10, 30, 100):
         threshold = math.ceil(0.6 * clients)
         secret = masking.fresh(masking.SECRET)
-        shares = dict(enumerate(masking.deal(secret, threshold, clients)[:threshold]))
-        deal = 2 * best(lambda n=clients, t=threshold, s=secret: masking.deal(s, t, n))  # type: ignore[misc]
-        combine = clients * best(lambda some=shares: masking.combine(some))  # type: ignore[misc]
+        shares = dict(enumerate(masking.split_secret(secret, threshold, clients)[:threshold]))
+        deal = 2 * best(lambda n=clients, t=threshold, s=secret: masking.split_secret(s, t, n))  # type: ignore[misc]
+        combine = clients * best(lambda some=shares: masking.join_shares(some))  # type: ignore[misc]
         rows.append([str(clients), f"{deal:.3f}", f"{clients * mask:.3f}", f"{combine:.2f}"])
     header = ["clients", "a client's shares", "a client's masks, a million numbers", "the server's secrets"]
     return table(header, rows)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from judge_server import Judge, Playing
 
 # no deadline for one example: on a busy machine the first takes long, which says nothing about the code
 settings.register_profile("fedtune", deadline=None)
@@ -28,3 +31,22 @@ def _present(folder: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real {folder.name} of ../shared are not on this machine")
     return folder
+
+
+@pytest.fixture
+def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Playing]:
+    """Starts a judge on this machine; it ends with the test."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running: list[Judge] = []
+
+    def start(play: Judge.Play) -> Judge:
+        server = Judge(play)
+        running.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return server
+
+    yield start
+    for server in running:
+        server.over.set()
+        server.shutdown()
+        server.server_close()

@@ -218,14 +218,14 @@ class Site:
 
     def kill(self, name: str) -> None:
         """As if its machine had lost power: the process and all that it started, at once."""
-        for pid in [self._processes[name].pid, *_descendants(self._processes[name].pid)]:
+        for pid in [self._processes[name].pid, *descendants(self._processes[name].pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._processes[name].wait()
 
     def end(self, name: str) -> None:
         process = self._processes.pop(name)
-        children = _descendants(process.pid)
+        children = descendants(process.pid)
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGINT)
@@ -258,7 +258,7 @@ def _env() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Every process that a process started, and those that they started."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -16,7 +16,7 @@ from fedtune.core.types import Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.deploy import client as deployed_client
 from fedtune.transport.messages import Field
-from fedtune.transport.worker import Joined
+from fedtune.transport.worker import JoinedRun
 
 
 class Echo:
@@ -36,9 +36,9 @@ class Echo:
         )
 
 
-def join(invitation: Mapping[str, Field], **setup: Any) -> Joined:
+def join(invitation: Mapping[str, Field], **setup: Any) -> JoinedRun:
     """Takes part in any run."""
-    return Joined(Echo(), 1, "echo")  # type: ignore[arg-type]
+    return JoinedRun(Echo(), 1, "echo")  # type: ignore[arg-type]
 
 
 deployed_client.join = join

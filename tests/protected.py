@@ -15,8 +15,8 @@ from fedtune.core.types import SECURE, Arrival, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import Config, FedAvg
-from fedtune.methods.fedkseed.method import Config as KSeedConfig
 from fedtune.methods.fedkseed.method import FedKSeed
+from fedtune.methods.fedkseed.settings import Config as KSeedConfig
 from fedtune.protection.secure_client import SecureClient
 from fedtune.protection.settings import Privacy, SecureAggregation
 from fedtune.protection.summing import Summing

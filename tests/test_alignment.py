@@ -15,8 +15,9 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.batches import collate
 from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
-from fedtune.methods.fedbiot.method import Config, FedBiOT, OffsiteConfig, State
+from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
+from fedtune.methods.fedbiot.settings import Config, OffsiteConfig, State
 from fedtune.models import alignment
 from fedtune.models.alignment import alignment_loss, distillation_loss, entering, representation_loss
 from fedtune.models.blocks import find_blocks
@@ -133,7 +134,7 @@ def spied(
         adapter_layers=2,
         alignment={"steps_before": steps, "steps": steps, "batch_size": 4, "lr": 0.01, "form": form},
     )
-    server = made._at_server()
+    server = made.at_server()
     server.room = room
     losses, counts = [], {"whole": 0, "tail": 0}
     plain = alignment.alignment_loss
@@ -150,7 +151,7 @@ def spied(
     for round in range(rounds):
         state = woken(state, seed=round)
         server.emulate(state.merged)
-        emulator = made._align(state, state.emulator, steps, round + 1)
+        emulator = made.tune_emulator(state, state.emulator, steps, round + 1)
         state = State(state.adapter, emulator, state.merged)
     monkeypatch.setattr(alignment, "alignment_loss", plain)
     return losses, counts, state
@@ -182,7 +183,7 @@ def test_with_an_adapter_at_both_ends_it_is_computed_anew_once_the_adapter_has_c
 
 def test_what_is_kept_stays_within_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     made, full = method(alignment={"steps_before": 4, "batch_size": 2})
-    server = made._at_server()
+    server = made.at_server()
     server.room = room = 2 * 9 * 32 * 4  # two of the longest examples
     made.init(full)
     teacher = server.teacher()
@@ -197,7 +198,7 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
     made, full = method(
         both_ends=both_ends, alignment={"steps_before": 0, "steps": 3, "batch_size": 6, "lr": 0.01}
     )
-    server = made._at_server()
+    server = made.at_server()
     start = made.init(full)
     assert set(start.emulator) and all(name.startswith(EMULATOR) for name in start.emulator)
     state = woken(start)
@@ -207,10 +208,10 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
         "tail": every_tensor(teacher.tail),
         "student": every_tensor(student),
     }
-    emulator = made._align(state, state.emulator, 3, 1)
+    emulator = made.tune_emulator(state, state.emulator, 3, 1)
     adapter = {id(p) for p in factors(server.full, server.places.adapter, ADAPTER).values()}
     adapter |= {id(p) for p in server.tail_factors().values()}
-    places = made._cut(student)
+    places = made.division(student)
     adapter |= {id(p) for p in factors(student, places.adapter, ADAPTER).values()}
     tuned = {id(p) for p in server.emulator_factors().values()}
     models = {"whole": server.full, "tail": teacher.tail, "student": student}
@@ -236,11 +237,11 @@ def test_alignment_brings_the_emulator_closer() -> None:
         alignment={"steps_before": 0, "steps": 60, "batch_size": 8, "lr": 3e-3},
         lora={"rank": 4, "alpha": 8.0},
     )
-    server, state = made._at_server(), woken(made.init(full))
+    server, state = made.at_server(), woken(made.init(full))
     student = server.emulate(state.merged)
-    made._align(state, state.emulator, 1, 1)
+    made.tune_emulator(state, state.emulator, 1, 1)
     batch = collate(public, 0)
-    block = find_blocks(student).modules[made._cut(student).back[0]]
+    block = find_blocks(student).modules[made.division(student).back[0]]
 
     def loss() -> float:
         hidden, logits = server.teacher().ask(range(8), batch)
@@ -248,7 +249,7 @@ def test_alignment_brings_the_emulator_closer() -> None:
             return float(alignment_loss(student, block, batch, hidden, logits, 1.0, "paper"))
 
     before = loss()
-    made._align(state, state.emulator, 60, 1)
+    made.tune_emulator(state, state.emulator, 60, 1)
     assert loss() < 0.7 * before
 
 

@@ -30,10 +30,10 @@ from fedtune.evaluation.answers import (
 from fedtune.evaluation.bootstrap import summarize
 from fedtune.evaluation.correlation import matthews, pearson, spearman
 from fedtune.evaluation.metrics import rouge_l
-from fedtune.evaluation.subject import EvalSettings, Outcome, Subject
+from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome
 
 
-class Scripted(Subject):
+class Scripted(EvalEnv):
     """A model that says what it is told to."""
 
     def __init__(self, said: Sequence[str], examples: Sequence[Example] = (), **changes: Any) -> None:
@@ -72,13 +72,13 @@ SUMS = [
 
 def test_gsm8k_by_hand(tmp_path: Path) -> None:
     rows = [{"question": f"How many? {i}", "answer": sum_[1]} for i, sum_ in enumerate(SUMS)]
-    subject = Scripted([sum_[0] for sum_ in SUMS], files={"gsm8k": lines(tmp_path / "test.jsonl", rows)})
-    outcome = module.TASKS["gsm8k-0shot"].function(subject)
+    env = Scripted([sum_[0] for sum_ in SUMS], files={"gsm8k": lines(tmp_path / "test.jsonl", rows)})
+    outcome = module.TASKS["gsm8k-0shot"].function(env)
     assert list(outcome.metrics["exact_match"].items) == [strict for _, _, strict, _ in SUMS]
     assert list(outcome.metrics["exact_match_flexible"].items) == [flexible for *_, flexible in SUMS]
     assert values(outcome) == {"exact_match": 3 / 6, "exact_match_flexible": 4 / 6}
-    assert subject.asked[5] == "How many? 5\nAnswer:"
-    assert subject.options["max_new_tokens"] == 256
+    assert env.asked[5] == "How many? 5\nAnswer:"
+    assert env.options["max_new_tokens"] == 256
     # of shares: sqrt(p (1 - p) / (n - 1))
     assert summarize([outcome], resamples=0, seed=0)["exact_match_stderr"] == pytest.approx(
         math.sqrt(0.5 * 0.5 / 5)
@@ -120,13 +120,13 @@ def test_eight_exemplars_stand_before_each_question_in_their_order(tmp_path: Pat
         "gsm8k": lines(tmp_path / "test.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}] * 3),
         "gsm8k-exemplars": lines(tmp_path / "eight.jsonl", solved(8)),
     }
-    subject = Scripted([" 1 + 1 = 2\n#### 2\n\n", "#### 3", "two"], files=files, limit=2)
-    outcome = module.TASKS["gsm8k-cot-8shot"].function(subject)
+    env = Scripted([" 1 + 1 = 2\n#### 2\n\n", "#### 3", "two"], files=files, limit=2)
+    outcome = module.TASKS["gsm8k-cot-8shot"].function(env)
     assert values(outcome)["exact_match"] == 0.5  # of the two that the limit leaves
-    blocks = subject.asked[0].split("\n\n")
+    blocks = env.asked[0].split("\n\n")
     assert blocks[7] == "Question: What is 7 + 7?\nAnswer: It is 14.\n#### 14"
     assert blocks[8:] == ["Question: 1 + 1?\nAnswer:"]
-    assert subject.options["stop"] == ("Question:",)
+    assert env.options["stop"] == ("Question:",)
 
 
 def test_exemplars_are_drawn_from_a_longer_file_always_the_same(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_exemplars_are_drawn_from_a_longer_file_always_the_same(tmp_path: Path) 
     }
     asked = []
     for seed in (0, 1):  # a run's seed must not change the test
-        subject = Scripted(["#### 2"], files=files, seed=seed)
-        module.TASKS["gsm8k-cot-8shot"].function(subject)
-        asked.append(subject.asked)
+        env = Scripted(["#### 2"], files=files, seed=seed)
+        module.TASKS["gsm8k-cot-8shot"].function(env)
+        asked.append(env.asked)
     assert asked[0] == asked[1]
     numbers = re.findall(r"What is (\d+) \+", asked[0][0])
     assert len(set(numbers)) == 8 and numbers != sorted(numbers, key=int)
@@ -157,14 +157,14 @@ def test_gsm8k_needs_marked_references(tmp_path: Path) -> None:
 
 def test_every_gsm8k_solution_scores_itself_right(shared_data: Path) -> None:
     rows = [json.loads(line) for line in (shared_data / "gsm8k" / "test.jsonl").open(encoding="utf-8")]
-    subject = Scripted(
+    env = Scripted(
         [row["answer"] for row in rows], files={"gsm8k": str(shared_data / "gsm8k" / "test.jsonl")}
     )
-    assert values(module.TASKS["gsm8k-0shot"].function(subject)) == {
+    assert values(module.TASKS["gsm8k-0shot"].function(env)) == {
         "exact_match": 1.0,
         "exact_match_flexible": 1.0,
     }
-    assert len(subject.asked) == 1319
+    assert len(env.asked) == 1319
 
 
 @pytest.mark.parametrize(
@@ -221,11 +221,11 @@ def test_squad_files(tmp_path: Path, answers: Any) -> None:
     )
     for path in (flat, str(nested)):
         # the answer is the first line with text: "309 it is" has P 1/3, R 1, so F1 1/2
-        subject = Scripted(["\n309 it is\nmore", "none"], files={"squad": path})
-        assert values(module.TASKS["squad"].function(subject)) == {"exact_match": 0, "f1": 0.25}
-        assert subject.asked[0] == "How many?\nIt was 308 or 309.\nAnswer:"
-        subject = Scripted(["309."], files={"squad": path}, limit=1)
-        assert values(module.TASKS["squad"].function(subject)) == {"exact_match": 1, "f1": 1}
+        env = Scripted(["\n309 it is\nmore", "none"], files={"squad": path})
+        assert values(module.TASKS["squad"].function(env)) == {"exact_match": 0, "f1": 0.25}
+        assert env.asked[0] == "How many?\nIt was 308 or 309.\nAnswer:"
+        env = Scripted(["309."], files={"squad": path}, limit=1)
+        assert values(module.TASKS["squad"].function(env)) == {"exact_match": 1, "f1": 1}
 
 
 def test_squad_files_that_do_not_fit(tmp_path: Path) -> None:
@@ -245,10 +245,10 @@ def test_squad_files_that_do_not_fit(tmp_path: Path) -> None:
 def test_both_forms_of_the_real_file_are_the_same(shared_data: Path) -> None:
     asked = []
     for name in ("xquad_en.jsonl", "xquad.en.json"):
-        subject = Scripted([], files={"squad": str(shared_data / "squad" / name)})
-        subject.said = [""] * 1190
-        assert values(module.TASKS["squad"].function(subject)) == {"exact_match": 0, "f1": 0}
-        asked.append(sorted(subject.asked))
+        env = Scripted([], files={"squad": str(shared_data / "squad" / name)})
+        env.said = [""] * 1190
+        assert values(module.TASKS["squad"].function(env)) == {"exact_match": 0, "f1": 0}
+        asked.append(sorted(env.asked))
     assert asked[0] == asked[1] and len(asked[0]) == 1190
 
 
@@ -315,8 +315,8 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> No
 
 def test_pearson_of_answers() -> None:
     examples = [Example("s", output=score) for score in ["2.0", "1", "4.0", "3", "5"]]
-    subject = Scripted(["1", "about 2.0 of 5", "3.", "4 ", "none at all"], examples)
-    outcome = correlation.TASKS["pearson"].function(subject)
+    env = Scripted(["1", "about 2.0 of 5", "3.", "4 ", "none at all"], examples)
+    outcome = correlation.TASKS["pearson"].function(env)
     assert values(outcome) == {"pearson": pytest.approx(0.6), "spearman": pytest.approx(0.6)}
     assert outcome.more == {"no_number": 1}
     assert math.isfinite(summarize([outcome], resamples=200, seed=0)["pearson_stderr"])
@@ -328,13 +328,11 @@ def test_pearson_of_answers() -> None:
 
 def test_a_classifier_has_correlations_of_its_labels() -> None:
     examples = [Example("s", output=label) for label in ["0", "1", "2", "1"]]
-    subject = Scripted(["0", "1", "2", "2"], examples, labels=("0", "1", "2", "3"))
+    env = Scripted(["0", "1", "2", "2"], examples, labels=("0", "1", "2", "3"))
     # 3 of 4 right, guessed (1, 1, 2), true (1, 2, 1): (12 - 5) / sqrt((16 - 6) (16 - 6))
-    assert values(correlation.TASKS["matthews"].function(subject)) == {"matthews": pytest.approx(0.7)}
+    assert values(correlation.TASKS["matthews"].function(env)) == {"matthews": pytest.approx(0.7)}
     # deviations -1.25 -0.25 0.75 0.75 and -1 0 1 0: 2 / sqrt(2.75 * 2)
-    assert values(correlation.TASKS["pearson"].function(subject))["pearson"] == pytest.approx(
-        2 / math.sqrt(5.5)
-    )
+    assert values(correlation.TASKS["pearson"].function(env))["pearson"] == pytest.approx(2 / math.sqrt(5.5))
     assert all(task.classifier and task.examples for task in correlation.TASKS.values())
 
 
@@ -374,7 +372,7 @@ def test_rouge_of_fedkseed_is_a_task_named_after_its_scorer() -> None:
 
 
 def test_without_the_package_rouge_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    module._rouge.cache_clear()
+    module.rouge_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge", None)
     with pytest.raises(InputError, match=r"package rouge: install fedtune\[eval\]"):
         module.TASKS["rouge-l-fedkseed"].scorer()

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from fedtune.bench import client_steps
-from fedtune.bench.client_steps import CASES, TINY, Shape, _backward_seconds, _measure_case, _write_order
+from fedtune.bench.client_steps import CASES, TINY, Shape, backward_seconds, measure_case, write_order
 from fedtune.models.tuning import count_parameters
 
 NARROW = {
@@ -24,8 +24,8 @@ NARROW = {
 def peak(shape: str, case: str, folder: Path) -> int:
     if case.startswith("FedCyBGD"):
         for each in {TINY, shape}:
-            assert _write_order(each, case, folder)["written"] > 0
-    return int(_measure_case(shape, case, folder)["peak_bytes"])
+            assert write_order(each, case, folder)["written"] > 0
+    return int(measure_case(shape, case, folder)["peak_bytes"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,6 +52,6 @@ def test_a_block_of_22_takes_less_than_three_tenths_of_all_and_less_than_lora(
 
 
 def test_backward_time_has_a_row_for_each_way(tmp_path: Path) -> None:
-    seconds = _backward_seconds(TINY, "", tmp_path)["backward_seconds"]
+    seconds = backward_seconds(TINY, "", tmp_path)["backward_seconds"]
     assert list(seconds) == ["Fed-full", "FedCyBGD", "FedCyBGD, no checkpointing"]
     assert min(seconds.values()) > 0

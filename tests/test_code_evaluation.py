@@ -18,7 +18,7 @@ from fedtune.evaluation.code import TASKS, pass_at_k, verdicts
 from fedtune.evaluation.compilers import GO_IMPORTS, Missing, Problem, Toolchain
 from fedtune.evaluation.languages import LANGUAGES, closed_part, indented_part
 from fedtune.evaluation.sandbox import CodeSettings, Finished, Step
-from fedtune.evaluation.subject import EvalSettings, Outcome, Subject
+from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome
 
 # A few problems of each language, among them those that need something of their own: Boost, a name of the C
 # library, OpenSSL; pattern matching and assertions of Java; imports of Go in the wrong place or twice.
@@ -322,8 +322,8 @@ def test_verdicts_of_a_compiled_language(finished: list[Finished], verdict: str)
 # The tasks
 
 
-class Writer(Subject):
-    """A subject whose model writes what it is told to."""
+class Writer(EvalEnv):
+    """An environment whose model writes what it is told to."""
 
     def __init__(self, files: dict[str, Path], texts: Sequence[Sequence[str]], **settings: Any) -> None:
         named = {name: str(path) for name, path in files.items()}
@@ -346,8 +346,8 @@ def test_pass_at_1_and_10_of_answers_with_known_verdicts(tmp_path: Path, limits:
     files = _write(tmp_path, "python", [ADD["python"], {**ADD["python"], "task_id": "Python/other"}])
     right, wrong, broken = "    return x + y\n\nprint(1)", "    return x\n", "    return (\n"
     texts = [[right] * 3 + [wrong] * 5 + [broken] * 2, [wrong] * 10]
-    subject = Writer(files, texts, samples=10, temperature=0.7, top_p=0.9, code=limits)
-    outcome = TASKS["humaneval-x-python"].function(subject)
+    env = Writer(files, texts, samples=10, temperature=0.7, top_p=0.9, code=limits)
+    outcome = TASKS["humaneval-x-python"].function(env)
     assert list(outcome.metrics) == ["pass@1", "pass@10"]
     assert outcome.metrics["pass@1"].items == pytest.approx([0.3, 0.0])
     assert outcome.metrics["pass@10"].items == [1.0, 0.0]
@@ -359,17 +359,17 @@ def test_pass_at_1_and_10_of_answers_with_known_verdicts(tmp_path: Path, limits:
         **{f"failures/{kind}": 0 for kind in ("runtime error", "timeout", "memory", "processes")},
         "skipped": 0,
     }
-    asked = subject.asked[0]
+    asked = env.asked[0]
     assert asked["prompts"] == [ADD["python"]["prompt"]] * 2  # no template around it
     assert (asked["samples"], asked["temperature"], asked["top_p"]) == (10, 0.7, 0.9)
     assert asked["max_new_tokens"] == code.NEW_TOKENS and "\ndef" in asked["stop"]
 
 
 def test_one_sample_is_greedy_and_has_no_pass_at_10(tmp_path: Path, limits: CodeSettings) -> None:
-    subject = Writer(_write(tmp_path, "python", [ADD["python"]]), [["    return y + x"]], code=limits)
-    outcome = TASKS["humaneval-x-python"].function(subject)
+    env = Writer(_write(tmp_path, "python", [ADD["python"]]), [["    return y + x"]], code=limits)
+    outcome = TASKS["humaneval-x-python"].function(env)
     assert {name: scored.items for name, scored in outcome.metrics.items()} == {"pass@1": [1.0]}
-    assert subject.asked[0]["temperature"] == 0.0
+    assert env.asked[0]["temperature"] == 0.0
 
 
 def test_a_language_without_a_compiler_is_skipped_and_not_zero(
@@ -382,21 +382,21 @@ def test_a_language_without_a_compiler_is_skipped_and_not_zero(
     alone = TASKS["humaneval-x-go"].function(Writer(files, [["}"]], code=limits))
     assert alone.metrics == {} and alone.more["skipped"] == 1
     assert alone.notes[0] == "go: 1 problems skipped: there is no go on this machine."
-    subject = Writer(files, [["    return x + y\n"]], code=limits)
-    every = TASKS["humaneval-x"].function(subject)
+    env = Writer(files, [["    return x + y\n"]], code=limits)
+    every = TASKS["humaneval-x"].function(env)
     assert every.metrics["pass@1"].items == [1.0]  # Python needs no other tool
     assert (every.more["pass@1/python"], every.more["skipped"]) == (1.0, 3)
-    assert "pass@1/go" not in every.more and len(subject.asked) == 1
+    assert "pass@1/go" not in every.more and len(env.asked) == 1
     assert TASKS["humaneval-x"].scorer().endswith("go skipped: there is no go on this machine")
 
 
 def test_a_compiler_that_is_too_old_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.evaluation import compilers
 
-    monkeypatch.setattr(compilers, "_version", lambda tool, *arguments: "javac 11.0.2")
+    monkeypatch.setattr(compilers, "version_line", lambda tool, *arguments: "javac 11.0.2")
     with pytest.raises(Missing, match=r"need version 16\.0 or newer, this is javac 11"):
         compilers.java_version()
-    monkeypatch.setattr(compilers, "_version", lambda tool, *arguments: "go version go1.9.7 linux/amd64")
+    monkeypatch.setattr(compilers, "version_line", lambda tool, *arguments: "go version go1.9.7 linux/amd64")
     with pytest.raises(Missing, match=r"need version 1\.18"):
         compilers.go_version()
 
@@ -405,8 +405,8 @@ def test_a_problem_whose_header_is_not_there_is_skipped(tmp_path: Path, limits: 
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ on this machine")
     other = {**ADD["cpp"], "task_id": "CPP/other", "prompt": "#include<no/such.h>\n" + ADD["cpp"]["prompt"]}
-    subject = Writer(_write(tmp_path, "cpp", [ADD["cpp"], other]), [["    return x + y;\n}"]], code=limits)
-    outcome = TASKS["humaneval-x-cpp"].function(subject)
+    env = Writer(_write(tmp_path, "cpp", [ADD["cpp"], other]), [["    return x + y;\n}"]], code=limits)
+    outcome = TASKS["humaneval-x-cpp"].function(env)
     assert outcome.metrics["pass@1"].items == [1.0] and outcome.more["skipped"] == 1
     assert outcome.notes == ("CPP/other skipped: this machine has not the header no/such.h.",)
 
@@ -414,12 +414,12 @@ def test_a_problem_whose_header_is_not_there_is_skipped(tmp_path: Path, limits: 
 def test_missing_isolation_is_written_beside_the_score(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("generated code is run on Linux only")
-    subject = Writer(
+    env = Writer(
         _write(tmp_path, "python", [ADD["python"]]),
         [["    return x + y"]],
         code=CodeSettings(isolation="none"),
     )
-    outcome: Outcome = TASKS["humaneval-x-python"].function(subject)
+    outcome: Outcome = TASKS["humaneval-x-python"].function(env)
     assert outcome.metrics["pass@1"].items == [1.0]
     assert outcome.notes == (
         "programs ran without isolation from network and files (evaluation.code.isolation).",
@@ -430,12 +430,12 @@ def test_where_isolation_is_not_permitted_nothing_is_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sandbox, "_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
+        sandbox, "run_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
     )
-    subject = Writer(_write(tmp_path, "python", [ADD["python"]]), [["    return x + y"]])
+    env = Writer(_write(tmp_path, "python", [ADD["python"]]), [["    return x + y"]])
     with pytest.raises(InputError, match="cannot be isolated"):
-        TASKS["humaneval-x-python"].function(subject)
-    assert subject.asked == []
+        TASKS["humaneval-x-python"].function(env)
+    assert env.asked == []
 
 
 def test_a_file_without_tests_is_an_error(tmp_path: Path, limits: CodeSettings) -> None:

@@ -14,7 +14,7 @@ from model_families import save_folder
 
 from fedtune.config.file import parse_config
 from fedtune.errors import InputError
-from fedtune.federation.compare import Candidate, _references, compare, table
+from fedtune.federation.compare import Candidate, compare, reference_candidates, table
 from fedtune.federation.progress import Silent
 
 
@@ -190,7 +190,7 @@ def test_references_train_as_long_as_the_first_of_each_model(tmp_path: Path) -> 
         candidate("c", model={"name": str(tmp_path / "tiny")}, method={"name": "fedavg", "local_steps": 5}),
         candidate("own", method={"name": "standalone", "lr": 0.1}),
     ]
-    added = _references(candidates)
+    added = reference_candidates(candidates)
     assert [c.label for c in added] == ["centralized-a", "standalone-c", "centralized-c"]
     settings = [c.config.resolved()["method"] for c in added]
     assert [(s["local_epochs"], s["local_steps"], s["lr"]) for s in settings] == [

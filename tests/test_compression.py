@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from fedcybgd_bench import Spy, bench, part_of
 from hypothesis import given
 from hypothesis import strategies as st
 from model_families import FAMILIES, batch, build
-from test_fedcybgd import Spy, bench, part_of
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from fedtune.data.partition import (
     PARTITIONERS,
     Parts,
-    _shares,
     by_field,
     dirichlet,
     iid,
     quantity,
     shards,
     summarize,
+    whole_sizes,
 )
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
@@ -121,7 +121,7 @@ def test_tiny_alpha_gives_few_labels_a_client() -> None:
 def test_shares_against_hand_checked_proportions() -> None:
     proportions = np.array([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]])
     # 10 x (.5, .3, .2) is whole, so no offset moves it
-    assert _shares(proportions, np.array([10, 10]), rng(0)).tolist() == [[5, 3, 2], [1, 0, 9]]
+    assert whole_sizes(proportions, np.array([10, 10]), rng(0)).tolist() == [[5, 3, 2], [1, 0, 9]]
 
     class Offsets:
         def random(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_shares_against_hand_checked_proportions() -> None:
             return np.array([[0.25], [0.75]])
 
     # 7: edges floor(3.5 + .25), floor(5.6 + .25), 7; 5: edges floor(.5 + .75), floor(.5 + .75), 5
-    found = _shares(proportions, np.array([7, 5]), Offsets())  # type: ignore[arg-type]
+    found = whole_sizes(proportions, np.array([7, 5]), Offsets())  # type: ignore[arg-type]
     assert found.tolist() == [[3, 2, 2], [1, 0, 4]]
 
 
@@ -137,7 +137,7 @@ def test_shares_against_hand_checked_proportions() -> None:
 def test_shares_are_rounded_and_sum_up(n: int, clients: int, alpha: float, seed: int) -> None:
     source = rng(seed)
     proportions = source.dirichlet(np.full(clients, alpha), size=(6, 2))
-    sizes = _shares(proportions, np.array([n, 2 * n]), source)
+    sizes = whole_sizes(proportions, np.array([n, 2 * n]), source)
     assert (sizes >= 0).all()
     assert (sizes.sum(axis=-1) == np.array([n, 2 * n])).all()
     assert (abs(sizes - proportions * np.array([n, 2 * n])[:, None]) < 1 + 1e-9).all()
@@ -146,7 +146,7 @@ def test_shares_are_rounded_and_sum_up(n: int, clients: int, alpha: float, seed:
 def test_shares_are_unbiased() -> None:
     # a label with one example must not always go to the same client
     proportions = np.broadcast_to([0.2, 0.5, 0.3], (20_000, 1, 3))
-    mean = _shares(proportions, np.array([1]), rng(4)).mean(axis=(0, 1))
+    mean = whole_sizes(proportions, np.array([1]), rng(4)).mean(axis=(0, 1))
     assert np.allclose(mean, [0.2, 0.5, 0.3], atol=0.02)  # five standard errors
 
 

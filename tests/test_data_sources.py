@@ -227,10 +227,10 @@ def test_listed_tasks_and_a_part_of_each(tmp_path: Path) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 100))
 def test_a_part_of_a_task_is_that_part_and_spread_out(count: int, percent: int) -> None:
-    part = sources._part("task1_a", count, percent)
+    part = sources.part_of_task("task1_a", count, percent)
     assert len(part) == min(count, max(1, round(count * percent / 100)))
     assert part == sorted(set(part)) and part[0] >= 0 and part[-1] < count
-    assert set(sources._part("task1_a", count, max(1, percent - 1))) <= set(part)
+    assert set(sources.part_of_task("task1_a", count, max(1, percent - 1))) <= set(part)
 
 
 @pytest.mark.parametrize(

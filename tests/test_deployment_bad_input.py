@@ -97,11 +97,11 @@ def test_a_server_of_another_authority_or_with_an_expired_certificate(folder: Pa
     make_keys(folder / "elsewhere", ["other.example.org"], ["north"], days=2)
     for name in ("server.crt", "server.key"):
         (folder / "keys/server" / name).unlink()
-    authority, key = key_files._authority(folder / "keys")
+    authority, key = key_files.open_authority(folder / "keys")
     own = key_files.ec.generate_private_key(key_files.CURVE())
-    expired = key_files._server_certificate(authority, key, own, ["localhost"], 0)
+    expired = key_files.server_certificate(authority, key, own, ["localhost"], 0)
     (folder / "keys/server/server.crt").write_bytes(expired.public_bytes(key_files.Encoding.PEM))
-    (folder / "keys/server/server.key").write_bytes(key_files._pem(own))
+    (folder / "keys/server/server.key").write_bytes(key_files.private_pem(own))
     (folder / "keys/server/server.key").chmod(0o600)
     with tls(folder / "keys") as port:
         refused(client(folder, port=port), "certificate has expired")

@@ -125,4 +125,4 @@ def _clients_in(replies: Path) -> set[int]:
     time.sleep(0.1)
     states: dict[int, Payload] = {}
     journal = Journal(None, replies.parent, states)  # type: ignore[arg-type]
-    return {arrival.client for _, arrival, _ in journal._read(5, 0) if not arrival.fault}
+    return {arrival.client for _, arrival, _ in journal.kept(5, 0) if not arrival.fault}

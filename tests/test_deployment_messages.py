@@ -16,9 +16,9 @@ from fedtune.measure.clock import Clock
 from fedtune.transport import network, remote, worker
 from fedtune.transport.acceptance import Acceptance, NotAccepted
 from fedtune.transport.messages import Message
-from fedtune.transport.network import Invitation, RoundExchange, gather
+from fedtune.transport.network import Invitation, RoundExchange, invite_clients
 from fedtune.transport.remote import Remote, Unreachable
-from fedtune.transport.worker import Joined, Worker
+from fedtune.transport.worker import JoinedRun, Worker
 
 INVITATION = Invitation("ab12", "{}", "0" * 64)
 
@@ -46,8 +46,8 @@ class Runner:
 def client(
     folder: Path, runner: Runner, *, examples: int = 3, acceptance: Acceptance | None = None
 ) -> Worker:
-    def join(fields: Mapping[str, Any]) -> Joined:
-        return Joined(runner, examples, "echo")  # type: ignore[arg-type]
+    def join(fields: Mapping[str, Any]) -> JoinedRun:
+        return JoinedRun(runner, examples, "echo")  # type: ignore[arg-type]
 
     return Worker(join, acceptance or Acceptance(), folder, lambda text: None)
 
@@ -199,7 +199,7 @@ def test_a_reply_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
             )
 
     runner = Runner()
-    boaster = Boast(lambda fields: Joined(runner, 3, "echo"), Acceptance(), tmp_path, print)  # type: ignore[arg-type]
+    boaster = Boast(lambda fields: JoinedRun(runner, 3, "echo"), Acceptance(), tmp_path, print)  # type: ignore[arg-type]
     post = Post({0: boaster})
     assert exchange(post, {0: b"ab"}, limit=100) == {
         0: "its reply has 2,147,483,648 bytes; at most 100 are allowed here"
@@ -307,7 +307,7 @@ def test_what_goes_wrong_at_a_client_names_none_of_its_files(
 ) -> None:
     member = client(tmp_path, Runner(error))
     assert exchange(Post({0: member}), {0: b"a"}) == {0: said}
-    member._joined.runner.fails = None  # type: ignore[union-attr]
+    member.joined.runner.fails = None  # type: ignore[union-attr]
     assert exchange(Post({0: member}), {0: b"a"}, round=2) == {0: b"a"}
 
 
@@ -338,7 +338,7 @@ def test_no_letter_ends_a_worker(
 
 
 def test_gathering_tells_who_joined_who_refused_and_who_did_not_come(tmp_path: Path) -> None:
-    def refuses(fields: Mapping[str, Any]) -> Joined:
+    def refuses(fields: Mapping[str, Any]) -> JoinedRun:
         raise NotAccepted("its operator accepts fedavg, and the method is fedkseed")
 
     refusing = Worker(refuses, Acceptance(), tmp_path / "1", print)
@@ -347,7 +347,7 @@ def test_gathering_tells_who_joined_who_refused_and_who_did_not_come(tmp_path: P
     )
     told: list[str] = []
     names = {0: "north", 1: "south", 2: "west"}
-    assert gather(post, INVITATION, names, wait_s=0.2, log_line=told.append) == {0: 3}
+    assert invite_clients(post, INVITATION, names, wait_s=0.2, log_line=told.append) == {0: 3}
     assert sorted(told) == [
         "client 0 (north) has joined with 3 examples",
         "client 1 (south) does not take part: its operator accepts fedavg, and the method is fedkseed",

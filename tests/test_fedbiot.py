@@ -5,127 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import fedtune, write_config
+from fedbiot_bench import ALIGNED, CPU, SIZES, SMALL, Run, items, tensors_of
 from model_families import build
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.bench import emulator as emulator_bench
 from fedtune.bench import random_model
-from fedtune.core.client import ClientRunner
-from fedtune.core.cohort import Cohort, QuorumError, RoundOutcome
-from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop
-from fedtune.core.types import MODEL, Arrival, Payload, ServerEnv
+from fedtune.core.cohort import Cohort, QuorumError
+from fedtune.core.types import MODEL, Payload, ServerEnv
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.encode import Encoded
-from fedtune.errors import InputError
-from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.methods.fedbiot.method import Alignment, OffsiteConfig
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
 from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import ARCHITECTURE, flops_per_token, kept_blocks, take
 from fedtune.models.pruning import find_mlp, largest_channels
-from fedtune.transport.in_process import InProcess, Simulation
-
-CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "rounds": 3,
-    "local_steps": 2,
-    "batch_size": 2,
-    "lr": 1e-2,
-    "adapter_layers": 1,
-    "layer_dropout": 0.4,
-    "lora": {"rank": 2, "alpha": 4.0},
-}
-ALIGNED = {"alignment": {"steps_before": 3, "steps": 2, "batch_size": 2, "lr": 1e-2}}
-SIZES = {0: 2, 1: 6}
-
-
-def items(count: int, seed: int) -> list[Encoded]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, 64, (count, 7), generator=generator).tolist()
-    return [Encoded(tuple(row[: 4 + i % 4]), tuple(row[: 4 + i % 4])) for i, row in enumerate(rows)]
-
-
-class Run:
-    """A federation whose clients share nothing: each has a runner, and what it holds, of its own."""
-
-    def __init__(
-        self,
-        name: str = "fedbiot",
-        *,
-        family: str = "llama",
-        blocks: int = 6,
-        public: bool = True,
-        **settings: Any,
-    ) -> None:
-        defaults = {} if name == "fedavg" else SMALL
-        self.config = registry.config_class(name).model_validate({**defaults, **settings})
-        self.method: Any = registry.build(self.config, 4)
-        self.method.prepare(ServerEnv(items(4, 9) if public else [], 0, CPU))
-        self.model = self.method.client_model(lambda: build(family, blocks=blocks))
-        self.runners = {c: self.runner(c) for c in SIZES}
-        self.wire: list[dict[str, Any]] = []
-        self.down: dict[tuple[int, int], bytes] = {}
-        self.up: dict[tuple[int, int], bytes] = {}
-        self.absent: set[int] = set()
-        self.alter: Callable[[int, bytes], bytes] = lambda client, frame: frame
-        ledger = Ledger(self.wire.append, lambda entry: None)
-        self.loop = RoundLoop(self.method, self, ledger, Clock(), CPU)
-        self.state = self.method.init(self.model)
-
-    def runner(self, client: int) -> ClientRunner:
-        data = {client: items(SIZES[client], client)}
-        return ClientRunner(self.method, self.model, data, pad_id=0, seed=4, device=CPU)
-
-    def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
-    ) -> Iterator[Arrival]:
-        for client, frame in frames:
-            self.down[round, client] = frame
-            if client in self.absent:
-                yield Arrival(client, fault="it dropped out")
-                continue
-            one = InProcess(
-                self.runners[client], simulation=Simulation(), deadline_s=None, seed=4, clock=Clock()
-            )
-            for arrival in one.exchange(round, [(client, frame)], in_plan_order=True):
-                self.up[round, client] = arrival.frame
-                frame = self.alter(client, arrival.frame) if arrival.frame else b""
-                yield Arrival(client, frame, arrival.fault)
-
-    def round(self, round: int, clients: tuple[int, ...] = (0, 1), quorum: int = 1) -> RoundOutcome:
-        cohort = Cohort(clients, {c: SIZES[c] for c in clients}, len(SIZES))
-        self.state, outcome = self.loop.run(
-            self.state, cohort, round, quorum=quorum, on_arrival=lambda state, outcome: None
-        )
-        return outcome
-
-    def client_module(self, client: int) -> nn.Module:
-        (module,) = self.runners[client].store._built.values()
-        return module  # type: ignore[no-any-return]
-
-    def sent(self, kind: str) -> list[tuple[int, int, int]]:
-        """Round, client and bytes of downloads."""
-        return [
-            (e["round"], e["client"], e["payload_bytes"])
-            for e in self.wire
-            if e["kind"] == kind and e["direction"] == "down"
-        ]
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 @pytest.mark.parametrize(
@@ -162,8 +62,8 @@ def test_table_5(name: str, layers: int, dropout: float, trainable: int, mb: str
     assert up == 4 * trainable == 4 * layers * 131_072
     assert f"{(down + up) / 1e6:.2f}" == mb
     # the emulator and the adapter are among what is sent once
-    emulated = method._server.emulate(state.merged)
-    places = method._cut(emulated)
+    emulated = method.at_server().emulate(state.merged)
+    places = method.division(emulated)
     count = len({n.split(".")[2] for n in sent if n.startswith(f"{MODEL}model.layers.")})
     assert count == len(places.adapter) + len(places.middle) == len(find_blocks(emulated).modules)
     assert block == 202_383_360
@@ -223,7 +123,7 @@ def test_nothing_of_the_model_but_emulator_and_adapter_crosses_the_wire_or_is_he
     own = tensors_of(build("llama", blocks=6))
     same = {n for n, t in model.items() for o in own.values() if t.shape == o.shape and torch.equal(t, o)}
     tuned = {n for n in model if "q_proj" in n or "v_proj" in n} - {
-        n for n in model if n.startswith(f"model.layers.{run.method._cut(run.client_module(0)).back[0]}.")
+        n for n in model if n.startswith(f"model.layers.{run.method.division(run.client_module(0)).back[0]}.")
     }
     pruned = {n for n in model if "mlp" in n and n not in same}
     assert model.keys() - same == {ARCHITECTURE} | tuned | pruned
@@ -290,7 +190,7 @@ def test_a_process_of_its_own_needs_its_orders_alone(tmp_path: Path) -> None:
 def test_a_client_is_sent_its_model_once_and_again_when_it_has_lost_it() -> None:
     run = Run(**ALIGNED, rounds=6)
     run.round(1)
-    held = sum(t.nbytes for t in run.method._server.client_tensors(run.state.merged).values())
+    held = sum(t.nbytes for t in run.method.at_server().client_tensors(run.state.merged).values())
     lora = 4 * sum(t.numel() for t in (run.state.adapter | run.state.emulator).values())
     assert run.sent("model") == [(1, 0, held), (1, 1, held)]
     assert run.sent("train") == [(1, 0, lora), (1, 1, lora)]
@@ -342,7 +242,7 @@ def test_on_a_client_only_the_adapters_lora_changes(settings: dict[str, Any]) ->
     run = Run(**settings)
     run.round(1)
     module = run.client_module(0)
-    places = run.method._cut(module)
+    places = run.method.division(module)
     adapter = {id(p) for p in factors(module, places.adapter, ADAPTER).values()}
     names = {n for n, p in module.named_parameters() if id(p) in adapter}
     loaded = {id(p) for p in factors(module, places.middle, EMULATOR).values()}
@@ -427,117 +327,6 @@ def test_with_nothing_left_out_it_is_fedavg_on_the_last_layers(family: str, targ
     assert not rest
 
 
-def altered(change: Callable[[dict[str, Tensor]], None]) -> Callable[[int, bytes], bytes]:
-    """Client 1's replies, changed."""
-
-    def alter(client: int, frame: bytes) -> bytes:
-        if client != 1:
-            return frame
-        message = decode(frame)
-        tensors = dict(message.payload.tensors)
-        change(tensors)
-        return encode(Content(Payload(tensors), message.meta))
-
-    return alter
-
-
-def _emulator(tensors: dict[str, Tensor]) -> None:
-    tensors["emulator.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
-
-
-def _other_layer(tensors: dict[str, Tensor]) -> None:
-    tensors["adapter.7.self_attn.q_proj.lora_A.weight"] = tensors.pop(
-        "adapter.0.self_attn.q_proj.lora_A.weight"
-    )
-
-
-def _shape(tensors: dict[str, Tensor]) -> None:
-    tensors["adapter.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(3, 32)
-
-
-def _nan(tensors: dict[str, Tensor]) -> None:
-    tensors["adapter.0.self_attn.v_proj.lora_B.weight"] = torch.full((16, 2), float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (_emulator, "not asked for emulator.0.self_attn.q_proj.lora_A.weight"),
-        (_other_layer, "missing adapter.0.self_attn.q_proj.lora_A.weight; not asked for adapter.7"),
-        (_shape, "adapter.0.self_attn.q_proj.lora_A.weight is torch.float32 of shape (3, 32)"),
-        (_nan, "adapter.0.self_attn.v_proj.lora_B.weight holds NaN"),
-    ],
-)
-def test_a_reply_that_is_not_what_was_asked_is_refused_and_named(change: Any, says: str) -> None:
-    run, alone = Run(**ALIGNED), Run(**ALIGNED)
-    run.alter, alone.absent = altered(change), {1}
-    outcome = run.round(1)
-    assert outcome.clients == [0] and says in outcome.left_out[1]
-    alone.round(1)
-    for name, tensor in alone.state.adapter.items():  # as if the client had not been there
-        assert torch.equal(run.state.adapter[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"adapter_layers": 5}, "5 of the model's 6 blocks leave 1 for the emulator; it needs at least 2"),
-        ({"adapter_layers": 7}, "leave 0 for the emulator"),
-        (
-            {"layer_dropout": 0.8},
-            r"method.layer_dropout: 0.8 of 5 blocks leaves 1; an emulator needs at least 2",
-        ),
-        ({"adapter_layers": 3, "both_ends": True}, "both ends get half of it; got 3, not even"),
-        (
-            {"emulator": "channel-pruning", "lora": {"targets": ["q_proj", "up_proj"]}},
-            "leave mlp.gate_proj, mlp.up_proj, mlp.down_proj out of method.lora.targets",
-        ),
-        ({"lora": {"targets": ["nonsense"]}}, 'no linear layer of the blocks is named "nonsense"'),
-    ],
-)
-def test_settings_that_do_not_go_with_the_model(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        Run(**settings)
-
-
-@pytest.mark.parametrize("family", ["roberta", "bert"])
-def test_a_model_that_classifies_is_refused(family: str) -> None:
-    with pytest.raises(InputError, match=r"that generates text, got .*ForSequenceClassification"):
-        Run(family=family)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"layer_dropout": 1.0}, "less than 1"),
-        ({"lora": {"rank": 2, "client_ranks": [1, 2]}}, "client_ranks"),
-        ({"lora": {"dropout": 0.1}}, "dropout is for fedavg"),
-        ({"emulator": "nonsense"}, "layer-dropout"),
-        ({"local_steps": 3, "local_epochs": 1}, "both set"),
-    ],
-)
-def test_settings_that_never_go(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
-        registry.config_class("fedbiot").model_validate({**settings})
-
-
-def test_defaults_are_the_papers() -> None:
-    config = registry.config_class("fedbiot").model_validate({})
-    assert (config.local_steps, config.batch_size, config.betas) == (30, 10, [0.9, 0.95])
-    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, None)
-    assert (config.alignment.steps_before, config.alignment.steps, config.alignment.form) == (
-        500,
-        10,
-        "paper",
-    )
-    for name in ("fedot", "offsite-tuning"):
-        offsite = registry.config_class(name).model_validate({"alignment": {"steps_before": 7}})
-        assert isinstance(offsite, OffsiteConfig) and offsite.alignment == Alignment(steps_before=7, steps=0)
-        assert offsite.both_ends and offsite.adapter_layers == 4 and not offsite.aligns
-        assert type(offsite).model_validate(offsite.model_dump()) == offsite
-    assert registry.build(registry.config_class("offsite-tuning")(), 0).pools_data
-
-
 def test_fedot_sends_no_emulator_lora() -> None:
     run = Run("fedot", adapter_layers=2, alignment={"steps_before": 3, "batch_size": 2})
     run.round(1), run.round(2)
@@ -545,29 +334,6 @@ def test_fedot_sends_no_emulator_lora() -> None:
     assert decode(run.down[2, 0]).payload.tensors.keys() == run.state.adapter.keys()
     blocks = {name.split(".")[1] for name in run.state.adapter}
     assert blocks == {"0", "1"}
-
-
-@pytest.mark.parametrize(
-    ("public", "says"),
-    [
-        (None, "aligns its emulator on public data and there is none; set data.public.source"),
-        ("missing.jsonl", "missing.jsonl"),
-        ("empty.jsonl", "empty.jsonl"),
-    ],
-)
-def test_public_data_missing_or_empty_ends_with_status_2(
-    public: str | None, says: str, tmp_path: Path
-) -> None:
-    (tmp_path / "empty.jsonl").write_text("")
-    data: dict[str, Any] = {"clients": 2, "max_examples": 8, "max_length": 64}
-    if public:
-        data["public"] = {"source": public}
-    method = {**SMALL, "name": "fedbiot", **ALIGNED}
-    evaluation = {"tasks": ["loss"], "max_examples": 4}
-    write_config(tmp_path / "c.yaml", {"data": data, "method": method, "evaluation": evaluation})
-    done = fedtune("run", "c.yaml", "--out", "r", "--quiet", cwd=tmp_path)
-    assert done.status == 2 and says in done.err.replace("\n", "") and "Traceback" not in done.err
-    assert not (tmp_path / "r").exists()
 
 
 def test_the_benchmark_measures_a_client_that_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 
 import torch
 from command import fedtune, lines, outcome, write_config
-from test_contract import FORMS, Federation, bits, whole
+from contract import FORMS, Federation, bits, whole
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop

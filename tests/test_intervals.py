@@ -19,7 +19,7 @@ from fedtune.core.seeds import numpy_generator
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of, summarize
 from fedtune.evaluation.clients import spread
-from fedtune.evaluation.subject import Outcome, Scored
+from fedtune.evaluation.types import Outcome, Scored
 from fedtune.federation.data import Split, prepare_data
 
 numbers = st.floats(-100, 100)

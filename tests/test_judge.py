@@ -1,12 +1,11 @@
-"""MT-bench against a server on this machine that plays the judge, well or badly."""
+"""MT-bench against a server on this machine that plays the judge."""
 
 from __future__ import annotations
 
 import json
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from command import write_config
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import KEY, VARIABLE, Asked, Judge, Playing, completion, endpoint, in_turn, status
 from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.cli.main import app
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import summarize
-from fedtune.evaluation.endpoint import Endpoint, Unanswered, check_judge, key_of
 from fedtune.evaluation.judge import (
     TASKS,
     Mark,
@@ -35,274 +34,7 @@ from fedtune.evaluation.judge import (
     outcome,
     score_in,
 )
-from fedtune.evaluation.subject import EvalSettings, JudgeSettings, Outcome, Subject
-
-KEY = "sk-not-a-real-key-4711"
-VARIABLE = "FEDTUNE_TEST_JUDGE_KEY"
-
-
-class Asked:
-    """One request as the judge got it."""
-
-    def __init__(self, path: str, headers: dict[str, str], body: Any) -> None:
-        self.path, self.headers, self.body = path, headers, body
-
-    @property
-    def said(self) -> str:
-        return str(self.body["messages"][-1]["content"])
-
-
-class Judge(ThreadingHTTPServer):
-    """Answers as `play` says: a status and a body, or None for a connection that `play` has served itself."""
-
-    daemon_threads = True
-    Play = Callable[[Asked, "Judge", BaseHTTPRequestHandler], "tuple[int, dict[str, str], bytes] | None"]
-
-    def __init__(self, play: Play) -> None:
-        self.play, self.asked, self.over = play, list[Asked](), threading.Event()
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that leave early are what some tests are about."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server = self.server
-        assert isinstance(server, Judge)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked = Asked(self.path, dict(self.headers), body)
-        server.asked.append(asked)
-        played = server.play(asked, server, self)
-        if played is not None:
-            status, headers, data = played
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    do_GET = do_POST
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-
-def completion(text: Any) -> tuple[int, dict[str, str], bytes]:
-    body = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
-
-
-def status(code: int, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return code, named, f"no, and your key was {KEY}".encode()
-
-
-def in_turn(*replies: tuple[int, dict[str, str], bytes]) -> Judge.Play:
-    """The replies one after the other, then the last one for ever."""
-    return lambda asked, server, handler: replies[min(len(server.asked), len(replies)) - 1]
-
-
-@pytest.fixture
-def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Judge.Play], Judge]]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running: list[Judge] = []
-
-    def start(play: Judge.Play) -> Judge:
-        server = Judge(play)
-        running.append(server)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return server
-
-    yield start
-    for server in running:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
-
-
-Playing = Callable[[Judge.Play], Judge]
-ASK = [{"role": "user", "content": "well?"}]
-
-
-def endpoint(server: Judge, waits: list[float] | None = None, **changes: Any) -> Endpoint:
-    plain: dict[str, Any] = {
-        "url": server.url,
-        "model": "strict-judge",
-        "key": KEY,
-        "timeout_s": 20.0,
-        "retries": 2,
-        "sleep": (waits if waits is not None else []).append,
-    }
-    return Endpoint(**plain | changes)
-
-
-def ask(server: Judge, waits: list[float] | None = None, **changes: Any) -> float:
-    return endpoint(server, waits, **changes).ask(ASK, score_in, max_tokens=2048)[1]
-
-
-def test_a_question_is_a_chat_completion_at_temperature_0(playing: Playing) -> None:
-    server = playing(in_turn(completion("Fine. Rating: [[8.5]]")))
-    assert ask(server, url=server.url + "/") == 8.5
-    (asked,) = server.asked
-    assert asked.path == "/v1/chat/completions"
-    assert asked.headers["Authorization"] == f"Bearer {KEY}"
-    assert asked.body == {"model": "strict-judge", "messages": ASK, "temperature": 0, "max_tokens": 2048}
-    ask(server, key=None)
-    assert "Authorization" not in server.asked[1].headers
-
-
-@pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
-def test_a_failure_that_may_pass_is_retried(playing: Playing, code: int) -> None:
-    waits: list[float] = []
-    server = playing(in_turn(status(code), status(code), completion("[[3]]")))
-    assert ask(server, waits) == 3
-    assert len(server.asked) == 3
-    assert waits == [1, 2]
-
-
-def test_retries_end_and_waits_are_bounded(playing: Playing) -> None:
-    waits: list[float] = []
-    server = playing(in_turn(status(503)))
-    with pytest.raises(Unanswered, match=r"^8 attempts, the last: status 503$"):
-        ask(server, waits, retries=7)
-    assert len(server.asked) == 8
-    assert waits == [1, 2, 4, 8, 16, 32, 60]
-    waits.clear()
-    server = playing(
-        in_turn(
-            status(429, Retry_After="7"),
-            status(429, Retry_After="86400"),
-            status(429, Retry_After="-3"),
-            status(429, Retry_After="nan"),
-            status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
-            completion("[[5]]"),
-        )
-    )
-    assert ask(server, waits, retries=5) == 5
-    assert waits == [7, 60, 4, 8, 16]
-
-
-NONSENSE = {
-    "no JSON": (200, {}, b"<html>"),
-    "no bytes": (200, {}, b""),
-    "no choices": (200, {}, b'{"choices": []}'),
-    "a list": (200, {}, b"[1]"),
-    "deep": (200, {}, b"[" * 100_000),
-    "not UTF-8": (200, {}, b"\xff\xfe\x00"),
-    "no text": completion(None),
-    "parts": completion([{"type": "text", "text": "[[5]]"}]),
-    "no mark": completion("I would rather not say."),
-    "off the scale": completion("Rating: [[11]]"),
-    "zero": completion("Rating: [[0]]"),
-    "words": completion("Rating: [[eight]]"),
-    "empty": completion(""),
-    "huge": (200, {}, b" " * ((4 << 20) + 1)),
-}
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_retried_and_never_becomes_a_score(playing: Playing, name: str) -> None:
-    server = playing(in_turn(NONSENSE[name], completion("[[6]]")))
-    assert ask(server) == 6
-    server = playing(in_turn(NONSENSE[name]))
-    with pytest.raises(Unanswered, match="3 attempts, the last: "):
-        ask(server)
-    assert len(server.asked) == 3
-
-
-def hang(asked: Asked, server: Judge, handler: BaseHTTPRequestHandler) -> None:
-    server.over.wait(60)
-
-
-def drip(asked: Asked, server: Judge, handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then, so that no single wait is long."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
-    while not server.over.wait(0.02):
-        handler.wfile.write(b"x")
-
-
-def hang_up(asked: Asked, server: Judge, handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
-    handler.close_connection = True
-
-
-@pytest.mark.parametrize(
-    ("play", "why"),
-    [
-        (hang, "no reply within 0.3 s"),
-        (drip, "no reply within 0.3 s"),
-        (hang_up, "1 bytes that are not a chat completion"),
-    ],
-)
-def test_a_request_has_an_end(playing: Playing, play: Any, why: str) -> None:
-    server = playing(play)
-    with pytest.raises(Unanswered, match=f"2 attempts, the last: {why}"):
-        ask(server, timeout_s=0.3, retries=1)
-    assert len(server.asked) == 2
-
-
-def test_a_slow_reply_in_time_counts(playing: Playing) -> None:
-    def slow(asked: Asked, server: Judge, handler: BaseHTTPRequestHandler) -> Any:
-        server.over.wait(0.2)
-        return completion("[[4]]")
-
-    assert ask(playing(slow)) == 4
-
-
-def test_nobody_listens(playing: Playing) -> None:
-    server = playing(in_turn(completion("[[4]]")))
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(Unanswered, match="ConnectionRefusedError"):
-        ask(server)
-
-
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed_and_the_key_stays(playing: Playing, code: int) -> None:
-    other = playing(in_turn(completion("[[10]]")))
-    server = playing(in_turn(status(code, Location=f"{other.url}/chat/completions?k={KEY}")))
-    with pytest.raises(InputError, match=f"answered {code}, a redirect to .*which is not followed") as caught:
-        ask(server)
-    assert other.asked == [] and len(server.asked) == 1
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize(("code", "name"), [(401, VARIABLE), (403, "model"), (404, "url"), (405, "url")])
-def test_a_wrong_setting_ends_it_at_once(playing: Playing, code: int, name: str) -> None:
-    server = playing(in_turn(status(code)))
-    name = "key_variable" if name == VARIABLE else name
-    with pytest.raises(InputError, match=f"answered {code}: .*{name}") as caught:
-        ask(server)
-    assert len(server.asked) == 1
-    assert KEY not in str(caught.value)
-
-
-def test_a_question_that_is_refused_is_not_repeated(playing: Playing) -> None:
-    server = playing(in_turn(status(400)))
-    with pytest.raises(Unanswered, match=r"^the question was refused with status 400$"):
-        ask(server)
-    assert len(server.asked) == 1
-
-
-def test_a_reply_with_the_key_is_told_without_it(playing: Playing) -> None:
-    server = playing(in_turn(completion(f"You sent {KEY}. [[7]]")))
-    reply, score = endpoint(server).ask(ASK, score_in, max_tokens=9)
-    assert (reply, score) == ("You sent [key]. [[7]]", 7)
-    server = playing(in_turn(completion(f"You sent {KEY}.")))
-    with pytest.raises(Unanswered, match=r"You sent \[key\]"):
-        ask(server)
-    assert KEY not in repr(endpoint(server))
-
-
-def test_halves_of_characters_cannot_break_a_file(playing: Playing) -> None:
-    server = playing(in_turn((200, {}, rb'{"choices": [{"message": {"content": "\ud800 [[7]]"}}]}')))
-    assert endpoint(server).ask(ASK, score_in, max_tokens=9) == ("? [[7]]", 7)
+from fedtune.evaluation.types import EvalEnv, EvalSettings, JudgeSettings, Outcome
 
 
 @pytest.mark.parametrize(
@@ -330,57 +62,6 @@ def test_a_mark_is_on_the_scale_or_none(reply: str) -> None:
     assert score is None or 1 <= score <= 10
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "judge",
-        "file:///etc/passwd",
-        "ftp://h/v1",
-        "http://",
-        "http://h:x/v1",
-        "http://h/v 1",
-        "http://h:0/v1",
-    ],
-)
-def test_an_address_must_be_one(url: str) -> None:
-    with pytest.raises(InputError, match="url must be the base of an OpenAI-compatible endpoint"):
-        check_judge(url, None)
-
-
-def test_secrets_do_not_go_into_a_configuration() -> None:
-    for url in (
-        f"https://me:{KEY}@h/v1",
-        f"https://{KEY}@h/v1",
-        f"https://h/v1?key={KEY}",
-        f"https://h/v1#{KEY}",
-    ):
-        with pytest.raises(
-            InputError, match="url must not hold a user name, a password or a query"
-        ) as caught:
-            check_judge(url, None)
-        assert KEY not in str(caught.value)
-    with pytest.raises(InputError, match="never the key itself") as caught:
-        check_judge("https://h/v1", KEY)
-    assert KEY not in str(caught.value)
-    check_judge("https://h:8000/v1", "JUDGE_KEY")
-    check_judge("http://[::1]:8000/v1", None)
-
-
-def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert key_of(None) is None
-    monkeypatch.setenv(VARIABLE, f" {KEY}\n")
-    assert key_of(VARIABLE) == KEY
-    monkeypatch.setenv(VARIABLE, f"{KEY}\r\nX-Other: 1")
-    with pytest.raises(InputError, match="holds blanks") as caught:
-        key_of(VARIABLE)
-    assert KEY not in str(caught.value)
-    for setting in (lambda: monkeypatch.setenv(VARIABLE, " "), lambda: monkeypatch.delenv(VARIABLE)):
-        setting()
-        with pytest.raises(InputError, match=f"environment variable {VARIABLE} is not set"):
-            key_of(VARIABLE)
-
-
 PROMPTS = [
     {"name": "single-v1", "prompt_template": "Q {question} A {answer}"},
     {"name": "single-math-v1", "prompt_template": "Q {question} R {ref_answer_1} A {answer}"},
@@ -395,11 +76,13 @@ PROMPTS = [
     },
     {"name": "pair-v2", "prompt_template": "compare {answer_a} and {answer_b}"},
 ]
+
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]},
     {"question_id": 111, "category": "math", "turns": ["1 + 1?", "Twice that?"]},
     {"question_id": 141, "category": "humanities", "turns": ["Who?"]},
 ]
+
 REFERENCES = [{"question_id": 111, "choices": [{"turns": ["2", "4"]}]}]
 
 
@@ -419,7 +102,7 @@ def files(folder: Path, **changed: Sequence[Any]) -> dict[str, str]:
     return {name: lines(folder / f"{name}.jsonl", value) for name, value in rows.items()}
 
 
-class Scripted(Subject):
+class Scripted(EvalEnv):
     """A model that answers each prompt with its call's and place's number."""
 
     def __init__(self, tokenizer: Any = None, **changes: Any) -> None:
@@ -433,10 +116,10 @@ class Scripted(Subject):
 
 
 def test_the_second_turn_sees_the_first_answer(tmp_path: Path) -> None:
-    subject = Scripted(files=files(tmp_path))
-    answers = answer(subject, load_questions(subject))
-    assert [options["temperature"] for _, options in subject.calls] == [0.0, 0.1, 0.7, 0.0, 0.7]
-    assert [prompts for prompts, _ in subject.calls] == [
+    env = Scripted(files=files(tmp_path))
+    answers = answer(env, load_questions(env))
+    assert [options["temperature"] for _, options in env.calls] == [0.0, 0.1, 0.7, 0.0, 0.7]
+    assert [prompts for prompts, _ in env.calls] == [
         ["1 + 1?\nAnswer:"],
         ["Who?\nAnswer:"],
         ["Write.\nAnswer:"],
@@ -444,8 +127,8 @@ def test_the_second_turn_sees_the_first_answer(tmp_path: Path) -> None:
         ["Write.\nAnswer: said{3.0}\n\nRewrite.\nAnswer:"],
     ]
     assert answers == [["said{3.0}", "said{5.0}"], ["said{1.0}", "said{4.0}"], ["said{2.0}"]]
-    assert {options["max_new_tokens"] for _, options in subject.calls} == {1024}
-    assert len({options["seed"] for _, options in subject.calls}) == 5
+    assert {options["max_new_tokens"] for _, options in env.calls} == {1024}
+    assert len({options["seed"] for _, options in env.calls}) == 5
 
 
 class Chat:
@@ -458,11 +141,11 @@ class Chat:
 
 
 def test_a_chat_template_goes_before_the_runs_own() -> None:
-    subject = Scripted(Chat())
+    env = Scripted(Chat())
     # without the begin token, which generation puts in front of any prompt
-    assert conversation(subject, ["Write."], []) == "<user>Write.<assistant>"
+    assert conversation(env, ["Write."], []) == "<user>Write.<assistant>"
     assert (
-        conversation(subject, ["Write.", "Rewrite."], ["So."])
+        conversation(env, ["Write.", "Rewrite."], ["So."])
         == "<user>Write.<assistant>So.<user>Rewrite.<assistant>"
     )
 
@@ -474,11 +157,11 @@ def scores_by_prompt(marks: dict[str, str]) -> Judge.Play:
     return play
 
 
-def run(subject: Subject, server: Judge, **changes: Any) -> Outcome:
+def run(env: EvalEnv, server: Judge, **changes: Any) -> Outcome:
     plain: dict[str, Any] = {"timeout_s": 20.0, "retries": 1, "key_variable": None, "model": "strict-judge"}
     judging = JudgeSettings(url=server.url, **plain | changes)
-    subject.settings = EvalSettings(**{**vars(subject.settings), "judge": judging})
-    return TASKS["mt-bench"].function(subject)
+    env.settings = EvalSettings(**{**vars(env.settings), "judge": judging})
+    return TASKS["mt-bench"].function(env)
 
 
 def test_mt_bench_by_hand(playing: Playing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,16 +280,16 @@ def test_nothing_is_asked_before_the_settings_hold(
     playing: Playing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = playing(in_turn(completion("[[5]]")))
-    subject = Scripted(files=files(tmp_path))
+    env = Scripted(files=files(tmp_path))
     with pytest.raises(InputError, match=r"needs a judge: set evaluation\.judge\.url"):
-        TASKS["mt-bench"].function(subject)
+        TASKS["mt-bench"].function(env)
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(InputError, match=f"{VARIABLE} is not set"):
-        run(subject, server, key_variable=VARIABLE)
+        run(env, server, key_variable=VARIABLE)
     with pytest.raises(ValidationError, match="never the key itself") as refused:
         JudgeSettings(url=server.url, model="judge", key_variable=KEY)
     assert KEY not in str(refused.value)
-    assert subject.calls == [] and server.asked == []
+    assert env.calls == [] and server.asked == []
 
 
 @pytest.mark.parametrize(
@@ -628,9 +311,9 @@ def test_nothing_is_asked_before_the_settings_hold(
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], match: str) -> None:
-    subject = Scripted(files=files(tmp_path, **changed))
+    env = Scripted(files=files(tmp_path, **changed))
     with pytest.raises(InputError, match=match):
-        load_prompts(subject, load_questions(subject))
+        load_prompts(env, load_questions(env))
 
 
 @pytest.mark.parametrize(
@@ -639,16 +322,16 @@ def test_files_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], match: s
 )
 def test_a_judge_prompt_has_the_published_fields(tmp_path: Path, template: str) -> None:
     prompts = [{"name": "single-v1", "system_prompt": "", "prompt_template": template}]
-    subject = Scripted(files=files(tmp_path, mt_bench=QUESTIONS[2:], mt_bench_prompts=prompts))
+    env = Scripted(files=files(tmp_path, mt_bench=QUESTIONS[2:], mt_bench_prompts=prompts))
     with pytest.raises(InputError, match="prompt_template of single-v1"):
-        load_prompts(subject, load_questions(subject))
+        load_prompts(env, load_questions(env))
 
 
 def test_a_limit_counts_questions_only(tmp_path: Path) -> None:
-    subject = Scripted(files=files(tmp_path), limit=2)
-    questions = load_questions(subject)
+    env = Scripted(files=files(tmp_path), limit=2)
+    questions = load_questions(env)
     assert [question.id for question in questions] == [81, 111]
-    assert len(load_prompts(subject, questions)) == 4
+    assert len(load_prompts(env, questions)) == 4
 
 
 def real(folder: Path) -> dict[str, str]:
@@ -661,9 +344,9 @@ def real(folder: Path) -> dict[str, str]:
 
 
 def test_the_published_files_are_read_whole(playing: Playing, shared_data: Path) -> None:
-    subject = Scripted(files=real(shared_data))
+    env = Scripted(files=real(shared_data))
     server = playing(in_turn(completion("Rating: [[7]]")))
-    found = run(subject, server)
+    found = run(env, server)
     assert found.metrics["score"].value == 7 and found.more == {"unjudged": 0}
     assert len(server.asked) == 160
     assert sum("Reference" in one.said for one in server.asked) == 60  # 10 each of math, reasoning, coding
@@ -693,10 +376,10 @@ def test_a_real_model_is_judged(playing: Playing, shared_data: Path, shared_mode
         in_turn(completion("[[2]]"), completion("[[3]]"), completion("[[2]]"), completion("[[1]]"))
     )
     with torch.no_grad():
-        subject = Subject(model.eval(), AutoTokenizer.from_pretrained(folder), (), settings)
-        found = run(subject, server)
+        env = EvalEnv(model.eval(), AutoTokenizer.from_pretrained(folder), (), settings)
+        found = run(env, server)
     assert found.metrics["score"].value == 2
-    assert subject.truncated == 0
+    assert env.truncated == 0
     start, end = "[The Start of Assistant's Answer]\n", "\n[The End of Assistant's Answer]"
     said = server.asked[0].said.partition(start)[2].removesuffix(end)
     assert said and f"### Assistant A:\n{said}\n" in server.asked[1].said

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fedtune.models import just_in_time, openmp
-from fedtune.models.just_in_time import Formed
+from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.openmp import team
 from fedtune.models.tuning import attach_lora, train_all, trainable
 
@@ -126,7 +126,7 @@ def test_a_model_computes_with_formed_weights_and_keeps_its_own(kind: str, threa
     if kind != "lora":
         train_all(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    formed = Formed(trainable(model), shifted)
+    formed = JustInTimeWeights(trainable(model), shifted)
     with torch.no_grad():
         plain = model(**batch(kind)).logits
         with formed:
@@ -146,7 +146,7 @@ def test_half_precision(dtype: torch.dtype, threads: int) -> None:
     torch.manual_seed(0)
     for model in (llama(attention_bias=True, tie_word_embeddings=True), gpt2()):
         model = train_all(model).to(dtype).eval()
-        with torch.no_grad(), Formed(trainable(model), shifted):
+        with torch.no_grad(), JustInTimeWeights(trainable(model), shifted):
             found = model(**batch("llama")).logits
         expected = written(model)(**batch("llama")).logits
         assert found.dtype == dtype
@@ -172,7 +172,7 @@ def test_any_linear_layer_and_every_element_formed_once(
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(just_in_time, "CHUNK", {"cpu": chunk})
         patch.setattr(just_in_time, "SHARE", share)
-        with Formed(dict(layer.named_parameters()), form):
+        with JustInTimeWeights(dict(layer.named_parameters()), form):
             found = layer(x)
         assert all(bool((count == 1).all()) for count in counts.values())
         assert_close(found, written(layer)(x), rtol=1e-4, atol=1e-5)
@@ -195,7 +195,7 @@ def test_any_look_up_has_the_bits_of_the_whole_table(
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(just_in_time, "CHUNK", {"cpu": chunk})
         patch.setattr(just_in_time, "GAP", {"cpu": gap})
-        with Formed(dict(table.named_parameters()), form):
+        with JustInTimeWeights(dict(table.named_parameters()), form):
             found = table(torch.tensor(ids, dtype=torch.int64).view(1, -1))
         assert set(ids) <= set(formed) and (len(formed) == len(set(formed)))
         if gap == 0 and ids:
@@ -206,7 +206,11 @@ def test_any_look_up_has_the_bits_of_the_whole_table(
 def test_ids_out_of_range_are_pytorchs_error() -> None:
     table = nn.Embedding(5, 2)
     for bad in (-1, 5):
-        with torch.no_grad(), Formed(dict(table.named_parameters()), shifted), pytest.raises(IndexError):
+        with (
+            torch.no_grad(),
+            JustInTimeWeights(dict(table.named_parameters()), shifted),
+            pytest.raises(IndexError),
+        ):
             table(torch.tensor([1, bad]))
 
 
@@ -225,7 +229,7 @@ def test_a_weight_that_another_module_reads_is_formed_too() -> None:
 
     model = Sharing()
     with torch.no_grad():
-        with Formed(trainable(model), shifted):
+        with JustInTimeWeights(trainable(model), shifted):
             found = model(torch.tensor([2, 5]))
         assert_close(found, written(model)(torch.tensor([2, 5])))
 
@@ -239,7 +243,7 @@ def test_no_more_of_a_matrix_exists_than_a_chunk_a_thread(threads: int) -> None:
             sizes.append(out.untyped_storage().nbytes())
         shifted(name, own, out, first)
 
-    with torch.no_grad(), Formed({"w": layer.weight}, form):
+    with torch.no_grad(), JustInTimeWeights({"w": layer.weight}, form):
         layer(torch.ones(2, 8))
     assert len(sizes) >= 80 * 8 * 4 // 256 and max(sizes) <= 256
 
@@ -256,14 +260,14 @@ def test_an_error_while_forming_comes_out_and_the_mode_ends(threads: int) -> Non
     x = torch.ones(2, 8)
     with torch.no_grad():
         before = layer(x)
-        with pytest.raises(ValueError, match="half way"), Formed({"w": layer.weight}, form):
+        with pytest.raises(ValueError, match="half way"), JustInTimeWeights({"w": layer.weight}, form):
             layer(x)
         assert torch.equal(layer(x), before)
 
 
 def test_inference_mode(small_pieces: None, threads: int) -> None:
     layer = nn.Linear(8, 80)
-    with torch.inference_mode(), Formed(trainable(layer), shifted):
+    with torch.inference_mode(), JustInTimeWeights(trainable(layer), shifted):
         found = layer(torch.ones(2, 8))
     with torch.no_grad():
         assert_close(found.clone(), written(layer)(torch.ones(2, 8)))
@@ -283,7 +287,7 @@ def test_a_team_shares_work_and_hands_on_what_is_raised(threads: int) -> None:
 
 
 @pytest.mark.skipif(
-    openmp._parallel() is None, reason="PyTorch has no OpenMP library that can be called here"
+    openmp.parallel_region() is None, reason="PyTorch has no OpenMP library that can be called here"
 )
 def test_a_team_is_two_threads_at_once_and_pytorch_works_alone_in_each() -> None:
     here = threading.Barrier(2, timeout=60)

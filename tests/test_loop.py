@@ -163,7 +163,7 @@ def test_replies_of_others_are_not_believed(
     change: Callable[[Arrival], list[Arrival]], clients: list[int], reason: str | None
 ) -> None:
     federation = bench()
-    federation.loop._transport = Rewriting(federation.loop._transport, change)  # type: ignore[attr-defined]
+    federation.loop.transport = Rewriting(federation.loop.transport, change)
     outcome = federation.round(1, quorum=3)
     assert outcome.clients == clients
     assert federation.state.w.item() == pytest.approx(sum(clients) / len(clients))
@@ -308,7 +308,7 @@ def test_payload_bytes_are_twice_m_rounds_and_size(rounds: int, per_round: int |
 def test_the_ledger_enters_the_bytes_that_the_transport_carried() -> None:
     carried: list[tuple[int, str, int]] = []
     federation = bench()
-    inner = federation.loop._transport
+    inner = federation.loop.transport
 
     class Watching:
         def exchange(
@@ -323,7 +323,7 @@ def test_the_ledger_enters_the_bytes_that_the_transport_carried() -> None:
                 carried.append((arrival.client, "up", len(arrival.frame)))
                 yield arrival
 
-    federation.loop._transport = Watching()
+    federation.loop.transport = Watching()
     federation.round(1)
     assert [(e["client"], e["direction"], e["framed_bytes"]) for e in federation.wire] == carried
 

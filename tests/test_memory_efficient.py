@@ -73,7 +73,7 @@ def test_a_model_that_cannot_compute_again_is_refused() -> None:
 
 def test_the_loss_by_hand_and_with_one_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniform logits over 4096 words: a loss of ln 4096, and a slope of 1/4096 − 1 at each right word."""
-    monkeypatch.setattr("fedtune.models.memory_efficient._ELEMENTS", 4 * 4096)  # few rows at a time
+    monkeypatch.setattr("fedtune.models.memory_efficient.ELEMENTS", 4 * 4096)  # few rows at a time
     logits = torch.zeros(2, 300, 4096, requires_grad=True)
     labels = torch.full((2, 300), 7)
     labels[1, 100:] = IGNORED

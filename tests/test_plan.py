@@ -23,7 +23,7 @@ from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.plan import plan
 from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, quantity
-from fedtune.planning.rank import CANDIDATES, Candidate, Means, judge, plan_all
+from fedtune.planning.rank import CANDIDATES, Candidate, ClientResources, judge, plan_all
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "plan_results.py"))
@@ -244,7 +244,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
     return plan_all(str(folder), ["data.max_length=8", "data.clients=3"], examples=4)
 
 
-PLENTY = Means(memory=1e12, uplink=1e6, downlink=8e6, model_private=False)
+PLENTY = ClientResources(memory=1e12, uplink=1e6, downlink=8e6, model_private=False)
 
 
 def test_ranking_orders_by_time_and_says_why_not(candidates: list[Candidate]) -> None:
@@ -268,20 +268,20 @@ def test_ranking_orders_by_time_and_says_why_not(candidates: list[Candidate]) ->
 
 
 def test_a_private_model_and_little_memory(candidates: list[Candidate]) -> None:
-    private = judge(candidates, Means(1e12, 1e6, 8e6, model_private=True))
+    private = judge(candidates, ClientResources(1e12, 1e6, 8e6, model_private=True))
     fitting = {row["method"] for row in private["methods"] if row["fits"]}
     assert fitting == {"fedbiot", "fedot"} and private["pick"]["method"] in fitting
     rows = {row["method"]: row for row in judge(candidates, PLENTY)["methods"]}
     peak = rows["fedavg, full"]["plan"]["client_peak_memory_bytes"]["total"]
-    less = judge(candidates, Means(peak - 1, 1e6, 8e6, model_private=False))
+    less = judge(candidates, ClientResources(peak - 1, 1e6, 8e6, model_private=False))
     refused = {row["method"]: row for row in less["methods"]}["fedavg, full"]
     assert not refused["fits"] and "of memory and has" in refused["reasons"][0]
-    nothing = judge(candidates, Means(1.0, 1e6, 8e6, model_private=False))
+    nothing = judge(candidates, ClientResources(1.0, 1e6, 8e6, model_private=False))
     assert nothing["pick"]["method"] is None
 
 
 def test_computing_counts_where_the_speed_is_known(candidates: list[Candidate]) -> None:
-    slow = judge(candidates, Means(1e12, 1e12, 1e12, model_private=False, speed=1e6))
+    slow = judge(candidates, ClientResources(1e12, 1e12, 1e12, model_private=False, speed=1e6))
     row = {row["method"]: row for row in slow["methods"]}["fedavg, lora"]
     steps = row["plan"]["local_steps"]["most"]
     assert steps == 1  # four examples, batches of eight

@@ -21,6 +21,7 @@ from scipy import stats
 from toy import items
 
 from fedtune.config.file import load_config, parse_config
+from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import QuorumError
 from fedtune.errors import InputError
 from fedtune.federation import run as runs
@@ -28,7 +29,6 @@ from fedtune.federation.progress import Silent
 from fedtune.protection.account import PrivacyAccount
 from fedtune.protection.noise import add_noise_, clip_, epsilon, poisson_cohort
 from fedtune.protection.settings import Privacy, SecureAggregation
-from fedtune.transport.in_process import InProcess
 
 UNIT = 2.0**-44  # of FedAvg's sums
 
@@ -265,7 +265,7 @@ def test_whom_a_round_asks_is_not_in_the_configuration(tmp_path: Path) -> None:
         drawn.append([spending.cohort(examples)])
         for _ in range(20):  # used sums move the draw on; before, it is the same again
             assert spending.cohort(examples) == drawn[-1][-1]
-            spending._take([{"clients": []}])
+            spending.enter([{"clients": []}])
             drawn[-1].append(spending.cohort(examples))
     assert drawn[0] == drawn[1]  # continued
     assert drawn[0] != drawn[2]  # another run
@@ -303,7 +303,7 @@ def test_epsilon_is_in_every_round_and_goes_on_after_a_kill_and_a_rollback(
 ) -> None:
     write_config(tmp_path / "c.yaml", config(federation={"simulate": {"dropout": 0.2}, "quorum": 1}))
     settings, calls = load_config(tmp_path / "c.yaml"), 0
-    handle = InProcess._run
+    handle = ClientRunner.handle
 
     def killed(self: Any, client: int, frame: bytes) -> Any:
         nonlocal calls
@@ -312,7 +312,7 @@ def test_epsilon_is_in_every_round_and_goes_on_after_a_kill_and_a_rollback(
             raise KeyboardInterrupt
         return handle(self, client, frame)
 
-    monkeypatch.setattr(InProcess, "_run", killed)
+    monkeypatch.setattr(ClientRunner, "handle", killed)
     with pytest.raises(KeyboardInterrupt):
         runs.run(settings, tmp_path / "run", Silent())
     summary = runs.run(settings, tmp_path / "run", Silent(), resume=True)

@@ -26,6 +26,7 @@ from fedtune.federation.results import replay
 from fedtune.federation.run import run
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedkseed import method as fedkseed
+from fedtune.methods.fedkseed.settings import State
 
 METHODS = {
     "lora": {"name": "fedavg", "local_steps": 1, "lora": {"rank": 2}},
@@ -126,7 +127,7 @@ def test_clients_server_and_a_replay_elsewhere_hold_the_same_bits(
     parts.runner.use(model)
     w0 = as_bits(dict(model.named_parameters()))
     saved = checkpoint.load(tmp_path / "run/checkpoints", 3, config_sha256=config.sha256())
-    state = from_payload(fedkseed.State, saved.state)
+    state = from_payload(State, saved.state)
     [(_, exported)] = ((n, as_bits(dict(m.named_parameters()))) for n, m in parts.method.export(state, model))
     assert exported == replayed
     assert all(exported[name] != w0[name] for name in w0)

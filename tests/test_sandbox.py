@@ -347,7 +347,7 @@ def test_programs_get_no_namespaces_of_their_own_so_a_refusal_is_seen_there(name
 
 def test_a_refusal_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sandbox, "_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
+        sandbox, "run_child", lambda job, patience: {"refused": "unshare: Operation not permitted"}
     )
     with pytest.raises(InputError, match=r"unshare: Operation not permitted.*evaluation\.code\.isolation"):
         sandbox.check("namespaces")

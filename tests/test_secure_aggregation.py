@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +10,28 @@ import numpy as np
 import pytest
 import torch
 from command import write_config
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given
-from hypothesis import strategies as st
-from protected import DATA, Bent, federation, kseed
+from protected import DATA, federation, kseed
 from scipy import stats
-from torch import Tensor
+from secure_rounds import SECURE, bits_of, equal
 from toy import items
 
 from fedtune.config.file import load_config, parse_config
+from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import QuorumError
-from fedtune.core.state import to_payload
-from fedtune.core.types import ClientError, Payload
-from fedtune.core.wire import Content, encode
+from fedtune.core.types import Payload
 from fedtune.errors import InputError
 from fedtune.federation import run as runs
 from fedtune.federation.journal import Journal
 from fedtune.federation.progress import Silent
+from fedtune.measure.clock import Clock
 from fedtune.protection import masking
 from fedtune.protection.settings import SecureAggregation, threshold_of
 from fedtune.transport.in_process import InProcess, Simulation
 
-SECURE = SecureAggregation()
-WIDTHS = st.sampled_from([40, 48, 56, 64])
-
-
-def bits_of(bench: Any) -> dict[str, Tensor]:
-    return dict(to_payload(bench.state).tensors)
-
-
-def equal(one: Any, other: Any) -> bool:
-    mine, theirs = bits_of(one), bits_of(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-# The primitives
-
-
-@given(bits=WIDTHS, data=st.data())
-def test_numbers_survive_packing_and_sums_are_modulo_two_to_the_bits(bits: int, data: Any) -> None:
-    limit = 2 ** (bits - 3)
-    rows = data.draw(
-        st.lists(st.lists(st.integers(-limit, limit - 1), min_size=5, max_size=5), min_size=1, max_size=4)
-    )
-    total = np.zeros(5, dtype=np.uint64)
-    for row in rows:
-        packed = masking.pack(np.array(row, dtype=np.int64).view(np.uint64), bits)
-        assert packed.shape == (5, bits // 8)
-        masking.add_packed(total, packed)
-    assert masking.signed(total, bits).tolist() == [sum(column) for column in zip(*rows, strict=True)]
-
-
-@given(bits=WIDTHS)
-def test_a_mask_is_the_key_stream_of_aes_and_can_be_taken_off(bits: int) -> None:
-    count = masking.CHUNK + 3  # more than one piece
-    vector, key = np.arange(count, dtype=np.uint64), bytes(range(32))
-    masking.add_mask(vector, key, bits)
-    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(count * bits // 8))
-    width = bits // 8
-    for at in (0, 1, masking.CHUNK, count - 1):
-        mask = int.from_bytes(stream[at * width : (at + 1) * width], "little")
-        assert int(vector[at]) == (at + mask) % 2**64
-    masking.add_mask(vector, key, bits, subtract=True)
-    assert np.array_equal(vector, np.arange(count, dtype=np.uint64))
-
-
-def test_shares_give_the_secret_from_the_threshold_on() -> None:
-    secret = masking.fresh(16)
-    shares = dict(enumerate(masking.deal(secret, 3, 5)))
-    for some in itertools.combinations(shares, 3):
-        assert masking.combine({place: shares[place] for place in some}) == secret
-    assert masking.combine({place: shares[place] for place in (0, 4)}) != secret
-
-
-def test_two_parties_agree_and_labels_separate_keys() -> None:
-    mine, theirs = masking.fresh(32), masking.fresh(32)
-    shared = masking.agree(mine, masking.public_key(theirs), "mask")
-    assert shared == masking.agree(theirs, masking.public_key(mine), "mask")
-    assert shared != masking.agree(mine, masking.public_key(theirs), "shares")
-    with pytest.raises(ValueError, match=r".+"):
-        masking.agree(mine, bytes(32), "mask")
-
-
-def test_a_seal_holds_text_and_circumstances() -> None:
-    key = masking.fresh(32)
-    sealed = masking.seal(key, b"share", b"1 2 3")
-    assert masking.unseal(key, sealed, b"1 2 3") == b"share"
-    assert masking.unseal(key, sealed, b"1 2 4") is None
-    assert masking.unseal(key, sealed[:-1] + bytes([sealed[-1] ^ 1]), b"1 2 3") is None
-    assert masking.unseal(masking.fresh(32), sealed, b"1 2 3") is None
-
-
 # Exact sums
 
 ROUNDS = (3, 4, 5)  # client 2 drops out of the second, client 1 of the third
+
 METHODS: dict[str, Any] = {
     "mean": {},
     "momentum": {"server_optimizer": {"name": "momentum"}},
@@ -274,174 +200,6 @@ def test_the_server_never_gets_both_kinds_of_shares_of_one_client() -> None:
             assert wanted == dealt[sender]["commitments"][client, 1 if sender == 0 else 0].numpy().tobytes()
 
 
-# Clients that break or lie
-
-
-def changed(phase: str, client: int, **new: Any) -> Any:
-    """A change of one client's reply in one phase; each value makes the new tensor from the old."""
-    return lambda at, c, tensors: (
-        tensors | {name: make(tensors[name]) for name, make in new.items()}
-        if (at, c) == (phase, client)
-        else None
-    )
-
-
-BROKEN: dict[str, tuple[Any, str]] = {
-    "a vector too short": (changed("masked", 2, masked=lambda t: t[:-1]), r"shape \(79, 8\) was asked"),
-    "a vector of floats": (changed("masked", 2, masked=lambda t: t.float()), "float32"),
-    "a key of zeros": (changed("keys", 2, keys=lambda t: t * 0), "a key that came twice"),
-    "a key that fixes the secret": (
-        changed("keys", 2, keys=lambda t: torch.stack([t[0], t[1] * 0])),
-        "a key that gives everyone the same secret",
-    ),
-    "a key too short": (changed("keys", 2, keys=lambda t: t[:, :-1]), r"shape \(2, 32\) was asked"),
-    "shares that do not open": (
-        changed("shares", 2, sealed=lambda t: t ^ 1),
-        r"the shares it sent do not open, so clients \[0, 1, 3\] say",
-    ),
-    "shares that are not as committed": (
-        changed("shares", 2, commitments=lambda t: t ^ 1),
-        r"the shares it sent do not open, so clients \[0, 1, 3\] say",
-    ),
-    "says that no share opens": (
-        changed("opened", 2, opened=lambda t: torch.tensor([False, False, True, False])),
-        r"it could not open the shares of clients \[0, 1, 3\], which others could",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_client_is_left_out_and_named(what: str, caplog: pytest.LogCaptureFixture) -> None:
-    bench, bent = federation(SECURE)
-    bent.reply, reason = BROKEN[what]
-    outcome = bench.round(1, quorum=0.5)
-    assert sorted(outcome.clients) == [0, 1, 3]
-    assert list(outcome.left_out) == [2]
-    assert re.search(reason, outcome.left_out[2])
-    assert "client 2 is left out" in caplog.text
-    plain, other = federation()
-    other.reply = lambda at, client, tensors: "no battery" if client == 2 else None
-    plain.round(1, quorum=0.5)
-    assert equal(plain, bench)
-
-
-def test_of_three_one_that_accuses_both_others_is_left_out_alone() -> None:
-    bench, bent = federation(SECURE, data={c: items(c, 1) for c in range(3)})
-    bent.reply = changed("opened", 0, opened=lambda t: torch.tensor([True, False, False]))
-    outcome = bench.round(1, quorum=0.5)
-    assert sorted(outcome.clients) == [1, 2]
-    assert list(outcome.left_out) == [0]
-
-
-def test_two_clients_with_one_key_are_both_left_out() -> None:
-    bench, bent = federation(SecureAggregation(threshold=3), data={c: items(c, 1) for c in range(5)})
-    bent.reply = lambda at, client, tensors: (
-        {"keys": bent.of("keys")[0]["keys"]} if (at, client) == ("keys", 4) else None
-    )
-    outcome = bench.round(1, quorum=0.5)
-    assert sorted(outcome.clients) == [1, 2, 3]
-    assert {c: "came twice" in reason for c, reason in outcome.left_out.items()} == {0: True, 4: True}
-
-
-def test_who_returns_other_shares_is_named_and_not_believed(caplog: pytest.LogCaptureFixture) -> None:
-    bench, bent = federation(SECURE)
-    bent.reply = changed("unmask", 2, shares=lambda t: t ^ 1)
-    bench.round(1)
-    assert "client 2 returned other shares of clients [0, 1, 2, 3] than it was given" in caplog.text
-    plain, _ = federation()
-    plain.round(1)
-    assert equal(plain, bench)
-
-
-def test_who_commits_to_another_secret_stops_the_round_and_is_named() -> None:
-    bench, bent = federation(SECURE)
-    bent.reply = changed("shares", 2, secret=lambda t: t ^ 1)
-    with pytest.raises(QuorumError, match="shares that client 2 dealt do not give the secret"):
-        bench.round(1)
-
-
-# A server that asks for too much
-
-
-def refused(bent: Bent, bench: Any, reason: str) -> None:
-    with pytest.raises(QuorumError, match=reason):
-        bench.round(1, quorum=0.5)
-
-
-def test_a_client_answers_each_phase_once() -> None:
-    bench, bent = federation(SECURE)
-    bench.round(1)
-    for phase in ("shares", "opened", "masked", "unmask"):
-        frame = next(frame for at, client, frame in bent.orders if (at, client) == (phase, 1))
-        with pytest.raises(ClientError, match=f"phase {phase} of round 1.*answered once; it holds nothing"):
-            bench.runner.handle(1, frame)
-    assert all(not state.tensors for state in bench.runner.states.values())  # secrets are gone
-
-
-@pytest.mark.parametrize("phase", ["shares", "opened", "masked"])
-def test_a_client_does_not_go_back(phase: str) -> None:
-    bench, bent = federation(SECURE)
-    frames: dict[str, bytes] = {}
-
-    def twice(at: str, client: int, tensors: dict[str, Tensor]) -> None:
-        if client == 1:
-            frames[at] = next(f for p, c, f in reversed(bent.orders) if (p, c) == (at, 1))
-            if at == phase:
-                with pytest.raises(ClientError, match="answered once; it holds phase"):
-                    bench.runner.handle(1, frames[at])
-
-    bent.reply = twice
-    bench.round(1)
-    assert phase in frames
-
-
-def test_a_client_refuses_to_unmask_for_too_few() -> None:
-    bench, bent = federation(SECURE)
-    bent.order = lambda at, client, tensors: {"survivors": torch.tensor([0, 1])} if at == "unmask" else None
-    refused(bent, bench, r"0 of 4 clients were there after phase unmask")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("threshold", [2], "a threshold of 2 of 4 clients is not safe"),
-        ("threshold", [1], "a threshold of 1 of 4 clients is not safe"),
-        ("clients", [0, 1, 2, 2], r"are said to be of clients \[0, 1, 2, 2\]"),
-        ("clients", [5, 6, 7, 8], r"are said to be of clients \[5, 6, 7, 8\]"),
-    ],
-)
-def test_a_client_refuses_unsafe_terms(name: str, value: list[int], reason: str) -> None:
-    bench, bent = federation(SECURE)
-    bent.order = lambda at, client, tensors: tensors | {name: torch.tensor(value)} if at == "shares" else None
-    refused(bent, bench, reason)
-
-
-def test_a_client_refuses_keys_in_the_name_of_others() -> None:
-    """The server puts a key of its own in the place of the client's, or one key in two places."""
-    for change, reason in (
-        (lambda keys: keys.flip(0), "as its own are not those that it made"),
-        (lambda keys: torch.stack([keys[0], keys[1], keys[2], keys[2]]), "two of the keys .* are the same"),
-    ):
-        bench, bent = federation(SECURE)
-        bent.order = lambda at, client, tensors, change=change: (  # type: ignore[misc]
-            tensors | {"keys": change(tensors["keys"])} if at == "shares" else None
-        )
-        refused(bent, bench, reason)
-
-
-def test_a_client_sends_no_plain_update_where_its_configuration_says_masks() -> None:
-    bench, _ = federation()
-    secure, _ = federation(SECURE)
-    frame = encode(Content(Payload({"w": torch.zeros(1), "more": torch.zeros(7, 11)}), {"round": 1}))
-    assert bench.runner.handle(1, frame)
-    with pytest.raises(ClientError, match="asked for a plain update"):
-        secure.runner.handle(1, frame)
-    keys = encode(Content(Payload(), {"round": 1, "phase": "keys"}))
-    assert secure.runner.handle(1, keys)
-    with pytest.raises(ClientError, match="which its configuration does not have"):
-        bench.runner.handle(1, keys)
-
-
 # Bytes, settings, whole runs
 
 
@@ -549,7 +307,7 @@ def test_a_killed_run_goes_on_under_masks_and_ends_with_the_same_bits(
     secure = load_config(tmp_path / "c.yaml")
     handled, kills = 0, iter([2, 9, 15, 18, 31, 10**9])
     limit = next(kills)
-    handle = InProcess._run
+    handle = ClientRunner.handle
 
     def run(self: Any, client: int, frame: bytes) -> Any:
         nonlocal handled
@@ -558,7 +316,7 @@ def test_a_killed_run_goes_on_under_masks_and_ends_with_the_same_bits(
             raise KeyboardInterrupt
         return handle(self, client, frame)
 
-    monkeypatch.setattr(InProcess, "_run", run)
+    monkeypatch.setattr(ClientRunner, "handle", run)
     resumed = 0
     while True:
         try:
@@ -592,12 +350,12 @@ def load_states(run: Path) -> list[str]:
 def test_the_journal_gives_back_what_a_client_kept_between_phases(tmp_path: Path) -> None:
     bench, bent = federation(SECURE)
     transport = Journal(bent, tmp_path, bench.runner.states)
-    bench.loop._transport = transport
+    bench.loop.transport = transport
     bench.round(1)
     first = bits_of(bench)
     again, _ = federation(SECURE)
-    again.loop._transport = Journal(
-        InProcess(again.runner, simulation=Simulation(), deadline_s=None, seed=0, clock=again.loop._clock),
+    again.loop.transport = Journal(
+        InProcess(again.runner, simulation=Simulation(), deadline_s=None, seed=0, clock=Clock()),
         tmp_path,
         again.runner.states,
     )

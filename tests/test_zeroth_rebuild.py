@@ -134,7 +134,7 @@ def test_hadamard4_for_processors_without_avx512_gives_the_same_bits(monkeypatch
     monkeypatch.setattr(vector, "HAS_PERMUTE", False)
     update = fast.Update(pool, a)
     monkeypatch.undo()
-    assert update._tables[0].size == 16 * pool.block
+    assert update.tables[0].size == 16 * pool.block
     w = np.empty_like(w0)
     fast.run(update.jobs(w, w0, "w", first=3), 1)
     assert same_bits(w, w0 + delta(pool, "w", n, a, first=3))
@@ -385,7 +385,7 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._jit(len) is len
+    assert kernels.jit(len) is len
     assert [options.get("cache", False) for options in asked] == [True, False]
 
 
@@ -433,8 +433,8 @@ def test_the_benchmark_times_the_papers_update_in_both_forms():
 
     torch.manual_seed(7)
     z0, z1 = torch.normal(0.0, 1.0, (3, 4)), torch.normal(0.0, 1.0, (5,))
-    for step in (rebuild._out_of_place, rebuild._in_place):
+    for step in (rebuild.out_of_place, rebuild.in_place):
         model = {"a": torch.ones(3, 4), "b": torch.ones(5)}
-        rebuild._seed_of_loop(model, step)
+        rebuild.seed_of_loop(model, step)
         torch.testing.assert_close(model["a"], 1 - 1e-6 * z0)
         torch.testing.assert_close(model["b"], 1 - 1e-6 * z1)

@@ -60,7 +60,7 @@ def interpreter() -> Iterator[None]:
 @pytest.fixture
 def taken_for_gpu(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's tensors go the way of those on a GPU; arrays stay on the CPU."""
-    monkeypatch.setattr(tensors, "_on_gpu", lambda w: isinstance(w, torch.Tensor))
+    monkeypatch.setattr(tensors, "on_gpu", lambda w: isinstance(w, torch.Tensor))
 
 
 def weights(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -31,7 +31,7 @@ from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.core.cohort import Cohort
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Payload
-from fedtune.core.wire import Content, decode, encode, room
+from fedtune.core.wire import Content, decode, empty_frame, encode
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
@@ -121,13 +121,13 @@ def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str,
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     for shape in shapes:
-        found = {case: _elsewhere(_measure_case, shape, case) for case in CASES}
+        found = {case: _elsewhere(measure_case, shape, case) for case in CASES}
         for key in ("peak_bytes", "rss_bytes"):
             for case, row in found.items():
                 for other in ("Fed-full", "FedLoRA"):
                     if case not in WHOLE and key in row and key in found[other]:
                         ratios[f"{key}: {shape}: {case} / {other}"] = row[key] / found[other][key]
-        times = _elsewhere(_backward_seconds, shape, "FedCyBGD, first")
+        times = _elsewhere(backward_seconds, shape, "FedCyBGD, first")
         for case, seconds in times["backward_seconds"].items():
             found[case] = found.get(case, {}) | {"backward_seconds": seconds}
             if case != "Fed-full":
@@ -137,7 +137,7 @@ def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str,
     return rows, ratios
 
 
-def _measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:
+def measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:
     """Memory of one case, in this process."""
     with _client(TINY, case, folder) as warm:
         warm(MemoryMeter("cpu"))
@@ -153,7 +153,7 @@ def _measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
+def backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
     """CPU seconds of Fed-full, and of FedCyBGD as the mean over blocks, measured in turn."""
     model = SHAPES[shape].model().train()
     batch = collate(_items(shape), 0)
@@ -207,7 +207,7 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
         return
     cycle = BlockConfig.model_validate({**STEPS, **CYCLE[name]})
     with open(folder / shape, "rb") as file:  # taken up as it is from the network
-        frame = room((folder / shape).stat().st_size)
+        frame = empty_frame((folder / shape).stat().st_size)
         file.readinto(frame)
     job = decode(frame).payload
     del frame
@@ -240,7 +240,7 @@ def _plain_steps(env: ClientEnv, own: Any, config: BlockConfig) -> None:
             optimizer.zero_grad(set_to_none=True)
 
 
-def _write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
+def write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
     """The frame of the order that a client gets in its first cycle, when its block's turn has come."""
     name, _, where = case.rpartition(", ")
     method = fedcybgd.FedCyBGD(BlockConfig.model_validate({**STEPS, **CYCLE[name]}), 0)
@@ -291,9 +291,9 @@ def _elsewhere(work: Callable[[str, str, Path], dict[str, Any]], shape: str, cas
     """What `work` finds in a process of its own; orders, where a case needs them, are written by others."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if case.startswith("FedCyBGD") and work is _measure_case:
+        if case.startswith("FedCyBGD") and work is measure_case:
             for each in {TINY, shape}:
-                _process(_write_order, each, case, folder)
+                _process(write_order, each, case, folder)
         return _process(work, shape, case, folder)
 
 

@@ -25,7 +25,8 @@ from fedtune.core.types import Method, ServerEnv
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedavg import method as fedavg
-from fedtune.methods.fedbiot import method as fedbiot
+from fedtune.methods.fedbiot.method import FedBiOT
+from fedtune.methods.fedbiot.settings import Alignment, Config
 from fedtune.methods.tuning import Lora
 from fedtune.models.tuning import count_parameters
 
@@ -43,14 +44,14 @@ def measure(
     rows = [{"case": "LoRA, whole model", **row}]
     ratios: dict[str, float] = {}
     for dropout in DROPOUTS:
-        config = fedbiot.Config(
+        config = Config(
             lora=LORA,
             layer_dropout=dropout,
             adapter_layers=ADAPTER_LAYERS,
-            alignment=fedbiot.Alignment(steps_before=0),
+            alignment=Alignment(steps_before=0),
             **TRAINING,
         )
-        step, row = _client(fedbiot.FedBiOT(config, 0), hidden, layers)
+        step, row = _client(FedBiOT(config, 0), hidden, layers)
         pairs = [(_seconds(step), _seconds(whole)) for _ in range(repeats)]
         row["seconds"] = statistics.median(own for own, _ in pairs)
         rows[0].setdefault("seconds", statistics.median(other for _, other in pairs))

@@ -85,8 +85,8 @@ def _measure(
     for count in threads:
         torch.set_num_threads(count)
         a_seed = {
-            name: _best(lambda step=step: _seed_of_loop(weights, step), _TIMED_SEEDS)  # type: ignore[misc]
-            for name, step in (("paper's torch loop", _out_of_place), ("torch loop in place", _in_place))
+            name: _best(lambda step=step: seed_of_loop(weights, step), _TIMED_SEEDS)  # type: ignore[misc]
+            for name, step in (("paper's torch loop", out_of_place), ("torch loop in place", in_place))
         }
         one_pass = _best(lambda: _plain_pass(weights), 5)
         row("w += 1", None, count, one_pass)
@@ -122,18 +122,21 @@ def _best(action: Callable[[], None], times: int) -> Cost:
     return min(clock), min(cpu)
 
 
-def _seed_of_loop(weights: Weights, step: Callable[[Tensor, Tensor], None]) -> None:
+def seed_of_loop(weights: Weights, step: Callable[[Tensor, Tensor], None]) -> None:
+    """What the paper's loop does for one seed: a normal z for each tensor, and a step along it."""
     with torch.random.fork_rng(devices=[]):  # what the loop does to the global generator is undone
         torch.manual_seed(7)
         for w in weights.values():
             step(w, torch.normal(mean=0.0, std=1.0, size=w.shape))
 
 
-def _out_of_place(w: Tensor, z: Tensor) -> None:
+def out_of_place(w: Tensor, z: Tensor) -> None:
+    """The step as the paper's code writes it."""
     w.data = w.data - 1e-6 * (1.0 * z)
 
 
-def _in_place(w: Tensor, z: Tensor) -> None:
+def in_place(w: Tensor, z: Tensor) -> None:
+    """The same step without a copy of the tensor."""
     w.add_(z, alpha=-1e-6)
 
 

@@ -106,12 +106,12 @@ def _ranked(
     }
     from rich.console import Console
 
-    from fedtune.planning.rank import Means, judge, plan_all
+    from fedtune.planning.rank import ClientResources, judge, plan_all
 
-    means = Means(**sizes, model_private=private)  # type: ignore[arg-type]
+    resources = ClientResources(**sizes, model_private=private)  # type: ignore[arg-type]
     with Console(stderr=True, quiet=quiet).status("planning") as status:
         planned = plan_all(model, overrides, examples, lambda name: status.update(f"planning {name}"))
-    return judge(planned, means)
+    return judge(planned, resources)
 
 
 def _refuse_figures(figures: Mapping[str, Any], private: bool) -> None:

@@ -123,7 +123,7 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
             for b in blocks
             if isinstance(part, str) and part in b.model_fields
         ]
-        found = [block for annotation in inner for block in _blocks(annotation)]
+        found = [block for annotation in inner for block in settings_blocks(annotation)]
         if not found:
             break
         blocks = found
@@ -131,12 +131,12 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
     return path, known
 
 
-def _blocks(annotation: Any) -> list[type[BaseModel]]:
+def settings_blocks(annotation: Any) -> list[type[BaseModel]]:
     """The settings blocks that an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [block for part in typing.get_args(annotation) for block in _blocks(part)]
+        return [block for part in typing.get_args(annotation) for block in settings_blocks(part)]
     return []
 
 

@@ -11,8 +11,8 @@ from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_val
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 from fedtune.evaluation.sandbox import CodeSettings
-from fedtune.evaluation.subject import JudgeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
+from fedtune.evaluation.types import JudgeSettings
 from fedtune.methods import registry
 from fedtune.protection.settings import Privacy, SecureAggregation, refusal
 

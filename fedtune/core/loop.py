@@ -53,7 +53,8 @@ class RoundLoop:
         server_model: nn.Module | None = None,
         protection: ServerProtection | None = None,
     ) -> None:
-        self._method, self._transport, self._ledger = method, transport, ledger
+        self._method, self._ledger = method, ledger
+        self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
@@ -163,7 +164,7 @@ class RoundLoop:
     def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
         expects: dict[int, Order] = {}
         self._expects = expects
-        arrivals = self._transport.exchange(
+        arrivals = self.transport.exchange(
             outcome.round,
             self._frames(orders, expects, outcome.round),
             in_plan_order=self._method.arrival == "plan-order",
@@ -202,31 +203,31 @@ class RoundLoop:
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         with self._clock.part("wire"):
-            message = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
-            sender = (message.meta.get("round"), message.meta.get("client"))
+            content = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
+            sender = (content.meta.get("round"), content.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
                     f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
                 )
-            check(message.payload, asked.expects)
+            check(content.payload, asked.expects)
         metrics = {
             name: float(value)
-            for name, value in message.meta.items()
+            for name, value in content.meta.items()
             if isinstance(value, int | float) and name not in ("round", "client")
         }
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FrameError(f"metric {name} is {value}")
-        self._enter(round, asked, "up", message.payload, arrival.frame)
+        self._enter(round, asked, "up", content.payload, arrival.frame)
         if not asked.phase:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
                 where="client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop("peak_bytes", 0)),
-                how=str(message.meta.get("how", "not measured")),
+                how=str(content.meta.get("how", "not measured")),
             )
-        return Reply(arrival.client, message.payload, metrics, cohort)
+        return Reply(arrival.client, content.payload, metrics, cohort)
 
     def _enter(self, round: int, order: Order, direction: str, payload: Payload, frame: Frame) -> None:
         if not self._method.uses_wire:

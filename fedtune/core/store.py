@@ -55,9 +55,13 @@ class Store:
         self._payloads: dict[str, Payload] = {}
         self._built: dict[str, Any] = {}
 
+    def key_of(self, payload: Payload) -> str:
+        """What `payload` is kept under: its digest."""
+        return digest(payload)
+
     def put(self, payload: Payload) -> str:
         """Keeps `payload` and returns its digest."""
-        key = digest(payload)
+        key = self.key_of(payload)
         if key not in self._payloads:
             if self._folder is not None:
                 self._write(self._folder, key, payload)

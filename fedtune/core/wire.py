@@ -1,4 +1,4 @@
-"""One message as bytes: encoded once, counted once, checked before anything in it is believed.
+"""Frames, content as bytes: encoded once, counted once, checked before anything in it is believed.
 
 A frame is
 
@@ -62,13 +62,13 @@ class Content:
     meta: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def encode(message: Content) -> bytes:
-    """The frame of a message; the same message gives the same bytes.
+def encode(content: Content) -> bytes:
+    """The frame of a content; the same content gives the same bytes.
 
     Raises:
         TypeError: A tensor's dtype has no name on the wire.
     """
-    tensors = message.payload.tensors
+    tensors = content.payload.tensors
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in names:
         if tensors[name].dtype not in _NAMES:
@@ -77,8 +77,8 @@ def encode(message: Content) -> bytes:
             )
     manifest = json.dumps(
         {
-            "meta": dict(message.meta),
-            "scalars": dict(message.payload.scalars),
+            "meta": dict(content.meta),
+            "scalars": dict(content.payload.scalars),
             "tensors": [[name, _NAMES[tensors[name].dtype], list(tensors[name].shape)] for name in names],
         },
         separators=(",", ":"),
@@ -95,7 +95,7 @@ def encode(message: Content) -> bytes:
 
 
 def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Content:
-    """The message in a frame. Tensors are views of the frame's own memory.
+    """The content of a frame. Tensors are views of the frame's own memory.
 
     Args:
         frame: The bytes that `encode` gave. A memory map is given back to the system as it is read, so that
@@ -147,7 +147,7 @@ def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:
     return _manifest(_inflate(head) if flags else head)[0]
 
 
-def room(size: int) -> bytearray | mmap.mmap:
+def empty_frame(size: int) -> bytearray | mmap.mmap:
     """Memory for a frame that is still to come; of a long one, such as `decode` gives back."""
     return mmap.mmap(-1, size) if size > LONG else bytearray(size)
 

@@ -54,7 +54,7 @@ def dirichlet(
     """Spreads each label over the clients in proportions drawn from a symmetric Dirichlet(alpha).
 
     The whole draw is repeated until every client has at least `minimum` examples. A client's count of a label
-    is less than one away from its drawn share (see `_shares`).
+    is less than one away from its drawn share (see `whole_sizes`).
 
     Args:
         labels: One label an example.
@@ -208,7 +208,7 @@ def _dirichlet_sizes(
     for done in range(0, max_redraws, draws_at_once):
         draws = min(draws_at_once, max_redraws - done)
         proportions = rng.dirichlet(np.full(clients, alpha), size=(draws, len(counts)))
-        sizes = _shares(proportions, counts, rng)  # (draws, labels, clients)
+        sizes = whole_sizes(proportions, counts, rng)  # (draws, labels, clients)
         smallest = sizes.sum(axis=1).min(axis=1)  # (draws,)
         enough = np.flatnonzero(smallest >= minimum)
         if enough.size:
@@ -222,7 +222,7 @@ def _dirichlet_sizes(
     )
 
 
-def _shares(
+def whole_sizes(
     proportions: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Turns proportions (..., labels, clients) into whole sizes with sums `counts` (labels,) over clients.

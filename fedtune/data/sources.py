@@ -163,7 +163,7 @@ def _task_rows(folder: Path, split: str, base: Path) -> Iterator[tuple[str, Any]
         if not isinstance(content, dict) or not isinstance(content.get("Instances"), list):
             raise InputError(f'{name}: not a task of Natural Instructions: it has no list "Instances".')
         definition, instances = _first(content.get("Definition")), content["Instances"]
-        for number in _part(task, len(instances), float(parsed[2] or 100)):
+        for number in part_of_task(task, len(instances), float(parsed[2] or 100)):
             row = instances[number]
             if isinstance(row, dict):
                 row |= {"instruction": definition, "output": _first(row.get("output")), "category": task}
@@ -189,7 +189,7 @@ def _listed(path: Path, files: Mapping[str, Path], folder: Path) -> list[str]:
     return names
 
 
-def _part(task: str, count: int, percent: float) -> list[int]:
+def part_of_task(task: str, count: int, percent: float) -> list[int]:
     """Which instances are taken, in order: by rank of a hash, so that every run takes the same."""
     wanted = min(count, max(1, round(count * percent / 100)))
     ranked = sorted(range(count), key=lambda i: hashlib.sha256(f"{task} {i}".encode()).digest())

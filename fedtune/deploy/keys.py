@@ -59,15 +59,15 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
     try:
         for path in (server, people):
             path.mkdir(parents=True, exist_ok=True)
-        authority, key = _authority(folder)
+        authority, key = open_authority(folder)
         if not (server / "server.crt").exists():
             if not hosts:
                 raise InputError(
                     "give the names or addresses by which clients reach the server: --server HOST"
                 )
             own = ec.generate_private_key(CURVE())
-            _write_secret(server / "server.key", _pem(own))
-            certificate = _server_certificate(authority, key, own, hosts, days)
+            _write_secret(server / "server.key", private_pem(own))
+            certificate = server_certificate(authority, key, own, hosts, days)
             (server / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         (server / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
         known = read_clients(server) if (server / "clients.json").exists() else {}
@@ -155,7 +155,7 @@ def _require(path: Path) -> None:
         raise InputError(f"{path}: there is no such file; fedtune keys makes it, and says where it belongs")
 
 
-def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def open_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """The federation's certificate authority, made if there is none."""
     path, secret = folder / "server" / "ca.crt", folder / "ca.key"
     if secret.exists():
@@ -184,18 +184,27 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
-    _write_secret(secret, _pem(key))
+    _write_secret(secret, private_pem(key))
     path.write_bytes(certificate.public_bytes(Encoding.PEM))
     return certificate, key
 
 
-def _server_certificate(
+def server_certificate(
     authority: x509.Certificate,
     key: ec.EllipticCurvePrivateKey,
     own: ec.EllipticCurvePrivateKey,
     hosts: Sequence[str],
     days: int,
 ) -> x509.Certificate:
+    """A server's certificate, which the authority signs with its key.
+
+    Args:
+        authority: The federation's.
+        key: Its private key.
+        own: The server's private key.
+        hosts: Names and addresses that clients reach the server by; this machine's own are always there.
+        days: From now until it expires.
+    """
     names = [_general_name(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -261,7 +270,8 @@ def _check_valid(path: Path, certificate: x509.Certificate) -> None:
         )
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as its file holds it, not encrypted."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 

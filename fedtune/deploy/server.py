@@ -29,7 +29,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.transport.flower import Control, quiet_environment, superexec_command, superlink_command
 from fedtune.transport.messages import Message, listening, receive, send
-from fedtune.transport.network import Invitation, RoundExchange, gather, wait_for
+from fedtune.transport.network import Invitation, RoundExchange, invite_clients, wait_for_clients
 from fedtune.transport.remote import Remote, Unreachable
 
 START_S = 180.0  # for Flower's processes to come up, on a busy machine
@@ -85,7 +85,7 @@ class Server:
         self._over.set()
         self._stack.close()
 
-    def join(self, parts: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
+    def join(self, assembly: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
         """Starts Flower's server and waits for clients; `known` is partition.json of a resumed run.
 
         Returns:
@@ -97,12 +97,12 @@ class Server:
         """
         run = str(known["run"]) if known else secrets.token_hex(8)
         config = json.dumps(self._config.resolved(), separators=(",", ":"))
-        self._invitation = Invitation(run, config, parts.loaded.weights_sha256)
-        self._channel = self._start()
+        self._invitation = Invitation(run, config, assembly.loaded.weights_sha256)
+        self._channel = self.start()
         if known:
             self._examples = {int(e["client"]): int(e["examples"]) for e in known["clients"]}
             names = {client: self._names.get(client, "") for client in self._examples}
-            wait_for(self._channel, names, wait_s=BACK_S)
+            wait_for_clients(self._channel, names, wait_s=BACK_S)
             back = sorted(self._channel.online() & names.keys())
             self._log_line(
                 f"{len(back)} of {len(names)} clients are back: {', '.join(map(str, back)) or 'none'}"
@@ -110,7 +110,7 @@ class Server:
             return dict(self._examples)
         self._log_line(f"waiting for {len(self._names)} clients: {', '.join(self._names.values())}")
         wait_s = self._config.transport.wait_s
-        self._examples = gather(
+        self._examples = invite_clients(
             self._channel, self._invitation, self._names, wait_s=wait_s, log_line=self._log_line
         )
         needed = quorum_of(len(self._names), self._config.federation.quorum)
@@ -130,17 +130,23 @@ class Server:
         ]
         return {"run": self._invitation.run, "clients": clients}
 
-    def transport(self, parts: Assembly, clock: Clock) -> Transport:
+    def transport(self, assembly: Assembly, clock: Clock) -> Transport:
         """The way to the clients that have joined."""
         assert self._channel is not None and self._invitation is not None
-        states = parts.runner.states
+        states = assembly.runner.states
         exchange = RoundExchange(
             self._invitation, self._examples, states, limit=lambda client: self.reply_limit(client)
         )
         deadline_s = self._config.federation.deadline_s
         return Remote(self._channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
 
-    def _start(self) -> _ServerChannel:
+    def start(self) -> _ServerChannel:
+        """Starts Flower's server and its app; they end with this object.
+
+        Raises:
+            InputError: The port is taken.
+            FederationError: Flower does not start.
+        """
         if not processes.is_free(self._port):
             raise InputError(
                 f"port {self._port} of this machine is in use; end what uses it, or give another --port "
@@ -151,7 +157,7 @@ class Server:
         listener, address = self._stack.enter_context(listening())
         environment = {"FLWR_HOME": str((self._folder / "home").resolve())}
         where = f"127.0.0.1:{self._port}"
-        superlink = _Kept(
+        superlink = _Supervised(
             superlink_command(self._keys, self._folder / "state.db", self._port),
             environment,
             self._folder / "superlink.log",
@@ -167,7 +173,7 @@ class Server:
             time.sleep(0.2)
         for public in self._public:
             control.register(public)
-        superexec = _Kept(
+        superexec = _Supervised(
             superexec_command(self._keys, self._port),
             environment,
             self._folder / "superexec.log",
@@ -181,7 +187,7 @@ class Server:
         return _ServerChannel(connection, self._public, superexec.log)
 
 
-class _Kept:
+class _Supervised:
     """A program of Flower's that is started again when it ends by itself."""
 
     def __init__(
@@ -228,7 +234,7 @@ class _Kept:
         # the thread must not end before the program that it started: on Linux that would end it
 
 
-def _accept(listener: Listener, control: Control, address: str, superexec: _Kept) -> Connection:
+def _accept(listener: Listener, control: Control, address: str, superexec: _Supervised) -> Connection:
     """The connection of the server app, which Flower starts; more than once if it does not come.
 
     On a busy machine its process may come up so late that Flower does not accept it any more.

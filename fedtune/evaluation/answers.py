@@ -25,7 +25,7 @@ from typing import Any
 
 from fedtune.core.seeds import numpy_generator
 from fedtune.errors import InputError
-from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 from fedtune.version import __version__
 
 SHOTS = 8
@@ -34,12 +34,10 @@ _MARKED_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-def all_rows(
-    subject: Subject, key: str, fields: Mapping[str, type | tuple[type, ...]]
-) -> list[dict[str, Any]]:
-    """`Subject.rows` of a file that goes with a task: `evaluation.limit` counts questions, not these."""
-    unlimited = replace(subject.settings, limit=None)
-    return Subject(subject.model, subject.tokenizer, (), unlimited).rows(key, fields)
+def all_rows(env: EvalEnv, key: str, fields: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """`EvalEnv.rows` of a file that goes with a task: `evaluation.limit` counts questions, not these."""
+    unlimited = replace(env.settings, limit=None)
+    return EvalEnv(env.model, env.tokenizer, (), unlimited).rows(key, fields)
 
 
 def marked_number(answer: str) -> str:
@@ -73,25 +71,24 @@ def _plain_number(text: str) -> str:
     return text.replace(",", "").replace("$", "").strip().removesuffix(".")
 
 
-def _gsm8k(subject: Subject) -> Outcome:
-    rows = subject.rows("gsm8k", _GSM8K_FIELDS)
-    return _solved(subject, rows, [subject.prompt(row["question"]) for row in rows], stop=())
+def _gsm8k(env: EvalEnv) -> Outcome:
+    rows = env.rows("gsm8k", _GSM8K_FIELDS)
+    return _solved(env, rows, [env.prompt(row["question"]) for row in rows], stop=())
 
 
-def _gsm8k_few_shot(subject: Subject) -> Outcome:
-    rows = subject.rows("gsm8k", _GSM8K_FIELDS)
-    before = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in _shots(subject))
+def _gsm8k_few_shot(env: EvalEnv) -> Outcome:
+    rows = env.rows("gsm8k", _GSM8K_FIELDS)
+    before = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in _shots(env))
     prompts = [f"{before}Question: {row['question']}\nAnswer:" for row in rows]
-    return _solved(subject, rows, prompts, stop=("Question:",))
+    return _solved(env, rows, prompts, stop=("Question:",))
 
 
-def _shots(subject: Subject) -> list[dict[str, Any]]:
+def _shots(env: EvalEnv) -> list[dict[str, Any]]:
     """The file's examples in its order if they are as many as wanted, else a draw that is always the same."""
-    rows = all_rows(subject, "gsm8k-exemplars", _GSM8K_FIELDS)
+    rows = all_rows(env, "gsm8k-exemplars", _GSM8K_FIELDS)
     if len(rows) < SHOTS:
         raise InputError(
-            f"{subject.file('gsm8k-exemplars')}: {SHOTS} solved examples go before each question, "
-            f"got {len(rows)}"
+            f"{env.file('gsm8k-exemplars')}: {SHOTS} solved examples go before each question, got {len(rows)}"
         )
     if len(rows) == SHOTS:
         return rows
@@ -99,9 +96,9 @@ def _shots(subject: Subject) -> list[dict[str, Any]]:
     return [rows[place] for place in drawn]
 
 
-def _solved(subject: Subject, rows: list[dict[str, Any]], prompts: list[str], stop: Sequence[str]) -> Outcome:
+def _solved(env: EvalEnv, rows: list[dict[str, Any]], prompts: list[str], stop: Sequence[str]) -> Outcome:
     wanted = [reference_number(row["answer"]) for row in rows]  # before the model works for nothing
-    made = subject.generate(prompts, max_new_tokens=subject.max_new_tokens(256), stop=stop)
+    made = env.generate(prompts, max_new_tokens=env.max_new_tokens(256), stop=stop)
     answers = [texts[0] for texts in made]
     strict = [float(marked_number(a) == w) for a, w in zip(answers, wanted, strict=True)]
     flexible = [float(last_number(a) == w) for a, w in zip(answers, wanted, strict=True)]
@@ -135,11 +132,11 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _squad(subject: Subject) -> Outcome:
-    rows = _squad_rows(subject)
+def _squad(env: EvalEnv) -> Outcome:
+    rows = _squad_rows(env)
     references = [_references(row["answers"], place) for place, row in enumerate(rows)]
-    prompts = [subject.prompt(row["question"], row["context"]) for row in rows]
-    made = subject.generate(prompts, max_new_tokens=subject.max_new_tokens(64))
+    prompts = [env.prompt(row["question"], row["context"]) for row in rows]
+    made = env.generate(prompts, max_new_tokens=env.max_new_tokens(64))
     answers = [_first_line(texts[0]) for texts in made]
     return Outcome(
         {
@@ -149,11 +146,11 @@ def _squad(subject: Subject) -> Outcome:
     )
 
 
-def _squad_rows(subject: Subject) -> list[dict[str, Any]]:
+def _squad_rows(env: EvalEnv) -> list[dict[str, Any]]:
     """One question a line, or the nested file as the publishers give it."""
-    path = subject.file("squad")
+    path = env.file("squad")
     if path.suffix != ".json":
-        return subject.rows("squad", {"question": str, "context": str, "answers": (list, dict)})
+        return env.rows("squad", {"question": str, "context": str, "answers": (list, dict)})
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         rows = [
@@ -169,7 +166,7 @@ def _squad_rows(subject: Subject) -> list[dict[str, Any]]:
         ) from None
     if not rows:
         raise InputError(f"{path} has no examples for task squad")
-    return rows[: subject.settings.limit]
+    return rows[: env.settings.limit]
 
 
 def _references(answers: Any, place: int) -> list[str]:
@@ -194,7 +191,7 @@ def rouge_l_fedkseed(answer: str, reference: str) -> float:
     Raises:
         InputError: The package is not installed.
     """
-    scorer = _rouge()
+    scorer = rouge_scorer()
     # the package walks back through a sentence by one call a word
     with _deeper_recursion(len(answer.split()) + len(reference.split())):
         try:
@@ -204,7 +201,8 @@ def rouge_l_fedkseed(answer: str, reference: str) -> float:
 
 
 @functools.cache
-def _rouge() -> Any:
+def rouge_scorer() -> Any:
+    """The scorer of the package rouge. Raises InputError if it is not installed."""
     try:
         from rouge import Rouge
     except ModuleNotFoundError:
@@ -215,7 +213,7 @@ def _rouge() -> Any:
 
 
 def _rouge_name() -> str:
-    _rouge()
+    rouge_scorer()
     return f"rouge {metadata.version('rouge')} rouge-l F1"
 
 
@@ -229,8 +227,8 @@ def _deeper_recursion(frames: int) -> Iterator[None]:
         sys.setrecursionlimit(before)
 
 
-def _rouge_l_fedkseed(subject: Subject) -> Outcome:
-    scores = [rouge_l_fedkseed(a, e.output) for a, e in zip(subject.answers, subject.examples, strict=True)]
+def _rouge_l_fedkseed(env: EvalEnv) -> Outcome:
+    scores = [rouge_l_fedkseed(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
     return Outcome({"rouge_l_fedkseed": Scored(scores)})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.seeds import numpy_generator
-from fedtune.evaluation.subject import Outcome, Scored
+from fedtune.evaluation.types import Outcome, Scored
 
 ERRORS = ("_stderr", "_low", "_high")  # what follows a metric's name
 COUNTS = ("examples", "truncated")  # what a score rests on

@@ -19,7 +19,7 @@ from fedtune.evaluation import sandbox
 from fedtune.evaluation.compilers import Missing, Problem, Toolchain
 from fedtune.evaluation.languages import KINDS, LANGUAGES, Language
 from fedtune.evaluation.sandbox import CodeSettings
-from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 from fedtune.version import __version__
 
 NEW_TOKENS = 512  # all but 2 of the data's 656 solutions, in Llama 2's vocabulary
@@ -88,9 +88,9 @@ class _Tally:
     notes: list[str] = field(default_factory=list)
 
 
-def _score_language(subject: Subject, name: str) -> _Tally:
+def _score_language(env: EvalEnv, name: str) -> _Tally:
     language, tally = LANGUAGES[name], _Tally()
-    problems = subject.rows(f"humaneval-x-{name}", language.fields)
+    problems = env.rows(f"humaneval-x-{name}", language.fields)
     try:
         with language.toolchain() as toolchain:
             lacks = {problem["task_id"]: toolchain.lacks(problem) for problem in problems}
@@ -101,23 +101,23 @@ def _score_language(subject: Subject, name: str) -> _Tally:
             tally.skipped = len(problems) - len(kept)
             programs = [
                 (problem, language.program(problem, language.cut(text)))
-                for problem, texts in zip(kept, _texts(subject, name, kept), strict=True)
+                for problem, texts in zip(kept, _texts(env, name, kept), strict=True)
                 for text in texts
             ]
-            found = verdicts(language, toolchain, programs, subject.settings.code)
+            found = verdicts(language, toolchain, programs, env.settings.code)
     except Missing as why:
         return _Tally(skipped=len(problems), notes=[f"{name}: {len(problems)} problems skipped: {why}."])
-    each = subject.settings.samples
+    each = env.settings.samples
     tally.passes = [found[i : i + each].count("passed") for i in range(0, len(found), each)]
     tally.failures = Counter(kind for kind in found if kind != "passed")
     return tally
 
 
-def _texts(subject: Subject, name: str, problems: Sequence[Problem]) -> list[list[str]]:
-    settings = subject.settings
-    return subject.generate(
+def _texts(env: EvalEnv, name: str, problems: Sequence[Problem]) -> list[list[str]]:
+    settings = env.settings
+    return env.generate(
         [problem["prompt"] for problem in problems],
-        max_new_tokens=subject.max_new_tokens(NEW_TOKENS),
+        max_new_tokens=env.max_new_tokens(NEW_TOKENS),
         stop=LANGUAGES[name].stop,
         samples=settings.samples,
         temperature=settings.temperature if settings.samples > 1 else 0.0,
@@ -126,11 +126,11 @@ def _texts(subject: Subject, name: str, problems: Sequence[Problem]) -> list[lis
     )
 
 
-def _score(names: Sequence[str], subject: Subject) -> Outcome:
+def _score(names: Sequence[str], env: EvalEnv) -> Outcome:
     """Pass@k over the problems of some languages, and why answers failed."""
-    sandbox.check(subject.settings.code.isolation)  # before any answer is generated
-    tallies = {name: _score_language(subject, name) for name in names}
-    samples = subject.settings.samples
+    sandbox.check(env.settings.code.isolation)  # before any answer is generated
+    tallies = {name: _score_language(env, name) for name in names}
+    samples = env.settings.samples
     ks = [k for k in KS if k <= samples]
 
     def estimates(k: int, passes: Iterable[int]) -> Scored:
@@ -145,7 +145,7 @@ def _score(names: Sequence[str], subject: Subject) -> Outcome:
     more |= {f"failures/{kind}": failures[kind] for kind in KINDS}
     more["skipped"] = sum(tally.skipped for tally in tallies.values())
     notes = [note for tally in tallies.values() for note in tally.notes]
-    if subject.settings.code.isolation == "none":
+    if env.settings.code.isolation == "none":
         notes.append("programs ran without isolation from network and files (evaluation.code.isolation).")
     metrics = {f"pass@{k}": estimates(k, passes) for k in ks} if passes else {}
     return Outcome(metrics, more, tuple(notes))
@@ -163,7 +163,7 @@ def _compiler(name: str) -> str:
 
 
 def _task(names: tuple[str, ...], summary: str) -> Task:
-    function: Callable[[Subject], Outcome] = functools.partial(_score, names)
+    function: Callable[[EvalEnv], Outcome] = functools.partial(_score, names)
     return Task(summary, function, "pass@1", functools.partial(_scorer, names))
 
 

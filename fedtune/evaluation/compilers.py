@@ -59,7 +59,7 @@ class Toolchain:
     lacks: Callable[[Problem], str] = lambda problem: ""
 
 
-def _version(tool: str, *arguments: str) -> str:
+def version_line(tool: str, *arguments: str) -> str:
     """The first line that a tool prints about itself."""
     done = subprocess.run([_find(tool), *arguments], capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
@@ -109,7 +109,7 @@ def python() -> Iterator[Toolchain]:
 
 def cpp_version() -> str:
     """Name and version of the compiler. Raises Missing."""
-    return _version("g++", "--version")
+    return version_line("g++", "--version")
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def cpp() -> Iterator[Toolchain]:
 
 def java_version() -> str:
     """Name and version of the compiler. Raises Missing."""
-    version = _version("javac", "-version")
+    version = version_line("javac", "-version")
     _at_least(version, (16, 0))  # Java/151 matches patterns with instanceof
     return version
 
@@ -172,7 +172,7 @@ def java() -> Iterator[Toolchain]:
 
 def go_version() -> str:
     """Name and version of the compiler. Raises Missing."""
-    version = _version("go", "version").removeprefix("go version ")
+    version = version_line("go", "version").removeprefix("go version ")
     _at_least(version, (1, 18))
     return version
 

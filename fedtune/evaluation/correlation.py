@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedtune.errors import InputError
 from fedtune.evaluation.metrics import exact_match
-from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _LARGEST = 1e100  # squares of more would overflow; no score is that large
@@ -70,12 +70,12 @@ def _ranks(values: NDArray[Any]) -> NDArray[Any]:
     return ranks
 
 
-def _matthews(subject: Subject) -> Outcome:
-    truths = [example.output for example in subject.examples]
-    labels = subject.settings.labels or tuple(sorted(set(truths)))
+def _matthews(env: EvalEnv) -> Outcome:
+    truths = [example.output for example in env.examples]
+    labels = env.settings.labels or tuple(sorted(set(truths)))
     pairs = [
         (_class(answer, labels), _class(truth, labels))
-        for answer, truth in zip(subject.answers, truths, strict=True)
+        for answer, truth in zip(env.answers, truths, strict=True)
     ]
     none = sum(guess < 0 for guess, _ in pairs)
     return Outcome({"matthews": Scored(pairs, aggregate=matthews)}, {"no_label": none})
@@ -85,16 +85,16 @@ def _class(text: str, labels: Sequence[str]) -> int:
     return next((index for index, label in enumerate(labels) if exact_match(text, label)), -1)
 
 
-def _pearson(subject: Subject) -> Outcome:
+def _pearson(env: EvalEnv) -> Outcome:
     truths = []
-    for place, example in enumerate(subject.examples):
+    for place, example in enumerate(env.examples):
         truth = _number(example.output) if _NUMBER.fullmatch(example.output.strip()) else None
         if truth is None:
             raise InputError(
                 f"task pearson compares numbers; the answer of held-out example {place} is {example.output!r}"
             )
         truths.append(truth)
-    pairs = [(_number(answer), truth) for answer, truth in zip(subject.answers, truths, strict=True)]
+    pairs = [(_number(answer), truth) for answer, truth in zip(env.answers, truths, strict=True)]
     none = sum(guess is None for guess, _ in pairs)
     return Outcome(
         {"pearson": Scored(pairs, aggregate=pearson), "spearman": Scored(pairs, aggregate=spearman)},

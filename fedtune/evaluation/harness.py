@@ -31,7 +31,7 @@ from lm_eval.tasks import TaskManager
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import Sampling, context_length, generate
 from fedtune.evaluation.harness_names import LOCAL_TASKS
-from fedtune.evaluation.subject import EvalSettings, Outcome, Scored, Subject
+from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored
 
 FEW_SHOT_SEED = 1234  # the harness's default, so that its command line draws the same solved examples
 
@@ -119,7 +119,7 @@ def scorer(name: str, settings: EvalSettings) -> str:
     )
 
 
-def score(subject: Subject, name: str) -> Outcome:
+def score(env: EvalEnv, name: str) -> Outcome:
     """Scores of one task, group or tag.
 
     Returns:
@@ -131,19 +131,19 @@ def score(subject: Subject, name: str) -> Outcome:
         InputError: Data that cannot be loaded or lack the fields of the task, or an answer option that is
             longer than the model's context.
     """
-    loaded = _loaded(name, subject.settings)
+    loaded = _loaded(name, env.settings)
     with _quiet():
-        model = _Model(subject)
+        model = _Model(env)
         try:
             results: dict[str, Any] = evaluate(
                 lm=model,
                 task_dict={"tasks": loaded.tasks, "groups": loaded.groups},
-                limit=subject.settings.limit,
+                limit=env.settings.limit,
                 bootstrap_iters=0,  # intervals are ours, the same for all tasks
             )
         except jinja2.UndefinedError as error:
             raise _other_fields(name, error) from error
-    subject.truncated = model.truncated
+    env.truncated = model.truncated
     by_task = {task: _scored(results, task, loaded.tasks[task]) for task in loaded.tasks}
     group = results.get("groups", {}).get(name)
     if group is None and len(by_task) == 1:
@@ -201,18 +201,18 @@ def _shown(key: str) -> str:
 class _Model(HFLM):
     """The harness's model class around a model in memory."""
 
-    def __init__(self, subject: Subject) -> None:
-        tokenizer = copy.deepcopy(subject.tokenizer)  # the harness sets a padding token
+    def __init__(self, env: EvalEnv) -> None:
+        tokenizer = copy.deepcopy(env.tokenizer)  # the harness sets a padding token
         # what is too long is cut and counted here, so a warning about it would mislead
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         super().__init__(
-            pretrained=subject.model,
+            pretrained=env.model,
             tokenizer=tokenizer,
-            batch_size=subject.settings.batch_size,
-            max_length=context_length(subject.model),
+            batch_size=env.settings.batch_size,
+            max_length=context_length(env.model),
         )
         self.truncated = 0
-        self._subject = subject
+        self._env = env
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the harness, without a progress bar."""
@@ -238,21 +238,21 @@ class _Model(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answers up to a stopping text, by fedtune's own decoding."""
-        subject, answers = self._subject, [""] * len(requests)
+        env, answers = self._env, [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(place)
         for places in alike.values():
             wanted = normalize_gen_kwargs(requests[places[0]].args[1], self.max_gen_toks)
-            tokens = subject.max_new_tokens(wanted["max_gen_toks"])
+            tokens = env.max_new_tokens(wanted["max_gen_toks"])
             prompts = [self.tok_encode(requests[place].args[0]) for place in places]
             self.truncated += sum(len(prompt) > self.max_length - tokens for prompt in prompts)
             found = generate(
-                subject.model,
-                subject.tokenizer,
+                env.model,
+                env.tokenizer,
                 prompts,
                 max_new_tokens=tokens,
-                batch_size=subject.settings.batch_size,
+                batch_size=env.settings.batch_size,
                 stop=[text for text in wanted.get("until") or [] if text],
                 sampling=self._sampling(wanted, places),
             )
@@ -263,7 +263,7 @@ class _Model(HFLM):
     def _sampling(self, wanted: dict[str, Any], places: list[int]) -> Sampling | None:
         if not wanted.get("do_sample") or not wanted.get("temperature"):
             return None
-        seeds = [self._subject.draw_seed(0, place, 0) for place in places]
+        seeds = [self._env.draw_seed(0, place, 0) for place in places]
         return Sampling(float(wanted["temperature"]), float(wanted.get("top_p", 1.0)), seeds)
 
 

@@ -25,7 +25,7 @@ from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.answers import all_rows
 from fedtune.evaluation.endpoint import Endpoint, Unanswered, key_of
-from fedtune.evaluation.subject import Outcome, Scored, Subject, Task
+from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 from fedtune.version import __version__
 
 TEMPERATURES = {
@@ -88,35 +88,33 @@ def score_in(reply: str) -> float | None:
     return None
 
 
-def load_questions(subject: Subject) -> list[Question]:
+def load_questions(env: EvalEnv) -> list[Question]:
     """The questions, with references for the categories whose prompts have them.
 
     Raises:
         InputError: A missing or malformed file, an id twice, or a question without the references it needs.
     """
-    rows = subject.rows("mt-bench", {"question_id": (int, str), "category": str, "turns": list})
+    rows = env.rows("mt-bench", {"question_id": (int, str), "category": str, "turns": list})
     twice = [str(i) for i, count in Counter(row["question_id"] for row in rows).items() if count > 1]
     if twice:
-        raise InputError(
-            f"{subject.file('mt-bench')}: question_id {', '.join(twice)} is there more than once"
-        )
+        raise InputError(f"{env.file('mt-bench')}: question_id {', '.join(twice)} is there more than once")
     references: dict[int | str, tuple[str, ...]] = {}
     if any(row["category"] in WITH_REFERENCE for row in rows):
-        path = subject.file("mt-bench-references")
+        path = env.file("mt-bench-references")
         fields: dict[str, type | tuple[type, ...]] = {"question_id": (int, str), "choices": list}
-        for row in all_rows(subject, "mt-bench-references", fields):
+        for row in all_rows(env, "mt-bench-references", fields):
             references[row["question_id"]] = _reference(row, path)
     questions = []
     for row in rows:
         name, turns = row["question_id"], tuple(row["turns"])
         if len(turns) not in (1, 2) or not all(isinstance(turn, str) and turn for turn in turns):
             raise InputError(
-                f"{subject.file('mt-bench')}: question {name}: turns must be one or two texts, got {turns!r}"
+                f"{env.file('mt-bench')}: question {name}: turns must be one or two texts, got {turns!r}"
             )
         known = references.get(name, ()) if row["category"] in WITH_REFERENCE else ()
         if row["category"] in WITH_REFERENCE and len(known) < len(turns):
             raise InputError(
-                f"{subject.file('mt-bench-references')}: question {name} ({row['category']}) needs a "
+                f"{env.file('mt-bench-references')}: question {name} ({row['category']}) needs a "
                 f"reference answer to each of its {len(turns)} turns, got {len(known)}"
             )
         questions.append(Question(name, row["category"], turns, known))
@@ -133,16 +131,16 @@ def _reference(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(turns)
 
 
-def load_prompts(subject: Subject, questions: Sequence[Question]) -> dict[tuple[bool, int], tuple[str, str]]:
+def load_prompts(env: EvalEnv, questions: Sequence[Question]) -> dict[tuple[bool, int], tuple[str, str]]:
     """The judge's system prompt and template by (with reference, turn), those that the questions need.
 
     Raises:
         InputError: A missing or malformed file, a prompt that is not in it, or one with other fields than
             the published one.
     """
-    path = subject.file("mt-bench-prompts")
+    path = env.file("mt-bench-prompts")
     fields = {"name": str, "system_prompt": str, "prompt_template": str}
-    rows = {row["name"]: row for row in all_rows(subject, "mt-bench-prompts", fields)}
+    rows = {row["name"]: row for row in all_rows(env, "mt-bench-prompts", fields)}
     needed = {(bool(q.references), turn) for q in questions for turn in range(1, len(q.turns) + 1)}
     prompts = {}
     for key in sorted(needed):
@@ -165,10 +163,10 @@ def load_prompts(subject: Subject, questions: Sequence[Question]) -> dict[tuple[
     return prompts
 
 
-def answer(subject: Subject, questions: Sequence[Question]) -> list[list[str]]:
+def answer(env: EvalEnv, questions: Sequence[Question]) -> list[list[str]]:
     """The model's answers to each question's turns; the second turn sees the first answer."""
     answers: list[list[str]] = [[] for _ in questions]
-    tokens = subject.max_new_tokens(_ANSWER_TOKENS)
+    tokens = env.max_new_tokens(_ANSWER_TOKENS)
     for turn in (0, 1):
         for temperature in sorted({question.temperature for question in questions}):
             places = [
@@ -178,8 +176,8 @@ def answer(subject: Subject, questions: Sequence[Question]) -> list[list[str]]:
             ]
             if not places:
                 continue
-            made = subject.generate(
-                [conversation(subject, questions[p].turns[: turn + 1], answers[p]) for p in places],
+            made = env.generate(
+                [conversation(env, questions[p].turns[: turn + 1], answers[p]) for p in places],
                 max_new_tokens=tokens,
                 temperature=temperature,
                 seed=round(temperature * 10) * 2 + turn,  # no two calls share their draws
@@ -189,9 +187,9 @@ def answer(subject: Subject, questions: Sequence[Question]) -> list[list[str]]:
     return answers
 
 
-def conversation(subject: Subject, turns: Sequence[str], answers: Sequence[str]) -> str:
+def conversation(env: EvalEnv, turns: Sequence[str], answers: Sequence[str]) -> str:
     """The text before an answer, in the tokenizer's chat template or, without one, the run's template."""
-    tokenizer: Any = subject.tokenizer
+    tokenizer: Any = env.tokenizer
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": turns[0]}]
         for said, asked in zip(answers, turns[1:], strict=True):
@@ -200,9 +198,9 @@ def conversation(subject: Subject, turns: Sequence[str], answers: Sequence[str])
         return text.removeprefix(tokenizer.bos_token or "")  # generation puts one in front of any prompt
     before = ""
     for said, asked in zip(answers, turns, strict=False):
-        before += subject.prompt(asked)
-        before += templates.response(Example(asked, output=said), subject.settings.template) + "\n\n"
-    return before + subject.prompt(turns[-1])
+        before += env.prompt(asked)
+        before += templates.response(Example(asked, output=said), env.settings.template) + "\n\n"
+    return before + env.prompt(turns[-1])
 
 
 def judge(
@@ -294,8 +292,8 @@ def _mean(marks: Sequence[Sequence[Mark]]) -> Scored | None:
     return Scored(sums, aggregate=pooled)
 
 
-def _mt_bench(subject: Subject) -> Outcome:
-    settings = subject.settings.judge
+def _mt_bench(env: EvalEnv) -> Outcome:
+    settings = env.settings.judge
     if settings is None:
         raise InputError(
             "task mt-bench needs a judge: set evaluation.judge.url and evaluation.judge.model "
@@ -308,9 +306,9 @@ def _mt_bench(subject: Subject) -> Outcome:
         settings.timeout_s,
         settings.retries,
     )
-    questions = load_questions(subject)
-    prompts = load_prompts(subject, questions)  # what can be wrong is found before the model works
-    answers = answer(subject, questions)
+    questions = load_questions(env)
+    prompts = load_prompts(env, questions)  # what can be wrong is found before the model works
+    answers = answer(env, questions)
     marks = judge(endpoint, questions, answers, prompts)
     found = outcome(questions, marks)
     details = [

@@ -144,7 +144,7 @@ def run(
             "disk_files": MAX_DISK_FILES,
             "output_bytes": MAX_OUTPUT_BYTES,
         }
-        answer = _child(job, sum(step.seconds for step in steps) + GRACE_S)
+        answer = run_child(job, sum(step.seconds for step in steps) + GRACE_S)
     if "refused" in answer:
         raise InputError(_refusal(isolation, str(answer["refused"])))
     return [Finished(**step) for step in answer["steps"]]
@@ -159,7 +159,8 @@ def _plain(step: Step) -> dict[str, Any]:
     return {**asdict(step), "memory_bytes": step.memory_mb << 20}
 
 
-def _child(job: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
+def run_child(job: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
+    """The report of the process that does a job; it is ended if it takes longer than `patience_s`."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(__file__).with_name("sandbox_child.py"))],
         stdin=subprocess.PIPE,

@@ -16,19 +16,19 @@ from fedtune.errors import InputError, nearest
 from fedtune.evaluation import answers, bootstrap, code, correlation, harness_names, judge
 from fedtune.evaluation.generation import evaluating
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
-from fedtune.evaluation.subject import EvalSettings, Outcome, Scored, Subject, Task
+from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored, Task
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
 
 
-def _loss(subject: Subject) -> Outcome:
-    if subject.settings.labels is not None:
-        losses = subject.class_scores[0]
+def _loss(env: EvalEnv) -> Outcome:
+    if env.settings.labels is not None:
+        losses = env.class_scores[0]
         counts = [1] * len(losses)
     else:
-        totals, counts = subject.token_losses
+        totals, counts = env.token_losses
         losses = [total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
     if not any(counts):
         raise InputError(
@@ -39,18 +39,18 @@ def _loss(subject: Subject) -> Outcome:
     return Outcome({"loss": scored}, {"perplexity": perplexity, "tokens": sum(counts)})
 
 
-def _accuracy(subject: Subject) -> Outcome:
-    right = [exact_match(a, e.output) for a, e in zip(subject.answers, subject.examples, strict=True)]
+def _accuracy(env: EvalEnv) -> Outcome:
+    right = [exact_match(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
     by_category: dict[str, list[bool]] = defaultdict(list)
-    for example, is_right in zip(subject.examples, right, strict=True):
+    for example, is_right in zip(env.examples, right, strict=True):
         if example.category:
             by_category[example.category].append(is_right)
     parts = {f"accuracy/{name}": statistics.fmean(by_category[name]) for name in sorted(by_category)}
     return Outcome({"accuracy": Scored(right)}, parts)
 
 
-def _rouge_l(subject: Subject) -> Outcome:
-    scores = [rouge_l(a, e.output) for a, e in zip(subject.answers, subject.examples, strict=True)]
+def _rouge_l(env: EvalEnv) -> Outcome:
+    scores = [rouge_l(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
     return Outcome({"rouge_l": Scored(scores)})
 
 
@@ -145,19 +145,19 @@ def score(
             raise InputError(
                 f"evaluation.tasks: {task} is for generated text; a classifier has loss and accuracy."
             )
-    subject = Subject(model, tokenizer, examples, settings)
+    env = EvalEnv(model, tokenizer, examples, settings)
     outcomes = {}
     with evaluating(model), torch.no_grad():
         for task in tasks:
-            subject.truncated = None
+            env.truncated = None
             if task in TASKS:
-                outcome = TASKS[task].function(subject)
+                outcome = TASKS[task].function(env)
             else:
                 from fedtune.evaluation import harness
 
-                outcome = harness.score(subject, task)
-            if subject.truncated is not None:
-                outcome = replace(outcome, more={"truncated": subject.truncated, **outcome.more})
+                outcome = harness.score(env, task)
+            if env.truncated is not None:
+                outcome = replace(outcome, more={"truncated": env.truncated, **outcome.more})
             outcomes[task] = outcome
     return outcomes
 

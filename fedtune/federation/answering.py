@@ -11,7 +11,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import evaluating
-from fedtune.evaluation.subject import Subject
+from fedtune.evaluation.types import EvalEnv
 from fedtune.federation.scoring import eval_settings
 from fedtune.models.load import Loaded
 
@@ -48,13 +48,13 @@ def answers(
         raise InputError("prompts is a list of texts, as in ['Add 2 and 3.']")
     some = labels[0] if labels else ""  # the class is asked for, but a classifier's example must have one
     examples = [replace(_example(prompt, place), output=some) for place, prompt in enumerate(prompts)]
-    subject = Subject(loaded.model, loaded.tokenizer, examples, eval_settings(config, labels))
+    env = EvalEnv(loaded.model, loaded.tokenizer, examples, eval_settings(config, labels))
     with evaluating(loaded.model), torch.no_grad():
         if labels:
-            return subject.answers
-        texts = subject.generate(
-            [subject.prompt(example.instruction, example.input) for example in examples],
-            max_new_tokens=max_new_tokens or subject.max_new_tokens(NEW_TOKENS),
+            return env.answers
+        texts = env.generate(
+            [env.prompt(example.instruction, example.input) for example in examples],
+            max_new_tokens=max_new_tokens or env.max_new_tokens(NEW_TOKENS),
             temperature=temperature,
             top_p=top_p,
             seed=seed,

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedtune.core.store import digests_in
 from fedtune.core.types import Payload
 from fedtune.errors import InputError
-from fedtune.federation.files import disk_errors, whole_folder, write_json
+from fedtune.federation.files import atomic_folder, disk_errors, write_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
         FederationError: The disk is full or cannot be written; earlier checkpoints are untouched.
     """
     path = folder / f"round-{checkpoint.round:04d}"
-    with disk_errors(f"checkpoint {path.name}"), whole_folder(path) as new:
+    with disk_errors(f"checkpoint {path.name}"), atomic_folder(path) as new:
         _save_payload(new, "state", checkpoint.state)
         clients, same = sorted(checkpoint.clients), dict[str, str]()
         if clients:

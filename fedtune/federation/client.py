@@ -32,7 +32,7 @@ from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
 from fedtune.transport.messages import Field, Message, fault
-from fedtune.transport.worker import Joined
+from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
 
 
@@ -59,7 +59,7 @@ def join(
     model: str | None,
     device: str,
     acceptance: Acceptance,
-) -> Joined:
+) -> JoinedRun:
     """Takes part in the run that the server invited this client to.
 
     Args:
@@ -128,7 +128,7 @@ def join(
         device=where,
         protection=client_protection(config, method),
     )
-    return Joined(runner, len(items), config.method_name)
+    return JoinedRun(runner, len(items), config.method_name)
 
 
 def local_steps(config: RunConfig, examples: int) -> int:
@@ -170,8 +170,8 @@ def _runner(config: str, held: str, threads: int, base: str, objects: str) -> Cl
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     given = ObjectData.from_json(objects) if objects else None
-    parts = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
-    parts.runner.store = Store(Path(held))
-    if not parts.method.sends_model:
-        parts.runner.use(parts.method.client_model(lambda: parts.loaded.model))
-    return parts.runner
+    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
+    assembly.runner.store = Store(Path(held))
+    if not assembly.method.sends_model:
+        assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
+    return assembly.runner

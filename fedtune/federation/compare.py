@@ -64,7 +64,7 @@ def compare(
         FederationError: A run could not finish.
     """
     _same_split(candidates, seeds[0], objects)
-    everyone = [*candidates, *(_references(candidates) if references else [])]
+    everyone = [*candidates, *(reference_candidates(candidates) if references else [])]
     rows: list[dict[str, Any]] = []
     for candidate in everyone:
         for seed in seeds:
@@ -189,7 +189,7 @@ def _same_split(candidates: Sequence[Candidate], seed: int, objects: ObjectData 
             )
 
 
-def _references(candidates: Sequence[Candidate]) -> list[Candidate]:
+def reference_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Stand-alone and centralised training, as long as the first candidate of each model trains in all."""
     added = []
     for source, suffix in _one_a_model(candidates):

@@ -31,20 +31,20 @@ class Deployment(Protocol):
 
     reply_limit: Callable[[int], int]  # bytes that a client's reply may have; set by the run
 
-    def join(self, parts: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
+    def join(self, assembly: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
         """Examples of each client, once they are there; `known` is partition.json of a resumed run."""
 
     def partition(self) -> dict[str, Any]:
         """What partition.json says of the clients."""
 
-    def transport(self, parts: Assembly, clock: Clock) -> Transport:
+    def transport(self, assembly: Assembly, clock: Clock) -> Transport:
         """The way to the clients."""
 
 
 @contextmanager
 def connected(
     config: RunConfig,
-    parts: Assembly,
+    assembly: Assembly,
     folder: Path,
     clock: Clock,
     deployment: Deployment | None,
@@ -54,7 +54,7 @@ def connected(
 
     Args:
         config: The run's configuration.
-        parts: What it is assembled from.
+        assembly: What it is assembled from.
         folder: The run's folder.
         clock: Counts the clients' training.
         deployment: The way to real clients, for `transport.name: flower`.
@@ -63,12 +63,14 @@ def connected(
     Raises:
         FederationError: Flower's simulation does not start.
     """
-    federation, real = config.federation, parts.method.uses_wire
+    federation, real = config.federation, assembly.method.uses_wire
     simulate = federation.simulate
     what = Simulation(simulate.dropout, simulate.delay_s) if real else Simulation()
     deadline_s = federation.deadline_s if real else None
     if config.transport.name == "in-process":
-        yield InProcess(parts.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock)
+        yield InProcess(
+            assembly.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock
+        )
     elif config.transport.name == "flower-simulation":
         answer = partial(
             simulated,
@@ -81,13 +83,13 @@ def connected(
         from fedtune.transport.flower import simulation
 
         workers = config.transport.workers
-        gpus = torch.cuda.device_count() if parts.device.type == "cuda" else 0
+        gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
         with simulation(answer, workers=workers, gpus=gpus) as channel:
             faults = SimulatedFaults(what, deadline_s, config.seed)
-            yield Simulated(channel, faults, parts.runner.states, window=2 * workers, clock=clock)
+            yield Simulated(channel, faults, assembly.runner.states, window=2 * workers, clock=clock)
     else:
         assert deployment is not None  # check_transport
-        yield deployment.transport(parts, clock)
+        yield deployment.transport(assembly, clock)
 
 
 def check_transport(config: RunConfig, deployment: Deployment | None) -> None:

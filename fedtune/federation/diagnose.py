@@ -85,8 +85,8 @@ def diagnose(
         )
     progress.stage("loading data and model")
     with torch_settings():
-        parts = Assembly.assemble(config, Clock(), objects)
-        everyone = {client: count for client, count in parts.client_examples.items() if count}
+        assembly = Assembly.assemble(config, Clock(), objects)
+        everyone = {client: count for client, count in assembly.client_examples.items() if count}
         if not everyone:
             raise InputError(
                 "no client has an example on this machine; diagnose needs data of its own to probe"
@@ -94,21 +94,21 @@ def diagnose(
         run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
         chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
         a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
-        data = {client: _encoded(config, parts, client) for client in chosen}
+        data = {client: _encoded(config, assembly, client) for client in chosen}
         if a_round is not None:
             shorter = {"local_epochs": None, "local_steps": a_round}
             multi = Config.model_validate({**multi.model_dump(), **shorter})
-        groups = _held_out(config, parts, None if whole else HELD_OUT)
+        groups = _held_out(config, assembly, None if whole else HELD_OUT)
         progress.begin(rounds=multi.rounds, name="diagnose")
         measured = measure(
             multi,
-            parts.loaded.model,
+            assembly.loaded.model,
             data,
-            pad_id=parts.loaded.tokenizer.pad_token_id,
+            pad_id=assembly.loaded.tokenizer.pad_token_id,
             seed=config.seed,
-            device=parts.device,
+            device=assembly.device,
             watch=lambda model: tuple(
-                mean_loss(model, group.items, config.evaluation.batch_size, parts) for group in groups
+                mean_loss(model, group.items, config.evaluation.batch_size, assembly) for group in groups
             ),
             on_round=progress.round,
             on_client=progress.client,
@@ -119,17 +119,17 @@ def diagnose(
     return _document(config, measured, prediction, groups, len(everyone), chosen, ratio, run_steps, tolerance)
 
 
-def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, parts: Assembly) -> float:
+def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assembly: Assembly) -> float:
     """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
         for at in range(0, len(items), batch_size):
-            batch = collate(items[at : at + batch_size], parts.loaded.tokenizer.pad_token_id)
+            batch = collate(items[at : at + batch_size], assembly.loaded.tokenizer.pad_token_id)
             labels = batch["labels"]
             counted = len(labels) if labels.shape[1] == 1 else int((labels[:, 1:] != IGNORED).sum())
             if counted:
-                loss = model(**{key: value.to(parts.device) for key, value in batch.items()}).loss
+                loss = model(**{key: value.to(assembly.device) for key, value in batch.items()}).loss
                 total, count = total + float(loss) * counted, count + counted
     if not count or not math.isfinite(total):
         what = f"is {total}" if count else "is undefined: none of them has a token to predict"
@@ -165,14 +165,16 @@ def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | No
     return wanted // rounds
 
 
-def _encoded(config: RunConfig, parts: Assembly, client: int) -> list[Encoded]:
-    return encode_for(config, parts.split.clients[client], parts.loaded.tokenizer, parts.split.labels)
+def _encoded(config: RunConfig, assembly: Assembly, client: int) -> list[Encoded]:
+    return encode_for(
+        config, assembly.split.clients[client], assembly.loaded.tokenizer, assembly.split.labels
+    )
 
 
-def _held_out(config: RunConfig, parts: Assembly, most: int | None) -> list[Group]:
-    """The run's held-out examples in parts, whose weighted mean is the loss of `compare`; at most so many."""
-    examples = parts.split.evaluation[:most]
-    items = encode_for(config, examples, parts.loaded.tokenizer, parts.split.labels)
+def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[Group]:
+    """Held-out examples in groups, whose weighted mean is the loss of `compare`; `most` of them."""
+    examples = assembly.split.evaluation[:most]
+    items = encode_for(config, examples, assembly.loaded.tokenizer, assembly.split.labels)
     groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
     return [Group(part, float(sum(map(_counted, part)))) for part in groups]
 

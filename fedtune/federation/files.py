@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` at the end; on an error it is removed.
 
     A folder already at `path` is replaced only once the new one is complete.

@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config.file import dump_config, load_config
 from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
-from fedtune.federation.files import disk_errors, dumps, read_json, whole_folder, write_json
+from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
 
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
@@ -31,7 +31,7 @@ class RunFolder:
             InputError: `path` exists and is not empty.
         """
         refuse_existing(path)
-        with disk_errors(f"run folder {path}"), whole_folder(path) as new:
+        with disk_errors(f"run folder {path}"), atomic_folder(path) as new:
             (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             write_json(new / "environment.json", environment)
             write_json(new / "partition.json", partition)

@@ -52,7 +52,7 @@ class Journal:
                 yield order
 
         orders, unanswered = counted(), dict[int, bytes]()
-        for sent_before, arrival, state in self._read(round, turn):
+        for sent_before, arrival, state in self.kept(round, turn):
             unanswered.update(islice(orders, sent_before - sent))
             unanswered.pop(arrival.client, None)
             if state is not None:
@@ -83,7 +83,7 @@ class Journal:
             for part in parts:
                 file.write(part)
 
-    def _read(self, round: int, turn: int) -> Iterator[tuple[int, Arrival, Payload | None]]:
+    def kept(self, round: int, turn: int) -> Iterator[tuple[int, Arrival, Payload | None]]:
         """The whole entries of an exchange, one in memory at a time; what follows all entries is cut off."""
         path = self._path(round)
         if not path.exists():

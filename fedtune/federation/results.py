@@ -15,8 +15,8 @@ from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
-from fedtune.evaluation.subject import Outcome
 from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
+from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly, refuse_other
 from fedtune.federation.data import Split, prepare_data
@@ -142,13 +142,13 @@ def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None)
     folder = path / "checkpoints"
     checkpoint.require(folder, round)
     saved = checkpoint.load(folder, round, config_sha256=config.sha256())
-    parts = Assembly.assemble(config, Clock(), objects)
-    parts.refuse_other_inputs(path)
-    model = parts.method.client_model(lambda: parts.loaded.model)
+    assembly = Assembly.assemble(config, Clock(), objects)
+    assembly.refuse_other_inputs(path)
+    model = assembly.method.client_model(lambda: assembly.loaded.model)
     state = from_payload(registry.state_class(config.method_name), saved.state)
-    models = parts.method.export(state, model)
+    models = assembly.method.export(state, model)
     return save_models(
-        models, parts.loaded.tokenizer, out, merge=parts.method.saves_merged, what=f"replay {out}"
+        models, assembly.loaded.tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
     )
 
 

@@ -88,25 +88,25 @@ def run(
     progress.stage("loading data and model")
     with torch_settings():
         with clock.part("setup"):
-            parts = Assembly.assemble(config, clock, objects)
+            assembly = Assembly.assemble(config, clock, objects)
         if resume:
-            parts.refuse_other_inputs(path)
+            assembly.refuse_other_inputs(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
         told = callbacks or Callbacks()
-        federation = _Federation(config, RunFolder(path), parts, clock, progress, told)
+        federation = _Federation(config, RunFolder(path), assembly, clock, progress, told)
         federation.prepare()
         if deployment is not None:
             progress.stage("waiting for clients")
-            parts.client_examples = deployment.join(
-                parts, read_json(path / "partition.json") if resume else None
+            assembly.client_examples = deployment.join(
+                assembly, read_json(path / "partition.json") if resume else None
             )
-            check_counts(config, len(parts.client_examples))
-            parts.split.partition.update(deployment.partition())
+            check_counts(config, len(assembly.client_examples))
+            assembly.split.partition.update(deployment.partition())
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
-            RunFolder.create(path, config, parts.environment, parts.split.partition)
+            RunFolder.create(path, config, assembly.environment, assembly.split.partition)
         try:
-            with connected(config, parts, path, clock, deployment, objects) as transport:
+            with connected(config, assembly, path, clock, deployment, objects) as transport:
                 summary = federation.run(transport, deployment)
         except KeyboardInterrupt:
             told.end(federation.summarize("interrupted"))
@@ -138,14 +138,14 @@ class _Federation:
         self,
         config: RunConfig,
         folder: RunFolder,
-        parts: Assembly,
+        assembly: Assembly,
         clock: Clock,
         progress: Progress,
         callbacks: Callbacks,
     ) -> None:
-        self._config, self._folder, self._parts = config, folder, parts
+        self._config, self._folder, self._assembly = config, folder, assembly
         self._clock, self._progress, self._callbacks = clock, progress, callbacks
-        parts.runner.store = Store(folder.path / "held")
+        assembly.runner.store = Store(folder.path / "held")
         self._ledger = Ledger(
             lambda entry: folder.append("wire.jsonl", entry),
             lambda entry: folder.append("memory.jsonl", entry),
@@ -154,9 +154,9 @@ class _Federation:
         self._held: dict[int, set[str]] = {}  # digests of what clients hold, by checkpoint
         self._rounds: list[dict[str, Any]] = []
         self._trainable = 0
-        self._total_parameters = parts.base_parameters
+        self._total_parameters = assembly.base_parameters
         self._sha = config.sha256()
-        self._model: nn.Module = parts.loaded.model
+        self._model: nn.Module = assembly.loaded.model
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
         self._zero_shot = Evaluated()
@@ -167,20 +167,20 @@ class _Federation:
         Raises:
             InputError: The checkpoint is damaged, or the model does not go with the method or the tasks.
         """
-        method, checkpoints = self._parts.method, self._folder.path / "checkpoints"
+        method, checkpoints = self._assembly.method, self._folder.path / "checkpoints"
         saved = checkpoint.rounds(checkpoints)
         if saved:
             self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha)
         self._progress.begin(rounds=method.rounds, name=self._config.method_name)
         if self._start is None:
             self._zero_shot = self._evaluate(None)
-        self._model = method.client_model(lambda: self._parts.loaded.model)
+        self._model = method.client_model(lambda: self._assembly.loaded.model)
         self._total_parameters, self._trainable = count_parameters(self._model)
-        self._parts.runner.use(self._model)
+        self._assembly.runner.use(self._model)
 
     def run(self, transport: Transport, deployment: Deployment | None = None) -> dict[str, Any]:
         """The rounds that are left, and the result."""
-        method, model, start = self._parts.method, self._model, self._start
+        method, model, start = self._assembly.method, self._model, self._start
         checkpoints = self._folder.path / "checkpoints"
         self._restore(start)
         if start is None:  # round 0 is the model before any training
@@ -191,14 +191,14 @@ class _Federation:
             if start
             else method.init(model)
         )
-        journal = Journal(transport, checkpoints, self._parts.runner.states)
+        journal = Journal(transport, checkpoints, self._assembly.runner.states)
         secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
         if privacy is not None:
             self._account = PrivacyAccount(
                 privacy,
                 self._folder.path,
                 per_round=self._per_round(),
-                population=len(self._parts.client_examples),
+                population=len(self._assembly.client_examples),
                 secure=secure is not None,
             )
         loop = RoundLoop(
@@ -206,7 +206,7 @@ class _Federation:
             journal,
             self._ledger,
             self._clock,
-            self._parts.device,
+            self._assembly.device,
             server_model=model if method.sends_model else None,
             protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
         )
@@ -228,11 +228,11 @@ class _Federation:
 
     def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
-        cohort = self._account.cohort(self._parts.client_examples) if self._account else None
+        cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
         drawn = cohort is not None
         if cohort is None:
             cohort = sample_cohort(
-                self._parts.client_examples, self._per_round(), seed=config.seed, round=round
+                self._assembly.client_examples, self._per_round(), seed=config.seed, round=round
             )
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
@@ -245,7 +245,7 @@ class _Federation:
                 arrivals.append({"clients": list(outcome.clients), "eval": scores})
 
         quorum = quorum_of(len(cohort.clients), config.federation.quorum)
-        if not self._parts.method.uses_wire:  # a count that is meant for the methods beside it
+        if not self._assembly.method.uses_wire:  # a count that is meant for the methods beside it
             quorum = min(quorum, len(cohort.clients))
         if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
             asked, wanted = len(cohort.clients), config.federation.quorum
@@ -263,17 +263,17 @@ class _Federation:
         if arrivals:
             entry["arrivals"] = arrivals
         every = config.evaluation.every
-        due = round == self._parts.method.rounds or (every > 0 and round % every == 0)
+        due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
         scores = self._evaluate((state, model)) if due else Evaluated()
         self._record(entry, scores, self._clock.total - before)
         return state
 
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
-        loaded, method = self._parts.loaded, self._parts.method
+        loaded, method = self._assembly.loaded, self._assembly.method
         with self._clock.part("evaluation"):
             models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
-            return evaluate(models, loaded.tokenizer, self._parts.split, self._config)
+            return evaluate(models, loaded.tokenizer, self._assembly.split, self._config)
 
     def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
@@ -304,25 +304,25 @@ class _Federation:
         self._folder.truncate(dict(start.logs))
         self._rounds = list(self._folder.entries("rounds.jsonl"))
         self._ledger.restore(self._folder.entries("wire.jsonl"), self._folder.entries("memory.jsonl"))
-        self._parts.runner.states.update(start.clients)
+        self._assembly.runner.states.update(start.clients)
         self._earlier = dict(start.seconds)
 
     def _save(self, checkpoints: Path, round: int, state: Any) -> None:
         whole = checkpoint.Checkpoint(
-            round, to_payload(state), self._parts.runner.states, self._folder.sizes(), self._seconds()
+            round, to_payload(state), self._assembly.runner.states, self._folder.sizes(), self._seconds()
         )
         checkpoint.save(checkpoints, whole, config_sha256=self._sha, keep=self._config.checkpoints.keep)
         there = checkpoint.rounds(checkpoints)  # what none of them names, no resumed run asks for
         self._held = {r: self._held.get(r) or checkpoint.held(checkpoints, r) for r in there}
-        self._parts.runner.store.retain(set().union(*self._held.values()))
+        self._assembly.runner.store.retain(set().union(*self._held.values()))
 
     def _save_result(self, state: Any, model: nn.Module) -> None:
         self._progress.stage("saving the result")
-        method = self._parts.method
+        method = self._assembly.method
         with self._clock.part("checkpoint"):
             save_models(
                 method.export(state, model),
-                self._parts.loaded.tokenizer,
+                self._assembly.loaded.tokenizer,
                 self._folder.path / "final",
                 merge=method.saves_merged,
                 what="the result",
@@ -330,7 +330,7 @@ class _Federation:
 
     def _per_round(self) -> float | int | None:
         """Reference rows always ask everyone: they stand for no communication pattern."""
-        return self._config.federation.clients_per_round if self._parts.method.uses_wire else None
+        return self._config.federation.clients_per_round if self._assembly.method.uses_wire else None
 
     def _seconds(self) -> dict[str, float]:
         now = self._clock.seconds | {"total": self._clock.total - self._clock.seconds.get("setup", 0.0)}
@@ -341,7 +341,7 @@ class _Federation:
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
         evaluated = [entry for entry in self._rounds if entry["eval"]]
-        settings = eval_settings(self._config, self._parts.split.labels)
+        settings = eval_settings(self._config, self._assembly.split.labels)
         seconds = (
             dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
             | self._seconds()
@@ -351,7 +351,7 @@ class _Federation:
             "model": self._config.model.name,
             "seed": self._config.seed,
             "rounds": self._rounds[-1]["round"] if self._rounds else 0,
-            "clients": len(self._parts.client_examples),
+            "clients": len(self._assembly.client_examples),
             "trainable_parameters": self._trainable,
             "total_parameters": self._total_parameters,
             "payload_bytes": dict(self._ledger.payload_bytes),

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedtune.federation.files import disk_errors, whole_folder
+from fedtune.federation.files import atomic_folder, disk_errors
 from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.save import save_result
 
@@ -32,7 +32,7 @@ def save_models(
         FederationError: The disk is full or cannot be written.
     """
     written = []
-    with disk_errors(what), whole_folder(path) as new:
+    with disk_errors(what), atomic_folder(path) as new:
         for name, model in models:
             where = new if name == "global" else new / name
             where.mkdir(exist_ok=True)

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
 from fedtune.evaluation.clients import spread
-from fedtune.evaluation.subject import EvalSettings, Outcome
 from fedtune.evaluation.tasks import score, summarize
+from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.data import Split
 
 Scores = dict[str, dict[str, float]]

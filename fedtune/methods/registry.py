@@ -46,8 +46,8 @@ register(
     "fedkseed",
     Entry(
         "fedtune.methods.fedkseed.method:FedKSeed",
-        "fedtune.methods.fedkseed.method:Config",
-        "fedtune.methods.fedkseed.method:State",
+        "fedtune.methods.fedkseed.settings:Config",
+        "fedtune.methods.fedkseed.settings:State",
         "all weights tuned with two forward passes and K shared seeds; under 18 kB a round",
     ),
 )
@@ -55,8 +55,8 @@ register(
     "fedkseed-pro",
     Entry(
         "fedtune.methods.fedkseed.method:FedKSeed",
-        "fedtune.methods.fedkseed.method:ProConfig",
-        "fedtune.methods.fedkseed.method:State",
+        "fedtune.methods.fedkseed.settings:ProConfig",
+        "fedtune.methods.fedkseed.settings:State",
         "FedKSeed with seeds drawn by their importance, so that fewer are enough",
     ),
 )
@@ -73,8 +73,8 @@ register(
     "fedbiot",
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
-        "fedtune.methods.fedbiot.method:Config",
-        "fedtune.methods.fedbiot.method:State",
+        "fedtune.methods.fedbiot.settings:Config",
+        "fedtune.methods.fedbiot.settings:State",
         "clients tune an adapter on a compressed emulator that the server aligns; they never get the model",
     ),
 )
@@ -82,8 +82,8 @@ register(
     "fedot",
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
-        "fedtune.methods.fedbiot.method:OffsiteConfig",
-        "fedtune.methods.fedbiot.method:State",
+        "fedtune.methods.fedbiot.settings:OffsiteConfig",
+        "fedtune.methods.fedbiot.settings:State",
         "offsite-tuning by several clients: first and last blocks as adapter, the emulator fixed",
     ),
 )
@@ -91,8 +91,8 @@ register(
     "offsite-tuning",
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
-        "fedtune.methods.fedbiot.method:OneClientConfig",
-        "fedtune.methods.fedbiot.method:State",
+        "fedtune.methods.fedbiot.settings:OneClientConfig",
+        "fedtune.methods.fedbiot.settings:State",
         "the adapter tuned on a fixed emulator by one client that holds all data",
     ),
 )

@@ -1,9 +1,10 @@
 """Weights formed just in time: the model stays as it was loaded and computes with others.
 
-While `Formed` is open, every operation of PyTorch that is given a parameter gets what `form` makes of it, for
-that operation alone. A linear layer's matrix never exists whole: some of its rows at a time are formed where
-a core's cache holds them, multiplied and forgotten. Of an embedding only the rows that are looked up are
-formed. Nothing is ever written into the model, so nothing drifts however many forward passes there are.
+While `JustInTimeWeights` is open, every operation of PyTorch that is given a parameter gets what `form` makes
+of it, for that operation alone. A linear layer's matrix never exists whole: some of its rows at a time are
+formed where a core's cache holds them, multiplied and forgotten. Of an embedding only the rows that are
+looked up are formed. Nothing is ever written into the model, so nothing drifts however many forward passes
+there are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _ABOUT = {
 }
 
 
-class Formed(TorchFunctionMode):
+class JustInTimeWeights(TorchFunctionMode):
     """Inside, each of `parameters` acts as what `form` makes of it; may be entered again and again.
 
     For inference only: gradients would not reach the parameters. Compiled or scripted modules do not call

@@ -27,7 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fedtune.data.encode import IGNORED
 from fedtune.errors import InputError
 
-_ELEMENTS = 2**20  # logits in float32 at a time
+ELEMENTS = 2**20  # logits in float32 at a time
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE = 2**20  # bytes; of less than that the pages cost more time than they save memory
 
@@ -129,5 +129,5 @@ def _sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _ELEMENTS // logits.shape[1])
+    size = max(1, ELEMENTS // logits.shape[1])
     return (slice(at, at + size) for at in range(0, len(logits), size))

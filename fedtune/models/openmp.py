@@ -27,7 +27,7 @@ def team(work: Callable[[], None], threads: int) -> None:
     Raises:
         BaseException: Whatever `work` raised first.
     """
-    region = _parallel() if threads > 1 else None
+    region = parallel_region() if threads > 1 else None
     if region is None:
         work()
         return
@@ -48,7 +48,7 @@ def team(work: Callable[[], None], threads: int) -> None:
 
 
 @cache
-def _parallel() -> Callable[..., Any] | None:
+def parallel_region() -> Callable[..., Any] | None:
     """GOMP_parallel(body, data, threads, flags) of the library that PyTorch is linked to, if it has one."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:

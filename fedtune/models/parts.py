@@ -26,7 +26,7 @@ ADDED = ".added"  # behind a block's index
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """A model by part; tensors are the model's own, not copies.
 
     Attributes:
@@ -64,7 +64,7 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, 
     return parameters, {canonical_name(model, n): b for n, b in model.named_buffers()}
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module) -> ModelParts:
     """Divides a model, wrapped by PEFT or not. Raises InputError if its blocks are not found."""
     base = base_model(model)
     blocks = find_blocks(base)
@@ -80,10 +80,10 @@ def find_parts(model: nn.Module) -> Parts:
         part, inner = _part(name, blocks.path, head)
         parameters.setdefault(part, {})
         buffers.setdefault(part, {})[inner] = buffer
-    return Parts(blocks.path, len(blocks.modules), parameters, buffers)
+    return ModelParts(blocks.path, len(blocks.modules), parameters, buffers)
 
 
-def check_around(parts: Parts, names: Iterable[str], setting: str) -> None:
+def check_around(parts: ModelParts, names: Iterable[str], setting: str) -> None:
     """Raises InputError if the model has no parameters in one of these parts."""
     known = [part for part in AROUND if parts.parameters.get(part)]
     for name in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from fedtune.measure.flops import FlopCounter
 from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
-from fedtune.models.just_in_time import Formed
+from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
@@ -37,19 +37,21 @@ STEPS = 2
 ZEROTH = ("fedkseed", "fedkseed-pro", "infinite-pool")
 
 
-class Held(Store):
+class FakeStore(Store):
     """Keeps fake tensors, which have no bytes to take a digest of, as if on disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = count()
 
     @property
     def on_disk(self) -> bool:
         """A run keeps what clients hold in its folder."""
         return True
 
-    def put(self, payload: Payload) -> str:
-        """Keeps `payload` under a number."""
-        key = str(len(self._payloads))
-        self._payloads[key] = payload
-        return key
+    def key_of(self, payload: Payload) -> str:
+        """A number of its own."""
+        return str(next(self._numbers))
 
 
 def client_step(
@@ -111,7 +113,7 @@ def client_step(
                 state=None,
                 memory=meter,
                 device=CPU,
-                store=Held(),
+                store=FakeStore(),
             )
             probe.client_step(order.payload, env)
         if blocks:
@@ -237,7 +239,7 @@ def _resident(state: Any) -> list[Resident]:
 
 
 def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tuple[PartsMeter, float]:
-    """Two forward passes; weights are formed just in time where the method does that (zeroth_step.py)."""
+    """Two forward passes; weights are formed just in time where the method does that (fedkseed/step.py)."""
     config, meter, counter = method.config, PartsMeter(), FlopCounter()
     batch = collate(items, 0)
     parameters = trainable(model)
@@ -248,7 +250,7 @@ def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tup
             model(**batch)
         with meter.whole([model]):
             if formed:
-                with Formed(parameters, _unwritten):
+                with JustInTimeWeights(parameters, _unwritten):
                     float(cast(Any, model(**batch)).loss)
             else:
                 float(cast(Any, model(**batch)).loss)

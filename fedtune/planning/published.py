@@ -24,7 +24,7 @@ def published(settings: Any, base: PreTrainedModel, traffic: Traffic) -> dict[st
         traffic: All messages of the run.
     """
     if settings.name in ("fedkseed", "fedkseed-pro"):
-        from fedtune.methods.fedkseed.method import paper_bytes
+        from fedtune.methods.fedkseed.settings import paper_bytes
 
         return {"bytes_per_client_round": paper_bytes(settings)}
     if settings.name in ("fedbiot", "fedot", "offsite-tuning"):

@@ -60,7 +60,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Means:
+class ClientResources:
     """What clients have.
 
     Attributes:
@@ -123,19 +123,19 @@ def plan_all(
     return found
 
 
-def judge(candidates: Sequence[Candidate], means: Means) -> dict[str, Any]:
+def judge(candidates: Sequence[Candidate], resources: ClientResources) -> dict[str, Any]:
     """Which fit, ordered by the time that they need. The document is the JSON of `fedtune plan --model`."""
     first = candidates[0].config
-    rows = [_row(candidate, means) for candidate in candidates]
+    rows = [_row(candidate, resources) for candidate in candidates]
     rows.sort(key=_order)
     return {
         "model": first.model.name,
         "dtype": first.model.dtype,
-        "client_memory_bytes": round(means.memory),
-        "uplink_bits_per_second": means.uplink,
-        "downlink_bits_per_second": means.downlink,
-        "model_private": means.model_private,
-        "client_flops_per_second": means.speed,
+        "client_memory_bytes": round(resources.memory),
+        "uplink_bits_per_second": resources.uplink,
+        "downlink_bits_per_second": resources.downlink,
+        "model_private": resources.model_private,
+        "client_flops_per_second": resources.speed,
         "clients": first.data.clients,
         "max_length": first.data.max_length,
         "methods": rows,
@@ -175,36 +175,38 @@ def _work(config: RunConfig, examples: int | None) -> Workload:
     return work if aligns else replace(work, public=())
 
 
-def _row(candidate: Candidate, means: Means) -> dict[str, Any]:
+def _row(candidate: Candidate, resources: ClientResources) -> dict[str, Any]:
     row: dict[str, Any] = {"method": candidate.name, "fits": False, "plan": None, "seconds": None}
     if candidate.plan is None:
         return row | {"reasons": [f"does not apply: {candidate.refusal}"]}
     document, method = candidate.plan.document, registry.build(candidate.config.method, candidate.config.seed)
     reasons = []
     peak = document["client_peak_memory_bytes"]["total"]
-    if peak > means.memory:
-        reasons.append(f"a client needs {size(peak)} of memory and has {size(means.memory)}")
-    if means.model_private and document["clients_hold_model"]:
+    if peak > resources.memory:
+        reasons.append(f"a client needs {size(peak)} of memory and has {size(resources.memory)}")
+    if resources.model_private and document["clients_hold_model"]:
         reasons.append("clients hold the model's weights, and the model is private")
     if method.pools_data:
         reasons.append("all examples have to be in one place")
     elif not method.uses_wire:
         reasons.append("a reference: nobody learns from anyone else")
-    seconds = _seconds(candidate.plan, means)
+    seconds = _seconds(candidate.plan, resources)
     return row | {"fits": not reasons, "reasons": reasons, "plan": document, "seconds": seconds}
 
 
-def _seconds(planned: Plan, means: Means) -> dict[str, float | None]:
+def _seconds(planned: Plan, resources: ClientResources) -> dict[str, float | None]:
     """Of a round, clients at the same time or in turn, and of all of them."""
     by_round: dict[int, list[float]] = defaultdict(list)
     for exchange in planned.traffic.exchanges:
-        by_round[exchange.round].append(8 * exchange.down / means.downlink + 8 * exchange.up / means.uplink)
+        by_round[exchange.round].append(
+            8 * exchange.down / resources.downlink + 8 * exchange.up / resources.uplink
+        )
     wire = [sum(times) if planned.in_turn else max(times) for times in by_round.values()]
     compute: float | None = None
-    if means.speed is not None:
+    if resources.speed is not None:
         document = planned.document
         turns = document["clients_per_round"] if planned.in_turn else 1
-        compute = document["rounds"] * turns * document["flops_per_client_round"] / means.speed
+        compute = document["rounds"] * turns * document["flops_per_client_round"] / resources.speed
     return {
         "first_round": wire[0] if wire else 0.0,
         "later_round": sum(wire[1:]) / len(wire[1:]) if wire[1:] else None,

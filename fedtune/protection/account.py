@@ -52,7 +52,7 @@ class PrivacyAccount:
         for log in sorted([folder / "rounds.jsonl", *folder.glob("rolled-back-*/rounds.jsonl")]):
             if log.exists():
                 with log.open(encoding="utf-8") as lines:
-                    self._take(entry for line in lines if "privacy" in (entry := json.loads(line)))
+                    self.enter(entry for line in lines if "privacy" in (entry := json.loads(line)))
 
     def cohort(self, examples: Mapping[int, int]) -> Cohort | None:
         """Whom the next round asks, or None where the run's seed may say so."""
@@ -62,7 +62,7 @@ class PrivacyAccount:
 
     def spend(self, clients: Iterable[int]) -> dict[str, Any]:
         """Enters a sum of these clients; returns what rounds.jsonl says of it."""
-        self._take([{"clients": list(clients)}])
+        self.enter([{"clients": list(clients)}])
         return self.spent()
 
     def spent(self) -> dict[str, Any]:
@@ -75,7 +75,8 @@ class PrivacyAccount:
             "delta": settings.delta,
         }
 
-    def _take(self, entries: Iterable[Mapping[str, Any]]) -> None:
+    def enter(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Counts sums, each an entry of rounds.jsonl with the clients in it."""
         for entry in entries:
             self._releases += 1
             self._parts.update(entry["clients"])

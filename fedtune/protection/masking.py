@@ -78,13 +78,13 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes | None:
         return None
 
 
-def deal(secret: bytes, threshold: int, count: int) -> list[bytes]:
+def split_secret(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Shares of a secret, 16 bytes each; any `threshold` of them give it back, fewer tell nothing."""
     return [share for _, share in sorted(Shamir.split(threshold, count, secret, ssss=False))]
 
 
-def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret, from as many shares as the threshold, by their place in what `deal` gave."""
+def join_shares(shares: Mapping[int, bytes]) -> bytes:
+    """The secret, from as many shares as the threshold, by their place in what `split_secret` gave."""
     return Shamir.combine([(place + 1, share) for place, share in shares.items()], ssss=False)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
+from fedtune.protection.cohort_share import LOSS_UNIT, CohortShare, flatten
 from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy
-from fedtune.protection.share import LOSS_UNIT, Share, flatten
 
 SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
 BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}
@@ -113,7 +113,7 @@ def mask(
     clients, keys = kept.tensors["clients"].tolist(), kept.tensors["keys"]
     summed = order.tensors["clients"].tolist()
     opened = kept.tensors["senders"][kept.tensors["opened"]].tolist()
-    share, noise_shares = Share.of_tensor(kept.tensors["share"]), int(kept.tensors["noise_shares"][0])
+    share, noise_shares = CohortShare.of_tensor(kept.tensors["share"]), int(kept.tensors["noise_shares"][0])
     needed = max(int(kept.tensors["threshold"][0]), noise_shares)
     if client not in summed or not set(summed) <= set(opened) or len(summed) < needed:
         raise ClientError(
@@ -175,7 +175,13 @@ def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
             "one half"
         )
     own = masking.fresh(SECRET)
-    dealt = list(zip(masking.deal(own, threshold, count), masking.deal(seed, threshold, count), strict=True))
+    dealt = list(
+        zip(
+            masking.split_secret(own, threshold, count),
+            masking.split_secret(seed, threshold, count),
+            strict=True,
+        )
+    )
     sealed, commitments = [], []
     for at, (other, pair) in enumerate(zip(clients, dealt, strict=True)):
         commitments += [commitment(*half, client, other) for half in zip(_KINDS, pair, strict=True)]

@@ -33,9 +33,9 @@ from torch import Tensor
 from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum
 from fedtune.core.types import SECURE, Order, Payload, Reply, Scalar, TensorSpec
 from fedtune.protection import masking
+from fedtune.protection.cohort_share import CohortShare, Shapes
 from fedtune.protection.masking import HASH, KEY, SECRET
 from fedtune.protection.secure_client import ONE_ITSELF, PAIRWISE, SEALED, commitment
-from fedtune.protection.share import Shapes, Share
 
 log = logging.getLogger("fedtune")
 V = TypeVar("V")
@@ -61,7 +61,7 @@ class SecureRound:
         self,
         orders: Iterable[Order],
         *,
-        shares: Mapping[int, Share],
+        shares: Mapping[int, CohortShare],
         shapes: Shapes,
         length: int,
         on_arrival: Callable[[], None],
@@ -109,7 +109,7 @@ class SecureRound:
         self._holders = clients
         return self._staying({reply.client: reply.payload for reply in replies}, "shares")
 
-    def _opened(self, dealt: dict[int, Payload], shares: Mapping[int, Share], shapes: Shapes) -> None:
+    def _opened(self, dealt: dict[int, Payload], shares: Mapping[int, CohortShare], shapes: Shapes) -> None:
         """Leaves out who dealt shares that do not open, and who does not answer; `dealt` is changed."""
         senders = sorted(dealt)
         asked = []
@@ -201,7 +201,7 @@ class SecureRound:
         some = sorted(returned)[: self._threshold]
         for row, client in enumerate(self._summed):
             shares = {self._holders.index(other): _bytes(returned[other][row]) for other in some}
-            secret = masking.combine(shares)
+            secret = masking.join_shares(shares)
             if client in survivors:
                 self._check(
                     client, masking.commit(ONE_ITSELF, secret) == _bytes(_tensor(dealt[client], "secret"))

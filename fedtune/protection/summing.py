@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.types import Order, Reply, Summed, SumMethod
+from fedtune.protection.cohort_share import LOSS_UNIT, CohortShare, flatten, length, unflatten
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy, SecureAggregation, threshold_of
-from fedtune.protection.share import LOSS_UNIT, Share, flatten, length, unflatten
 
 S = TypeVar("S")
 
@@ -38,12 +38,12 @@ class Summing:
         """Whether a round takes several exchanges: under masks it does."""
         return self.secure is not None
 
-    def shares(self, cohort: Cohort) -> dict[int, Share]:
+    def shares(self, cohort: Cohort) -> dict[int, CohortShare]:
         """Of each client of a cohort."""
         if self.privacy is None:
             total = cohort.total_examples
-            return {c: Share(cohort.examples[c], total, cohort.population) for c in cohort.clients}
-        return dict.fromkeys(cohort.clients, Share(1, _divisor(cohort), cohort.population))
+            return {c: CohortShare(cohort.examples[c], total, cohort.population) for c in cohort.clients}
+        return dict.fromkeys(cohort.clients, CohortShare(1, _divisor(cohort), cohort.population))
 
     def step(self, state: S, replies: Iterable[Reply], *, cohort: Cohort, outcome: RoundOutcome) -> S:
         """The server's step of a round with privacy alone: clips and sums what it got, and adds the noise."""
@@ -55,7 +55,7 @@ class Summing:
             vector = flatten(share.summand(self.method, reply.payload, shapes), shapes)
             total += clip_(vector, share.clip(self.privacy, unit))
             outcome.metrics[reply.client] = {}  # a mean of losses without noise would tell what ε must not
-        whole = Share(1, _divisor(cohort), cohort.population).clip(self.privacy, unit)
+        whole = CohortShare(1, _divisor(cohort), cohort.population).clip(self.privacy, unit)
         add_noise_(total, self.privacy.noise_multiplier * whole)
         return self._finish(state, total, cohort, outcome)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedtune.core.types import Arrival, Payload
-from fedtune.core.wire import room
+from fedtune.core.wire import empty_frame
 from fedtune.transport.messages import PART_BYTES, Message
 from fedtune.transport.remote import LONGEST_S, Channel, Exchange, Unreachable
 
@@ -58,7 +58,7 @@ class Invitation:
         )
 
 
-def gather(
+def invite_clients(
     network: Network,
     invitation: Invitation,
     expected: Mapping[int, str],
@@ -122,7 +122,7 @@ def examples_of(answer: Message) -> int:
     return examples
 
 
-def wait_for(network: Network, clients: Mapping[int, str], *, wait_s: float) -> None:
+def wait_for_clients(network: Network, clients: Mapping[int, str], *, wait_s: float) -> None:
     """Waits until the clients of a resumed run are back, for `wait_s` at most."""
     end = time.monotonic() + wait_s
     while clients.keys() - network.online() and time.monotonic() < end:
@@ -192,7 +192,7 @@ class RoundExchange:
         size, kept = answer.number("bytes"), answer.number("state")
         if size > (limit := self._limit(client)):
             raise Refusal(f"its reply has {size:,} bytes; at most {limit:,} are allowed here")
-        buffer, at = room(size), 0
+        buffer, at = empty_frame(size), 0
         while True:
             part = answer.body
             if not part or at + len(part) > size:

@@ -23,7 +23,7 @@ from pathlib import Path
 from fedtune.core.client import ClientRunner
 from fedtune.core.store import Store, digests_in
 from fedtune.core.types import ClientError, Payload
-from fedtune.core.wire import Content, FrameError, decode, encode, room
+from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode
 from fedtune.errors import InputError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
 from fedtune.transport.messages import PART_BYTES, Field, Message, fault
@@ -33,7 +33,7 @@ KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its 
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedRun:
     """A run that this client takes part in.
 
     Attributes:
@@ -79,14 +79,14 @@ class Worker:
 
     def __init__(
         self,
-        join: Callable[[Mapping[str, Field]], Joined],
+        join: Callable[[Mapping[str, Field]], JoinedRun],
         acceptance: Acceptance,
         folder: Path,
         log_line: Callable[[str], None],
     ) -> None:
         self._join, self._acceptance, self._folder, self._log_line = join, acceptance, folder, log_line
         self._run, self._client = "", -1
-        self._joined: Joined | None = None
+        self.joined: JoinedRun | None = None
         self._incoming: _Incoming | None = None
         self._done: _Done | None = None
 
@@ -114,18 +114,16 @@ class Worker:
 
     def _invited(self, fields: Mapping[str, Field]) -> Message:
         self._take(fields)
-        assert self._joined is not None
+        assert self.joined is not None
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "run.json", json.dumps(dict(fields)).encode())
-        self._log_line(
-            f"joined run {self._run} ({self._joined.method}) with {self._joined.examples} examples"
-        )
-        return Message({"examples": self._joined.examples})
+        self._log_line(f"joined run {self._run} ({self.joined.method}) with {self.joined.examples} examples")
+        return Message({"examples": self.joined.examples})
 
     def _knows(self, run: str) -> bool:
         """Whether this client has joined a run, if need be as its folder remembers it."""
-        if self._joined is not None and self._run == run:
+        if self.joined is not None and self._run == run:
             return True
         path = self._folder / "run.json"
         if not path.is_file():
@@ -144,14 +142,14 @@ class Worker:
         run, client = message.text("run"), message.number("client")
         if not re.fullmatch(r"[0-9a-f]{1,64}", run):
             raise ValueError("a run's name must be hexadecimal")  # it becomes a folder's name
-        if self._joined is None or (run, client) != (self._run, self._client):
-            self._joined = None  # frees the model of the run before
-        self._joined = self._join(fields)
+        if self.joined is None or (run, client) != (self._run, self._client):
+            self.joined = None  # frees the model of the run before
+        self.joined = self._join(fields)
         for old in self._folder.glob("*/"):
             if old.name != run and re.fullmatch(r"[0-9a-f]{1,64}", old.name):
                 shutil.rmtree(old)  # of a run before this one
         self._run, self._client = run, client
-        self._joined.runner.store = Store(self._states() / "held")
+        self.joined.runner.store = Store(self._states() / "held")
         self._incoming = self._done = None
 
     def _order(self, message: Message) -> Message:
@@ -160,7 +158,7 @@ class Worker:
             check_bytes(self._acceptance, size, "order")
             if self._done is not None and self._done.round != round:
                 self._done = None  # a long reply is not kept beside a long order
-            self._incoming = _Incoming(round, room(size))
+            self._incoming = _Incoming(round, empty_frame(size))
         incoming, end = self._incoming, at + len(message.body)
         if incoming is None and self._done is not None and self._done.round == round and end == size:
             return self._answer(self._done)  # the last part, once more: its answer was lost
@@ -180,8 +178,8 @@ class Worker:
     def _train(self, round: int, frame: bytearray | mmap.mmap, state: int) -> Message:
         crc, done = zlib.crc32(frame), self._done
         if done is None or (done.round, done.order_crc, done.state_before) != (round, crc, state):
-            assert self._joined is not None
-            runner, client = self._joined.runner, self._client
+            assert self.joined is not None
+            runner, client = self.joined.runner, self._client
             before = self._load_state(state)
             runner.states = {client: before} if before is not None else {}
             self._done = None
@@ -230,10 +228,10 @@ class Worker:
         for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
             if old.name != f"round-{round:06d}":  # a run that was rolled back has newer ones
                 old.unlink()
-        if self._joined is not None and digests_in([state.scalars]):
+        if self.joined is not None and digests_in([state.scalars]):
             rounds = [int(path.name.removeprefix("round-")) for path in folder.glob("round-*")]
             kept = [found.scalars for found in map(self._load_state, rounds) if found is not None]
-            self._joined.runner.store.retain(digests_in(kept))
+            self.joined.runner.store.retain(digests_in(kept))
 
 
 def _write(path: Path, content: bytes) -> None:

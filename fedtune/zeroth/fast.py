@@ -44,7 +44,7 @@ class Update:
     def __init__(self, pool: SeedPool, a: object) -> None:
         self.pool = pool
         vector = reference.coefficients(pool, a)
-        self._tables = _PREPARE[pool.noise](pool, vector)
+        self.tables = _PREPARE[pool.noise](pool, vector)
 
     def jobs(self, w: Weights, w0: Weights, name: str, *, first: int = 0) -> list[Job]:
         """The pieces of w = cast(float32(w0) + Δ), which may run in any order and at the same time.
@@ -96,7 +96,7 @@ class Update:
     ) -> None:
         from fedtune.zeroth import kernels  # imports Numba, which only those who perturb need
 
-        kernels.KERNELS[self.pool.noise](out, base, first, low, high, *self._tables, stream)
+        kernels.KERNELS[self.pool.noise](out, base, first, low, high, *self.tables, stream)
 
     def _widened(self, out: Tensor, base: Tensor, first: int, stream: np.ndarray[Any, Any]) -> None:
         wide = base.to(torch.float32)

@@ -32,14 +32,15 @@ _SIX, _SIXTEEN, _LOW6, _LOW10 = np.uint64(6), np.uint64(16), np.uint64(63), np.u
 _WORD, _SUM, _STATE = np.zeros(0, np.uint32), np.zeros(0, np.int32), np.zeros(0, np.uint64)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel; kept between runs where there is a place for it."""
     try:
         return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
     except RuntimeError:  # no place for a cache, neither beside this file nor in the user's folder
         return numba.njit(nogil=True, boundscheck=False)(function)
 
 
-@_jit
+@jit
 def _aligned(size, like):  # type: ignore[no-untyped-def]
     """An empty array that begins a cache line: a 64-byte load across two lines costs as much as two loads."""
     room = np.empty(size + 64 // like.itemsize, like.dtype)
@@ -47,7 +48,7 @@ def _aligned(size, like):  # type: ignore[no-untyped-def]
     return room[skip : skip + size]
 
 
-@_jit
+@jit
 def philox_lanes(out, lanes, call, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """out[w * lanes + l] = word w of call `call + l`; every argument but `out` is a uint64."""
     n = np.int64(lanes)
@@ -70,7 +71,7 @@ def philox_lanes(out, lanes, call, c1, c2, c3, k0, k1):  # type: ignore[no-untyp
         out3[lane] = np.uint32(x3 & _LOW)
 
 
-@_jit
+@jit
 def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-def]
     """out[start + i] = base[start + i] + float32(total[i] * unit), both roundings as in the reference."""
     begin, end = max(start, 0), min(stop, out.size)
@@ -79,7 +80,7 @@ def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-
         new[i] = old[i] + np.float32(np.float64(sums[i]) * unit)
 
 
-@_jit
+@jit
 def hadamard4(out, base, first, low, high, y, block, stream):  # type: ignore[no-untyped-def]
     """Blocks low … high − 1.
 
@@ -114,7 +115,7 @@ def hadamard4(out, base, first, low, high, y, block, stream):  # type: ignore[no
                 out[begin:end] = scratch[begin - at : end - at]
 
 
-@_jit
+@jit
 def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[no-untyped-def]
     t0, t1, t2, t3 = start[0], start[1], start[2], start[3]
     if y.size != block:
@@ -127,7 +128,7 @@ def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[n
             add_permuted(out, base, at, y, inside + at, t0, t1, t2, t3, signs, np.uint32(8 * part))
 
 
-@_jit
+@jit
 def draw_states(words, first, last, stream):  # type: ignore[no-untyped-def]
     """The states of tiles first … last − 1, in the order of `reference.states`."""
     c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]
@@ -145,7 +146,7 @@ def draw_states(words, first, last, stream):  # type: ignore[no-untyped-def]
     return states
 
 
-@_jit
+@jit
 def looked_up(out, base, first, low, high, keys, digits, unit, stream):  # type: ignore[no-untyped-def]
     """`rademacher` and `gaussian`, tiles low … high − 1; a row of keys and digits for each group of seeds."""
     words = _aligned(TILE // 2, _WORD)
@@ -157,7 +158,7 @@ def looked_up(out, base, first, low, high, keys, digits, unit, stream):  # type:
     add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
 
 
-@_jit
+@jit
 def looked_up_plain(out, base, first, low, high, keys, digits, unit, stream):  # type: ignore[no-untyped-def]
     """The same for processors without AVX-512: two loads for each halfword."""
     words = _aligned(TILE // 2, _WORD)
@@ -189,12 +190,12 @@ def looked_up_plain(out, base, first, low, high, keys, digits, unit, stream):  #
     add_scaled(out, base, total, unit, low * TILE - first, high * TILE - first)
 
 
-@_jit
+@jit
 def _entry(row, value):  # type: ignore[no-untyped-def]
     return np.int32(row[value]) + (np.int32(row[128 + value]) << np.int32(14))
 
 
-@_jit
+@jit
 def binomial32(out, base, first, low, high, groups, q, unit, stream):  # type: ignore[no-untyped-def]
     """Tiles low … high − 1. Seed `groups[g]` has the integer coefficient q[g]."""
     c1, c2, c3, k0, k1 = stream[0], stream[1], stream[2], stream[3], stream[4]

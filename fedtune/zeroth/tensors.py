@@ -74,7 +74,7 @@ class Prepared:
                 raise InputError(
                     f"{name}: w and w0 must be on one device, got {_device(w)} and {_device(w0)}"
                 )
-            if _on_gpu(w) and _on_gpu(w0):
+            if on_gpu(w) and on_gpu(w0):
                 with self._lock:
                     launches += self._gpu.jobs(w, w0, name, first=first)  # uploads, once to each device
             else:
@@ -207,7 +207,7 @@ def perturbed_names(weights: Mapping[str, Weights]) -> dict[str, Weights]:
             w.is_floating_point() if isinstance(w, torch.Tensor) else np.issubdtype(w.dtype, np.floating)
         ):
             continue
-        canonical, row = canonical_name(name), gpu.flat(w, name) if _on_gpu(w) else fast.flat(w, name)
+        canonical, row = canonical_name(name), gpu.flat(w, name) if on_gpu(w) else fast.flat(w, name)
         span = (str(row.device), row.data_ptr(), row.data_ptr() + row.nbytes)
         if row.numel() and span in spans:
             continue
@@ -251,5 +251,6 @@ def _device(w: Weights) -> torch.device:
     return w.device if isinstance(w, torch.Tensor) else torch.device("cpu")
 
 
-def _on_gpu(w: Weights) -> TypeGuard[torch.Tensor]:
+def on_gpu(w: Weights) -> TypeGuard[torch.Tensor]:
+    """Whether the Triton kernels are for it."""
     return _device(w).type == "cuda"

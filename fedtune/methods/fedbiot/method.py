@@ -23,18 +23,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed, torch_generator
-from fedtune.core.settings import Settings
 from fedtune.core.types import (
     MODEL,
     ArrivalOrder,
@@ -52,8 +50,8 @@ from fedtune.errors import InputError
 from fedtune.methods.fedavg.lora_aggregation import A
 from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, Server, copied, factors, partner
-from fedtune.methods.local_training import Training, train
-from fedtune.methods.tuning import Lora
+from fedtune.methods.fedbiot.settings import Config, State
+from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
 from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, take
@@ -62,102 +60,6 @@ from fedtune.models.pruning import find_mlp
 from fedtune.models.tuning import HEAD_NAMES, attach_lora
 
 log = logging.getLogger("fedtune")
-
-
-class Alignment(Settings):
-    """How the server tunes the emulator's LoRA on its public examples."""
-
-    steps_before: int = Field(500, ge=0)  # before the first round
-    steps: int = Field(10, ge=0)  # after each round
-    batch_size: int = Field(10, ge=1)  # public examples a step
-    lr: float = Field(1e-4, gt=0)  # constant
-    form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
-    keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
-
-
-class Config(Training):
-    """Settings of `method.name: fedbiot`."""
-
-    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedbiot"  # the method
-    rounds: int = Field(10, ge=1)  # communication rounds
-    adapter_layers: int = Field(2, ge=1)  # s, the blocks that clients train
-    both_ends: bool = False  # the adapter is the first and the last s/2 blocks instead of the last s
-    emulator: Literal["layer-dropout", "channel-pruning"] = "layer-dropout"  # how E* is compressed
-    layer_dropout: float = Field(0.2, ge=0, lt=1)  # β, the share of E* (blocks, or channels) that is left out
-    proximal: float = Field(0.0, ge=0)  # ε, of the distance from the round's start, in reconstructed weights
-    distill_weight: float = Field(1.0, ge=0)  # λ
-    lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
-    alignment: Alignment = Alignment()
-    batch_size: int = Field(10, ge=1)  # examples a batch
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)  # adamw, also when aligning
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_epoch(cls, values: object) -> object:
-        """30 local steps unless steps or epochs are given; SGD has no betas."""
-        if not isinstance(values, dict):
-            return values
-        if values.get("local_epochs") is None and values.get("local_steps") is None:
-            values = {**values, "local_steps": 30}
-        if values.get("optimizer") == "sgd":
-            values = {"betas": [0.9, 0.999], **values}
-        return values
-
-    @field_validator("lora")
-    @classmethod
-    def _one_rank(cls, lora: Lora) -> Lora:
-        if lora.client_ranks:
-            raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
-        if lora.dropout:
-            raise ValueError("dropout is for fedavg; the emulator is aligned without it, leave it out")
-        return lora
-
-    @property
-    def aligns(self) -> bool:
-        """Whether the emulator changes between rounds, so that its LoRA travels."""
-        return self.layer_dropout > 0 and self.alignment.steps > 0
-
-
-class OffsiteConfig(Config):
-    """Settings of `method.name: fedot` and `offsite-tuning`."""
-
-    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedot"  # the method
-    adapter_layers: int = Field(4, ge=1)  # s, half of them at either end
-    both_ends: bool = True  # the first and the last s/2 blocks
-    alignment: Alignment = Alignment(steps=0)  # on public data, before the first round alone
-
-    @model_validator(mode="before")
-    @classmethod
-    def _before_only(cls, values: object) -> object:
-        """No steps between rounds, also where other settings of the alignment are given."""
-        if isinstance(values, dict) and isinstance(values.get("alignment"), dict):
-            return {**values, "alignment": {"steps": 0, **values["alignment"]}}
-        return values
-
-
-class OneClientConfig(OffsiteConfig):
-    """Settings of `method.name: offsite-tuning`."""
-
-    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"  # the method
-
-
-@dataclass(frozen=True)
-class State:
-    """The server's state: LoRA factors by block and path, float32.
-
-    Attributes:
-        adapter: Of the adapter.
-        emulator: Of the emulator, on top of `merged`; empty where it never changes.
-        merged: What pre-alignment learnt; part of the emulator's weights.
-        holders: Clients that have the emulator's and the adapter's weights.
-        round: Rounds that are done.
-    """
-
-    adapter: dict[str, Tensor]
-    emulator: dict[str, Tensor] = field(default_factory=dict)
-    merged: dict[str, Tensor] = field(default_factory=dict)
-    holders: dict[str, bool] = field(default_factory=dict)
-    round: int = 0
 
 
 class FedBiOT:
@@ -218,14 +120,14 @@ class FedBiOT:
 
     def init(self, model: nn.Module) -> State:
         """The adapter as it is, and an emulator aligned before anyone gets it."""
-        server, config = self._at_server(), self.config
+        server, config = self.at_server(), self.config
         adapter = copied(factors(server.full, server.places.adapter, ADAPTER))
         state = State(adapter)
         if config.layer_dropout > 0 and config.alignment.steps_before:
             log.info("aligning the emulator in %d steps", config.alignment.steps_before)
             server.emulate(state.merged)
             drawn = copied(server.emulator_factors())
-            merged = self._align(state, drawn, config.alignment.steps_before, "before")
+            merged = self.tune_emulator(state, drawn, config.alignment.steps_before, "before")
             server.emulated = None
             state = replace(state, merged=merged)
         if config.aligns:
@@ -243,7 +145,7 @@ class FedBiOT:
                 yield Order(client, short, expects)
                 continue
             if whole is None:
-                held = self._at_server().client_tensors(state.merged)
+                held = self.at_server().client_tensors(state.merged)
                 whole = Payload(lora | {MODEL + name: tensor for name, tensor in held.items()})
             yield Order(client, whole, expects)
 
@@ -258,7 +160,7 @@ class FedBiOT:
         if held is None:
             raise ClientError("it does not have the emulator any more; it will be sent again")
         model = env.store.built(key, lambda: self._client(held, env.device))
-        places = self._cut(model)
+        places = self.division(model)
         lora = {n: t for n, t in job.tensors.items() if not n.startswith(MODEL)}
         parameters = factors(model, places.adapter, ADAPTER)
         load(parameters | factors(model, places.middle, EMULATOR), lora)
@@ -301,18 +203,18 @@ class FedBiOT:
         holders |= {str(client): True for client in sorted(replied)}
         state = replace(state, adapter=adapter, holders=holders, round=state.round + 1)
         if self.config.aligns:
-            self._at_server().emulate(state.merged)
-            emulator = self._align(state, state.emulator, self.config.alignment.steps, state.round)
+            self.at_server().emulate(state.merged)
+            emulator = self.tune_emulator(state, state.emulator, self.config.alignment.steps, state.round)
             state = replace(state, emulator=emulator)
         return state
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """AdapFu, the result, and AdapEmu beside it."""
-        server = self._at_server()
+        server = self.at_server()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
         yield "global", server.full
         emulated = server.emulate(state.merged)
-        places = self._cut(emulated)
+        places = self.division(emulated)
         load(factors(emulated, places.adapter, ADAPTER), state.adapter)
         load(factors(emulated, places.middle, EMULATOR), state.emulator)
         yield "adapemu", emulated
@@ -330,7 +232,7 @@ class FedBiOT:
             layers=layers,
         )
 
-    def _cut(self, model: nn.Module) -> Cut:
+    def division(self, model: nn.Module) -> Cut:
         """The division of an emulated model, whose E is as long as it is."""
         blocks = len(find_blocks(model).modules)
         return cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
@@ -338,20 +240,28 @@ class FedBiOT:
     def _client(self, held: Payload, device: torch.device) -> nn.Module:
         """A client's model, from what it was sent and nothing else."""
         model = build(held.tensors)
-        places = self._cut(model)
+        places = self.division(model)
         emulator = places.middle if self.config.aligns else ()
         attached = self._attach(model, sorted((*places.adapter, *emulator))).to(device)
         for parameter in factors(attached, places.middle, EMULATOR).values():
             parameter.requires_grad_(False)
         return attached
 
-    def _align(
+    def tune_emulator(
         self, state: State, emulator: Mapping[str, Tensor], steps: int, when: str | int
     ) -> dict[str, Tensor]:
-        server, alignment, env = self._at_server(), self.config.alignment, self._env
+        """The emulator's LoRA after so many steps of Eq. 7 on public data, with the state's adapter.
+
+        Args:
+            state: Holds the adapter.
+            emulator: The LoRA to start from.
+            steps: How many.
+            when: The round, or "before": which batches are drawn.
+        """
+        server, alignment, env = self.at_server(), self.config.alignment, self._env
         assert env is not None and server.emulated is not None
         student = server.emulated
-        places = self._cut(student)
+        places = self.division(student)
         teacher = server.teacher()
         load(factors(server.full, server.places.adapter, ADAPTER), state.adapter)
         tail = server.tail_factors()
@@ -385,6 +295,7 @@ class FedBiOT:
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
         return copied(parameters)
 
-    def _at_server(self) -> Server:
+    def at_server(self) -> Server:
+        """The models that the server holds; there once `client_model` was called."""
         assert self._server is not None, "client_model comes first"
         return self._server

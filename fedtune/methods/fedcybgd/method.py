@@ -3,10 +3,10 @@
 Wang, Wang and Tang, "Save It All: Enabling Full Parameter Tuning for Federated Large Language Models via
 Cycle Block Gradient Descent" (2024).
 
-    π           = blocks of each turn                             Algorithm 1, line 2    `block_order.turn`
-    C(θ)_i      = own block whole, others compressed              line 4, Eq. 5, 6       `block_server.py`
-    Δ_i         = θ_πi(K) − θ_πi(0), K local steps                lines 5 to 9           `block_client.py`
-    θ_πi(t+1)   ← θ_πi(t) + Δ_i, before the next client's turn    line 11, η = 1         `server_step`
+    π           = blocks of each turn                           Algorithm 1, line 2  `turn`, order.py
+    C(θ)_i      = own block whole, others compressed            line 4, Eq. 5, 6     `plan`, server.py
+    Δ_i         = θ_πi(K) − θ_πi(0), K local steps              lines 5 to 9         `client_step`, client.py
+    θ_πi(t+1)   ← θ_πi(t) + Δ_i, before the next client's turn  line 11, η = 1       `server_step`
 
 A round is a cycle: every client of the cohort once, in an order drawn anew. `fedbavg` is the paper's
 Figure 1: in each round all clients train the same blocks and the server averages their changes.

@@ -23,7 +23,7 @@ from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import architecture, check_drop, choose_blocks
 from fedtune.models.emulator import ARCHITECTURE
 from fedtune.models.memory_efficient import base_model
-from fedtune.models.parts import ADDED, CLASSIFIER, Parts, block_of, check_around, find_parts
+from fedtune.models.parts import ADDED, CLASSIFIER, ModelParts, block_of, check_around, find_parts
 from fedtune.models.pruning import find_attention, find_mlp, prune_groups
 
 _PRUNED = "p"  # behind a version's number
@@ -42,7 +42,7 @@ class ServerModel:
     """
 
     model: nn.Module
-    parts: Parts
+    parts: ModelParts
     in_turn: list[str]
     always: list[str]
     config: Config

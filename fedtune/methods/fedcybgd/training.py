@@ -58,7 +58,7 @@ def train_blocks(
     """
     total = settings.steps(len(env.items))
     loss_sum, seen, rate_sum = 0.0, 0, 0.0
-    active: _Active | None = None
+    active: ActiveBlock | None = None
     env.model.train()
     try:
         with memory_efficient(env.model, checkpointing=checkpointing):
@@ -68,7 +68,9 @@ def train_blocks(
                 if active is None or (interval is not None and step % interval == 0):
                     if active is not None:
                         active.end()
-                    active = _Active.begin(next(blocks), settings, powersgd, env.generator("powersgd", step))
+                    active = ActiveBlock.begin(
+                        next(blocks), settings, powersgd, env.generator("powersgd", step)
+                    )
                 rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
                 rate_sum += rate
                 batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
@@ -93,7 +95,7 @@ def train_blocks(
 
 
 @dataclass(frozen=True)
-class _Active:
+class ActiveBlock:
     """The block that is trained just now."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -107,19 +109,21 @@ class _Active:
         settings: Training,
         powersgd: PowerSGD | None,
         generator: torch.Generator,
-    ) -> _Active:
+    ) -> ActiveBlock:
+        """A block whose gradients are on, with its masters and a new optimiser."""
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
         masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
         filter = GradientFilter(powersgd, generator) if powersgd else None
-        return _Active(parameters, masters, build_optimizer(masters, settings), filter)
+        return ActiveBlock(parameters, masters, build_optimizer(masters, settings), filter)
 
     def resident(self) -> list[Resident]:
         """What is in memory beside the model."""
         return [self.optimizer, dict(self.masters), dict(self.filter.memory) if self.filter else {}]
 
     def step(self, rate: float, settings: Training) -> None:
+        """One step of the optimiser with the gradients that are there, which it clears."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for name, parameter in self.parameters.items():
@@ -137,6 +141,7 @@ class _Active:
                     parameter.copy_(self.masters[name])
 
     def end(self) -> None:
+        """Turns the block's gradients off."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None

@@ -33,7 +33,7 @@ SUM_LIMIT = 2.0**26  # Σ |ĝ| of a client must stay below it: no sum overflows 
 UNIT = 2.0**-36  # a scalar times its client's share is rounded once to a multiple of this
 
 
-class Fold(Protocol):
+class Aggregator(Protocol):
     """Takes replies one by one and gives the change of the accumulator."""
 
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
@@ -56,12 +56,12 @@ class Mean:
         self._sums, self._total, self._weight = _zeros(size), cohort.total_examples, 0
 
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
-        """See `Fold`."""
+        """See `Aggregator`."""
         self._sums.index_add_(0, seeds, units(scalars, reply.examples / self._total))
         self._weight += reply.examples
 
     def change(self) -> Tensor:
-        """See `Fold`."""
+        """See `Aggregator`."""
         return mean_of(self._sums, self._weight, self._total)
 
 
@@ -75,14 +75,14 @@ class MedianOfMeans:
         self._total, self._weight = cohort.total_examples, 0
 
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
-        """See `Fold`."""
+        """See `Aggregator`."""
         group = self._group[reply.client]
         self._sums[group].index_add_(0, seeds, units(scalars, reply.examples / self._total))
         self._draws[group].index_add_(0, seeds, torch.full_like(seeds, reply.examples))
         self._weight += reply.examples
 
     def change(self) -> Tensor:
-        """See `Fold`."""
+        """See `Aggregator`."""
         shares = self._draws.double() / self._weight
         means = self._sums.double() * (UNIT * self._total / self._weight) / shares
         ordered = means.sort(dim=0).values  # groups that did not draw a seed are NaN, and come last
@@ -103,14 +103,14 @@ class TrimmedMean:
         self._scalars: list[Tensor] = []
 
     def add(self, reply: Reply, seeds: Tensor, scalars: Tensor) -> None:
-        """See `Fold`."""
+        """See `Aggregator`."""
         place = self._place[reply.client]
         self._examples[place] = reply.examples
         self._cells.append(seeds + place * self._size)
         self._scalars.append(scalars)
 
     def change(self) -> Tensor:
-        """See `Fold`."""
+        """See `Aggregator`."""
         # one entry a client and seed that it drew; a client's own draws are summed in its own order
         cells, which, draws = np.unique(torch.cat(self._cells), return_inverse=True, return_counts=True)
         means = np.bincount(which, weights=torch.cat(self._scalars)) / draws

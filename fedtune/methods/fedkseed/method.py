@@ -1,22 +1,26 @@
 """FedKSeed and FedKSeed-Pro: full-parameter tuning with two forward passes a step and K shared seeds.
 
 Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost
-under 18 Kilobytes" (2024), Algorithm 1.
+under 18 Kilobytes" (2024). Lines of its Algorithm 1:
 
-    w = w0 − η Σ_j a_j z_j                                    Eq. 4    `step_weights`
-    ĝ = (L(w + ε z_j; x) − L(w − ε z_j; x)) / 2ε              Eq. 5    `client_step`
-    w ← w − η ĝ z_j                                           Eq. 6    `client_step`
-    a_j ← a_j + Σ_i c_i Σ ĝ,   c_i = n_i / Σ n of those that replied   `server_step`, seed_aggregation.py
-    ψ_j = mean |ĝ| of seed j;  p = softmax(min-max(ψ))        Eq. 13, 14  `probabilities` (Pro)
+    2, 10   ψ_j = mean |ĝ| of seed j;  p = softmax(min-max(ψ))   Eq. 13, 14  `probabilities` (Pro)
+    5       who gets the accumulator, and p                                  `plan`
+    12      w = w0 − η Σ_j a_j z_j                               Eq. 4       `client_step`, step.py
+    14      x of the client's examples, s_j of the K seeds                   `client_step`, `draw`
+    15      ĝ = (L(w + ε z_j; x) − L(w − ε z_j; x)) / 2ε         Eq. 5       `client_step`
+    16, 21  w ← w − η ĝ z_j                                      Eq. 6       `client_step`, step.py
+    17, 19  pairs of seed and ĝ, to the server                               `reply`
+    6, 7    a_j ← a_j + Σ_i c_i Σ ĝ,  c_i = n_i / Σ n            Eq. 7       `server_step`, aggregation.py
 
+n is summed over those that replied. `export` is Eq. 4 once more, with the last accumulator.
 The server holds K numbers and no model. What crosses the wire: down the accumulator (and p), or for a client
 that replied in the round before only the entries that changed since; up the drawn seeds with their scalars,
-or the dense K sums where those are smaller. Each order names w0 and the pool (seed_order.py).
+or the dense K sums where those are smaller. Each order names w0 and the pool (order.py).
 
 Deviations: noise is a function of (pool key, parameter name, element, seed index) instead of a serial
 generator's draws (`zeroth/`), so that unlike devices rebuild the same bits; seeds are pool indices. ψ of a
 seed that was never drawn is the mean over those that were (the paper leaves it open). A client's weights are
-formed from w0 anew in every forward pass, but for other noise than `hadamard4` in float32 (zeroth_step.py).
+formed from w0 anew in every forward pass, but for other noise than `hadamard4` in float32 (step.py).
 Scalars can be clipped, and folded in by a robust mean, which the paper does not have.
 """
 
@@ -25,17 +29,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from dataclasses import replace
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed
-from fedtune.core.settings import Settings
 from fedtune.core.types import (
     ArrivalOrder,
     ClientEnv,
@@ -44,7 +45,6 @@ from fedtune.core.types import (
     Order,
     Payload,
     Reply,
-    Scalar,
     ServerEnv,
     Summed,
     TensorSpec,
@@ -54,7 +54,7 @@ from fedtune.errors import InputError
 from fedtune.methods.fedkseed.aggregation import (
     SUM_LIMIT,
     UNIT,
-    Fold,
+    Aggregator,
     Mean,
     MedianOfMeans,
     TrimmedMean,
@@ -62,67 +62,13 @@ from fedtune.methods.fedkseed.aggregation import (
     units,
 )
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
-from fedtune.methods.fedkseed.step import coefficients, step_weights
+from fedtune.methods.fedkseed.settings import Config, State
+from fedtune.methods.fedkseed.step import coefficients, epsilon_to_try, step_weights
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
-from fedtune.zeroth import MAX_SEEDS, NOISE_VERSION, SeedPool, rebuild_all_
+from fedtune.zeroth import NOISE_VERSION, SeedPool, rebuild_all_
 
 log = logging.getLogger("fedtune")
-
-
-class Config(Settings):
-    """Settings of `method.name: fedkseed`."""
-
-    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed"  # the method
-    rounds: int = Field(40, ge=1)  # communication rounds
-    seeds: int = Field(4096, ge=1, le=MAX_SEEDS)  # K, the shared seeds
-    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
-    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
-    lr: float = Field(3e-7, gt=0)  # η, constant
-    local_steps: int = Field(200, ge=1)  # τ, a client and round
-    batch_size: int = Field(1, ge=1)  # examples a step
-    perturbations: int = Field(1, ge=1)  # seeds tried a step, on the same batch
-    scalar_limit: float | None = Field(None, gt=0)  # a reply with a scalar of this size or more is refused
-    clip: float | None = Field(None, gt=0)  # the server cuts scalars to ± this
-    aggregation: Literal["mean", "trimmed-mean", "median-of-means"] = "mean"  # of a seed's scalars
-    trim: float = Field(0.1, ge=0, lt=0.5)  # trimmed-mean: share of a seed's clients left out at each end
-    groups: int = Field(5, ge=1)  # median-of-means: groups of clients
-
-    @model_validator(mode="after")
-    def _robust(self) -> Self:
-        for name, belongs in (("trim", "trimmed-mean"), ("groups", "median-of-means")):
-            if self.aggregation != belongs and getattr(self, name) != Config.model_fields[name].default:
-                raise ValueError(
-                    f"{name} has no effect with aggregation: {self.aggregation}; it belongs to {belongs}"
-                )
-        return self
-
-
-class ProConfig(Config):
-    """Settings of `method.name: fedkseed-pro`."""
-
-    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed-pro"  # the method
-    seeds: int = Field(1024, ge=1, le=MAX_SEEDS)  # K, the shared seeds
-
-
-@dataclass(frozen=True)
-class State:
-    """The server's state: a few vectors of length K.
-
-    Attributes:
-        origin: The w0 and the pool that the accumulator belongs to.
-        accumulator: a, float32: server, clients and replay all rebuild from these bits.
-        before: The accumulator that the last round began with.
-        holders: Clients that replied in the last round, and so hold `before`.
-        magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
-    """
-
-    origin: Mapping[str, Scalar]
-    accumulator: Tensor
-    before: Tensor
-    magnitude: Tensor
-    draws: Tensor
-    holders: Mapping[str, bool] = field(default_factory=dict)
 
 
 class FedKSeed:
@@ -139,7 +85,7 @@ class FedKSeed:
         self.config = config
         self.rounds = config.rounds
         self.pro = config.name == "fedkseed-pro"
-        self._key = derive_seed(seed, "pool") & 0x7FFFFFFF  # 4 bytes: the paper's seed of seeds
+        self.pool_key = derive_seed(seed, "pool") & 0x7FFFFFFF  # 4 bytes: the paper's seed of seeds
         self._w0 = Fingerprint()
         self._drawn = config.local_steps * config.perturbations  # seeds that a client draws in a round
         # indices are signed on the wire; the paper takes 4 bytes for each
@@ -179,11 +125,11 @@ class FedKSeed:
         if refused:
             raise ClientError(f"the order is for {refused}")
         received = self._received(job, env)
-        pool = SeedPool(self._key, config.seeds, config.noise)
+        pool = SeedPool(self.pool_key, config.seeds, config.noise)
         draws = self.draw(job, env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
         scalars, loss_sum = [], 0.0
-        with step_weights(env.model, pool, received, config.lr) as weights:
+        with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
                 batch = collate([env.items[i] for i in next(batches)], env.pad_id)
                 tokens = batch["input_ids"].numel()
@@ -193,14 +139,15 @@ class FedKSeed:
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(on_device, j, config.epsilon)
                         minus = weights.loss(on_device, j, -config.epsilon)
-                        scalar = float(np.float32((plus - minus) / (2 * config.epsilon)))  # as it is sent
+                        scalar = (plus - minus) / (2 * config.epsilon)  # line 15
+                        scalar = float(np.float32(scalar))  # as it is sent
                         if not math.isfinite(scalar):
                             raise ClientError(
                                 f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
                             )
                         estimates.append((j, scalar))
                         loss_sum += (plus + minus) / 2
-                    weights.update([(j, g / config.perturbations) for j, g in estimates])
+                    weights.update([(j, g / config.perturbations) for j, g in estimates])  # line 16
                 scalars += [g for _, g in estimates]
         if 2 * scalars.count(0.0) > len(scalars):
             log.warning(
@@ -218,28 +165,28 @@ class FedKSeed:
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adds the clients' scalars to the accumulator, seed by seed."""
-        fold: Fold | None = None
+        aggregator: Aggregator | None = None
         magnitude, draws, holders, clipped = state.magnitude.clone(), state.draws.clone(), {}, {}
         limit = self.config.clip
         for reply in replies:
-            fold = fold or self._fold(reply.cohort)
+            aggregator = aggregator or self._aggregator(reply.cohort)
             seeds, scalars = self._drawn_by(reply.payload)
             if limit is not None:
                 clipped[reply.client] = int((scalars.abs() > limit).sum())
                 scalars = scalars.clamp(-limit, limit)
-            fold.add(reply, seeds, scalars / self.config.perturbations)
+            aggregator.add(reply, seeds, scalars / self.config.perturbations)  # line 7
             if self.pro:
                 magnitude.index_add_(0, seeds, scalars.abs())
                 draws.index_add_(0, seeds, torch.ones_like(seeds))
             holders[str(reply.client)] = True
-        if fold is None:
+        if aggregator is None:
             raise ValueError("no client replied: there is nothing to add")
         if any(clipped.values()):
             named = ", ".join(f"client {client}: {n}" for client, n in sorted(clipped.items()) if n)
             log.warning("scalars cut to ±%g, of %d each: %s", self.config.clip, self._drawn, named)
         return replace(
             state,
-            accumulator=state.accumulator + fold.change(),
+            accumulator=state.accumulator + aggregator.change(),
             before=state.accumulator,
             magnitude=magnitude,
             draws=draws,
@@ -297,7 +244,7 @@ class FedKSeed:
         refused = Origin(**state.origin).against(self._origin(model).as_mapping())  # type: ignore[arg-type]
         if refused:
             raise InputError(f"the run's state is for {refused}")
-        pool = SeedPool(self._key, self.config.seeds, self.config.noise)
+        pool = SeedPool(self.pool_key, self.config.seeds, self.config.noise)
         parameters = trainable(model)
         with kept_on_disk(parameters):
             weights = {name: parameter.data for name, parameter in parameters.items()}
@@ -317,7 +264,7 @@ class FedKSeed:
 
     def _origin(self, model: nn.Module) -> Origin:
         """What an accumulator of this method and model belongs to."""
-        return Origin(self._w0.of(model), self._key, self.config.seeds, self.config.noise, NOISE_VERSION)
+        return Origin(self._w0.of(model), self.pool_key, self.config.seeds, self.config.noise, NOISE_VERSION)
 
     def _received(self, job: Payload, env: ClientEnv) -> Tensor:
         """The accumulator that the order stands for."""
@@ -381,30 +328,9 @@ class FedKSeed:
             return torch.arange(self.config.seeds), payload.tensors["sums"].double()
         return payload.tensors["seeds"].long(), payload.tensors["scalars"].double()
 
-    def _fold(self, cohort: Cohort) -> Fold:
+    def _aggregator(self, cohort: Cohort) -> Aggregator:
         if self.config.aggregation == "trimmed-mean":
             return TrimmedMean(self.config.seeds, cohort, self.config.trim)
         if self.config.aggregation == "median-of-means":
             return MedianOfMeans(self.config.seeds, cohort, self.config.groups)
         return Mean(self.config.seeds, cohort)
-
-
-def paper_bytes(config: Config) -> int:
-    """Bytes of a client and round in the paper's own encoding (its Table 3).
-
-    Down 4 for the seed of seeds and 4 a seed for the accumulator, for Pro 4 more for the probability; up 4
-    for the seed and 4 for the scalar of each draw.
-    """
-    down = 4 + 4 * config.seeds * (2 if config.name == "fedkseed-pro" else 1)
-    return down + 8 * config.local_steps * config.perturbations
-
-
-def epsilon_to_try(model: nn.Module, epsilon: float) -> float:
-    """The textbook choice for a two-point slope: the cube root of the dtype's resolution, times |w|.
-
-    |w| is the root mean square of the weights. At least ten times the `epsilon` that was too small.
-    """
-    parameters = list(trainable(model).values())
-    squares = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) ** 2 for p in parameters)
-    scale = math.sqrt(squares / sum(p.numel() for p in parameters))
-    return max(10 * epsilon, torch.finfo(parameters[0].dtype).eps ** (1 / 3) * scale)

@@ -10,6 +10,7 @@ in half precision, which would lose what is added: there they are formed anew, h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedtune.models.just_in_time import Formed
+from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
@@ -56,7 +57,7 @@ class _FromW0:
 
     def __init__(self, model: nn.Module, pool: SeedPool, a: Tensor, lr: float) -> None:
         self._model, self._pool, self._a, self._lr = model, pool, a, lr
-        self._formed = Formed(trainable(model), self._form)
+        self._formed = JustInTimeWeights(trainable(model), self._form)
         self._prepared: Prepared | None = None
 
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
@@ -119,3 +120,14 @@ def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: floa
         return
     with kept_on_disk(parameters):
         yield _InPlace(model, pool, a, lr)
+
+
+def epsilon_to_try(model: nn.Module, epsilon: float) -> float:
+    """The textbook choice for a two-point slope: the cube root of the dtype's resolution, times |w|.
+
+    |w| is the root mean square of the weights. At least ten times the `epsilon` that was too small.
+    """
+    parameters = list(trainable(model).values())
+    squares = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) ** 2 for p in parameters)
+    scale = math.sqrt(squares / sum(p.numel() for p in parameters))
+    return max(10 * epsilon, torch.finfo(parameters[0].dtype).eps ** (1 / 3) * scale)

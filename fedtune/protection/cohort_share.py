@@ -18,18 +18,18 @@ LOSS_UNIT = 2.0**-24  # what 1 stands for in the sum of the clients' training lo
 
 
 @dataclass(frozen=True)
-class Share:
-    """A client's part of a cohort: weight / total; and the federation's size."""
+class CohortShare:
+    """A client's share of a cohort, weight / total, and the federation's size; no share of a secret."""
 
     weight: int
     total: int
     population: int
 
     @staticmethod
-    def of_tensor(tensor: Tensor) -> Share:
+    def of_tensor(tensor: Tensor) -> CohortShare:
         """What `as_tensor` gave."""
         weight, total, population = tensor.tolist()
-        return Share(weight, total, population)
+        return CohortShare(weight, total, population)
 
     def as_tensor(self) -> Tensor:
         """For an order, int64 (3)."""

@@ -1,6 +1,6 @@
 """What a task is given, and what it gives back.
 
-A task is a function from `Subject` (a model before its examples) to `Outcome` (each example's part of each
+A task is a function from `EvalEnv` (a model before its examples) to `Outcome` (each example's part of each
 metric). Values, standard errors and intervals are computed from the outcome in one place, `bootstrap`.
 """
 
@@ -147,8 +147,8 @@ class Outcome:
     details: Sequence[Mapping[str, Any]] = ()
 
 
-class Subject:
-    """A model before its examples: what several tasks need is computed once.
+class EvalEnv:
+    """What a task sees: a model, its examples and the settings. What several tasks need is computed once.
 
     Expects the model in eval mode and gradients off, as `tasks.score` sets them.
     """
@@ -341,7 +341,7 @@ class Task:
 
     Attributes:
         summary: One line for people.
-        function: Scores a subject.
+        function: Scores a model in its environment.
         metric: The main one of its outcome.
         scorer: Name and version of what scores.
         examples: Whether it scores the held-out examples; else it brings its own.
@@ -349,7 +349,7 @@ class Task:
     """
 
     summary: str
-    function: Callable[[Subject], Outcome]
+    function: Callable[[EvalEnv], Outcome]
     metric: str
     scorer: Callable[[], str] = lambda: f"fedtune {__version__}"
     examples: bool = False

@@ -1,0 +1,109 @@
+"""Settings and state of FedBiOT, FedOT and Offsite-tuning; what they are for stands in method.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from fedtune.core.settings import Settings
+from fedtune.methods.local_training import Training
+from fedtune.methods.tuning import Lora
+
+
+class Alignment(Settings):
+    """How the server tunes the emulator's LoRA on its public examples."""
+
+    steps_before: int = Field(500, ge=0)  # before the first round
+    steps: int = Field(10, ge=0)  # after each round
+    batch_size: int = Field(10, ge=1)  # public examples a step
+    lr: float = Field(1e-4, gt=0)  # constant
+    form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
+    keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
+
+
+class Config(Training):
+    """Settings of `method.name: fedbiot`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedbiot"  # the method
+    rounds: int = Field(10, ge=1)  # communication rounds
+    adapter_layers: int = Field(2, ge=1)  # s, the blocks that clients train
+    both_ends: bool = False  # the adapter is the first and the last s/2 blocks instead of the last s
+    emulator: Literal["layer-dropout", "channel-pruning"] = "layer-dropout"  # how E* is compressed
+    layer_dropout: float = Field(0.2, ge=0, lt=1)  # β, the share of E* (blocks, or channels) that is left out
+    proximal: float = Field(0.0, ge=0)  # ε, of the distance from the round's start, in reconstructed weights
+    distill_weight: float = Field(1.0, ge=0)  # λ
+    lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
+    alignment: Alignment = Alignment()
+    batch_size: int = Field(10, ge=1)  # examples a batch
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)  # adamw, also when aligning
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch(cls, values: object) -> object:
+        """30 local steps unless steps or epochs are given; SGD has no betas."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("local_epochs") is None and values.get("local_steps") is None:
+            values = {**values, "local_steps": 30}
+        if values.get("optimizer") == "sgd":
+            values = {"betas": [0.9, 0.999], **values}
+        return values
+
+    @field_validator("lora")
+    @classmethod
+    def _one_rank(cls, lora: Lora) -> Lora:
+        if lora.client_ranks:
+            raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        if lora.dropout:
+            raise ValueError("dropout is for fedavg; the emulator is aligned without it, leave it out")
+        return lora
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the emulator changes between rounds, so that its LoRA travels."""
+        return self.layer_dropout > 0 and self.alignment.steps > 0
+
+
+class OffsiteConfig(Config):
+    """Settings of `method.name: fedot` and `offsite-tuning`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedot"  # the method
+    adapter_layers: int = Field(4, ge=1)  # s, half of them at either end
+    both_ends: bool = True  # the first and the last s/2 blocks
+    alignment: Alignment = Alignment(steps=0)  # on public data, before the first round alone
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_only(cls, values: object) -> object:
+        """No steps between rounds, also where other settings of the alignment are given."""
+        if isinstance(values, dict) and isinstance(values.get("alignment"), dict):
+            return {**values, "alignment": {"steps": 0, **values["alignment"]}}
+        return values
+
+
+class OneClientConfig(OffsiteConfig):
+    """Settings of `method.name: offsite-tuning`."""
+
+    name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"  # the method
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state: LoRA factors by block and path, float32.
+
+    Attributes:
+        adapter: Of the adapter.
+        emulator: Of the emulator, on top of `merged`; empty where it never changes.
+        merged: What pre-alignment learnt; part of the emulator's weights.
+        holders: Clients that have the emulator's and the adapter's weights.
+        round: Rounds that are done.
+    """
+
+    adapter: dict[str, Tensor]
+    emulator: dict[str, Tensor] = field(default_factory=dict)
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    holders: dict[str, bool] = field(default_factory=dict)
+    round: int = 0

@@ -1,0 +1,79 @@
+"""Settings and state of FedKSeed and FedKSeed-Pro; what they are for stands in method.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fedtune.core.settings import Settings
+from fedtune.core.types import Scalar
+from fedtune.zeroth import MAX_SEEDS
+
+
+class Config(Settings):
+    """Settings of `method.name: fedkseed`."""
+
+    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed"  # the method
+    rounds: int = Field(40, ge=1)  # communication rounds
+    seeds: int = Field(4096, ge=1, le=MAX_SEEDS)  # K, the shared seeds
+    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
+    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
+    lr: float = Field(3e-7, gt=0)  # η, constant
+    local_steps: int = Field(200, ge=1)  # τ, a client and round
+    batch_size: int = Field(1, ge=1)  # examples a step
+    perturbations: int = Field(1, ge=1)  # seeds tried a step, on the same batch
+    scalar_limit: float | None = Field(None, gt=0)  # a reply with a scalar of this size or more is refused
+    clip: float | None = Field(None, gt=0)  # the server cuts scalars to ± this
+    aggregation: Literal["mean", "trimmed-mean", "median-of-means"] = "mean"  # of a seed's scalars
+    trim: float = Field(0.1, ge=0, lt=0.5)  # trimmed-mean: share of a seed's clients left out at each end
+    groups: int = Field(5, ge=1)  # median-of-means: groups of clients
+
+    @model_validator(mode="after")
+    def _robust(self) -> Self:
+        for name, belongs in (("trim", "trimmed-mean"), ("groups", "median-of-means")):
+            if self.aggregation != belongs and getattr(self, name) != Config.model_fields[name].default:
+                raise ValueError(
+                    f"{name} has no effect with aggregation: {self.aggregation}; it belongs to {belongs}"
+                )
+        return self
+
+
+class ProConfig(Config):
+    """Settings of `method.name: fedkseed-pro`."""
+
+    name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed-pro"  # the method
+    seeds: int = Field(1024, ge=1, le=MAX_SEEDS)  # K, the shared seeds
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state: a few vectors of length K.
+
+    Attributes:
+        origin: The w0 and the pool that the accumulator belongs to.
+        accumulator: a, float32: server, clients and replay all rebuild from these bits.
+        before: The accumulator that the last round began with.
+        holders: Clients that replied in the last round, and so hold `before`.
+        magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
+    """
+
+    origin: Mapping[str, Scalar]
+    accumulator: Tensor
+    before: Tensor
+    magnitude: Tensor
+    draws: Tensor
+    holders: Mapping[str, bool] = field(default_factory=dict)
+
+
+def paper_bytes(config: Config) -> int:
+    """Bytes of a client and round in the paper's own encoding (its Table 3).
+
+    Down 4 for the seed of seeds and 4 a seed for the accumulator, for Pro 4 more for the probability; up 4
+    for the seed and 4 for the scalar of each draw.
+    """
+    down = 4 + 4 * config.seeds * (2 if config.name == "fedkseed-pro" else 1)
+    return down + 8 * config.local_steps * config.perturbations

@@ -1,0 +1,224 @@
+"""Configuration files: what is refused and how, overrides, and that what is saved is read back."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.config.file import apply_overrides, dump_config, load_config, parse_config
+from fedtune.config.schema import RunConfig
+from fedtune.errors import InputError
+from fedtune.methods import registry
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def load(folder: Path, text: str, *overrides: str) -> RunConfig:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+UNKNOWN = {
+    "sed: 1": 'sed is not a known setting; here are known: checkpoints, data.* mean "seed"',
+    "model: {nam: x}": 'model.nam is not .* mean "name"',
+    "data: {cliens: 3}": 'data.cliens is not .* mean "clients"',
+    "data: {fields: {outptu: x}}": "data.fields.*'outptu'.* mean \"output\"",
+    "data: {partition: {name: dirichlet, alfa: 1}}": 'data.partition.alfa is not .* mean "alpha"',
+    "data: {partition: {name: iid, alpha: 1}}": "data.partition.alpha is not a known .* known: name",
+    "data: {partition: {name: dirichle}}": 'partition.name .dirichle. is not known.* mean "dirichlet"',
+    "data: {holdout: {fracton: 0.1}}": 'data.holdout.fracton is not .* mean "fraction"',
+    "data: {template: alpca}": "data.template.*'alpca'.* mean \"alpaca\"",
+    "method: {name: fedavg, lrr: 1}": 'method.lrr is not .* mean "lr"',
+    "method: {name: fedvag}": 'method.name .fedvag. is not known.* mean "fedavg"',
+    "method: {name: fedavg, lora: {rnk: 1}}": 'method.lora.rnk is not .* mean "rank"',
+    "method: {name: fedavg, server_optimizer: {nme: adam}}": 'server_optimizer.nme is not .* mean "name"',
+    "federation: {simulate: {drop_out: 0.1}}": 'federation.simulate.drop_out is not .* mean "dropout"',
+    "evaluation: {tasks: [acuracy]}": "task 'acuracy' is not known.* mean \"accuracy\"",
+    "transport: {name: in-proces}": 'transport.name.* mean "in-process"',
+    "checkpoints: {kep: 1}": 'checkpoints.kep is not .* mean "keep"',
+}
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_unknown_names_suggest_the_nearest(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=UNKNOWN[text]) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ")
+    assert "\n" not in str(error.value)
+
+
+WRONG = {
+    "seed: '1'": "seed: input should be a valid integer, got '1'",
+    "seed: 1.0": "seed: .*integer",
+    "seed: true": "seed: .*integer",
+    "seed: -1": "seed: .*greater than or equal to 0, got -1",
+    "model: bundled": "model: .*got 'bundled'",
+    "model:": "model: .*got None",
+    "data: {clients: 3.5}": "data.clients: .*integer, got 3.5",
+    "data: {clients: null}": "data: clients must be a number with partition iid",
+    "data: {partition: iid}": "data.partition: ",
+    "data: {partition: {alpha: 1}}": "data.partition",
+    "data: {partition: {name: quantity, alpha: 1.0, fractions: [1.0]}}": "alpha and fractions are both set",
+    "data: {holdout: {fraction: 0.1, category: x}}": "exactly one of fraction, client_fraction, category",
+    "data: {holdout: {fraction: 0.1, split: x}}": "split belongs to source",
+    "method: fedavg": "method must be a block of settings with a name, got 'fedavg'",
+    "method: {rounds: 3}": "method.name is missing; known are fedavg",
+    "method: {name: fedavg, lr: 0}": "method.lr: input should be greater than 0, got 0",
+    "method: {name: fedavg, lr: .nan}": "method.lr: .*finite",
+    "method: {name: fedavg, lr: fast}": "method.lr: .*number, got 'fast'",
+    "method: {name: fedavg, lr: 2024-01-01}": "method.lr: ",
+    "method: {name: fedavg, local_epochs: 1, local_steps: 1}": "local_epochs and local_steps are both set",
+    "method: {name: fedavg, trainable: full, lora: {rank: 2}}": "`lora` is set but trainable is full",
+    "federation: {quorum: 1.5}": "federation.quorum: ",
+    "federation: {clients_per_round: 0}": "federation.clients_per_round: ",
+    "federation: {simulate: {dropout: 1.0}}": "federation.simulate.dropout: .*less than 1",
+    "evaluation: {tasks: []}": "evaluation.tasks: .*at least 1",
+    "evaluation: {arrivals: true}": "evaluation.arrivals needs method.arrival: asynchronous",
+    "{model: {task: classification}, evaluation: {tasks: [rouge-l]}}": "rouge-l needs generated text",
+    "- seed": "must map setting names to values, got list",
+    "1: 2": "1",
+    "seed: [1": "not valid YAML",
+    "seed: 1\nseed: 2": "key 'seed' stands twice.*line 2",
+    "data: {clients: 2, clients: 3}": "key 'clients' stands twice",
+    "? [a, b]\n: 1": "a key must be a name",
+    "a: &a [*a]": "not valid YAML",
+    "seed: !!python/object/apply:os.getcwd []": "not valid YAML",
+    "\x00": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_values_are_named(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=WRONG[text]):
+        load(tmp_path, text)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        load(tmp_path, "{sed: 1, data: {clients: x}, method: {name: fedavg, lrr: 1, rounds: 0}}")
+    names = sorted(line.split(": ")[1].split(" ")[0] for line in str(error.value).splitlines())
+    assert names == ["data.clients", "method.lrr", "method.rounds", "sed"]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.yaml: no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == parse_config({"method": {"name": "fedavg"}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E5", 1e5), ("+2.5e+1", 25.0), (".5e-1", 0.05), ("3", 3.0), ("0.001", 1e-3)],
+)
+def test_numbers_as_people_write_them(text: str, value: float, tmp_path: Path) -> None:
+    assert load(tmp_path, f"method: {{name: fedavg, lr: {text}}}").method.lr == value  # type: ignore[attr-defined]
+    config = load(tmp_path, "", f"method.lr={text}", "method.name=fedavg")
+    assert config.method.lr == value  # type: ignore[attr-defined]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    text = "method: {name: fedavg, rounds: 2, lora: {rank: 4}}\ndata: {clients: 3}"
+    config = load(
+        tmp_path,
+        text,
+        "method.lora.alpha=8",
+        "method.rounds=5",
+        "data.partition={name: dirichlet, alpha: 0.3}",
+        "evaluation.tasks=[loss, accuracy]",
+        "federation.clients_per_round=0.5",
+        "method.max_grad_norm=null",
+        "seed=1",
+        "seed=2",
+    )
+    method = config.resolved()["method"]
+    assert (method["lora"]["rank"], method["lora"]["alpha"], method["rounds"]) == (4, 8.0, 5)
+    assert config.resolved()["data"]["partition"] == {
+        "name": "dirichlet",
+        "alpha": 0.3,
+        "minimum": 10,
+        "by": "category",
+    }
+    assert config.evaluation.tasks == ["loss", "accuracy"]
+    assert config.federation.clients_per_round == 0.5
+    assert (config.data.clients, config.seed) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr", "'lr' is not an override; write key=value"),
+        ("=1", "is not an override"),
+        ("method..lr=1", "is not an override"),
+        ("seed.a=1", "seed is 0, not a block of settings"),
+        ("seed=[1", "override 'seed=.1': not valid YAML"),
+        ("method.lr=", "method.lr: "),
+        ("data.client=3", 'mean "clients"'),
+        ("method=fedavg", "must be a block of settings"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, "{seed: 0, method: {name: fedavg}}", override)
+
+
+def test_overrides_do_not_leak_into_a_shared_default() -> None:
+    first: dict[str, Any] = {}
+    apply_overrides(first, ["data.clients=3"])
+    assert parse_config({}, "test").data.clients == 10
+
+
+def _config_files() -> list[Path]:
+    return sorted([*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")])
+
+
+def test_there_are_configurations() -> None:
+    assert CONFIGS / "demo.yaml" in _config_files()
+
+
+@pytest.mark.parametrize("path", _config_files(), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_configuration_in_the_tree_is_valid(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    registry.build(config.method, config.seed)
+    assert load(tmp_path, dump_config(config)) == config
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+    | st.sampled_from(
+        ["1e-4", "1e5", "null", "yes", "~", "1_0", "2024-01-01", "0x1", ".inf", "-", "'", "a: b"]
+    ),
+    lr=st.floats(1e-12, 1e6),
+    alpha=st.none() | st.floats(1e-6, 1e3),
+    share=st.none() | st.floats(0.001, 1) | st.integers(1, 10**6),
+)
+def test_what_is_saved_is_read_back_equal(
+    text: str, lr: float, alpha: float | None, share: float | int | None
+) -> None:
+    partition = {"name": "quantity", "alpha": alpha} if alpha else {"name": "by-field"}
+    config = parse_config(
+        {
+            "data": {"train": text, "fields": {"output": text}, "partition": partition},
+            "method": {"name": "fedavg", "lr": lr, "lora": {"targets": [text]}},
+            "federation": {"clients_per_round": share},
+        },
+        "test",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        again = load(Path(folder), dump_config(config))
+    assert again == config
+    assert again.sha256() == config.sha256()
+    assert type(again.federation.clients_per_round) is type(config.federation.clients_per_round)
