@@ -187,14 +187,13 @@ def float32_head(model: PreTrainedModel) -> nn.Module | None:
 def mend_generation(model: PeftModel) -> None:
     """Makes `generate` of a model with a soft prompt give what whole forward passes give.
 
-    Two faults of PEFT are worked round, each until a version without it is the oldest that is allowed:
+    Two faults of PEFT (all versions up to 0.21.2) are worked round here:
 
-    * All versions up to 0.21.2: it drops the position ids that generation computes, so a model counts the padding
-      between the prompt and the text as positions, and a text's answer depends on the lengths of the others in
-      its batch. The positions are computed again, from the attention mask.
-    * All versions up to 0.21.2 with transformers from 5.24 on, which renamed `past_key_values` to `cache`: PEFT looks
-      for the old name, finds no cache, and puts the prompt in front of every new token. PEFT gets the old name,
-      the model the new one.
+    * It drops the position ids that generation computes, so a model counts the padding between the prompt and
+      the text as positions, and a text's answer depends on the lengths of the others in its batch. They are
+      computed again, from the attention mask.
+    * transformers 5.24 renamed `past_key_values` to `cache`. PEFT looks for the old name, finds no cache, and
+      puts the prompt in front of every new token. So PEFT is given the old name, and the model the new one.
     """
     if model.active_peft_config.task_type != TaskType.CAUSAL_LM:
         return
@@ -203,7 +202,8 @@ def mend_generation(model: PeftModel) -> None:
     if "cache" in takes:
         # kept on the wrapper, as a partial: no reference from the model to itself, and copies use their own
         prepare = model.base_model_prepare_inputs_for_generation
-        model.base_model_prepare_inputs_for_generation = partial(_with_old_cache_name, prepare)
+        renamed = partial(_with_old_cache_name, prepare)
+        model.base_model_prepare_inputs_for_generation = renamed  # type: ignore[assignment]  # no module
         inner.register_forward_pre_hook(_new_cache_name, with_kwargs=True)
     if "position_ids" in takes:
         inner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
