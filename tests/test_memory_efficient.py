@@ -49,10 +49,14 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     model = build(family)
     before = model(**batch(family)).loss
     cached = model.config.use_cache
+
+    def computes_again() -> bool:  # the model's own property has two names
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
     with pytest.raises(ZeroDivisionError), memory_efficient(model, checkpointing=True):
-        assert model.is_activation_checkpointing and model.loss_function is causal_loss
+        assert computes_again() and model.loss_function is causal_loss
         raise ZeroDivisionError
-    assert not model.is_activation_checkpointing and model.loss_function is not causal_loss
+    assert not computes_again() and model.loss_function is not causal_loss
     assert model.config.use_cache == cached
     assert torch.equal(model(**batch(family)).loss, before)
 

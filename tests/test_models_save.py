@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -100,6 +102,33 @@ def test_merging_adds_scaled_ba_to_the_weight(tmp_path):
         after["model.layers.1.mlp.down_proj.weight"],
         loaded.model.get_submodule("model.layers.1.mlp.down_proj").weight,
     )
+
+
+@pytest.mark.parametrize("how", ["prompt", "p-tuning"])
+def test_a_prompt_read_back_and_a_copy_generate_as_the_model_does(tmp_path, how):
+    """As it does by whole forward passes: see test_models_tuning."""
+
+    def answers(model):
+        ids, mask = torch.tensor([[1, 9, 33, 50], [0, 1, 41, 12]]), torch.tensor([[1] * 4, [0, 1, 1, 1]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None
+            )
+        return made[:, 4:].tolist()
+
+    save_folder(tmp_path / "base")
+    load = loader(tmp_path, "llama", torch.float32)
+    loaded = load("base")
+    without = answers(loaded.model)
+    model = ATTACH[how](loaded.model, 3)
+    wake(model)
+    expected = answers(model.eval())
+    assert expected != without
+    save_result(model, loaded.tokenizer, tmp_path / "result")
+    assert answers(load_result(tmp_path / "result", load).model) == expected
+    assert answers(copy.deepcopy(model)) == expected
+    assert answers(loaded.model) == without  # the model inside is as it was
 
 
 @pytest.mark.parametrize("how", ["full", "adapter", "prompt", "p-tuning"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -230,7 +231,8 @@ def test_cached_generation_of_a_left_padded_batch_equals_plain_decoding(family, 
     width, new = 7, 5
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # a name that transformers is about to drop
         expected = [greedy(model, prompt, new) for prompt in prompts]
         got = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None

@@ -138,6 +138,7 @@ def _decode(
         inputs, mask = _with_soft_prompt(model, inner, prompts, ids, mask)
     takes = inspect.signature(inner.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # whose answer each row of the batch is; shrinks as answers end
     cache = None
@@ -147,7 +148,7 @@ def _decode(
         out = inner(
             **inputs,
             attention_mask=mask,
-            past_key_values=cache,
+            **{cache_name: cache},
             use_cache=True,
             **({"position_ids": positions} if "position_ids" in takes else {}),
             **last_only,
@@ -162,7 +163,7 @@ def _decode(
                 going.append(place)
         if not going:
             break
-        cache = out.past_key_values
+        cache = getattr(out, cache_name)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         if len(going) <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
             keep = torch.tensor(going, device=device)  # half have ended: go on with the others alone

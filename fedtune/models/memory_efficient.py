@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -61,15 +61,21 @@ def memory_efficient(model: nn.Module, *, checkpointing: bool) -> Iterator[None]
                 raise InputError(
                     f"method.gradient_checkpointing: {type(base).__name__} has none; set it to false"
                 )
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(base, "enable")({"use_reentrant": False})
             base.disable_input_require_grads()  # else frozen blocks before the first that trains have a graph
         yield
     finally:
         if checkpointing and base.supports_gradient_checkpointing:
-            base.activation_checkpointing_disable()
+            _checkpointing(base, "disable")()
         if causal:
             del base._loss_function
         base.config.use_cache = cached
+
+
+def _checkpointing(base: PreTrainedModel, what: str) -> Callable[..., None]:
+    """The method by its name since transformers 5.23, where the old one warns, or by that of 5.20 to 5.22."""
+    new = getattr(base, f"activation_checkpointing_{what}", None)
+    return cast(Callable[..., None], new or getattr(base, f"gradient_checkpointing_{what}"))
 
 
 def release_memory() -> None:

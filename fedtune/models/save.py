@@ -25,7 +25,7 @@ from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.folders import CONFIG, first_line
 from fedtune.models.load import Loaded, quiet, seeded
-from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, trainable, true_positions
+from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -153,10 +153,10 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
     float32_head(loaded.model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning:
-            true_positions(loaded.model)
         with seeded(0), quiet():  # it draws values first, which those of the file replace
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
+        if config.is_prompt_learning:
+            mend_generation(model)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not fit its base model {name}: {first_line(error)}") from error
     # PEFT only warns when tensors are left over or missing, as they are on a base of another depth.

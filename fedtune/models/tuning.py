@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -183,25 +184,39 @@ def float32_head(model: PreTrainedModel) -> nn.Module | None:
     return head
 
 
-def true_positions(model: PreTrainedModel) -> None:
-    """Makes positions follow the attention mask, for a prompt in front of a left-padded batch.
+def mend_generation(model: PeftModel) -> None:
+    """Makes `generate` of a model with a soft prompt give what whole forward passes give.
 
-    PEFT drops the position ids that generation computes, so a model counts the padding between the prompt and
-    the text as positions, and a text's answer depends on the lengths of the others in its batch.
+    Two faults of PEFT (all versions up to 0.21.2) are worked round here:
+
+    * It drops the position ids that generation computes, so a model counts the padding between the prompt and
+      the text as positions, and a text's answer depends on the lengths of the others in its batch. They are
+      computed again, from the attention mask.
+    * transformers 5.24 renamed `past_key_values` to `cache`. PEFT looks for the old name, finds no cache, and
+      puts the prompt in front of every new token. So PEFT is given the old name, and the model the new one.
     """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if _task_type(model) == TaskType.CAUSAL_LM and takes_positions:
-        model.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
+    if model.active_peft_config.task_type != TaskType.CAUSAL_LM:
+        return
+    inner = model.get_base_model()
+    takes = inspect.signature(inner.forward).parameters
+    if "cache" in takes:
+        # kept on the wrapper, as a partial: no reference from the model to itself, and copies use their own
+        prepare = model.base_model_prepare_inputs_for_generation
+        renamed = partial(_with_old_cache_name, prepare)
+        model.base_model_prepare_inputs_for_generation = renamed  # type: ignore[assignment]  # no module
+        inner.register_forward_pre_hook(_new_cache_name, with_kwargs=True)
+    if "position_ids" in takes:
+        inner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
         warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
 
 
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     float32_head(model)  # before PEFT copies it
-    if config.is_prompt_learning:
-        true_positions(model)
     with seeded(seed), quiet():
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
+    if config.is_prompt_learning:
+        mend_generation(wrapped)
     return wrapped
 
 
@@ -237,6 +252,22 @@ def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> l
 
 def _cast_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def _with_old_cache_name(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    inputs = prepare(*args, **kwargs)
+    if "cache" in inputs:
+        inputs["past_key_values"] = inputs.pop("cache")
+    return inputs
+
+
+def _new_cache_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "past_key_values" in kwargs:
+        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
+        del kwargs["past_key_values"]
+    return args, kwargs
 
 
 def _positions_from_mask(
