@@ -51,7 +51,7 @@ Table:   Tables 3 to 5 in small, one run each; docs/results.md, block fedcybgd-r
 Command: python reproduce/fedcybgd.py fedcybgd-runs
 Time:    not measured
 Needs:   ../shared/models/instruct-7m and, in ../shared/data, glue, squad, alpaca_gpt4, wikitext2, tinystories
-Result:  losses fall on four of five: SQuAD 4.0334 → 3.1872, Alpaca-GPT4 3.4389 → 3.3848, MRPC
+Result:  losses fall on four of five: questions 4.0334 → 3.1872, instructions 3.4389 → 3.3848, MRPC
          0.7301 → 0.6554, SST-2 0.6993 → 0.6959; RTE 0.6928 → 0.7060
 """
 

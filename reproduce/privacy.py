@@ -34,7 +34,6 @@ import numpy as np
 import yaml
 from common import RESULTS, Entry, Step, compare, main, run, spread, table
 
-from fedtune.protection import masking
 from fedtune.report.tables import size
 
 
@@ -93,6 +92,7 @@ def sizes(folders: Sequence[Path]) -> str:
 
 def seconds() -> str:
     """What splitting, putting together and masking take of one core; the best of three tries."""
+    from fedtune.protection import masking  # its packages are an extra
 
     def best(work: Callable[[], object]) -> float:
         found = []

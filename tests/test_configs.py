@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reproduced import load
 
 from fedtune.config.file import dump_config, load_config, parse_config
 from fedtune.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""reproduce/: every table of the pages has a head and an entry, and what the heads say stands in the pages."""
+"""reproduce/: every table of the pages has a head and an entry, and what heads say stands there."""
 
 from __future__ import annotations
 
