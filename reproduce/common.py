@@ -237,10 +237,33 @@ def lacking(entry: Entry) -> list[str]:
     ]
 
 
+def make(entry: Entry, head: Head, done: set[Step | Prepared], *, dry_run: bool, to_print: bool) -> None:
+    """Does the steps of an entry that are not `done`, makes its table, and puts it where its head says."""
+    missing = lacking(entry)
+    if missing:
+        print(f"{head.name}: left out, because it needs {', '.join(missing)}")
+    elif entry.partly and not (ROOT / SHARED).is_dir():
+        print(f"{head.name}: the rows that need {SHARED} are left out")
+    steps = [step for step in dict.fromkeys(entry.steps) if step not in done]
+    if dry_run:
+        for command in (*steps, *([entry.table] if isinstance(entry.table, Printed) else [])):
+            print(command)
+        done.update(steps)
+    elif not missing:
+        for step in steps:
+            step.do()
+            done.add(step)
+        made = entry.table()
+        if to_print and isinstance(made, str):
+            print(made)
+        else:
+            put(made, head.places)
+            print(f"{head.name}: put into {', '.join(page for page, _ in head.places)}")
+
+
 def main(text: str | None, entries: Mapping[str, Entry]) -> None:
-    """The command line of a file: makes the entries that are named."""
-    found = heads(text or "")
-    story = (text or "").partition("\n")[0]
+    """The command line of a file, whose docstring is `text`: makes the entries that are named."""
+    found, story = heads(text or ""), (text or "").partition("\n")[0]
     parser = argparse.ArgumentParser(
         description=story, epilog=f"entries: {', '.join(entries)}; all of them: all"
     )
@@ -249,36 +272,15 @@ def main(text: str | None, entries: Mapping[str, Entry]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the commands and run none")
     parser.add_argument("--print", action="store_true", help="print the tables and leave the pages alone")
     arguments = parser.parse_args()
-    os.chdir(ROOT)
-    if arguments.list:
-        print("\n\n".join(str(found[name]) for name in entries))
-        return
-    if not arguments.names:
-        parser.print_help()
-    if unknown := [name for name in arguments.names if name not in (*entries, "all")]:
+    names = list(entries) if "all" in arguments.names else arguments.names
+    if unknown := [name for name in names if name not in entries]:
         parser.error(f"no entry {', '.join(unknown)}; there are {', '.join(entries)}, and all of them: all")
-    done: set[Step | Prepared] = set()
-    for name in entries if "all" in arguments.names else arguments.names:
-        entry = entries[name]
-        if missing := lacking(entry):
-            print(f"{name}: left out, because it needs {', '.join(missing)}")
-        if entry.partly and not SHARED.is_dir():
-            print(f"{name}: the rows that need {SHARED} are left out")
-        for step in entry.steps:
-            if step in done or (missing and not arguments.dry_run):
-                continue
-            done.add(step)
-            if arguments.dry_run:
-                print(step)
-            else:
-                step.do()
-        if arguments.dry_run and isinstance(entry.table, Printed):
-            print(entry.table)
-        if missing or arguments.dry_run:
-            continue
-        made = entry.table()
-        if arguments.print and isinstance(made, str):
-            print(made)
-        else:
-            put(made, found[name].places)
-            print(f"{name}: put into {', '.join(page for page, _ in found[name].places)}")
+    if arguments.list:
+        print("\n\n".join(str(found[name]) for name in names or entries))
+    elif not names:
+        parser.print_help()
+    else:
+        os.chdir(ROOT)
+        done: set[Step | Prepared] = set()
+        for name in names:
+            make(entries[name], found[name], done, dry_run=arguments.dry_run, to_print=arguments.print)
