@@ -6,7 +6,7 @@ they had before, and the tensors once.
 Table:   memory of a frame of 1,000 MB; docs/deployment.md, block network-memory
 Command: python reproduce/network_memory.py network-memory
 Time:    four minutes for the frames (the table's seconds), and starting
-Needs:   extra `flower`; about five gigabytes of memory
+Needs:   extra `flower`; some gigabytes of memory
 Result:  1,000 MB down take 1,471 MB at the server and 420 MB at the client; up, 458 MB and 1,045 MB
 """
 
