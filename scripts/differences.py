@@ -45,6 +45,7 @@ def summary(file: str, changed: list[str], failed: list[str]) -> str:
 
 
 def main() -> None:
+    """Prints it."""
     file = f"requirements/py{sys.version_info.major}{sys.version_info.minor}.txt"
     lock = ROOT / file
     if not lock.is_file():

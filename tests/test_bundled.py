@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reproduced import load
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,19 +24,8 @@ SLICE = 100  # the first test examples (the file is shuffled)
 LOWEST, HIGHEST = 0.30, 0.60  # zero-shot accuracy on the slice
 
 
-def script(name: str) -> ModuleType:
-    """Import a file of scripts/, which is not a package; its own imports find their neighbours by name."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-data = script("make_bundled_data")
-pretraining = script("pretrain_bundled")
+data = load("make_bundled_data")
+pretraining = load("pretrain_bundled")
 
 
 def lines(part: str) -> list[dict[str, str]]:

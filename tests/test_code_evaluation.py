@@ -223,7 +223,7 @@ def test_right_and_wrong_answers_and_each_kind_of_failure(
 def test_canonical_solutions_pass_and_others_fail(
     tools: tuple[str, Toolchain], limits: CodeSettings, shared_data: Path
 ) -> None:
-    """All 164 problems a language: scripts/check_humaneval_x.py."""
+    """All 164 problems a language: reproduce/evaluation.py."""
     name, toolchain = tools
     problems = _problems(shared_data, name)
     kept = [problems[i] for i in SAMPLE[name] if not toolchain.lacks(problems[i])]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reproduced import load
 
 from fedtune.config.file import dump_config, load_config, parse_config
 from fedtune.config.schema import RunConfig
@@ -81,9 +81,9 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_configuration_page_is_current() -> None:
-    script = runpy.run_path(str(PROJECT / "scripts" / "make_configuration_page.py"))
-    page = script["page"]()
-    assert script["PAGE"].read_text(encoding="utf-8") == page, "run scripts/make_configuration_page.py"
+    page = load("configuration").page()
+    now = (PROJECT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert now == page, "run reproduce/configuration.py configuration"
     for setting in ("`seed`", "`data.partition.alpha`", "`method.lora.client_ranks`", "`checkpoints.keep`"):
         assert f"| {setting} |" in page
 

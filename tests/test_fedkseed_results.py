@@ -1,15 +1,15 @@
-"""The tables and the figure that scripts/fedkseed_results.py makes, from run folders written by hand."""
+"""The tables and the figure that reproduce/fedkseed.py makes, from run folders written by hand."""
 
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 import yaml
+from reproduced import load
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fedkseed_results.py"
+fedkseed = load("fedkseed")
 
 Losses = dict[tuple[str, str], list[list[float]]]  # by method and noise: a curve a seed
 
@@ -43,7 +43,7 @@ def write(folder: Path, losses: Losses, seeds: int = 4096) -> None:
 def test_curves(tmp_path: Path) -> None:
     gaussian, other = [[4.0, 3.0, 2.0, 2.0, 2.0], [4.0, 3.0, 3.0, 3.0, 4.0]], [[5.0] * 5, [5.0] * 4 + [6.0]]
     write(tmp_path, {("fedkseed", "gaussian"): gaussian, ("fedkseed", "hadamard4"): other})
-    lines = runpy.run_path(str(SCRIPT))["curves"](tmp_path).splitlines()
+    lines = fedkseed.curves(tmp_path).splitlines()
     # ends 2, 4 and 5, 6: differences 3 and 2; last four 9/4, 13/4 and 5, 21/4: differences 11/4 and 2
     assert "| gaussian | 3.0000 ± 1.4142 |  | 2.7500 ± 0.7071 |  |" in lines
     hadamard = "| hadamard4 | 5.5000 ± 0.7071 | +2.5000 ± 0.7071 | 5.1250 ± 0.1768 | +2.3750 ± 0.5303 |"
@@ -60,7 +60,7 @@ def test_curves(tmp_path: Path) -> None:
 
 def test_methods(tmp_path: Path) -> None:
     write(tmp_path, {("fedkseed", "hadamard4"): [[4.0, 1.0], [6.0, 4.0]]})
-    lines = runpy.run_path(str(SCRIPT))["methods"](tmp_path).splitlines()
+    lines = fedkseed.methods(tmp_path).splitlines()
     assert lines[-2] == "| zero-shot | 5.0000 ± 1.4142 |  | 0.2500 ± 0.0000 |  | 0 B |  |  |"
     # loss falls by 3 and 2; Rouge-L is 0 and 0.5
     scores = "2.5000 ± 2.1213 | -2.5000 ± 0.7071 | 0.2500 ± 0.3536 | +0.0000 ± 0.3536"
@@ -72,18 +72,15 @@ def test_seeds(tmp_path: Path) -> None:
     for folder, count in zip(folders, (64, 8192), strict=True):
         plain, pro = [[4.0, 1.0], [4.0, 2.0]], [[4.0, 3.0], [4.0, 3.0]]
         write(folder, {("fedkseed", "hadamard4"): plain, ("fedkseed-pro", "hadamard4"): pro}, count)
-    lines = runpy.run_path(str(SCRIPT))["seeds"](folders).splitlines()
+    lines = fedkseed.seeds(folders).splitlines()
     assert lines[0] == "Held-out loss after the last round, over 2 seeds; untrained 4.0000:"
     row = "| 1.5000 ± 0.7071 | 3.0000 ± 0.0000 | +1.5000 ± 0.7071 | 1,500 | 1,500 |"
     assert lines[-2:] == [f"| 64 {row}", f"| 8,192 {row}"]
 
 
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_the_figure(tmp_path: Path, suffix: str) -> None:
+def test_the_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write(tmp_path / "a", {("fedkseed", "gaussian"): [[4.0, 3.0], [4.0, 2.0]]})
-    plot, out = runpy.run_path(str(SCRIPT))["plot"], tmp_path / f"curves.{suffix}"
-    plot(out, [tmp_path / "a", tmp_path / "a"])
-    first = out.read_bytes()
-    plot(out, [tmp_path / "a", tmp_path / "a"])
-    assert out.read_bytes() == first and 5_000 < len(first) < 100_000
+    first = fedkseed.plot([tmp_path / "a", tmp_path / "a"])
+    assert fedkseed.plot([tmp_path / "a", tmp_path / "a"]) == first
+    assert first.startswith(b"<?xml") and b"<svg" in first and 5_000 < len(first) < 100_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from command import fedtune, write_config
 from hypothesis import given
 from hypothesis import strategies as st
+from reproduced import load
 from torch import nn
 
 from fedtune.config.file import parse_config
@@ -26,15 +26,15 @@ from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, quantity
 from fedtune.planning.rank import CANDIDATES, Candidate, ClientResources, judge, plan_all
 
 PROJECT = Path(__file__).resolve().parents[1]
-SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "plan_results.py"))
+plan_measured = load("plan_measured")
 
 
-@pytest.mark.parametrize("method", SCRIPT["METHODS"])
+@pytest.mark.parametrize("method", plan_measured.METHODS)
 @pytest.mark.parametrize("model", ["bundled", "stories260K-hf", "babyllama105-hf"])
 def test_a_plan_is_what_a_run_measures(model: str, method: str, request: pytest.FixtureRequest) -> None:
     if model != "bundled":
         model = str(request.getfixturevalue("shared_models") / model)
-    row = SCRIPT["compare"](model, method)
+    row = plan_measured.compare(model, method)
     assert (row["planned_down"], row["planned_up"]) == (row["down"], row["up"])
     assert row["planned_trainable"] == row["trainable"]
     assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.15)
@@ -64,7 +64,7 @@ def test_a_plan_is_what_a_run_measures(model: str, method: str, request: pytest.
     ],
 )
 def test_a_plan_of_a_form_is_what_a_run_measures(form: str, request: pytest.FixtureRequest) -> None:
-    row = SCRIPT["compare"](str(request.getfixturevalue("shared_models") / "stories260K-hf"), form)
+    row = plan_measured.compare(str(request.getfixturevalue("shared_models") / "stories260K-hf"), form)
     assert (row["planned_down"], row["planned_up"]) == (row["down"], row["up"])
     assert row["planned_trainable"] == row["trainable"]
     assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.01)
@@ -91,7 +91,7 @@ def test_operations_of_turns_worked_out_by_hand() -> None:
 
 
 def test_every_method_is_compared_and_ranked() -> None:
-    assert {settings["name"] for settings in SCRIPT["METHODS"].values()} == set(METHODS)
+    assert {settings["name"] for settings in plan_measured.METHODS.values()} == set(METHODS)
     assert {settings["name"] for settings in CANDIDATES.values()} == set(METHODS)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import pytest
+from reproduced import load
 
-SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "plan_results.py"))
+plans = load("plan_papers")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
@@ -29,7 +27,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
     ],
 )
 def test_fedkseed_table_3(shape: str, config: str, setting: str, parameters: float, count: float) -> None:
-    found = SCRIPT["paper"](config, shape, setting)
+    found = plans.paper(config, shape, setting)
     assert found["trainable_parameters"] == pytest.approx(parameters, rel=0.004)  # three digits are printed
     if "fedkseed" in config:
         assert found["published"]["bytes_per_client_round"] == count
@@ -53,7 +51,7 @@ def test_fedkseed_table_3(shape: str, config: str, setting: str, parameters: flo
 def test_fedbiot_table_5(
     method: str, adapter: int, dropout: float, parameters: int, flops: float, count: float
 ) -> None:
-    found = SCRIPT["fedbiot"](method, adapter, dropout)
+    found = plans.fedbiot(method, adapter, dropout)
     assert found["trainable_parameters"] == parameters
     assert round(found["published"]["flops_per_token"] / 1e9, 2) == flops
     assert round(found["published"]["bytes_per_client_round"] / 1e6, 2) == count
@@ -66,14 +64,14 @@ WEIGHTS, LAYER, AROUND = 6_738_415_616, 202_383_360, 2 * 32_000 * 4096 + 4096
 
 
 def test_fedcybgd_tables_1_and_6() -> None:
-    full = SCRIPT["paper"]("fed_full", "llama-2-7b")["payload_bytes"]["first_time"]
+    full = plans.paper("fed_full", "llama-2-7b")["payload_bytes"]["first_time"]
     assert full["down"] == full["up"] == 2 * WEIGHTS
     assert full["down"] / GIB == pytest.approx(12.48, rel=0.006)  # printed: of 6.7e9 weights, rounded
-    lora = SCRIPT["paper"]("fedlora", "llama-2-7b")["payload_bytes"]["first_time"]
+    lora = plans.paper("fedlora", "llama-2-7b")["payload_bytes"]["first_time"]
     assert lora["up"] / MIB == 32.00  # printed 32.03
 
     def cyclic(name: str) -> tuple[int, int]:
-        first = SCRIPT["paper"](name, "llama-2-7b")["payload_bytes"]["first_time"]
+        first = plans.paper(name, "llama-2-7b")["payload_bytes"]["first_time"]
         return first["down"], first["up"]
 
     whole, up = cyclic("fedcybgd_llama2_alpaca")
@@ -88,7 +86,7 @@ def test_fedcybgd_tables_1_and_6() -> None:
 
 def test_fedcybgd_table_6_with_lora_or_adapters_in_the_block() -> None:
     def both_ways(name: str) -> tuple[int, int]:
-        first = SCRIPT["paper"](name, "llama-2-7b")["payload_bytes"]["first_time"]
+        first = plans.paper(name, "llama-2-7b")["payload_bytes"]["first_time"]
         return first["down"], first["up"]
 
     down, up = both_ways("fedcybgd_llama2_alpaca_lora")  # ii, 12.49 GB: the model, and factors of a block
@@ -104,7 +102,7 @@ def test_fedcybgd_table_6_with_lora_or_adapters_in_the_block() -> None:
 
 
 def test_one_shot_section_5() -> None:
-    several, one = (SCRIPT["one_shot"](rounds)["payload_bytes"] for rounds in (3, 1))
+    several, one = (plans.one_shot(rounds)["payload_bytes"] for rounds in (3, 1))
     s = 4 * 13_015_864_320  # "approximately 50 GB"
     assert several["total"] == 2 * 10 * 3 * s and one["total"] == 2 * 10 * s
     assert several["total"] == pytest.approx(3000e9, rel=0.05)

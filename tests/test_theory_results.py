@@ -1,23 +1,18 @@
-"""The tables that scripts/theory_results.py makes, from documents written by hand."""
+"""The tables that reproduce/theory_tables.py makes, from documents written by hand."""
 
 from __future__ import annotations
 
 import json
-import runpy
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from reproduced import load
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "theory_results.py"
-
-
-def tables(name: str) -> Callable[[Sequence[object]], str]:
-    made: Callable[[Sequence[object]], str] = runpy.run_path(str(SCRIPT))[name]
-    return made
+tables = load("theory_tables")
 
 
-def pair(folder: Path, name: str, gap: float, losses: dict[str, list[float]], bound: float = 7.0) -> str:
+def pair(folder: Path, name: str, gap: float, losses: dict[str, list[float]], bound: float = 7.0) -> Any:
     """A probe that predicts `gap`, and a comparison with one loss a seed; zero-shot is 4."""
     probe = {
         "run": {"steps": 15.0, "clients": 10},
@@ -48,7 +43,7 @@ def pair(folder: Path, name: str, gap: float, losses: dict[str, list[float]], bo
     ]
     (folder / name).mkdir()
     (folder / name / "compare.json").write_text(json.dumps({"rows": rows}))
-    return f"{name}={folder / name}.json:{folder / name}:many:one"
+    return tables.Source(name, folder / f"{name}.json", folder / name, "many", "one")
 
 
 def test_pairs(tmp_path: Path) -> None:
@@ -57,7 +52,7 @@ def test_pairs(tmp_path: Path) -> None:
     row = (
         "| a | 2 of 10 | 6 of 15 | +0.500 | +0.250 to +1.000 | +0.375 ± 0.177 | 25% | 25% | 2 (2 to 3) | 2 |"
     )
-    assert tables("pairs")([argument]).splitlines()[2:] == [row]
+    assert tables.pairs([argument]).splitlines()[2:] == [row]
 
 
 def test_correlations(tmp_path: Path) -> None:
@@ -69,7 +64,7 @@ def test_correlations(tmp_path: Path) -> None:
         pair(tmp_path, f"f{number}", gap, {"many": [2.0], "one": [2.0 - gap]})
         for number, gap in enumerate((1.0, 2.0))
     ]
-    lines = tables("correlations")(["chosen", *chosen, "--", "fresh", *fresh]).splitlines()
+    lines = tables.correlations({"chosen": chosen, "fresh": fresh}).splitlines()
     # (1, 2, 4) with (1, 4, 16): deviations -4/3, -1/3, 5/3 and -6, -3, 9 → 24 / √(14/3 · 126)
     assert f"| chosen | predicted gap | 1.00 | {24 / (14 / 3 * 126) ** 0.5:.2f} | 1.00 (3) | 3 |" in lines
     assert lines[4].startswith("| chosen | bound Γ‖w₀‖ of the run | -1.00 |")
@@ -83,7 +78,7 @@ def test_rounds(tmp_path: Path) -> None:
         folder.mkdir()
         row = {"evaluation": {"loss": {"loss": loss}}, "zero_shot": {"loss": {"loss": 4.0}}}
         (folder / "compare.json").write_text(json.dumps({"rows": [row]}))
-    lines = tables("rounds")([str(tmp_path / "rounds-scratch"), "--", "1", "2", "4"]).splitlines()
+    lines = tables.rounds([tmp_path / "rounds-scratch"], (1, 2, 4)).splitlines()
     # one round loses 1 of 2, two lose 0.4 of 2; o / (1 + o) · 3/4 = 1/2 gives o = 2, so that two lose
     # 2 · 2 / (4 · 4) by the odds, and 1/2 · (1/2 − 1/4) / (3/4) in the leading order
     assert lines[2:] == [
@@ -97,4 +92,4 @@ def test_rounds(tmp_path: Path) -> None:
     ("value", "text"), [(None, "-"), (0.012345, "0.0123"), (1.0, "1"), (12345.6, "12346")]
 )
 def test_numbers(value: float | None, text: str) -> None:
-    assert runpy.run_path(str(SCRIPT))["number"](value) == text
+    assert tables.number(value) == text

@@ -1,33 +1,19 @@
-"""The tables of docs/theory.md, from what `fedtune diagnose` and `fedtune compare` wrote.
-
-    python scripts/theory_results.py quantities FILE...         L, τ, Γ, bound and error of whole runs
-    python scripts/theory_results.py pairs PAIR...              predictions beside what compare measured
-    python scripts/theory_results.py correlations LABEL PAIR... -- LABEL PAIR...   over each list and over all
-    python scripts/theory_results.py rounds FOLDER... -- R...   FOLDER-R: the same epochs in R rounds
-
-A PAIR is NAME=PROBE.json:FOLDER:MULTI:ONE: a probe, a folder of compare, and its two rows. scripts/theory.sh
-makes them all.
-"""
+"""The tables of docs/theory.md, from what `fedtune diagnose` and `fedtune compare` wrote."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import table
+
 from fedtune.evaluation.correlation import pearson, spearman
 from fedtune.theory.prediction import lost_with
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text."""
-    whole = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in whole)
 
 
 def number(value: float | None) -> str:
@@ -81,6 +67,17 @@ def quantities(files: Sequence[Path]) -> str:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a pair is measured: a probe, a folder of compare, and the two rows there."""
+
+    name: str
+    probe: Path
+    folder: Path
+    multi: str = "bundled_multi_round"
+    one: str = "bundled_one_shot"
+
+
+@dataclass(frozen=True)
 class Pair:
     """A model and a data set: what the probe predicted, and what compare measured over its seeds."""
 
@@ -90,19 +87,19 @@ class Pair:
     shares: list[float]
 
     @staticmethod
-    def read(text: str) -> Pair:
-        """A pair from its argument."""
-        name, _, rest = text.partition("=")
-        file, folder, multi, one = rest.split(":")
-        rows = json.loads((Path(folder) / "compare.json").read_text(encoding="utf-8"))["rows"]
+    def read(source: Source) -> Pair:
+        """A pair from its files."""
+        rows = json.loads((source.folder / "compare.json").read_text(encoding="utf-8"))["rows"]
         by = {(row["config"], row["seed"]): row for row in rows}
-        seeds = sorted(seed for config, seed in by if config == multi)
+        seeds = sorted(seed for config, seed in by if config == source.multi)
         gaps, shares = [], []
         for seed in seeds:
-            loss = {config: by[config, seed]["evaluation"]["loss"]["loss"] for config in (multi, one)}
-            gaps.append(loss[one] - loss[multi])
-            shares.append(gaps[-1] / (by[multi, seed]["zero_shot"]["loss"]["loss"] - loss[multi]))
-        return Pair(name, json.loads(Path(file).read_text(encoding="utf-8")), gaps, shares)
+            many, one = (
+                by[config, seed]["evaluation"]["loss"]["loss"] for config in (source.multi, source.one)
+            )
+            gaps.append(one - many)
+            shares.append(gaps[-1] / (by[source.multi, seed]["zero_shot"]["loss"]["loss"] - many))
+        return Pair(source.name, json.loads(source.probe.read_text(encoding="utf-8")), gaps, shares)
 
     @property
     def gap(self) -> float:
@@ -115,10 +112,10 @@ class Pair:
         return statistics.fmean(self.shares)
 
 
-def pairs(arguments: Sequence[str]) -> str:
+def pairs(sources: Sequence[Source]) -> str:
     """Predictions beside measurements."""
     lines = []
-    for pair in map(Pair.read, arguments):
+    for pair in map(Pair.read, sources):
         prediction, on, run = (pair.probe[key] for key in ("prediction", "measured_on", "run"))
         seeds = len(pair.gaps)
         spread = f" ± {statistics.stdev(pair.gaps):.3f}" if seeds > 1 else ""
@@ -143,15 +140,9 @@ def pairs(arguments: Sequence[str]) -> str:
     return table([*header, "measured share", "rounds", "seeds"], lines)
 
 
-def correlations(arguments: Sequence[str]) -> str:
+def correlations(sources: Mapping[str, Sequence[Source]]) -> str:
     """Of each predictor with the measured gap (and shares with shares), over the lists and over all."""
-    lists: dict[str, list[Pair]] = {}
-    rest = list(arguments)
-    while rest:
-        end = rest.index("--") if "--" in rest else len(rest)
-        label, *texts = rest[:end]
-        lists[label] = [Pair.read(text) for text in texts]
-        rest = rest[end + 1 :]
+    lists = {label: [Pair.read(source) for source in some] for label, some in sources.items()}
     lists["all"] = [pair for some in lists.values() for pair in some]
     predictors = {
         "predicted gap": lambda pair: pair.probe["prediction"]["gap"],
@@ -178,21 +169,26 @@ def correlations(arguments: Sequence[str]) -> str:
     return table(["pairs", "predictor", "Spearman", "Pearson", "Pearson of logarithms (n)", "n"], lines)
 
 
-def rounds(arguments: Sequence[str]) -> str:
-    """What R rounds lose of what the most rounds gain: measured, and by two laws from what one loses."""
-    cut = arguments.index("--")
-    counts = [int(text) for text in arguments[cut + 1 :]]
+def rounds(folders: Sequence[Path], counts: Sequence[int]) -> str:
+    """What R rounds lose of what the most rounds gain: measured, and by two laws from what one loses.
+
+    Each folder stands for its R's, FOLDER-R: the same epochs in R rounds.
+    """
     most, lines = counts[-1], []
-    for folder in arguments[:cut]:
+    for folder in folders:
         found, before = {}, 0.0
         for count in counts:
-            (row,) = json.loads(Path(f"{folder}-{count}", "compare.json").read_text(encoding="utf-8"))["rows"]
+            (row,) = json.loads(
+                folder.with_name(f"{folder.name}-{count}")
+                .joinpath("compare.json")
+                .read_text(encoding="utf-8")
+            )["rows"]
             found[count], before = row["evaluation"]["loss"]["loss"], row["zero_shot"]["loss"]["loss"]
         gain = before - found[most]
         lost = (found[counts[0]] - found[most]) / gain
         for count in counts:
             laws = lost_with(count, lost, most), lost * (1 / count - 1 / most) / (1 - 1 / most)
-            name = Path(folder).name.removeprefix("rounds-")
+            name = folder.name.removeprefix("rounds-")
             share = (found[count] - found[most]) / gain
             lines.append(
                 [name, str(count), f"{found[count]:.4f}", f"{share:.1%}", *(f"{law:.1%}" for law in laws)]
@@ -200,15 +196,3 @@ def rounds(arguments: Sequence[str]) -> str:
     return table(
         ["initial weights", "rounds", "held-out loss", "share lost", "by odds", "leading order"], lines
     )
-
-
-def main() -> None:
-    command, arguments = sys.argv[1], sys.argv[2:]
-    if command == "quantities":
-        print(quantities([Path(name) for name in arguments]))
-    else:
-        print({"pairs": pairs, "correlations": correlations, "rounds": rounds}[command](arguments))
-
-
-if __name__ == "__main__":
-    main()

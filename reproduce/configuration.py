@@ -1,8 +1,12 @@
-"""Writes docs/configuration.md from the configuration classes: every setting, its type, default and meaning.
-
-    python scripts/make_configuration_page.py
+"""The page of all settings, from the configuration classes: their types, defaults and meaning.
 
 A setting's meaning is the comment beside it in its class, or the entry below; one without either is an error.
+
+Table:   every setting; docs/configuration.md, whole file
+Command: python reproduce/configuration.py configuration
+Time:    seconds
+Needs:   nothing
+Result:  a table a block of settings; a test holds the page to it
 """
 
 from __future__ import annotations
@@ -11,16 +15,15 @@ import ast
 import inspect
 import io
 import json
-import sys
 import textwrap
 import tokenize
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import annotated_types
+from common import Entry, main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -28,12 +31,10 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.settings import Settings
 from fedtune.methods import registry
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
-
 INTRO = """\
 # Configuration
 
-<!-- Made by scripts/make_configuration_page.py from the configuration classes. Do not edit. -->
+<!-- Made by reproduce/configuration.py from the configuration classes. Do not edit. -->
 
 A run is described by one YAML file. Types are strict: an unknown setting, a number where text belongs, or a
 value out of range is an error that names the setting. A setting that is left out has the default given here.
@@ -241,6 +242,7 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+ENTRIES = {"configuration": Entry(page)}
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}", file=sys.stderr)
+    main(__doc__, ENTRIES)

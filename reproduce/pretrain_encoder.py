@@ -1,6 +1,6 @@
 """Pre-train a small encoder, as RoBERTa is made: masked words are guessed from the text around them.
 
-    nice -n 5 python scripts/pretrain_encoder.py --text FILE [FILE ...] [--steps 2000] [--out runs/encoder]
+    nice -n 5 python reproduce/pretrain_encoder.py --text FILE [FILE ...] [--steps 2000] [--out runs/encoder]
 
 It is made for the classification configurations (configs/fedcybgd_encoder_*.yaml), which name its folder, and
 is not shipped. Text comes from .txt files, a piece a line, and .jsonl files, whose texts are a piece each.

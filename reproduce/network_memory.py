@@ -1,10 +1,13 @@
 """Memory that a large frame takes on its way over TLS, at either side, beyond the tensors themselves.
 
-    python scripts/network_memory.py [MEGABYTES]
+Counts the resident memory of all processes of a side together, twenty times a second; from the peak go what
+they had before, and the tensors once.
 
-One order of that size (default 1,000) with a small reply, then the other way round. Counts the resident
-memory of all processes of a side together, twenty times a second; from the peak go what they had before, and
-the tensors once. Prints a Markdown table.
+Table:   memory of a frame of 1,000 MB; docs/deployment.md, block network-memory
+Command: python reproduce/network_memory.py network-memory
+Time:    four minutes for the frames (the table's seconds), and starting
+Needs:   extra `flower`; some gigabytes of memory
+Result:  1,000 MB down take 1,471 MB at the server and 420 MB at the client; up, 458 MB and 1,045 MB
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 import torch
+from common import ROOT, Entry, main
+
+sys.path.insert(0, str(ROOT / "tests"))
+
 from deployed import HERE, Site, descendants  # type: ignore[import-not-found]
 
 from fedtune.config.file import parse_config
@@ -31,6 +36,7 @@ from fedtune.transport.network import Invitation, RoundExchange, invite_clients
 from fedtune.transport.remote import Remote
 
 MB = 1_000_000
+MEGABYTES = 1000
 DOCUMENT = {
     "data": {"train": "clients", "clients": 1, "holdout": {"source": "bundled"}},
     "transport": {"name": "flower"},
@@ -63,6 +69,7 @@ class Peak:
 
 
 def tell(text: str) -> None:
+    """What the server says."""
     print(text, file=sys.stderr)
 
 
@@ -73,8 +80,9 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def main(megabytes: int) -> None:
-    size = megabytes * MB
+def memory() -> str:
+    """One order of that size with a small reply, then the other way round."""
+    size, rows = MEGABYTES * MB, []
     with tempfile.TemporaryDirectory() as folder, Site(Path(folder), "north", seconds=3600) as site:
         example = {"instruction": "a", "output": "b"}
         (site.folder / "data-0.jsonl").write_text(json.dumps(example) + "\n")
@@ -86,8 +94,6 @@ def main(megabytes: int) -> None:
             joined = invite_clients(channel, invitation, {0: "north"}, wait_s=300, log_line=lambda text: None)
             exchange = RoundExchange(invitation, joined, {}, limit=lambda client: 2 * size)
             remote = Remote(channel, exchange, window=None, deadline_s=None, clock=Clock())
-            print("| | seconds | server, beyond the tensors | client, beyond the tensors |")
-            print("|---|---:|---:|---:|", flush=True)
             for round, (way, down, up) in enumerate((("down", size, 0), ("up", 0, size)), start=1):
                 tensors = {f"layer.{i}": torch.full((down // 64,), i, dtype=torch.float32) for i in range(16)}
                 payload = Payload(tensors if down else {}, {"answer_bytes": up})
@@ -100,8 +106,10 @@ def main(megabytes: int) -> None:
                 beyond["client"] -= size
                 beyond["server"] -= sum(t.nbytes for t in reply.tensors.values())
                 cells = " | ".join(f"{beyond[side] / MB:,.0f} MB" for side in ("server", "client"))
-                print(f"| {megabytes:,} MB {way} | {seconds:,.0f} | {cells} |", flush=True)
+                rows.append(f"| {MEGABYTES:,} MB {way} | {seconds:,.0f} | {cells} |")
                 del arrival, reply, tensors, payload
+    header = "| | seconds | server, beyond the tensors | client, beyond the tensors |\n|---|---:|---:|---:|"
+    return "\n".join([header, *rows])
 
 
 def _order(payload: Payload, round: int):  # type: ignore[no-untyped-def]
@@ -113,5 +121,7 @@ def _read(arrival: Arrival) -> Payload:
     return decode(arrival.frame).payload
 
 
+ENTRIES = {"network-memory": Entry(memory, needs=["flwr"])}
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    main(__doc__, ENTRIES)

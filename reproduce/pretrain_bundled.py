@@ -1,8 +1,8 @@
 """Pre-train the bundled model from nothing: corpus, tokenizer and weights, all from one seed, on a CPU.
 
-    nice -n 5 python scripts/pretrain_bundled.py [--steps 3400] [--out fedtune/models/bundled]
-    python scripts/pretrain_bundled.py --evaluate      # zero-shot accuracy of the weights in --out
-    python scripts/pretrain_bundled.py --width 32 --layers 2 --steps 600 --out runs/sizes/32   # another size
+    nice -n 5 python reproduce/pretrain_bundled.py [--steps 3400] [--out fedtune/models/bundled]
+    python reproduce/pretrain_bundled.py --evaluate   # zero-shot accuracy of the weights in --out
+    python reproduce/pretrain_bundled.py --width 32 --layers 2 --steps 600 --out runs/32x2   # another size
 
 The corpus teaches the prompt format and part of what the instruction set asks: some skills in the same
 wording, some only in other words or easier ranges, two not as tasks at all. None of its tasks is one of the

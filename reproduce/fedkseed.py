@@ -1,19 +1,78 @@
-"""Tables and the figure of FedKSeed's part of docs/results.md, from run folders that `fedtune compare` made.
+"""FedKSeed's tables and figure: kinds of noise, methods beside each other, numbers of seeds, memory and time.
 
-    python scripts/fedkseed_results.py curves FOLDER           loss against steps, by kind of noise
-    python scripts/fedkseed_results.py methods FOLDER          scores, bytes and memory by configuration
-    python scripts/fedkseed_results.py seeds FOLDER...         final loss and bytes, by number of seeds K
-    python scripts/fedkseed_results.py memory FILE.json        peak memory beside inference, from bench memory
-    python scripts/fedkseed_results.py plot FILE.svg FOLDER... the curves as a figure, one panel a folder
+Table:   which noise, bundled model; docs/results.md, block noise-bundled
+Command: python reproduce/fedkseed.py noise-bundled
+Time:    not measured
+Needs:   nothing
+Result:  hadamard4 ends at 2.1573 ± 0.0492, gaussian at 2.2989 ± 0.1166: a paired difference of
+         -0.1416 ± 0.0820 over 3 seeds
 
-scripts/results.sh makes the folders and puts what this prints into the page.
+Table:   which noise, stories260K on Dolly; docs/results.md, block noise-stories
+Command: python reproduce/fedkseed.py noise-stories
+Time:    not measured
+Needs:   ../shared/models/stories260K-hf, ../shared/data/dolly15k
+Result:  hadamard4 ends at 3.8812 ± 0.0713, gaussian at 3.8722 ± 0.0989: a paired difference of
+         +0.0090 ± 0.0301
+
+Table:   the curves of both tables before; docs/noise_curves.svg, whole file
+Command: python reproduce/fedkseed.py noise-curves
+Time:    seconds, once noise-bundled and noise-stories are done
+Needs:   ../shared/models/stories260K-hf, ../shared/data/dolly15k, matplotlib (extra `report`)
+Result:  a line through the means and a band from the lowest to the highest seed, a panel a model
+
+Table:   Tables 2 and 3 in small, bundled model and data; docs/results.md, block methods-bundled
+Command: python reproduce/fedkseed.py methods-bundled
+Time:    8 minutes of training (the table's column, three seeds), and evaluation
+Needs:   nothing
+Result:  against zero-shot FedIT's loss is -1.8084 ± 0.2178, with 131.07 kB a client and round, and
+         FedKSeed's -0.2461 ± 0.0904, with 14.65 kB
+
+Table:   Tables 2 and 3 in small, Dolly; docs/results.md, block methods-dolly
+Command: python reproduce/fedkseed.py methods-dolly
+Time:    58 minutes of training (the table's column, three seeds), and evaluation
+Needs:   ../shared/models/instruct-7m, ../shared/data/dolly15k
+Result:  FedKSeed's clients take 39.61 MB and FedIT's 308.73 MB; losses against zero-shot are
+         -0.0051 ± 0.0019 and -0.1246 ± 0.0127
+
+Table:   Figure 2 in small, the number of seeds K; docs/results.md, block seeds
+Command: python reproduce/fedkseed.py seeds
+Time:    not measured
+Needs:   nothing
+Result:  no effect of K that 3 seeds show: FedKSeed ends at 2.4422 ± 0.0411 with 64 and at
+         2.4120 ± 0.0729 with 8,192, in 567 and 34,023 bytes a client and round
+
+Table:   Table 3, memory of a client's step beside inference; docs/fedkseed.md, block bench-memory
+Command: python reproduce/fedkseed.py bench-memory
+Time:    not measured
+Needs:   nothing
+Result:  a step with hadamard4 peaks at 1.0001 of inference, LoRA at 1.3104, full fine-tuning at 3.7245
+
+Table:   Table 3, time of a step; docs/fedkseed.md, block bench-zo-step
+Command: python reproduce/fedkseed.py bench-zo-step
+Time:    not measured; more than three minutes on a busy machine
+Needs:   nothing
+Result:  a step with hadamard4 takes 1.08 times its two forward passes, the papers' code 3.31 times
+
+Table:   Figures 1(b) and 4, time and bytes to the newest model; docs/fedkseed.md, block bench-synchronize
+Command: python reproduce/fedkseed.py bench-synchronize
+Time:    20 seconds
+Needs:   nothing
+Result:  after 60 rounds K = 4096 seeds are rebuilt in 0.003634 seconds from 16,388 bytes; replaying
+         every step takes 4.713e+04 seconds in the paper's loop
+
+Table:   weights from K seeds; docs/noise.md, block bench-rebuild
+Command: python reproduce/fedkseed.py bench-rebuild
+Time:    not measured
+Needs:   some ten gigabytes of memory for 1.3 billion weights; a smaller machine leaves those rows out
+Result:  1,296,039,936 weights from 4,096 seeds of hadamard4 in 0.2401 seconds on 2 threads, where adding 1
+         to each takes 0.1877
 """
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +80,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import (
+    BENCH_MEMORY,
+    DATA,
+    DOLLY,
+    MODELS,
+    RESULTS,
+    Entry,
+    Step,
+    bench,
+    compare,
+    main,
+    spread,
+    table,
+)
 
 from fedtune.report.tables import size
 
@@ -74,20 +147,9 @@ def by(key: str, found: Sequence[Run]) -> dict[str, dict[int, Run]]:
     return dict(groups)
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and sample standard deviation."""
-    return f"{statistics.fmean(values):{sign}.4f} ± {statistics.stdev(values):.4f}"
-
-
 def paired(runs: Mapping[int, Run], first: Mapping[int, Run], of: Callable[[Run], float]) -> str:
     """The differences of runs with the same seed."""
     return spread([of(run) - of(first[seed]) for seed, run in runs.items()], "+")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def curves(folder: Path) -> str:
@@ -180,8 +242,8 @@ def seeds(folders: Sequence[Path]) -> str:
     return f"{caption}\n\n{table(header, rows)}"
 
 
-def plot(out: Path, folders: Sequence[Path]) -> None:
-    """Loss curves: a line a kind of noise through the seeds' mean, and a band from lowest to highest seed."""
+def plot(folders: Sequence[Path]) -> bytes:
+    """Loss curves as SVG: a line through a noise's mean, and a band from its lowest to its highest seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,20 +270,75 @@ def plot(out: Path, folders: Sequence[Path]) -> None:
         axis.set_ylabel("held-out loss")
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
+
+NOISES = ("fedkseed_gaussian", "fedkseed_rademacher", "fedkseed_binomial32", "fedkseed_hadamard4")
+BUNDLED, STORIES = RESULTS / "noise-bundled", RESULTS / "noise-stories"
+ON_BUNDLED = compare(NOISES, BUNDLED, references=False)
+ON_STORIES = compare(
+    NOISES,
+    STORIES,
+    f"model.name={MODELS / 'stories260K-hf'}",
+    "method.lr=2e-5",
+    "method.batch_size=1",
+    "evaluation.max_examples=100",
+    f"data={{train: {DOLLY}, fields: {{input: context, output: response}}, template: plain, max_length: 96, "
+    "max_examples: 2000, clients: 1, holdout: {fraction: 0.02}}",
+    references=False,
+)
+REAL = (MODELS / "stories260K-hf", DATA / "dolly15k")
+METHODS = ("fedptuning", "fedprompt", "fedit_sgd", "fedit", "fedkseed", "fedkseed_pro")
+COUNTS = (64, 256, 1024, 4096, 8192)  # K
+
+
+def beside_others(data: str) -> tuple[Path, Step]:
+    """FedKSeed and its baselines on this data: the folder, and the command."""
+    out = RESULTS / f"methods-{data}"
+    return out, compare([f"{name}_{data}_0.5" for name in METHODS], out, references=False)
+
+
+def number_of_seeds(count: int) -> tuple[Path, Step]:
+    """Both methods with this K: the folder, and the command."""
+    out = RESULTS / f"seeds-{count}"
+    step = compare(
+        ("fedkseed", "fedkseed_pro"),
+        out,
+        f"method.seeds={count}",
+        "method.rounds=4",
+        "method.local_steps=200",
+        "method.batch_size=4",
+        "method.lr=5e-5",
+        "data.partition={name: iid}",
+        "federation.clients_per_round=1",
+        "evaluation.every=0",
+        "evaluation.tasks=[loss]",
+        references=False,
+    )
+    return out, step
+
+
+ON_DATA = {data: beside_others(data) for data in ("bundled", "dolly")}
+BY_COUNT = [number_of_seeds(count) for count in COUNTS]
+
+ENTRIES = {
+    "noise-bundled": Entry(lambda: curves(BUNDLED), [ON_BUNDLED]),
+    "noise-stories": Entry(lambda: curves(STORIES), [ON_STORIES], REAL),
+    "noise-curves": Entry(lambda: plot([BUNDLED, STORIES]), [ON_BUNDLED, ON_STORIES], [*REAL, "matplotlib"]),
+    "methods-bundled": Entry(lambda: methods(ON_DATA["bundled"][0]), [ON_DATA["bundled"][1]]),
+    "methods-dolly": Entry(
+        lambda: methods(ON_DATA["dolly"][0]),
+        [ON_DATA["dolly"][1]],
+        [MODELS / "instruct-7m", DATA / "dolly15k"],
+    ),
+    "seeds": Entry(lambda: seeds([out for out, _ in BY_COUNT]), [step for _, step in BY_COUNT]),
+    "bench-memory": Entry(lambda: memory(RESULTS / "memory.json"), [BENCH_MEMORY]),
+    "bench-zo-step": bench("zo-step"),
+    "bench-synchronize": bench("synchronize"),
+    "bench-rebuild": bench("rebuild"),
+}
 
 if __name__ == "__main__":
-    what, *paths = sys.argv[1], *map(Path, sys.argv[2:])
-    if what == "curves":
-        print(curves(paths[0]))
-    elif what == "methods":
-        print(methods(paths[0]))
-    elif what == "seeds":
-        print(seeds(paths))
-    elif what == "memory":
-        print(memory(paths[0]))
-    elif what == "plot":
-        plot(paths[0], paths[1:])
-    else:
-        raise SystemExit(__doc__)
+    main(__doc__, ENTRIES)

@@ -1,9 +1,9 @@
 """Generate the bundled instruction data set: ten kinds of small task whose answers can be checked exactly.
 
-    python scripts/make_bundled_data.py            # writes fedtune/data/bundled_{train,test}.jsonl
+    python reproduce/make_bundled_data.py            # writes fedtune/data/bundled_{train,test}.jsonl
 
 The same seed gives the same bytes. Every instance (skill and arguments) occurs once in train and test
-together, and ``scripts/pretrain_bundled.py`` draws its corpus around them, so no test answer was memorised.
+together, and ``reproduce/pretrain_bundled.py`` draws its corpus around them, so no test answer was memorised.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Learning rates for a comparison: each configuration at rates half a decade apart, one seed, held-out loss.
 
-    python scripts/search_rates.py FOLDER CONFIG... [--set KEY=VALUE ...]
+    python reproduce/search_rates.py FOLDER CONFIG... [--set KEY=VALUE ...]
 
 A configuration begins at its own rate, rounded to the grid, and at the rates beside it; while the best is at
 the end of what was tried, the next rate beyond is tried too, up to MOST in all. The runs are in FOLDER, and

@@ -1,11 +1,19 @@
 """What a federation over TLS costs: bytes on the socket beside the ledger's, and seconds beside training.
 
-    python scripts/network_cost.py bytes [CASE ...]
-    python scripts/network_cost.py seconds
+One machine, real processes, the bundled model.
 
-One machine, real processes. `bytes`: three clients, each through a proxy that counts, on the bundled model;
-socket bytes are those of a round's whole time, TLS and Flower's polling included. `seconds`: one client,
-because clients have machines of their own. Prints a Markdown table.
+Table:   bytes on the socket, TLS and Flower's polling included; docs/deployment.md, block network-bytes
+Command: python reproduce/network_cost.py network-bytes
+Time:    not measured
+Needs:   extra `flower`
+Result:  of LoRA of rank 64 524,478 framed bytes down and 529,897 on the socket (+1.0 %), of FedKSeed
+         2,928 and 11,081 (+278.4 %)
+
+Table:   seconds of a round beside training; docs/deployment.md, block network-seconds
+Command: python reproduce/network_cost.py network-seconds
+Time:    three minutes
+Needs:   extra `flower`
+Result:  5.22 seconds a round, 4.91 of them beside training
 """
 
 from __future__ import annotations
@@ -15,10 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from common import ROOT, Entry, main
+
+sys.path.insert(0, str(ROOT / "tests"))
 
 from command import lines, write_config  # type: ignore[import-not-found]
 from deployed import Site  # type: ignore[import-not-found]
@@ -39,6 +51,7 @@ THERE = {"train": "clients", "max_length": 64, "holdout": {"source": "bundled"}}
 
 
 def document(method: dict[str, Any], clients: int) -> dict[str, Any]:
+    """A configuration of a site."""
     return {
         "data": {**THERE, "clients": clients},
         "method": method,
@@ -47,8 +60,9 @@ def document(method: dict[str, Any], clients: int) -> dict[str, Any]:
     }
 
 
-def main(what: str, *cases: str) -> None:
-    clients = 3 if what == "bytes" else 1
+@contextmanager
+def federation(clients: int) -> Iterator[tuple[Site, list[Any]]]:
+    """A server and clients with a part of the data each, and a proxy before each client."""
     with tempfile.TemporaryDirectory() as folder:
         names = ",".join(f"client-{number}" for number in range(clients))
         with Site(Path(folder), names, seconds=7200) as site:
@@ -56,16 +70,24 @@ def main(what: str, *cases: str) -> None:
             proxies = [site.proxy() for _ in range(clients)]
             for number, proxy in enumerate(proxies):
                 site.client(number, port=proxy.port)
-            if what == "bytes":
-                print("| method | framed down | socket down | | framed up | socket up | |")
-                print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
-                for name in cases or CASES:
-                    measure_bytes(site, proxies, name, CASES[name])
-            else:
-                measure_seconds(site, CASES["LoRA, rank 8"])
+            yield site, proxies
 
 
-def measure_bytes(site: Site, proxies: list[Any], name: str, method: dict[str, Any]) -> None:
+def bytes_on_socket() -> str:
+    """Every method through proxies that count; socket bytes are those of a round's whole time."""
+    with federation(clients=3) as (site, proxies):
+        rows = [measure_bytes(site, proxies, name, method) for name, method in CASES.items()]
+    header = "| method | framed down | socket down | | framed up | socket up | |"
+    return "\n".join([header, "|---|---:|---:|---:|---:|---:|---:|", *rows])
+
+
+def seconds() -> str:
+    """One client, because clients have machines of their own."""
+    with federation(clients=1) as (site, _):
+        return measure_seconds(site, CASES["LoRA, rank 8"])
+
+
+def measure_bytes(site: Site, proxies: list[Any], name: str, method: dict[str, Any]) -> str:
     """Means over clients and the rounds after the first, in which everyone is sent everything."""
     write_config(site.folder / "c.yaml", document(method, len(proxies)))
     run = re.sub(r"\W+", "-", name)
@@ -84,10 +106,10 @@ def measure_bytes(site: Site, proxies: list[Any], name: str, method: dict[str, A
         framed = sum(e["framed_bytes"] for e in entries) / len(entries)
         socket = sum(a[index] - b[index] for a, b in zip(after, before, strict=True)) / len(proxies) / rounds
         shown += [f"{framed:,.0f}", f"{socket:,.0f}", f"{100 * (socket / framed - 1):+.1f} %"]
-    print(f"| {name} | {' | '.join(shown)} |", flush=True)
+    return f"| {name} | {' | '.join(shown)} |"
 
 
-def measure_seconds(site: Site, method: dict[str, Any]) -> None:
+def measure_seconds(site: Site, method: dict[str, Any]) -> str:
     """Means over the rounds after the first."""
     write_config(site.folder / "c.yaml", document({**method, "rounds": 9}, 1))
     site.server("c.yaml", "--out", "seconds", "--quiet")
@@ -101,18 +123,25 @@ def measure_seconds(site: Site, method: dict[str, Any]) -> None:
         subprocess.run([sys.executable, "-c", PROCESS], check=True)
         starts.append(time.perf_counter() - began)
     rest = _mean(whole) - _mean(training) - _mean(starts) - NODE_ASKS_S / 2
-    print("| | seconds |\n|---|---:|")
-    print(f"| a round | {_mean(whole):.2f} |")
-    print(f"| the client's training | {_mean(training):.2f} |")
-    print(f"| the round beside training | {_mean(whole) - _mean(training):.2f} |")
-    print(f"| … until the node asks for work, every 3 s: half of that | {NODE_ASKS_S / 2:.2f} |")
-    print(f"| … start of the message's process, measured alone | {_mean(starts):.2f} |")
-    print(f"| … the rest: Flower's other questions and its database | {rest:.2f} |")
+    rows = {
+        "a round": _mean(whole),
+        "the client's training": _mean(training),
+        "the round beside training": _mean(whole) - _mean(training),
+        "… until the node asks for work, every 3 s: half of that": NODE_ASKS_S / 2,
+        "… start of the message's process, measured alone": _mean(starts),
+        "… the rest: Flower's other questions and its database": rest,
+    }
+    return "\n".join(["| | seconds |\n|---|---:|", *(f"| {name} | {s:.2f} |" for name, s in rows.items())])
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+ENTRIES = {
+    "network-bytes": Entry(bytes_on_socket, needs=["flwr"]),
+    "network-seconds": Entry(seconds, needs=["flwr"]),
+}
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(__doc__, ENTRIES)
