@@ -24,7 +24,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedtune.config.schema import RunConfig
+from fedtune.config.schema import PARTITIONS, RunConfig
 from fedtune.core.settings import Settings
 from fedtune.methods import registry
 
@@ -115,7 +115,7 @@ def _methods(used: set[str]) -> Iterator[str]:
             shared.setdefault(base, []).append(name)
         also = [_first_line(base).rstrip(".") for base in bases]
         yield f"## method: {name}\n"
-        yield f"{_sentence(registry.METHODS[name].summary)}\n"
+        yield f"{_sentence(registry.METHODS.part(name).summary)}\n"
         if also:
             yield f"It also has the settings of: {'; '.join(also)} (below).\n"
         yield from _body("method", cls, used, own=set(cls.__annotations__) - {"name"}, label=name)
@@ -139,7 +139,7 @@ def _body(
         if name not in own:
             continue
         dotted = f"{path}.{name}".lstrip(".")
-        blocks = _blocks(field.annotation)
+        blocks = list(PARTITIONS) if name == "partition" else _blocks(field.annotation)
         if blocks and blocks != [Settings]:
             inner += [(dotted, block, len(blocks) > 1) for block in blocks]
             if len(blocks) == 1 and (field.default is None or field.default == blocks[0].model_construct()):

@@ -26,6 +26,7 @@ from fedtune.data.sources import load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
 from fedtune.federation.data import encode_for
+from fedtune.federation.plugins import load_again
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
@@ -138,7 +139,15 @@ def local_steps(config: RunConfig, examples: int) -> int:
     return int(getattr(method, "local_steps", 0))
 
 
-def simulated(message: Message, *, config: str, held: str, threads: int, base: str) -> Message:
+def simulated(
+    message: Message,
+    *,
+    config: str,
+    held: str,
+    threads: int,
+    base: str,
+    plugins: tuple[tuple[str, str], ...],
+) -> Message:
     """The answer of any of a run's clients, in a process of Flower's simulation.
 
     Args:
@@ -147,9 +156,10 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
         held: The folder of what clients were sent to hold, which all processes share.
         threads: PyTorch's, as many as the server has: with others a sum may round differently.
         base: The folder that relative paths of the configuration start from.
+        plugins: Absolute path and sha256 of each plugin file of the run.
     """
     try:
-        runner, client = _runner(config, held, threads, base), message.number("client")
+        runner, client = _runner(config, held, threads, base, plugins), message.number("client")
         runner.states = {client: decode(message.state).payload} if message.state else {}
         frame = runner.handle(client, bytes(message.body))
     except FedtuneError as error:
@@ -162,11 +172,14 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
 
 
 @cache
-def _runner(config: str, held: str, threads: int, base: str) -> ClientRunner:
+def _runner(
+    config: str, held: str, threads: int, base: str, plugins: tuple[tuple[str, str], ...]
+) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(base)  # the process is this simulation's own
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    load_again(plugins)
     parts = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock())
     parts.runner.store = Store(Path(held))
     if not parts.method.sends_model:

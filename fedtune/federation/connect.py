@@ -19,7 +19,9 @@ from fedtune.core.wire import Content, decode, encode
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.client import simulated
+from fedtune.federation.plugins import refuse_this_process
 from fedtune.measure.clock import Clock
+from fedtune.registry import plugins
 from fedtune.transport.in_process import InProcess, SimulatedFaults, Simulation
 from fedtune.transport.messages import Message
 from fedtune.transport.remote import Channel, Exchange, Remote
@@ -69,6 +71,7 @@ def connected(
             held=str(folder.resolve() / "held"),
             threads=torch.get_num_threads(),
             base=os.getcwd(),
+            plugins=tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
         )
         from fedtune.transport.flower import simulation
 
@@ -89,6 +92,8 @@ def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
         raise InputError(
             f"transport.name is {name}, and Flower is not installed; pip install 'fedtune[flower]'"
         )
+    if name == "flower-simulation":
+        refuse_this_process(config)
     if (name == "flower") != (deployment is not None):
         raise InputError(
             f"transport.name is {name}: a federation over a network (flower) is started with fedtune server, "

@@ -17,6 +17,7 @@ from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.folder import RunFolder, refuse_existing
+from fedtune.federation.plugins import require_plugins
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import eval_settings
 from fedtune.measure.clock import Clock
@@ -44,6 +45,7 @@ def evaluate_target(target: str, tasks: Sequence[str], overrides: Sequence[str])
     wanted = [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides]
     path = Path(target)
     if (path / "config.yaml").is_file():
+        require_plugins(path)
         config = load_config(path / "config.yaml", wanted)
         split = prepare_data(config, pooled=False)
         models = _results(path, config, split)
