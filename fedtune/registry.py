@@ -111,8 +111,7 @@ class Registry(Generic[T]):
         return name in self._known or name in self._packages
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._known
-        yield from (name for name in self._packages if name not in self._known)
+        return iter([*self._known, *(name for name in self._packages if name not in self._known)])
 
     def __getitem__(self, name: str) -> T:
         return self.part(name).load()

@@ -356,7 +356,7 @@ def test_every_registered_method_is_tried_here() -> None:
     assert not unknown, f"FORMS names methods that are not registered: {unknown}"
 
 
-@pytest.mark.parametrize("name", registry.METHODS)
+@pytest.mark.parametrize("name", list(registry.METHODS))
 def test_defaults_are_valid_and_the_registry_names_the_right_classes(name: str) -> None:
     config = registry.config_class(name)()
     assert isinstance(config, Settings) and config.name == name

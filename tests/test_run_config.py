@@ -20,7 +20,7 @@ from model_families import save_folder
 from pydantic import BaseModel
 
 from fedtune.config.file import _blocks, apply_overrides, dump_config, load_config, parse_config
-from fedtune.config.schema import Public, RunConfig, Transport
+from fedtune.config.schema import PARTITIONS, Public, RunConfig, Transport
 from fedtune.errors import FedtuneError, InputError
 from fedtune.evaluation import subject
 from fedtune.evaluation.sandbox import CodeSettings
@@ -77,8 +77,8 @@ WRONG = {
     "model:": "model: .*got None",
     "data: {clients: 3.5}": "data.clients: .*integer, got 3.5",
     "data: {clients: null}": "data: clients must be a number with partition iid",
-    "data: {partition: iid}": "data.partition: ",
-    "data: {partition: {alpha: 1}}": "data.partition",
+    "data: {partition: iid}": "data.partition must be a block of settings with a name, got 'iid'",
+    "data: {partition: {alpha: 1}}": "data.partition.name is missing; known are iid, dirichlet",
     "data: {partition: {name: quantity, alpha: 1.0, fractions: [1.0]}}": "alpha and fractions are both set",
     "data: {holdout: {fraction: 0.1, category: x}}": "exactly one of fraction, client_fraction, category",
     "data: {holdout: {fraction: 0.1, split: x}}": "split belongs to source",
@@ -294,6 +294,14 @@ FIELDS: Table = {
     "by-field:data.partition.by": ("output", {"data.partition": {"name": "by-field"}}),
     "shards:data.partition.shards_per_client": (3, {"data.partition": {"name": "shards"}}),
     "shards:data.partition.by": ("output", {"data.partition": {"name": "shards"}}),
+    "file:data.partition.path": (
+        "split-b.json",
+        {"data.partition": {"name": "file", "path": "split-a.json"}},
+    ),
+    "file:data.partition.rest": (
+        "leave-out",
+        {"data.partition": {"name": "file", "path": "split-some.json"}},
+    ),
     "quantity:data.partition.alpha": (0.3, {"data.partition": {"name": "quantity"}}),
     "quantity:data.partition.fractions": ([0.25, 0.75], {"data.partition": {"name": "quantity"}}),
     "data.holdout.fraction": (0.5, {"data.holdout": {"fraction": 0.2}}),
@@ -390,7 +398,7 @@ def fields_of(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if dotted == "method":
             yield from fields_of(Config, "method.")
             continue
-        inner = _blocks(info.annotation)
+        inner = list(PARTITIONS) if dotted == "data.partition" else _blocks(info.annotation)
         if not inner:
             yield dotted
         elif len(inner) == 1:
@@ -432,6 +440,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(16)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, first in (("a", range(6)), ("b", range(0, 12, 2)), ("some", range(4))):
+        parts = [list(first), [i for i in range(10 if name == "some" else 12) if i not in first]]
+        (folder / f"split-{name}.json").write_text(json.dumps(parts))
     for name, shift in (("a", 0), ("b", 7)):
         sums = [{"question": f"w{4 + i + shift}", "answer": f"w5 #### {i}"} for i in range(3)]
         (folder / f"sums-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
