@@ -60,7 +60,7 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
     "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects",
-    "DataSettings.template": "how an example becomes text (`fedtune ls templates`); the bundled model's is `plain`",
+    "DataSettings.template": "as `fedtune ls templates` lists them; `plain` by default for the bundled model",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
     "DataSettings.loss_on": "`all`: on the prompt too",

@@ -136,9 +136,7 @@ class DataSettings(Settings):
     loss_on: Literal["response", "all"] = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
-    clients: int | None = Field(
-        10, ge=1
-    )  # null: by-field one a value, file (default) its own, train: clients all
+    clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
     partition: SerializeAsAny[Settings] = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
     public: Public | None = None
