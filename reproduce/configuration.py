@@ -27,7 +27,7 @@ from common import Entry, main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedtune.config.schema import RunConfig
+from fedtune.config.schema import PARTITIONS, RunConfig
 from fedtune.core.settings import Settings
 from fedtune.methods import registry
 
@@ -61,8 +61,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
     "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects",
-    "DataSettings.template": "how an example becomes text; `plain` by default for the bundled model",
-    "DataSettings.partition": "who gets which examples, one of the blocks below",
+    "DataSettings.template": "as `fedtune ls templates` lists them; `plain` by default for the bundled model",
+    "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
     "DataSettings.loss_on": "`all`: on the prompt too",
     "Simulate.dropout": "chance that a client does not reply in a round",
@@ -116,7 +116,7 @@ def _methods(used: set[str]) -> Iterator[str]:
             shared.setdefault(base, []).append(name)
         also = [_first_line(base).rstrip(".") for base in bases]
         yield f"## method: {name}\n"
-        yield f"{_sentence(registry.METHODS[name].summary)}\n"
+        yield f"{_sentence(registry.METHODS.part(name).summary)}\n"
         if also:
             yield f"It also has the settings of: {'; '.join(also)} (below).\n"
         yield from _body("method", cls, used, own=set(cls.__annotations__) - {"name"}, label=name)
@@ -140,7 +140,7 @@ def _body(
         if name not in own:
             continue
         dotted = f"{path}.{name}".lstrip(".")
-        blocks = _blocks(field.annotation)
+        blocks = list(PARTITIONS) if name == "partition" else _blocks(field.annotation)
         if blocks and blocks != [Settings]:
             inner += [(dotted, block, len(blocks) > 1) for block in blocks]
             if len(blocks) == 1 and (field.default is None or field.default == blocks[0].model_construct()):

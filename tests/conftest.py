@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from judge_server import Judge, Playing
 
+from fedtune.registry import forgotten_afterwards
+
 # no deadline for one example: on a busy machine the first takes long, which says nothing about the code
 settings.register_profile("fedtune", deadline=None)
 settings.load_profile("fedtune")
@@ -50,3 +52,10 @@ def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Playing]:
         server.over.set()
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def parts_as_before() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    with forgotten_afterwards():
+        yield

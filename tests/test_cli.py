@@ -15,6 +15,7 @@ from model_families import save_folder
 from safetensors.torch import load_file
 
 from fedtune.data.partition import PARTITIONERS
+from fedtune.data.templates import TEMPLATES
 from fedtune.evaluation.tasks import TASKS
 from fedtune.methods.registry import METHODS
 from fedtune.models.load import Loaded, load_model
@@ -109,7 +110,7 @@ def test_without_arguments_a_command_shows_its_help(arguments: tuple[str, ...], 
         (["nonsense"], "nonsense"),
         (["run", "c.yaml", "--nonsense"], "--nonsense"),
         (["run", "c.yaml"], "c.yaml: no such configuration file"),
-        (["ls", "nonsense"], "'methods', 'partitioners', 'tasks', 'models'"),
+        (["ls", "nonsense"], "'methods', 'partitioners', 'tasks', 'templates', 'models'"),
         (["eval", "bundled"], "--tasks"),
         (["export", "run"], "--out"),
         (["bench", "nonsense"], "nonsense"),
@@ -130,12 +131,18 @@ def test_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("what", "names"),
-    [("methods", list(METHODS)), ("partitioners", list(PARTITIONERS)), ("tasks", list(TASKS))],
+    [
+        ("methods", list(METHODS)),
+        ("partitioners", list(PARTITIONERS)),
+        ("tasks", list(TASKS)),
+        ("templates", list(TEMPLATES)),
+    ],
 )
 def test_ls(what: str, names: list[str], tmp_path: Path) -> None:
     entries = fedtune("ls", what, "--json", cwd=tmp_path).json()
     assert [entry["name"] for entry in entries] == names
-    assert all(set(entry) == {"name", "summary"} and entry["summary"] for entry in entries)
+    assert all(set(entry) == {"name", "summary", "origin"} and entry["summary"] for entry in entries)
+    assert {entry["origin"] for entry in entries} == {"fedtune"}
     shown = fedtune("ls", what, cwd=tmp_path).out.splitlines()
     assert [line.split()[0] for line in shown] == names
     assert all(line.endswith(entry["summary"]) for line, entry in zip(shown, entries, strict=True))

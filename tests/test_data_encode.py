@@ -175,7 +175,7 @@ def test_causal_refuses() -> None:
         encode_prompts(["a"], toy(), max_length=0)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         causal(9, "response", eos_token=None)
-    with pytest.raises(InputError, match='unknown template "chat"'):
+    with pytest.raises(InputError, match=r"data.template 'chat' is not known"):
         encode_causal([EXAMPLE], toy(), template="chat", loss_on="all", max_length=9)
 
 

@@ -361,9 +361,11 @@ def test_plain_template() -> None:
 @pytest.mark.parametrize("function", [prompt, response])
 def test_unknown_template(function: object) -> None:
     assert callable(function)
-    with pytest.raises(InputError, match=r'unknown template "alpacca".*alpaca, plain.*Did you mean "alpaca"'):
+    with pytest.raises(
+        InputError, match=r"data.template 'alpacca' is not known.*alpaca, plain.*Did you mean \"alpaca\""
+    ):
         function(Example("a"), "alpacca")
-    assert TEMPLATES == ("alpaca", "plain")
+    assert list(TEMPLATES) == ["alpaca", "plain"]
 
 
 # --- hold-out -----------------------------------------------------------------------------------------------

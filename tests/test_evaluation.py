@@ -234,7 +234,7 @@ def test_wrong_tasks_and_no_examples() -> None:
 
 def test_every_task_has_a_one_line_summary() -> None:
     assert {"loss", "accuracy", "rouge-l"} <= set(TASKS)
-    assert all(task.summary and "\n" not in task.summary for task in TASKS.values())
+    assert all(row["summary"] and "\n" not in row["summary"] for row in TASKS.listing())
 
 
 def test_a_task_draws_samples_for_each_prompt() -> None:

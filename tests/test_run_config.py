@@ -17,7 +17,7 @@ from model_families import save_folder
 from pydantic import BaseModel
 
 from fedtune.config.file import load_config, parse_config, settings_blocks
-from fedtune.config.schema import Public, RunConfig, Transport
+from fedtune.config.schema import PARTITIONS, Public, RunConfig, Transport
 from fedtune.errors import FedtuneError
 from fedtune.evaluation import types as evaluation
 from fedtune.evaluation.sandbox import CodeSettings
@@ -91,6 +91,14 @@ FIELDS: Table = {
     "by-field:data.partition.by": ("output", {"data.partition": {"name": "by-field"}}),
     "shards:data.partition.shards_per_client": (3, {"data.partition": {"name": "shards"}}),
     "shards:data.partition.by": ("output", {"data.partition": {"name": "shards"}}),
+    "file:data.partition.path": (
+        "split-b.json",
+        {"data.partition": {"name": "file", "path": "split-a.json"}},
+    ),
+    "file:data.partition.rest": (
+        "leave-out",
+        {"data.partition": {"name": "file", "path": "split-some.json"}},
+    ),
     "quantity:data.partition.alpha": (0.3, {"data.partition": {"name": "quantity"}}),
     "quantity:data.partition.fractions": ([0.25, 0.75], {"data.partition": {"name": "quantity"}}),
     "data.holdout.fraction": (0.5, {"data.holdout": {"fraction": 0.2}}),
@@ -190,7 +198,7 @@ def fields_of(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if dotted == "method":
             yield from fields_of(Config, "method.")
             continue
-        inner = settings_blocks(info.annotation)
+        inner = list(PARTITIONS) if dotted == "data.partition" else settings_blocks(info.annotation)
         if not inner:
             yield dotted
         elif len(inner) == 1:
@@ -232,6 +240,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(16)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, first in (("a", range(6)), ("b", range(0, 12, 2)), ("some", range(4))):
+        parts = [list(first), [i for i in range(10 if name == "some" else 12) if i not in first]]
+        (folder / f"split-{name}.json").write_text(json.dumps(parts))
     for name, shift in (("a", 0), ("b", 7)):
         sums = [{"question": f"w{4 + i + shift}", "answer": f"w5 #### {i}"} for i in range(3)]
         (folder / f"sums-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))

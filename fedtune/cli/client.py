@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.display import Plugin
 from fedtune.cli.keys import require_flower
 from fedtune.errors import InputError
 
@@ -31,6 +32,7 @@ def client(
     state: Annotated[
         Path | None, typer.Option(help="Folder of what must outlive this process; default KEYS/state.")
     ] = None,
+    plugin: Plugin = None,
 ) -> None:
     """Take part in a federation with examples that stay here.
 

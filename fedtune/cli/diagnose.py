@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli.display import Plugin
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -31,6 +33,7 @@ def diagnose(
         bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Predict from a short probe how far one-shot will be from multi-round, and how many rounds are enough.
 

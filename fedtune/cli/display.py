@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+
+def _load_plugins(files: list[Path] | None) -> list[Path] | None:
+    from fedtune.registry import load_plugin
+
+    for file in files or []:
+        load_plugin(file)
+    return files
+
+
+# The files are imported while the command line is read, so that a command finds their parts like any other.
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        callback=_load_plugins,
+        help="Python file with parts of your own (docs/plugins.md); can be repeated.",
+    ),
+]
 
 
 def print_json(document: Any) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from fedtune.cli.client import client
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import free_name, print_json, progress_on
+from fedtune.cli.display import Plugin, free_name, print_json, progress_on
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
@@ -46,6 +46,7 @@ class Listing(StrEnum):
     methods = "methods"
     partitioners = "partitioners"
     tasks = "tasks"
+    templates = "templates"
     models = "models"
 
 
@@ -99,13 +100,16 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    plugin: Plugin = None,
 ) -> None:
     """Run one federation.
 
     Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
     """
     from fedtune.config.file import load_config
+    from fedtune.federation.plugins import require_plugins
 
+    require_plugins(resume)
     settings = load_config(config, overrides or [])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
@@ -137,6 +141,7 @@ def compare(
     references: Annotated[bool, typer.Option(help="Add zero-shot, stand-alone and centralised rows.")] = True,
     as_json: Json = False,
     quiet: Quiet = False,
+    plugin: Plugin = None,
 ) -> None:
     """Run several configurations on the same split and print one table.
 
@@ -168,6 +173,7 @@ def compare(
 def validate(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files.")],
     as_json: Json = False,
+    plugin: Plugin = None,
 ) -> None:
     """Check configurations without weights or data.
 
@@ -208,6 +214,7 @@ def evaluate(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as data.train=x.jsonl."),
     ] = None,
     as_json: Json = False,
+    plugin: Plugin = None,
 ) -> None:
     """Evaluate what a run made, or any model: on held-out examples, files, or lm-evaluation-harness's tasks.
 
@@ -235,6 +242,7 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Fold the adapter into the weights and write a whole model.")
     ] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Write a run's result as a Hugging Face model or PEFT adapter.
 
@@ -251,6 +259,7 @@ def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[int, typer.Option(help="The round, counted from 1.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    plugin: Plugin = None,
 ) -> None:
     """Rebuild the model of an earlier round from its checkpoint.
 
@@ -264,19 +273,21 @@ def replay(
 
 @app.command("ls", no_args_is_help=True)
 def list_things(
-    what: Annotated[Listing, typer.Argument(help="What to list.")], as_json: Json = False
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    as_json: Json = False,
+    plugin: Plugin = None,
 ) -> None:
     """List what there is, a line each.
 
     Example: fedtune ls methods
     """
-    entries = [{"name": name, "summary": summary} for name, summary in _listing(what).items()]
+    entries = _listing(what)
     if as_json:
         print_json(entries)
         return
-    width = max(len(entry["name"]) for entry in entries)
+    name, origin = (max(len(entry[key]) for entry in entries) for key in ("name", "origin"))
     for entry in entries:
-        print(f"{entry['name']:{width}}  {entry['summary']}")
+        print(f"{entry['name']:{name}}  {entry['origin']:{origin}}  {entry['summary']}")
     if what is Listing.tasks:
         print("Those of lm-evaluation-harness: lm_eval ls tasks [--include_path FOLDER]", file=sys.stderr)
 
@@ -310,24 +321,31 @@ app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)
 
 
-def _listing(what: Listing) -> dict[str, str]:
+def _listing(what: Listing) -> list[dict[str, str]]:
+    """`name`, `summary` and `origin` of each."""
     if what is Listing.methods:
         from fedtune.methods.registry import METHODS
 
-        return {name: entry.summary for name, entry in METHODS.items()}
+        return METHODS.listing()
     if what is Listing.partitioners:
         from fedtune.data.partition import PARTITIONERS
 
-        return dict(PARTITIONERS)
+        return PARTITIONERS.listing()
     if what is Listing.tasks:
         from fedtune.evaluation.tasks import TASKS
 
-        return {name: task.summary for name, task in TASKS.items()}
-    return {
-        "bundled": "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text",
-        "FOLDER": "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors",
-        "OWNER/NAME": "the same from the Hugging Face hub",
-    }
+        return TASKS.listing()
+    if what is Listing.templates:
+        from fedtune.data.templates import TEMPLATES
+
+        return TEMPLATES.listing()
+    bundled = "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text"
+    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors"
+    return [
+        {"name": "bundled", "summary": bundled, "origin": "fedtune"},
+        {"name": "FOLDER", "summary": folder, "origin": "this machine"},
+        {"name": "OWNER/NAME", "summary": "the same from the Hugging Face hub", "origin": "Hugging Face hub"},
+    ]
 
 
 def _seeds(text: str, config: RunConfig) -> list[int]:

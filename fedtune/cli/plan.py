@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.display import print_json
+from fedtune.cli.display import Plugin, print_json
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
     ] = False,
+    plugin: Plugin = None,
 ) -> None:
     """What a run will cost: bytes, memory, operations and steps, from the model's config.json alone.
 

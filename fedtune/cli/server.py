@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.display import free_name, print_json, progress_on
+from fedtune.cli.display import Plugin, free_name, print_json, progress_on
 from fedtune.cli.keys import require_flower
 from fedtune.errors import InputError
 
@@ -27,13 +27,16 @@ def server(
         bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Run one federation with clients on other machines.
 
     Example: fedtune server fed.yaml --keys server --out runs/first
     """
     from fedtune.config.file import load_config
+    from fedtune.federation.plugins import require_plugins
 
+    require_plugins(resume)
     settings = load_config(config, ["transport.name=flower", *(overrides or [])])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedtune.config.partitions import partition_class
 from fedtune.config.schema import RunConfig
+from fedtune.core.settings import Settings
 from fedtune.data.partition import PARTITIONERS
 from fedtune.errors import InputError, nearest
 from fedtune.methods import registry
@@ -53,22 +55,19 @@ def dump_config(config: RunConfig) -> str:
 
 def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     """The configuration in a mapping; `source` stands in front of each error. Raises InputError."""
-    values = dict(document)
-    method = values.get("method", {"name": "fedavg"})
-    if not isinstance(method, dict):
-        raise InputError(f"{source}: method must be a block of settings with a name, got {method!r}")
-    if "name" not in method:
-        raise InputError(f"{source}: method.name is missing; known are {', '.join(registry.METHODS)}")
-    try:
-        cls = registry.config_class(str(method["name"]))
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    problems: list[str] = []
-    try:
-        values["method"] = cls.model_validate(method)
-    except ValidationError as error:
-        problems += _problems(error, cls, ("method",))
-        values["method"] = cast(Any, cls).model_construct(name=method["name"])
+    values, problems = dict(document), list[str]()
+    values["method"] = _named(
+        values.get("method", {"name": "fedavg"}),
+        "method",
+        registry.METHODS,
+        registry.config_class,
+        source,
+        problems,
+    )
+    data = values.get("data")
+    if isinstance(data, dict) and "partition" in data:
+        block = _named(data["partition"], "data.partition", PARTITIONERS, partition_class, source, problems)
+        values["data"] = {**data, "partition": block}
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -76,6 +75,34 @@ def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     if problems:
         raise InputError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return config
+
+
+def _named(
+    block: Any,
+    setting: str,
+    known: Iterable[str],
+    class_of: Callable[[str], type[Settings]],
+    source: str,
+    problems: list[str],
+) -> Settings:
+    """A block whose name says which settings it has; what is wrong with these is added to `problems`.
+
+    Raises:
+        InputError: It is no block, or its name is missing or not known.
+    """
+    if not isinstance(block, dict):
+        raise InputError(f"{source}: {setting} must be a block of settings with a name, got {block!r}")
+    if "name" not in block:
+        raise InputError(f"{source}: {setting}.name is missing; known are {', '.join(known)}")
+    try:
+        cls = class_of(str(block["name"]))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    try:
+        return cls.model_validate(block)
+    except ValidationError as error:
+        problems += _problems(error, cls, tuple(setting.split(".")))
+        return cast(Any, cls).model_construct(name=block["name"])  # so that the rest can be looked at
 
 
 def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
@@ -92,12 +119,6 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
             )
         elif problem["type"] == "missing":
             lines.append(f"{name} is missing")
-        elif problem["type"] == "union_tag_invalid":
-            allowed = problem["ctx"]["expected_tags"].replace("'", "")
-            tag = str(problem["ctx"]["tag"])
-            lines.append(
-                f"{name}.name {tag!r} is not known; known are {allowed}.{nearest(tag, PARTITIONERS)}"
-            )
         else:
             if problem["type"] == "literal_error" and isinstance(problem["input"], str):
                 got += "." + nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))

@@ -6,9 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, field_validator, model_validator
 
 from fedtune.core.settings import Settings
+from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
@@ -89,7 +90,15 @@ class Given(Settings):
     name: Literal["given"] = "given"
 
 
-Partition = Annotated[Iid | Dirichlet | ByField | Shards | Quantity | Given, Field(discriminator="name")]
+class FromFile(Settings):
+    """The indices that a JSON file lists for each client: an object by client names, or a list of lists."""
+
+    name: Literal["file"] = "file"
+    path: str  # the file; indices into the training examples, without held-out ones, as in partition.json
+    rest: Literal["refuse", "leave-out"] = "refuse"  # examples that the file gives to nobody
+
+
+PARTITIONS: tuple[type[Settings], ...] = (Iid, Dirichlet, ByField, Shards, Quantity, FromFile, Given)
 
 
 class Holdout(Settings):
@@ -130,22 +139,48 @@ class DataSettings(Settings):
     split: str = "train"  # of a hub data set
     fields: Fields = Field(default_factory=dict)
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
-    template: Literal["alpaca", "plain"] = "alpaca"
+    template: str = "alpaca"
     loss_on: Literal["response", "all"] = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
-    clients: int | None = Field(10, ge=1)  # null with by-field: one a value; with train: clients, all keys
-    partition: Partition = Iid()
+    clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
+    partition: SerializeAsAny[Settings] = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
     public: Public | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, values: object) -> object:
+        """A file says itself how many clients there are."""
+        if isinstance(values, dict) and isinstance(values.get("partition"), FromFile):
+            return {"clients": None, **values}
+        return values
+
+    @field_validator("template")
+    @classmethod
+    def _a_template(cls, name: str) -> str:
+        try:
+            TEMPLATES.part(name)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("data.")) from None
+        return name
+
     @model_validator(mode="after")
     def _clients(self) -> Self:
-        if self.clients is None and self.partition.name != "by-field" and self.train != CLIENTS:
-            raise ValueError(f"clients must be a number with partition {self.partition.name}")
+        if (
+            self.clients is None
+            and self.train != CLIENTS
+            and not isinstance(self.partition, ByField | FromFile)
+        ):
+            raise ValueError(f"clients must be a number with partition {self.partition_name}")
         if isinstance(self.partition, Given) and self.train != OBJECTS:
             raise ValueError(f"partition given is for Python objects (train: {OBJECTS}), got {self.train}")
         return self
+
+    @property
+    def partition_name(self) -> str:
+        """Name of the partitioner."""
+        return str(self.partition.name)  # type: ignore[attr-defined]
 
 
 class Simulate(Settings):
@@ -270,6 +305,17 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _loadable(self) -> Self:
+        """Tasks that packages bring can be imported; the method and the partitioner have been by now."""
+        for task in self.evaluation.tasks:
+            if task in TASKS:
+                try:
+                    TASKS.part(task)
+                except InputError as error:
+                    raise ValueError(f"evaluation.tasks: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _where_data_are(self) -> Self:
         """Over a network the server has no training examples; on one machine nobody else has them."""
         data, network = self.data, self.transport.name == "flower"
@@ -310,7 +356,7 @@ class RunConfig(Settings):
         if clients is not None:
             if not isinstance(self.data.partition, Iid | Given):
                 raise InputError(
-                    f"the data are given client by client, and data.partition is {self.data.partition.name}; "
+                    f"the data are given client by client, and data.partition is {self.data.partition_name}; "
                     "leave the partition out, or give all rows in one list"
                 )
             data |= {"partition": {"name": "given"}, "clients": clients}

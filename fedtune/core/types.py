@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -196,6 +197,10 @@ class Method(Protocol[S]):
         sends_model: Clients compute with what their orders brought and never hold the server's model;
             `client_model` is then the server's alone, and `ClientEnv.model` is empty.
     """
+
+    @property
+    def config(self) -> Settings:
+        """The settings that it was built from."""
 
     rounds: int
     arrival: ArrivalOrder

@@ -1,8 +1,9 @@
 """Partitioners: which client holds which examples.
 
-Each returns a list of index arrays, one a client, sorted; every example is in exactly one of them and no
-client is empty. Everything random comes from the `rng` given. Where labels or values are taken, each client's
-count of each label depends on how often the labels occur and never on the order of the examples.
+`deal` calls one by its name. Each gives indices, those of one client beside those of the next; everything
+random comes from the `rng` given. Of fedtune's own every example goes to exactly one client and no client is
+empty, and where labels or values are taken, each client's count of each label depends on how often the labels
+occur and never on the order of the examples.
 
 The partitioners of flwr-datasets are not used: they need an older `datasets`, and their Dirichlet gives up
 after ten redraws and hands out each label's examples in the order of the file.
@@ -10,25 +11,87 @@ after ten redraws and hands out each label's examples in the order of the file.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.examples import Example
+from fedtune.data.split import Dealt, Parts, checked, read_split
 from fedtune.errors import InputError
+from fedtune.registry import Registry
 
-Parts = list[npt.NDArray[np.int64]]
+Partitioner = Callable[..., Any]
+"""From examples, a number of clients, a generator, and its settings by name to each client's indices."""
 
-PARTITIONERS = {
-    "iid": "shuffled and dealt out evenly",
-    "dirichlet": "each label spread over clients by Dirichlet(alpha), at least `minimum` examples a client",
-    "by-field": "one value of a field (category, language, task) a client",
-    "shards": "sorted by label, cut into equal shards, `shards_per_client` dealt to each client",
-    "quantity": "labels alike, sizes unlike: by Dirichlet(alpha) or by given fractions",
-}
+PARTITIONERS: Registry[Partitioner] = Registry("partitioner", "data.partition.name", "fedtune.partitioners")
+
+
+def register_partitioner(name: str, *, summary: str | None = None) -> Callable[[Partitioner], Partitioner]:
+    """Makes `data.partition: {name: NAME}` stand for a function.
+
+    The function is called as f(examples, clients, rng, *, settings...) and returns one sequence of indices a
+    client, or a mapping from clients' names to such sequences. Each index has to be there exactly once. Its
+    keyword-only parameters are the settings, checked against their annotations; their defaults are the
+    settings' own.
+
+    Args:
+        name: What a configuration calls it.
+        summary: One line for `fedtune ls partitioners`; None: the docstring's first.
+
+    Raises:
+        InputError: The name is taken, or the parameters are others than these.
+    """
+
+    def decorate(function: Partitioner) -> Partitioner:
+        parameters = inspect.signature(function).parameters.values()
+        settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        others = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        given = [p for p in others if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(given) != len(others) or len(given) != 3:
+            raise InputError(
+                f"partitioner {name}: its function must take (examples, clients, rng, *, settings...), got "
+                f"{inspect.signature(function)}"
+            )
+        bare = [p.name for p in settings if p.annotation is p.empty or p.name == "name"]
+        if bare:
+            raise InputError(
+                f"partitioner {name}: each setting needs a type and a name other than `name`; see {bare[0]}"
+            )
+        PARTITIONERS.register(name, function, function, summary)
+        return function
+
+    return decorate
+
+
+def deal(
+    name: str,
+    examples: Sequence[Example],
+    clients: int | None,
+    rng: np.random.Generator,
+    settings: Mapping[str, Any],
+) -> Dealt:
+    """Deals examples to clients with a partitioner.
+
+    Args:
+        name: Of the partitioner.
+        examples: What is dealt.
+        clients: How many clients; None: as many as a field has values (`by-field`), or a file lists (`file`).
+        rng: Source of everything random.
+        settings: The partitioner's.
+
+    Raises:
+        InputError: No such partitioner, impossible numbers, or a split that is none.
+    """
+    found = PARTITIONERS[name](examples, clients, rng, **settings)
+    return (
+        found if isinstance(found, Dealt) else checked(found, len(examples), clients, f"partitioner {name}")
+    )
+
 
 _DRAWS_AT_ONCE = 2**18  # numbers drawn in one call: 2 MiB, so that thousands of redraws take about a second
 
@@ -294,3 +357,38 @@ def _check_minimum(n: int, clients: int, minimum: int) -> None:
 
 def _sorted(parts: Sequence[npt.NDArray[np.int64]]) -> Parts:
     return [np.sort(part) for part in parts]
+
+
+def _field_values(examples: Sequence[Example], by: str) -> list[str]:
+    return [getattr(example, by) for example in examples]
+
+
+for _name, _summary, _function in (
+    ("iid", "shuffled and dealt out evenly", lambda e, n, rng: iid(len(e), n, rng)),
+    (
+        "dirichlet",
+        "each label spread over clients by Dirichlet(alpha), at least `minimum` examples a client",
+        lambda e, n, rng, *, alpha, minimum, by: dirichlet(_field_values(e, by), n, alpha, minimum, rng),
+    ),
+    (
+        "by-field",
+        "one value of a field (category, language, task) a client",
+        lambda e, n, rng, *, by: by_field(_field_values(e, by), n, rng),
+    ),
+    (
+        "shards",
+        "sorted by label, cut into equal shards, `shards_per_client` dealt to each client",
+        lambda e, n, rng, *, shards_per_client, by: shards(_field_values(e, by), n, shards_per_client, rng),
+    ),
+    (
+        "quantity",
+        "labels alike, sizes unlike: by Dirichlet(alpha) or by given fractions",
+        lambda e, n, rng, *, alpha, fractions: quantity(len(e), n, rng, alpha=alpha, fractions=fractions),
+    ),
+    (
+        "file",
+        "the indices that a JSON file lists for each client",
+        lambda e, n, rng, *, path, rest: read_split(path, len(e), n, leave_out=rest == "leave-out"),
+    ),
+):
+    PARTITIONERS.built_in(_name, _summary, lambda function=_function: function)  # type: ignore[misc]

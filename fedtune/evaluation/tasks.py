@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +18,14 @@ from fedtune.evaluation import answers, bootstrap, code, correlation, harness_na
 from fedtune.evaluation.generation import evaluating
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored, Task
+from fedtune.registry import Registry
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
+
+Score = Callable[[EvalEnv], Outcome]
+Metric = Callable[[str, str], float]
 
 
 def _loss(env: EvalEnv) -> Outcome:
@@ -74,12 +79,98 @@ OWN = {
     ),
 }
 
-TASKS: dict[str, Task] = {}
+TASKS: Registry[Task] = Registry("task", "evaluation.tasks", "fedtune.tasks")
 for _part in (OWN, answers.TASKS, correlation.TASKS, judge.TASKS, code.TASKS):
     for _name, _task in _part.items():
-        if _name in TASKS:
-            raise ValueError(f"two tasks are named {_name}")
-        TASKS[_name] = _task
+        TASKS.built_in(_name, _task.summary, lambda task=_task: task)  # type: ignore[misc]
+
+
+def register_task(
+    name: str, *, metric: str, examples: bool = True, classifier: bool = False, summary: str | None = None
+) -> Callable[[Score], Score]:
+    """Makes NAME in `evaluation.tasks` stand for a function from `EvalEnv` to `Outcome`.
+
+    Args:
+        name: What a configuration calls it.
+        metric: The main one of the outcome's metrics.
+        examples: Whether it scores the held-out examples; else it brings its own.
+        classifier: Whether it can score a classifier.
+        summary: One line for `fedtune ls tasks`; None: the docstring's first.
+
+    Raises:
+        InputError: The name is taken.
+    """
+
+    def decorate(function: Score) -> Score:
+        def score(env: EvalEnv) -> Outcome:
+            outcome = function(env)
+            if not isinstance(outcome, Outcome) or (outcome.metrics and metric not in outcome.metrics):
+                raise InputError(
+                    f"task {name} must give an Outcome with the metric {metric}, got {outcome!r:.80}"
+                )
+            return outcome
+
+        _register(name, function, score, metric, examples=examples, classifier=classifier, summary=summary)
+        return function
+
+    return decorate
+
+
+def register_metric(
+    name: str, *, lower_is_better: bool = False, summary: str | None = None
+) -> Callable[[Metric], Metric]:
+    """Makes NAME in `evaluation.tasks` stand for the mean of a function (answer, reference) -> number.
+
+    The model answers each held-out example greedily, as for `accuracy` and `rouge-l`; a classifier's answer
+    is its class. The metric has the task's name, with _ for -.
+
+    Args:
+        name: What a configuration calls it.
+        lower_is_better: What "worst" means.
+        summary: One line for `fedtune ls tasks`; None: the docstring's first.
+
+    Raises:
+        InputError: The name is taken.
+    """
+    metric = name.replace("-", "_")
+
+    def decorate(function: Metric) -> Metric:
+        def value(answer: str, reference: str) -> float:
+            found = function(answer, reference)
+            if not isinstance(found, Real) or not math.isfinite(found):
+                raise InputError(
+                    f"metric {name} must give a finite number, got {found!r} for the answer {answer!r:.40}"
+                )
+            return float(found)
+
+        def score(env: EvalEnv) -> Outcome:
+            pairs = zip(env.answers, env.examples, strict=True)
+            scores = [value(answer, example.output) for answer, example in pairs]
+            return Outcome({metric: Scored(scores, lower_is_better=lower_is_better)})
+
+        _register(name, function, score, metric, examples=True, classifier=True, summary=summary)
+        return function
+
+    return decorate
+
+
+def _register(
+    name: str,
+    source: Callable[..., object],
+    score: Score,
+    metric: str,
+    *,
+    examples: bool,
+    classifier: bool,
+    summary: str | None,
+) -> None:
+    """Adds a task that says of itself where it comes from."""
+
+    def scorer() -> str:
+        return TASKS.part(name).origin
+
+    task = Task(summary or name, score, metric, scorer, examples=examples, classifier=classifier)
+    TASKS.register(name, source, task, summary)
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | None) -> None:

@@ -17,6 +17,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
 from fedtune.federation.files import read_json
+from fedtune.federation.plugins import record, require_plugins
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -86,15 +87,27 @@ class Assembly:
             "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
+            **record(config),
         }
         sizes = {client: len(items) for client, items in data.items()}
         base = count_parameters(loaded.model)[0]
         return Assembly(config, split, loaded, method, runner, device, sizes, about, base)
 
     def refuse_other_inputs(self, path: Path) -> None:
-        """Raises InputError if the run in `path` began with other weights or data than these."""
+        """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
+        require_plugins(path, unchanged=True)
         for what, key in (("model", "weights_sha256"), ("data", "sha256")):
             refuse_other(path, what, self.environment[what][key], self.environment[what]["name"])
+        now = self.split.partition["clients"]  # none over a network: there the clients say what they have
+        if now and _who_has_what(now) != _who_has_what(read_json(path / "partition.json")["clients"]):
+            raise InputError(
+                f"{path} began with another split than {self.config.data.partition_name} now gives; bring "
+                "back what it was made from (a file, a package's version), or start anew with --out"
+            )
+
+
+def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
+    return [(client.get("name", ""), client["indices"]) for client in clients]
 
 
 def refuse_other(path: Path, what: str, now: str, name: str) -> None:

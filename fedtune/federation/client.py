@@ -27,6 +27,7 @@ from fedtune.data.sources import load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
 from fedtune.federation.data import encode_for
+from fedtune.federation.plugins import load_again
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
@@ -139,7 +140,16 @@ def local_steps(config: RunConfig, examples: int) -> int:
     return int(getattr(method, "local_steps", 0))
 
 
-def simulated(message: Message, *, config: str, held: str, threads: int, base: str, objects: str) -> Message:
+def simulated(
+    message: Message,
+    *,
+    config: str,
+    held: str,
+    threads: int,
+    base: str,
+    objects: str,
+    plugins: tuple[tuple[str, str], ...],
+) -> Message:
     """The answer of any of a run's clients, in a process of Flower's simulation.
 
     Args:
@@ -149,9 +159,10 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
         threads: PyTorch's, as many as the server has: with others a sum may round differently.
         base: The folder that relative paths of the configuration start from.
         objects: The examples as JSON, with `data.train: objects`; else empty.
+        plugins: Absolute path and sha256 of each plugin file of the run.
     """
     try:
-        runner, client = _runner(config, held, threads, base, objects), message.number("client")
+        runner, client = _runner(config, held, threads, base, objects, plugins), message.number("client")
         runner.states = {client: decode(message.state).payload} if message.state else {}
         frame = runner.handle(client, bytes(message.body))
     except FedtuneError as error:
@@ -164,11 +175,14 @@ def simulated(message: Message, *, config: str, held: str, threads: int, base: s
 
 
 @cache
-def _runner(config: str, held: str, threads: int, base: str, objects: str) -> ClientRunner:
+def _runner(
+    config: str, held: str, threads: int, base: str, objects: str, plugins: tuple[tuple[str, str], ...]
+) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(base)  # the process is this simulation's own
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    load_again(plugins)
     given = ObjectData.from_json(objects) if objects else None
     assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
     assembly.runner.store = Store(Path(held))

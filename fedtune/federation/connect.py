@@ -20,7 +20,9 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.client import simulated
+from fedtune.federation.plugins import refuse_this_process
 from fedtune.measure.clock import Clock
+from fedtune.registry import plugins
 from fedtune.transport.in_process import InProcess, SimulatedFaults, Simulation
 from fedtune.transport.messages import Message
 from fedtune.transport.remote import Channel, Exchange, Remote
@@ -79,6 +81,7 @@ def connected(
             threads=torch.get_num_threads(),
             base=os.getcwd(),
             objects=objects.to_json() if objects else "",
+            plugins=tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
         )
         from fedtune.transport.flower import simulation
 
@@ -99,6 +102,8 @@ def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
         raise InputError(
             f"transport.name is {name}, and Flower is not installed; pip install 'fedtune[flower]'"
         )
+    if name == "flower-simulation":
+        refuse_this_process(config)
     if (name == "flower") != (deployment is not None):
         raise InputError(
             f"transport.name is {name}: a federation over a network (flower) is started with fedtune server, "

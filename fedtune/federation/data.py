@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config.schema import CLIENTS, OBJECTS, Dirichlet, Given, Quantity, RunConfig, Shards
+from fedtune.config.schema import CLIENTS, OBJECTS, Given, RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.encode import Encoded, encode_causal, encode_classification
@@ -21,6 +21,7 @@ from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import bundled_examples, load_examples
+from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
 
 
@@ -62,14 +63,13 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
-    named = dict(objects.clients) if objects and isinstance(config.data.partition, Given) else {}
-    indices = _as_given(train, objects) if objects and named else _deal(config, train)
-    owners, kept = list[int](), train
+    dealt = _deal(config, train, objects)
+    indices, owners = dealt.parts, list[int]()
     if config.data.holdout.client_fraction is not None:
         indices, own = _hold_out_own(config, indices)
         held_out = [train[i] for part in own for i in part]
         owners = [client for client, part in enumerate(own) for _ in part]
-        kept = [train[i] for i in sorted(i for part in indices for i in part)]
+    kept = [train[i] for i in sorted(i for part in indices for i in part)]
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     order = order[: config.evaluation.max_examples]
     evaluation = [held_out[i] for i in order]
@@ -81,13 +81,12 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
     values = [example.category or example.output for example in train]
+    named = [{"name": name} for name in dealt.names] or [{}] * len(indices)
     summary = {
-        "name": config.data.partition.name,
+        "name": config.data.partition_name,
         "clients": [
-            {**about, **({"name": name} if name else {}), "indices": part.tolist()}
-            for name, about, part in zip(
-                named or [""] * len(indices), split_by.summarize(indices, values), indices, strict=True
-            )
+            {**about, **name, "indices": part.tolist()}
+            for about, name, part in zip(split_by.summarize(indices, values), named, indices, strict=True)
         ],
         "held_out": len(evaluation),
     }
@@ -117,7 +116,7 @@ def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     return load_examples(config.data.train, fields=_fields(config), split=config.data.split, base=Path("."))
 
 
-def _as_given(train: Sequence[Example], objects: ObjectData) -> split_by.Parts:
+def _as_given(train: Sequence[Example], objects: ObjectData) -> Dealt:
     """Each client's training examples, where they came client by client."""
     owners = {}  # by identity: two clients may have equal examples
     rest = iter(objects.examples)
@@ -132,7 +131,7 @@ def _as_given(train: Sequence[Example], objects: ObjectData) -> split_by.Parts:
                 f"no example of client {client!r} is left to train on: all are held out or beyond "
                 "data.max_examples. Give it more, or hold out less (data.holdout)"
             )
-    return [np.array(part, dtype=np.int64) for part in parts]
+    return Dealt([np.array(part, dtype=np.int64) for part in parts], tuple(objects.clients))
 
 
 def _server_split(config: RunConfig) -> Split:
@@ -196,7 +195,7 @@ def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example]
     return split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng)
 
 
-def _hold_out_own(config: RunConfig, parts: split_by.Parts) -> tuple[split_by.Parts, split_by.Parts]:
+def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
     """Each client's examples in two: those it trains on, and those it keeps for evaluation."""
     fraction = config.data.holdout.client_fraction
     assert fraction is not None
@@ -218,21 +217,13 @@ def _fields(config: RunConfig) -> dict[str, str]:
     return {str(ours): theirs for ours, theirs in config.data.fields.items()}
 
 
-def _deal(config: RunConfig, train: Sequence[Example]) -> split_by.Parts:
-    how, clients = config.data.partition, config.data.clients
+def _deal(config: RunConfig, train: Sequence[Example], objects: ObjectData | None) -> Dealt:
+    how = config.data.partition
+    if objects is not None and isinstance(how, Given):
+        return _as_given(train, objects)
+    settings = {field: getattr(how, field) for field in type(how).model_fields if field != "name"}
     rng = numpy_generator(config.seed, "partition")
-    by = getattr(how, "by", "category")
-    values = [getattr(example, by) for example in train]
-    if how.name == "by-field":
-        return split_by.by_field(values, clients, rng)
-    assert clients is not None  # the configuration allows that for by-field alone
-    if isinstance(how, Dirichlet):
-        return split_by.dirichlet(values, clients, how.alpha, how.minimum, rng)
-    if isinstance(how, Shards):
-        return split_by.shards(values, clients, how.shards_per_client, rng)
-    if isinstance(how, Quantity):
-        return split_by.quantity(len(train), clients, rng, alpha=how.alpha, fractions=how.fractions)
-    return split_by.iid(len(train), clients, rng)
+    return split_by.deal(config.data.partition_name, train, config.data.clients, rng, settings)
 
 
 def _sha256(*parts: Sequence[Example]) -> str:

@@ -11,6 +11,7 @@ from fedtune.config.file import dump_config, load_config
 from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
+from fedtune.federation.plugins import require_plugins
 
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
@@ -47,7 +48,8 @@ class RunFolder:
         return RunFolder(path)
 
     def config(self) -> RunConfig:
-        """The run's resolved configuration."""
+        """The run's resolved configuration. Raises InputError if a plugin file of the run is not loaded."""
+        require_plugins(self.path)
         return load_config(self.path / "config.yaml")
 
     def summary(self) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly, refuse_other
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.folder import RunFolder, refuse_existing
+from fedtune.federation.plugins import require_plugins
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import eval_settings
 from fedtune.measure.clock import Clock
@@ -51,6 +52,7 @@ def evaluate_target(
     wanted = [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides]
     path = Path(target)
     if (path / "config.yaml").is_file():
+        require_plugins(path)
         config = load_config(path / "config.yaml", wanted)
         split = prepare_data(config, pooled=False, objects=objects)
         if objects is not None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from fedtune.core.settings import Settings
-from fedtune.core.types import Method
-from fedtune.errors import InputError, nearest
+from fedtune.core.types import ArrivalOrder, Method
+from fedtune.errors import InputError
+from fedtune.registry import Registry
+
+M = TypeVar("M", bound=type)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A method's class, that of its settings, and that of its server's state."""
+
+    method: type[Any]
+    config: type[Settings]
+    state: type[Any]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method's three classes stand, as "module:class", and one line for `fedtune ls methods`."""
+    """Where the three classes of one of fedtune's methods stand, as "module:class", and its summary."""
 
     method: str
     config: str
@@ -23,14 +36,19 @@ class Entry:
     summary: str
 
 
-_ENTRIES: dict[str, Entry] = {}
+METHODS: Registry[Classes] = Registry("method", "method.name", "fedtune.methods")
 
 
 def register(name: str, entry: Entry) -> None:
-    """Adds a method. Raises ValueError if the name is taken."""
-    if name in _ENTRIES:
-        raise ValueError(f"a method named {name} is registered already: {_ENTRIES[name].method}")
-    _ENTRIES[name] = entry
+    """Adds one of fedtune's own methods. Raises InputError if the name is taken."""
+    METHODS.built_in(
+        name, entry.summary, lambda: Classes(_load(entry.method), _load(entry.config), _load(entry.state))
+    )
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 register(
@@ -151,38 +169,77 @@ register(
     ),
 )
 
-METHODS: Mapping[str, Entry] = MappingProxyType(_ENTRIES)
+_CALLED = ("prepare", "client_model", "init", "plan", "client_step", "server_step", "export")
+_SAID = ("config", "rounds", "arrival", "pools_data", "uses_wire", "saves_merged", "sends_model")
 
 
-def entry(name: str) -> Entry:
-    """The entry of a method.
+def register_method(
+    name: str, *, config: type[Settings], state: type[Any], summary: str | None = None
+) -> Callable[[M], M]:
+    """Makes `method: {name: NAME}` stand for a class (see `core.types.Method` for what it needs).
+
+    Args:
+        name: What a configuration calls it.
+        config: Its settings: derived from `core.settings.Settings`, or `methods.local_training.Training` for
+            one that trains locally, with the field `name: Literal["NAME"] = "NAME"`.
+        state: What its server keeps between rounds: a frozen dataclass of scalars, tensors and mappings.
+        summary: One line for `fedtune ls methods`; None: the docstring's first.
 
     Raises:
-        InputError: No method has that name; suggests the nearest.
+        InputError: The name is taken, or a class is not as it must be; says what is missing.
     """
-    if name not in METHODS:
-        raise InputError(
-            f"method.name {name!r} is not known; known are {', '.join(METHODS)}.{nearest(name, METHODS)}"
-        )
-    return METHODS[name]
+
+    def decorate(method: M) -> M:
+        if not (isinstance(config, type) and issubclass(config, Settings)):
+            raise InputError(
+                f"method {name}: config must be a class derived from fedtune.core.settings.Settings, got "
+                f"{config!r}"
+            )
+        field = config.model_fields.get("name")
+        if field is None or typing.get_args(field.annotation) != (name,) or field.default != name:
+            raise InputError(
+                f"method {name}: its settings {config.__name__} need the field "
+                f'name: Literal["{name}"] = "{name}"'
+            )
+        if not (dataclasses.is_dataclass(state) and state.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise InputError(f"method {name}: state must be a frozen dataclass, got {state!r}")
+        missing = [called for called in _CALLED if not callable(getattr(method, called, None))]
+        if missing:
+            raise InputError(
+                f"method {name}: {method.__name__} lacks {', '.join(missing)} "
+                "(fedtune.core.types.Method says what each of them does)"
+            )
+        METHODS.register(name, method, Classes(method, config, state), summary)
+        return method
+
+    return decorate
 
 
 def config_class(name: str) -> type[Settings]:
     """The class of a method's settings. Raises InputError for an unknown name."""
-    return _load(entry(name).config)
+    return METHODS[name].config
 
 
 def state_class(name: str) -> type[Any]:
     """The class of a method's server state. Raises InputError for an unknown name."""
-    return _load(entry(name).state)
+    return METHODS[name].state
 
 
 def build(config: Settings, seed: int) -> Method[Any]:
-    """The method that `config` (an object of its config class) describes."""
+    """The method that `config` (an object of its config class) describes.
+
+    Raises:
+        InputError: The built method lacks something that every method says of itself.
+    """
     name = config.name  # type: ignore[attr-defined]
-    return _load(entry(name).method)(config, seed)
-
-
-def _load(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    method: Method[Any] = METHODS[name].method(config, seed)
+    missing = [said for said in _SAID if not hasattr(method, said)]
+    if missing:
+        raise InputError(
+            f"method {name}: {type(method).__name__} lacks {', '.join(missing)} "
+            "(fedtune.core.types.Method says what each of them stands for)"
+        )
+    orders = typing.get_args(ArrivalOrder)
+    if method.arrival not in orders:
+        raise InputError(f"method {name}: arrival must be one of {', '.join(orders)}, got {method.arrival!r}")
+    return method

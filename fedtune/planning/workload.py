@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.config.schema import RunConfig
+from fedtune.config.schema import FromFile, RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.data.objects import ObjectData
+from fedtune.data.split import load_split
 from fedtune.errors import InputError
 from fedtune.federation.data import encode_for, prepare_data, public_examples
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
@@ -72,7 +73,10 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     longest = _assumed(config, rows)
     public = longest if data.public is not None else ()
     if not here:
-        if data.clients is None:
+        clients = (
+            len(load_split(data.partition.path)) if isinstance(data.partition, FromFile) else data.clients
+        )
+        if clients is None:
             raise InputError(
                 "data.clients is null and the data are not here to count them; a plan downloads none. "
                 "Set data.clients"
@@ -81,7 +85,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             f"{', '.join(s for s in sources if not _is_here(s))} is not on this machine: every example is "
             f"taken to have data.max_length ({data.max_length}) tokens, and each client a full batch"
         )
-        population = 1 if pooled else data.clients
+        population = 1 if pooled else clients
         labels = len(data.labels) if data.labels else None
         return Workload(None, population, longest, public, labels, tuple(notes))
     split = prepare_data(config, pooled=pooled, objects=objects)
