@@ -96,8 +96,8 @@ FIELDS: Table = {
         {"data.partition": {"name": "file", "path": "split-a.json"}},
     ),
     "file:data.partition.rest": (
-        "leave-out",
-        {"data.partition": {"name": "file", "path": "split-some.json"}},
+        "refuse",
+        {"data.partition": {"name": "file", "path": "split-some.json", "rest": "leave-out"}},
     ),
     "quantity:data.partition.alpha": (0.3, {"data.partition": {"name": "quantity"}}),
     "quantity:data.partition.fractions": ([0.25, 0.75], {"data.partition": {"name": "quantity"}}),
@@ -176,7 +176,8 @@ ALONG: dict[str, dict[str, Any]] = {
     "method.trainable": {"method.lora": ABSENT},
 }
 
-MAY_STOP = {"model.device", "federation.quorum"}  # where the change may be that the run does not go through
+# where the change may be that the run does not go through
+MAY_STOP = {"model.device", "federation.quorum", "data.partition.rest"}
 
 ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
     "checkpoints.rollback",  # test_rollback.py
