@@ -14,18 +14,34 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.commands import compare, diagnose, evaluate, load, open, plan, report_page, run
+from fedtune.api.commands import available, compare, evaluate, load, open, report_page, run
+from fedtune.api.network import make_keys, serve, take_part
+from fedtune.api.plans import diagnose, plan, rank
 from fedtune.api.runs import Comparison, Run
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from fedtune.api.callbacks import Callback, ClientReport, RoundState
+    from fedtune.api.parts import (
+        load_plugin,
+        register_method,
+        register_metric,
+        register_partitioner,
+        register_task,
+        register_template,
+    )
 
 _LATER = {  # names whose modules import PyTorch
-    "Callback": "fedtune.api.callbacks",
-    "ClientReport": "fedtune.api.callbacks",
-    "RoundState": "fedtune.api.callbacks",
+    "fedtune.api.callbacks": ("Callback", "ClientReport", "RoundState"),
+    "fedtune.api.parts": (
+        "load_plugin",
+        "register_method",
+        "register_metric",
+        "register_partitioner",
+        "register_task",
+        "register_template",
+    ),
 }
 
 __all__ = [
@@ -38,21 +54,33 @@ __all__ = [
     "RoundState",
     "Run",
     "__version__",
+    "available",
     "compare",
     "diagnose",
     "evaluate",
     "load",
+    "load_plugin",
+    "make_keys",
     "open",
     "plan",
+    "rank",
+    "register_method",
+    "register_metric",
+    "register_partitioner",
+    "register_task",
+    "register_template",
     "report_page",
     "run",
+    "serve",
+    "take_part",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name]), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -39,6 +39,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
 
     from fedtune.config.file import apply_overrides, parse_config, read_yaml
     from fedtune.config.schema import RunConfig
+    from fedtune.methods import registry
 
     if isinstance(source, RunConfig):
         if not overrides:
@@ -54,13 +55,19 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
             f"got {type(source).__name__}"
         )
     apply_overrides(document, overrides)
-    return parse_config(document, name)
+    config = parse_config(document, name)
+    try:
+        registry.build(config.method, config.seed)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return config
 
 
 def run(
     config: RunConfig | str | Path | Mapping[str, Any],
     *overrides: str,
     out: str | Path | None = None,
+    resume: bool = False,
     data: Any = None,
     callbacks: Sequence[Callback | Any] = (),
     progress: bool = True,
@@ -71,6 +78,7 @@ def run(
         config: What `load` takes.
         overrides: As of `load`.
         out: The run's folder, which must not hold anything; None: runs/NAME, numbered if taken.
+        resume: Continue the run in `out`, which has the same configuration; begin it if nothing is there.
         data: Examples as Python objects in place of `data.train`: a list of dictionaries, a
             `datasets.Dataset`, or a dictionary from clients' names to one of either, which is then the
             split. They are not written to the run's folder: `open` takes them again.
@@ -83,11 +91,17 @@ def run(
             checkpoint; `open(out).resume()` goes on.
     """
     from fedtune.federation.folder import free_name
+    from fedtune.federation.plugins import require_plugins
 
+    if (
+        resume and out is not None
+    ):  # before its configuration is read, in which a plugin's names would be unknown
+        require_plugins(Path(out))
     settings, objects = with_objects(load(config, *overrides), data)
     stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
     path = Path(out) if out is not None else free_name(Path("runs") / stem)
-    federate(settings, path, objects, callbacks, progress, resume=False)
+    with shown(progress) as display:
+        federate(settings, path, objects, callbacks, display, resume=resume)
     return Run(path, settings, objects)
 
 
@@ -158,69 +172,6 @@ def compare(
     return Comparison(path, document, metrics)
 
 
-def plan(
-    config: RunConfig | str | Path | Mapping[str, Any], *overrides: str, data: Any = None
-) -> dict[str, Any]:
-    """Bytes, memory, operations and trainable parameters of a run, before anything is loaded or run.
-
-    Args:
-        config: What `load` takes.
-        overrides: As of `load`.
-        data: As of `run`.
-
-    Returns:
-        The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
-        `flops_per_token` and so on, in bytes and operations.
-
-    Raises:
-        InputError: As the run would raise it.
-    """
-    from fedtune.planning.plan import plan as plan_one
-
-    settings, objects = with_objects(load(config, *overrides), data)
-    return plan_one(settings, objects=objects).document
-
-
-def diagnose(
-    config: RunConfig | str | Path | Mapping[str, Any],
-    *overrides: str,
-    clients: int = 8,
-    steps: int | None = None,
-    tolerance: float = 0.1,
-    whole: bool = False,
-    data: Any = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Predicts from a short probe how far one-shot will be from multi-round, and how many rounds are enough.
-
-    Args:
-        config: What `load` takes.
-        overrides: As of `load`.
-        clients: Clients of the probe.
-        steps: Steps of each, over all rounds of the probe; None: 8 a round.
-        tolerance: Share of what training gains that fewer rounds may lose.
-        whole: Measure the whole run in both schemes; predict nothing.
-        data: As of `run`.
-        progress: As of `run`.
-
-    Raises:
-        InputError: The theory does not cover the method, or as `run`.
-    """
-    from fedtune.federation.diagnose import diagnose as probe
-
-    settings, objects = with_objects(load(config, *overrides), data)
-    with shown(progress) as display:
-        return probe(
-            settings,
-            display,
-            clients=clients,
-            steps=steps,
-            tolerance=tolerance,
-            whole=whole,
-            objects=objects,
-        )
-
-
 def evaluate(
     target: Run | str | Path | nn.Module,
     tasks: Sequence[str],
@@ -260,6 +211,36 @@ def evaluate(
     return evaluate_model(target, tokenizer, list(tasks), overrides, objects)
 
 
+def available(what: str) -> list[dict[str, str]]:
+    """What there is to name in a configuration.
+
+    Args:
+        what: methods, partitioners, tasks, templates or models.
+
+    Returns:
+        Of each its `name`, a `summary`, and its `origin`: fedtune, a package, a file, or this process.
+
+    Raises:
+        InputError: There is no such list.
+    """
+    from fedtune.data.partition import PARTITIONERS
+    from fedtune.data.templates import TEMPLATES
+    from fedtune.evaluation.tasks import TASKS
+    from fedtune.methods.registry import METHODS
+    from fedtune.models.load import listing
+
+    lists = {
+        "methods": METHODS.listing,
+        "partitioners": PARTITIONERS.listing,
+        "tasks": TASKS.listing,
+        "templates": TEMPLATES.listing,
+        "models": listing,
+    }
+    if what not in lists:
+        raise InputError(f"there are {', '.join(lists)} to list; got {what!r}")
+    return lists[what]()
+
+
 def report_page(runs: Sequence[Run | str | Path], out: str | Path = "report.html") -> Path:
     """Writes one self-contained HTML page of several runs: scores, curves against rounds and bytes, memory.
 
@@ -289,7 +270,8 @@ def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
         stem = Path(config).stem if isinstance(config, str | Path) else load(config).method_name
         if stem in named:
             raise InputError(
-                f"two configurations would be called {stem}; give a dictionary from names to configurations"
+                f"configurations need different names, got {stem}, {stem}; rename one of the files, or give "
+                "a dictionary from names to configurations"
             )
         named[stem] = config
     return named

@@ -56,14 +56,31 @@ def federate(
     path: Path,
     objects: ObjectData | None,
     callbacks: Sequence[Any],
-    progress: bool,
+    display: Any,
     *,
     resume: bool,
+    deployment: Any = None,
 ) -> dict[str, Any]:
-    """Runs a federation in the folder `path`, or continues the one that is there; returns its summary."""
+    """Runs a federation in the folder `path`, or continues the one that is there; returns its summary.
+
+    Args:
+        config: The configuration.
+        path: The folder.
+        objects: The examples, with `data.train: objects`.
+        callbacks: Are told of clients, rounds and the end.
+        display: What `shown` gives.
+        resume: Continue what is there; a run that was killed before its folder was whole begins anew.
+        deployment: The way to clients on other machines.
+    """
     from fedtune.federation.callbacks import Callbacks
     from fedtune.federation.run import run
 
-    told = Callbacks(callbacks)
-    with shown(progress) as display:
-        return run(config, path, display, resume=resume, objects=objects, callbacks=told)
+    return run(
+        config,
+        path,
+        display,
+        resume=resume and path.exists(),
+        deployment=deployment,
+        objects=objects,
+        callbacks=Callbacks(callbacks),
+    )

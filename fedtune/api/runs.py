@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.federate import federate
+from fedtune.api.federate import federate, shown
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class Run:
             InputError: Model or data are not those that it began with.
             FederationError: As `fedtune.run`.
         """
-        federate(self.config, self.path, self.objects, callbacks, progress, resume=True)
+        with shown(progress) as display:
+            federate(self.config, self.path, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 
     def rollback(self, round: int, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
@@ -147,7 +148,8 @@ class Run:
         document = self.config.resolved()
         document["checkpoints"]["rollback"] = round
         back = parse_config(document, str(self.path))
-        federate(back, self.path, self.objects, callbacks, progress, resume=True)
+        with shown(progress) as display:
+            federate(back, self.path, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 
     def replay(self, round: int, out: str | Path) -> list[Path]:
