@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.errors import FederationError
+
 if TYPE_CHECKING:
     from fedtune.config.schema import RunConfig
     from fedtune.data.objects import ObjectData
@@ -75,12 +77,18 @@ def federate(
     from fedtune.federation.callbacks import Callbacks
     from fedtune.federation.run import run
 
-    return run(
-        config,
-        path,
-        display,
-        resume=resume and path.exists(),
-        deployment=deployment,
-        objects=objects,
-        callbacks=Callbacks(callbacks),
-    )
+    try:
+        return run(
+            config,
+            path,
+            display,
+            resume=resume and path.exists(),
+            deployment=deployment,
+            objects=objects,
+            callbacks=Callbacks(callbacks),
+        )
+    except (KeyboardInterrupt, FederationError) as error:
+        if deployment is None and path.is_dir():  # who gave no folder's name does not know it
+            data = ", data=..." if objects is not None else ""
+            error.add_note(f'The run is kept: fedtune.open("{path}"{data}).resume() goes on.')
+        raise

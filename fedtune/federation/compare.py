@@ -16,7 +16,7 @@ from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.federation.data import prepare_data
 from fedtune.federation.files import disk_errors, write_json
-from fedtune.federation.progress import Progress
+from fedtune.federation.progress import Named, Progress
 from fedtune.federation.run import run
 from fedtune.methods.local_training import Training
 from fedtune.methods.tuning import Tuning
@@ -69,7 +69,8 @@ def compare(
     for candidate in everyone:
         for seed in seeds:
             path = out / f"{candidate.label}-seed{seed}"
-            summary = run(candidate.with_seed(seed), path, progress, resume=path.exists(), objects=objects)
+            named = Named(progress, f"{candidate.label}, seed {seed}")
+            summary = run(candidate.with_seed(seed), path, named, resume=path.exists(), objects=objects)
             rows.append({"config": candidate.label, **summary})
     if references:
         rows += _zero_shot(candidates, rows)

@@ -45,3 +45,35 @@ class Silent:
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Ignored."""
+
+
+class Named:
+    """Another display, to which the run has a name of its own: one of several that would be called the same.
+
+    Args:
+        progress: That display.
+        name: What it is told instead of the method.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def stage(self, text: str) -> None:
+        """As it is."""
+        self._progress.stage(text)
+
+    def begin(self, rounds: int, name: str) -> None:
+        """With the run's own name."""
+        self._progress.begin(rounds, self._name)
+
+    def round(self, round: int, clients: int) -> None:
+        """As it is."""
+        self._progress.round(round, clients)
+
+    def client(self, done: int) -> None:
+        """As it is."""
+        self._progress.client(done)
+
+    def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """As they are."""
+        self._progress.scores(round, scores)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from collections.abc import Mapping
 from html import escape
 from types import TracebackType
 from typing import Any, Self
-
-from fedtune.report.tables import score_line
 
 
 def in_notebook() -> bool:
@@ -17,12 +17,21 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+def import_bars_quietly() -> None:
+    """Imports tqdm, which warns in a notebook without ipywidgets; fedtune shows no bar of it."""
+    if in_notebook() and "tqdm.auto" not in sys.modules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("tqdm.auto")
+
+
 class NotebookDisplay:
     """Shows a bar, what is going on, and a line a round that was evaluated. Use as a context manager."""
 
     def __init__(self) -> None:
         self._label, self._doing, self._lines = "", "starting", list[str]()
         self._rounds, self._before, self._done, self._of = 0, 0, 0, 0
+        self._ended = False
         self._handle: Any = None
 
     def __enter__(self) -> Self:
@@ -34,12 +43,16 @@ class NotebookDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._doing = "done" if kind is None else f"ended by {kind.__name__}"
+        self._doing = f"{self._label}ended by {kind.__name__}" if kind else "done"
+        self._label, self._ended = "", True
         self._redraw()
 
     def _repr_html_(self) -> str:
-        value = f' value="{self._before + self._done}"' if self._of else ""
-        bar = f'<progress{value} max="{self._rounds * self._of or 1}"></progress>'
+        done, most = self._before + self._done, self._rounds * self._of or 1
+        if self._ended and self._doing == "done":
+            done = most  # where nothing was counted too: a bar without a value moves for ever
+        value = f' value="{done}"' if self._of or self._ended else ""
+        bar = f'<progress{value} max="{most}"></progress>'
         lines = "".join(f"<div>{escape(line)}</div>" for line in self._lines)
         return f"{bar} {escape(self._label + self._doing)}{lines}"
 
@@ -73,6 +86,8 @@ class NotebookDisplay:
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """One line a round that was evaluated."""
+        from fedtune.report.tables import score_line  # not above: importing fedtune imports this module
+
         if line := score_line(round, scores):
             self.note(f"{self._label}{line}")
 
