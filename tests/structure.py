@@ -35,7 +35,8 @@ ORDER = [
     "measure",
 ]
 BOTTOM = ["errors", "registry", "version"]  # single files that may know each other
-LEVEL = {name: level for level, name in enumerate(ORDER)} | dict.fromkeys(BOTTOM, len(ORDER))
+LEVEL: dict[str, float] = {name: level for level, name in enumerate(ORDER)}
+LEVEL |= dict.fromkeys(BOTTOM, len(ORDER)) | {"": 0.5}  # `import fedtune` itself: the command line reads it
 FRONT_DOOR = {"api", "errors", "version"}  # what `import fedtune` itself may take
 BLIND = {"core": {"protection", "methods", "transport"}}  # told what they need by whoever calls them
 OF_TORCH = {"_parameters", "_buffers", "_modules"}  # of every nn.Module
@@ -126,7 +127,7 @@ def upward(sources: Sources) -> list[str]:
     found = []
     for module, source in sources.items():
         folder = _folder(module)
-        if folder and folder not in LEVEL:
+        if folder not in LEVEL:
             found.append(f"{module}: {folder} has no place in the order")
             continue
         taken = [(each.line, each.module) for each in imports(source, sources) if _ours(each.module)]

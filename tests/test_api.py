@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -469,6 +470,8 @@ def settings_of_the_process() -> dict[str, Any]:
         "handlers": {logger.name: list(logger.handlers) for logger in loggers},
         "warnings": list(warnings.filters),
         "environment": dict(os.environ),
+        "hook": sys.excepthook,
+        "numbers": random.getstate(),
         "folder": os.getcwd(),
     }
 
@@ -488,3 +491,30 @@ def test_a_run_restores_every_setting_of_the_process(tmp_path: Path, before: tup
     finally:
         torch.use_deterministic_algorithms(False)
     assert {key for key in then if then[key] != now[key]} == set()
+
+
+FIRST_RUN = """
+import logging, os, random, sys, warnings
+import torch, transformers, peft, datasets
+import fedtune
+from test_api import CONFIG, ROWS
+
+def settings():
+    return [dict(os.environ), sys.excepthook, random.getstate(), list(warnings.filters), os.getcwd(),
+            logging.getLogger().level, list(logging.getLogger().handlers), torch.get_num_threads(),
+            torch.random.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled()]
+
+before = settings()
+run = fedtune.run(CONFIG, "transport.name=" + sys.argv[1], out=sys.argv[2], data=ROWS)
+after = settings()
+print([place for place, (was, now) in enumerate(zip(before, after)) if was != now], run.status)
+"""
+
+
+@pytest.mark.parametrize("transport", ["in-process", "flower-simulation"])
+def test_what_libraries_change_when_they_are_first_imported_is_put_back(
+    tmp_path: Path, transport: str
+) -> None:
+    command_line = [sys.executable, "-c", FIRST_RUN, transport, str(tmp_path / "run")]
+    done = subprocess.run(command_line, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.strip().endswith("[] done"), done.stdout + done.stderr[-2000:]

@@ -156,7 +156,7 @@ def test_seeds_that_are_none(seeds: str, compared: Path, tmp_path: Path) -> None
         "compare", compared / "three.yaml", f"--seeds={seeds}", "--out", tmp_path / "out", cwd=compared
     )
     assert result.status == 2
-    assert "--seeds must be different whole numbers" in result.err
+    assert "seeds must be different whole numbers" in result.err
     assert not (tmp_path / "out").exists()
 
 

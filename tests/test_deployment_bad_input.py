@@ -85,7 +85,7 @@ def test_a_client_with_wrong_options(folder: Path) -> None:
         "write HOST:PORT",
     )
     refused(client(folder, "--field", "instruction"), "write OURS=THEIRS")
-    refused(client(folder, "--device", "tpu"), "--device must be one of auto, cpu, cuda")
+    refused(client(folder, "--device", "tpu"), "device must be one of auto, cpu, cuda")
     (folder / "keys/clients/north/client.key").chmod(0o644)
     refused(client(folder), "is open to other users (mode 644)")
 

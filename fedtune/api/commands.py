@@ -267,7 +267,11 @@ def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("compare takes several configurations: a list, or a dictionary from names to them")
     named: dict[str, Any] = {}
     for config in configs:
-        stem = Path(config).stem if isinstance(config, str | Path) else load(config).method_name
+        of_file = isinstance(config, str | Path)
+        stem = Path(config).stem if of_file else load(config).method_name
+        if not of_file:
+            same = sum(name.rpartition("-")[0] == stem or name == stem for name in named)
+            stem = f"{stem}-{same + 1}" if same else stem
         if stem in named:
             raise InputError(
                 f"configurations need different names, got {stem}, {stem}; rename one of the files, or give "

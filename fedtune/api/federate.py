@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +41,20 @@ def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | 
     return parse_config(config.for_objects(len(objects.clients) or None), "data"), objects
 
 
-def shown(progress: bool) -> AbstractContextManager[Any]:
-    """A context that shows what happens, in a terminal, a notebook or a log; nothing without `progress`."""
-    if not progress:
-        from fedtune.federation.progress import Silent
+@contextmanager
+def shown(progress: bool) -> Iterator[Any]:
+    """Inside, what happens is shown, in a terminal, a notebook or a log; nothing without `progress`."""
+    from fedtune.federation.process import settings_kept
+    from fedtune.federation.progress import Silent
 
-        return nullcontext(Silent())
-    from fedtune.report.display import Display
-    from fedtune.report.notebook import NotebookDisplay, in_notebook
-
-    return NotebookDisplay() if in_notebook() else Display()
+    display: AbstractContextManager[Any] = nullcontext(Silent())
+    if progress:
+        with settings_kept():
+            from fedtune.report.display import Display
+            from fedtune.report.notebook import NotebookDisplay, in_notebook
+        display = NotebookDisplay() if in_notebook() else Display()
+    with display as shows:
+        yield shows
 
 
 def federate(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+import fedtune
 from fedtune.cli.display import Plugin
-from fedtune.cli.keys import require_flower
 from fedtune.errors import InputError
 
 
@@ -40,26 +40,19 @@ def client(
 
     Example: fedtune client --server fed.example.org:443 --keys north --data /srv/north.jsonl
     """
-    require_flower()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be one of auto, cpu, cuda, got {device}")
     named = {}
     for pair in field or []:
         ours, equals, theirs = pair.partition("=")
         if not equals or not ours or not theirs:
             raise InputError(f"--field {pair!r}: write OURS=THEIRS, as in instruction=question")
         named[ours] = theirs
-    from fedtune.deploy.client import ClientSetup, run_client
-
-    run_client(
-        ClientSetup(
-            server=server,
-            keys=keys,
-            data=data,
-            fields=named,
-            model=model,
-            device=device,
-            accept=accept,
-            state=state or keys / "state",
-        )
+    fedtune.take_part(
+        server,
+        keys=keys,
+        data=data,
+        fields=named,
+        model=model,
+        device=device,
+        accept=accept,
+        state=state,
     )

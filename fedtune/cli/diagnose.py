@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.display import Plugin
+import fedtune
+from fedtune.cli.display import Plugin, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,14 +40,15 @@ def diagnose(
 
     Example: fedtune diagnose configs/bundled_multi_round.yaml --clients 10
     """
-    from fedtune.cli.display import print_json, progress_on
-    from fedtune.config.file import load_config
-
-    settings = load_config(config, overrides or [])
-    with progress_on(quiet) as progress:
-        from fedtune.federation.diagnose import diagnose as probe
-
-        document = probe(settings, progress, clients=clients, steps=steps, tolerance=tolerance, whole=whole)
+    document = fedtune.diagnose(
+        config,
+        *overrides or [],
+        clients=clients,
+        steps=steps,
+        tolerance=tolerance,
+        whole=whole,
+        progress=not quiet,
+    )
     if as_json:
         print_json(document)
         return

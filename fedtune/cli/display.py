@@ -1,11 +1,14 @@
-"""What commands share: JSON on stdout, progress on stderr, a free name for a folder."""
+"""What commands share: plugin files, JSON on stdout, a run's summary."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fedtune.api.runs import Run
 
 
 def _load_plugins(files: list[Path] | None) -> list[Path] | None:
@@ -35,19 +38,12 @@ def print_json(document: Any) -> None:
     print(dumps(document, indent=2))
 
 
-def progress_on(quiet: bool) -> Any:
-    """A context with the progress of a run on stderr, or with none."""
-    from contextlib import nullcontext
+def show_run(run: Run, *, as_json: bool) -> None:
+    """A run's summary: as JSON, or as tables and where it is."""
+    if as_json:
+        print_json(run.summary)
+        return
+    from fedtune.report.tables import print_whole, summary_tables
 
-    from fedtune.federation.progress import Silent
-    from fedtune.report.display import Display
-
-    return nullcontext(Silent()) if quiet else Display()
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or with the first number behind it that is not taken."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
+    print_whole(summary_tables(run.summary))
+    print(f"Run folder: {run.path}")

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedtune.errors import InputError
-
-
-def require_flower() -> None:
-    """Raises InputError where the extra `flower` is not installed."""
-    if find_spec("flwr") is None:
-        raise InputError("Flower is not installed here; pip install 'fedtune[flower]'")
+import fedtune
 
 
 def keys(
@@ -32,11 +25,8 @@ def keys(
 
     Example: fedtune keys federation --server fed.example.org --clients north,south,west
     """
-    require_flower()
-    from fedtune.deploy.keys import make_keys
-
     names = [name.strip() for name in clients.split(",") if name.strip()]
-    known = make_keys(folder, server or [], names, days=days)
+    known = fedtune.make_keys(folder, server or [], names, days=days)
     print(f"Keep here, and nowhere else: {folder / 'ca.key'}")
     print(f"Copy to the server:          {folder / 'server'}/")
     for number, name in enumerate(known):

@@ -6,22 +6,20 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+import fedtune
 from fedtune.cli.client import client
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Plugin, free_name, print_json, progress_on
+from fedtune.cli.display import Plugin, print_json, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.errors import FedtuneError, InputError
 from fedtune.version import __version__
-
-if TYPE_CHECKING:
-    from fedtune.config.schema import RunConfig
 
 app = typer.Typer(
     name="fedtune",
@@ -106,26 +104,12 @@ def run(
 
     Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
     """
-    from fedtune.config.file import load_config
-    from fedtune.federation.plugins import require_plugins
-
-    require_plugins(resume)
-    settings = load_config(config, overrides or [])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
-    path = resume or out or free_name(Path("runs") / config.stem)
-    with progress_on(quiet) as progress:
-        from fedtune.federation.run import run as federate
-
-        # killed before its folder was complete, a run has nothing to continue from and begins anew
-        summary = federate(settings, path, progress, resume=resume is not None and resume.exists())
-    if as_json:
-        print_json(summary)
-        return
-    from fedtune.report.tables import print_whole, summary_tables
-
-    print_whole(summary_tables(summary))
-    print(f"Run folder: {path}")
+    done = fedtune.run(
+        config, *overrides or [], out=resume or out, resume=resume is not None, progress=not quiet
+    )
+    show_run(done, as_json=as_json)
 
 
 @app.command(no_args_is_help=True)
@@ -147,26 +131,21 @@ def compare(
 
     Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
     """
-    from fedtune.config.file import load_config
-    from fedtune.federation.compare import Candidate, main_metrics
-    from fedtune.federation.compare import compare as compare_all
-
-    candidates = [Candidate(path.stem, load_config(path, override or [])) for path in configs]
-    path = out or free_name(Path("runs") / "compare")
-    with progress_on(quiet) as progress:
-        document = compare_all(
-            candidates, _seeds(seeds, candidates[0].config), path, progress, references=references
-        )
-    from fedtune.federation.files import write_text
-    from fedtune.report.tables import compare_markdown, compare_table, print_whole
-
-    metrics = main_metrics(document["rows"], candidates[0].config.evaluation.tasks)
-    write_text(path / "table.md", compare_markdown(document, metrics))
+    found = fedtune.compare(
+        configs,
+        *override or [],
+        seeds=_seeds(seeds),
+        out=out,
+        references=references,
+        progress=not quiet,
+    )
     if as_json:
-        print_json(document)
+        print_json(found.document)
         return
-    print_whole([compare_table(document, metrics)])
-    print(f"Runs, compare.json and table.md: {path}")
+    from fedtune.report.tables import compare_table, print_whole
+
+    print_whole([compare_table(found.document, found.metrics)])
+    print(f"Runs, compare.json and table.md: {found.path}")
 
 
 @app.command(no_args_is_help=True)
@@ -179,14 +158,10 @@ def validate(
 
     Example: fedtune validate configs/*.yaml
     """
-    from fedtune.config.file import load_config
-    from fedtune.methods import registry
-
     problems, good = [], []
     for path in configs:
         try:
-            config = load_config(path)
-            registry.build(config.method, config.seed)
+            config = fedtune.load(path)
             good.append({"config": str(path), "method": config.method_name, "model": config.model.name})
         except InputError as error:
             problems.append(str(error))
@@ -220,9 +195,7 @@ def evaluate(
 
     Example: fedtune eval runs/demo --tasks loss,accuracy
     """
-    from fedtune.federation.results import evaluate_target
-
-    scores = evaluate_target(target, [task.strip() for task in tasks.split(",")], overrides or [])
+    scores = fedtune.evaluate(target, [task.strip() for task in tasks.split(",")], *overrides or [])
     if as_json:
         print_json(scores)
         return
@@ -248,9 +221,7 @@ def export(
 
     Example: fedtune export runs/demo --out model --merge
     """
-    from fedtune.federation.results import export_run
-
-    for path in export_run(run, out, merge=merge):
+    for path in fedtune.open(run).export(out, merge=merge):
         print(path)
 
 
@@ -265,9 +236,7 @@ def replay(
 
     Example: fedtune replay runs/demo --round 2 --out round-2
     """
-    from fedtune.federation.results import replay as replay_run
-
-    for path in replay_run(run, round, out):
+    for path in fedtune.open(run).replay(round, out):
         print(path)
 
 
@@ -281,7 +250,7 @@ def list_things(
 
     Example: fedtune ls methods
     """
-    entries = _listing(what)
+    entries = fedtune.available(what)
     if as_json:
         print_json(entries)
         return
@@ -321,43 +290,13 @@ app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)
 
 
-def _listing(what: Listing) -> list[dict[str, str]]:
-    """`name`, `summary` and `origin` of each."""
-    if what is Listing.methods:
-        from fedtune.methods.registry import METHODS
-
-        return METHODS.listing()
-    if what is Listing.partitioners:
-        from fedtune.data.partition import PARTITIONERS
-
-        return PARTITIONERS.listing()
-    if what is Listing.tasks:
-        from fedtune.evaluation.tasks import TASKS
-
-        return TASKS.listing()
-    if what is Listing.templates:
-        from fedtune.data.templates import TEMPLATES
-
-        return TEMPLATES.listing()
-    bundled = "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text"
-    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors"
-    return [
-        {"name": "bundled", "summary": bundled, "origin": "fedtune"},
-        {"name": "FOLDER", "summary": folder, "origin": "this machine"},
-        {"name": "OWNER/NAME", "summary": "the same from the Hugging Face hub", "origin": "Hugging Face hub"},
-    ]
-
-
-def _seeds(text: str, config: RunConfig) -> list[int]:
-    if not text:
-        return [config.seed]
+def _seeds(text: str) -> list[int] | None:
     try:
-        seeds = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")] if text else None
     except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise InputError(f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}")
-    return seeds
+        raise InputError(
+            f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}"
+        ) from None
 
 
 if __name__ == "__main__":

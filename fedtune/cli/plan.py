@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fedtune
 from fedtune.cli.display import Plugin, print_json
 from fedtune.errors import InputError
 
@@ -59,7 +59,7 @@ def plan(
             raise InputError(
                 "fedtune plan needs a CONFIG, or --model with --client-memory, --uplink and --downlink"
             )
-        document = _one(Path(given[0]), given[1:])
+        document = fedtune.plan(*given)
         tables = _plan_tables
     else:
         configs = [argument for argument in given if "=" not in argument]
@@ -77,42 +77,23 @@ def plan(
         print(line)
 
 
-def _one(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    from fedtune.config.file import load_config
-
-    config = load_config(path, overrides)
-    from fedtune.planning.plan import plan as plan_one
-
-    return plan_one(config).document
-
-
 def _ranked(
     model: str, figures: Mapping[str, Any], private: bool, overrides: Sequence[str], *, quiet: bool
 ) -> dict[str, Any]:
-    from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, FLOPS, quantity
-
     missing = [name for name in ("--client-memory", "--uplink", "--downlink") if figures[name] is None]
     if missing:
         raise InputError(f"--model also needs {', '.join(missing)}, as in --client-memory 8GB --uplink 5Mbps")
-    examples, speed = figures["--examples"], figures["--client-speed"]
-    if examples is not None and examples < 1:
-        raise InputError(f"--examples must be at least 1, got {examples}")
-    if speed is not None and examples is None:
-        raise InputError("--client-speed needs --examples: without their number no steps can be counted")
-    sizes = {
-        "memory": quantity(figures["--client-memory"], BYTES, "--client-memory"),
-        "uplink": quantity(figures["--uplink"], BITS_PER_SECOND, "--uplink"),
-        "downlink": quantity(figures["--downlink"], BITS_PER_SECOND, "--downlink"),
-        "speed": None if speed is None else quantity(speed, FLOPS, "--client-speed"),
-    }
     from rich.console import Console
 
-    from fedtune.planning.rank import ClientResources, judge, plan_all
-
-    resources = ClientResources(**sizes, model_private=private)  # type: ignore[arg-type]
+    named = {option.removeprefix("--").replace("-", "_"): value for option, value in figures.items()}
     with Console(stderr=True, quiet=quiet).status("planning") as status:
-        planned = plan_all(model, overrides, examples, lambda name: status.update(f"planning {name}"))
-    return judge(planned, resources)
+        return fedtune.rank(
+            model,
+            *overrides,
+            **named,
+            model_private=private,
+            on_method=lambda name: status.update(f"planning {name}"),
+        )
 
 
 def _refuse_figures(figures: Mapping[str, Any], private: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import fedtune
 from fedtune.cli.display import Plugin
 
 
@@ -19,16 +20,4 @@ def report(
 
     Example: fedtune report runs/demo runs/mine --out report.html
     """
-    from fedtune.errors import InputError
-    from fedtune.federation.files import disk_errors, write_text
-    from fedtune.report.page import read_runs
-    from fedtune.report.page import report as page
-
-    if out.exists():
-        raise InputError(f"{out} exists already; give another --out, or move it away")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    text = page(read_runs(runs))
-    with disk_errors(str(out)):
-        write_text(out, text)
-    print(out)
+    print(fedtune.report_page(runs, out))

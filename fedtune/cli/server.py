@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.display import Plugin, free_name, print_json, progress_on
-from fedtune.cli.keys import require_flower
+import fedtune
+from fedtune.cli.display import Plugin, show_run
 from fedtune.errors import InputError
 
 
@@ -33,26 +33,15 @@ def server(
 
     Example: fedtune server fed.yaml --keys server --out runs/first
     """
-    from fedtune.config.file import load_config
-    from fedtune.federation.plugins import require_plugins
-
-    require_plugins(resume)
-    settings = load_config(config, ["transport.name=flower", *(overrides or [])])
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
-    require_flower()
-    path = resume or out or free_name(Path("runs") / config.stem)
-    with progress_on(quiet) as progress:
-        from fedtune.deploy.server import Server
-        from fedtune.federation.run import run as federate
-
-        with Server(settings, keys, port, progress.note) as deployment:
-            resumed = resume is not None and resume.exists()
-            summary = federate(settings, path, progress, resume=resumed, deployment=deployment)
-    if as_json:
-        print_json(summary)
-        return
-    from fedtune.report.tables import print_whole, summary_tables
-
-    print_whole(summary_tables(summary))
-    print(f"Run folder: {path}")
+    done = fedtune.serve(
+        config,
+        *overrides or [],
+        keys=keys,
+        port=port,
+        out=resume or out,
+        resume=resume is not None,
+        progress=not quiet,
+    )
+    show_run(done, as_json=as_json)

@@ -19,7 +19,7 @@ from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_examples
-from fedtune.federation.run import torch_settings
+from fedtune.federation.process import torch_settings
 from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
 from fedtune.transport.flower import quiet_environment, supernode_command
 from fedtune.transport.messages import Message, connect, listening, receive, send

@@ -27,8 +27,8 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import encode_for
+from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
-from fedtune.federation.run import torch_settings
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import Config
 from fedtune.theory.one_shot import measure

@@ -7,12 +7,10 @@ bits of a run that was never killed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from fedtune.config.schema import RunConfig
@@ -32,6 +30,7 @@ from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.journal import Journal
+from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, eval_settings, evaluate
@@ -86,7 +85,7 @@ def run(
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
-    with torch_settings():
+    with settings_kept(), torch_settings():
         with clock.part("setup"):
             assembly = Assembly.assemble(config, clock, objects)
         if resume:
@@ -117,18 +116,6 @@ def run(
             raise
         told.end(summary)
         return summary
-
-
-@contextmanager
-def torch_settings() -> Iterator[None]:
-    """Deterministic algorithms while a run lasts; the process's own setting comes back after it."""
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 class _Federation:
