@@ -168,7 +168,7 @@ def test_cells_run_again_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert stopped.outputs[-1].ename == "KeyboardInterrupt"
     (bar,) = bars(stopped)
     assert 'value="4" max="6"></progress> fedavg: ended by KeyboardInterrupt<div>' in bar
-    assert 'fedtune.open("runs/fedavg", data=...).resume() goes on' in "".join(stopped.outputs[-1].traceback)
+    assert 'kept: fedtune.open("runs/fedavg", data=...).resume() goes on.</div>' in html.unescape(bar)
     assert "Run('runs/fedavg', fedavg, done) 4" in texts(on)
     assert bars(on)[-1] == '<progress value="1" max="1"></progress> done'  # nothing was left to do
 

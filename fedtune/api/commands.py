@@ -5,7 +5,7 @@ Everything heavy is imported when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
             f"a configuration is a YAML file's path, a dictionary or what fedtune.load gave; "
             f"got {type(source).__name__}"
         )
+    if wrong := [item for item in overrides if not isinstance(item, str)]:
+        raise InputError(f"overrides are texts, as in 'method.lr=1e-4', 'seed=1'; got {wrong[0]!r}")
     apply_overrides(document, overrides)
     config = parse_config(document, name)
     try:
@@ -93,10 +95,10 @@ def run(
     from fedtune.federation.folder import free_name
     from fedtune.federation.plugins import require_plugins
 
-    if (
-        resume and out is not None
-    ):  # before its configuration is read, in which a plugin's names would be unknown
-        require_plugins(Path(out))
+    if resume:
+        if out is None:
+            raise InputError("resume=True needs the folder of the run that is to go on: out=...")
+        require_plugins(Path(out))  # before its configuration is read, in which their names would be unknown
     settings, objects = with_objects(load(config, *overrides), data)
     stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
     path = Path(out) if out is not None else free_name(Path("runs") / stem)
@@ -158,12 +160,15 @@ def compare(
     named = _named(configs)
     if not named:
         raise InputError("compare needs at least one configuration")
+    if isinstance(data, Iterator):
+        data = list(data)  # it is read once a configuration
     loaded = {name: with_objects(load(config, *overrides), data) for name, config in named.items()}
     candidates = [Candidate(name, settings) for name, (settings, _) in loaded.items()]
     first, objects = next(iter(loaded.values()))
-    chosen = [first.seed] if seeds is None else list(seeds)
-    if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
-        raise InputError(f"seeds must be different whole numbers from 0 up, as in 0, 1, 2; got {chosen}")
+    chosen = [first.seed] if seeds is None else list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    whole = all(isinstance(seed, int) and seed >= 0 for seed in chosen) and isinstance(seeds, Iterable | None)
+    if not chosen or not whole or len(set(chosen)) != len(chosen):
+        raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
     path = Path(out) if out is not None else free_name(Path("runs") / "compare")
     with shown(progress) as display:
         document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
@@ -253,6 +258,8 @@ def report_page(runs: Sequence[Run | str | Path], out: str | Path = "report.html
     """
     from fedtune.report.page import write_report
 
+    if isinstance(runs, str | Path | Run) or not runs:
+        raise InputError(f"runs is a list of at least one run or folder, as in ['runs/mine']; got {runs!r}")
     paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
     return write_report(paths, Path(out))
 
@@ -262,6 +269,11 @@ def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(configs, str | Path):
         raise InputError(f"compare takes a list of configurations, as in [{str(configs)!r}]")
     if isinstance(configs, Mapping) and "method" not in configs:
+        for name in configs:  # of a folder too
+            if not isinstance(name, str) or not name.strip(". ") or "/" in name:
+                raise InputError(
+                    f"a configuration's name is a text without /, as in 'one-shot'; got {name!r}"
+                )
         return dict(configs)
     if isinstance(configs, Mapping):
         raise InputError("compare takes several configurations: a list, or a dictionary from names to them")

@@ -80,6 +80,7 @@ def federate(
     """
     from fedtune.federation.callbacks import Callbacks
     from fedtune.federation.run import run
+    from fedtune.report.notebook import NotebookDisplay
 
     try:
         return run(
@@ -94,5 +95,9 @@ def federate(
     except (KeyboardInterrupt, FederationError) as error:
         if deployment is None and path.is_dir():  # who gave no folder's name does not know it
             data = ", data=..." if objects is not None else ""
-            error.add_note(f'The run is kept: fedtune.open("{path}"{data}).resume() goes on.')
+            text = f'The run is kept: fedtune.open("{path}"{data}).resume() goes on.'
+            if isinstance(display, NotebookDisplay):
+                display.note(text)  # a notebook shows no notes of a KeyboardInterrupt
+            else:
+                error.add_note(text)
         raise

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from fedtune.config.schema import RunConfig
+from fedtune.data.encode import encode_prompts
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.evaluation.generation import evaluating
+from fedtune.evaluation.generation import evaluating, prompt_room
 from fedtune.evaluation.types import EvalEnv
 from fedtune.federation.scoring import eval_settings
 from fedtune.models.load import Loaded
@@ -42,19 +44,24 @@ def answers(
         seed: Of draws.
 
     Raises:
-        InputError: A prompt is empty, something else than text, or too long for the model.
+        InputError: A prompt is empty, something else than text, or too long for the model; or another
+            argument is out of range.
     """
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise InputError("prompts is a list of texts, as in ['Add 2 and 3.']")
+    _check_draws(max_new_tokens, temperature, top_p, seed)
     some = labels[0] if labels else ""  # the class is asked for, but a classifier's example must have one
     examples = [replace(_example(prompt, place), output=some) for place, prompt in enumerate(prompts)]
     env = EvalEnv(loaded.model, loaded.tokenizer, examples, eval_settings(config, labels))
     with evaluating(loaded.model), torch.no_grad():
         if labels:
             return env.answers
+        most = env.max_new_tokens(NEW_TOKENS) if max_new_tokens is None else max_new_tokens
+        asked = [env.prompt(example.instruction, example.input) for example in examples]
+        _check_lengths(asked, loaded, most)
         texts = env.generate(
-            [env.prompt(example.instruction, example.input) for example in examples],
-            max_new_tokens=max_new_tokens or env.max_new_tokens(NEW_TOKENS),
+            asked,
+            max_new_tokens=most,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -62,10 +69,34 @@ def answers(
     return [text.strip() for (text,) in texts]
 
 
+def _check_draws(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> None:
+    whole = (int, type(None))
+    if not isinstance(max_new_tokens, whole) or (max_new_tokens is not None and max_new_tokens < 1):
+        raise InputError(f"max_new_tokens must be a whole number from 1 up, got {max_new_tokens!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be a whole number from 0 up, got {seed!r}")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature must be a number from 0 up, got {temperature!r}")
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+
+
+def _check_lengths(prompts: Sequence[str], loaded: Loaded, max_new_tokens: int) -> None:
+    """Scoring cuts a prompt that is too long, and counts it; here someone waits for the answer to it."""
+    room = prompt_room(loaded.model, max_new_tokens)
+    for place, prompt in enumerate(prompts):
+        if encode_prompts([prompt], loaded.tokenizer, max_length=room)[1]:
+            raise InputError(
+                f"prompt {place} is too long: beside an answer of up to {max_new_tokens} tokens the model "
+                f"sees {room} of a prompt, template included"
+            )
+
+
 def _example(prompt: str | Mapping[str, str], place: int) -> Example:
     fields = {"instruction": prompt} if isinstance(prompt, str) else dict(prompt)
     unknown = set(fields) - {"instruction", "input"}
-    if unknown or not fields.get("instruction") or not all(isinstance(v, str) for v in fields.values()):
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    if unknown or len(texts) < len(fields) or not fields.get("instruction", "").strip():
         raise InputError(
             f"prompt {place} must be a text, or a dictionary with the texts instruction and input; "
             f"got {prompt!r}"

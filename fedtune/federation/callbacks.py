@@ -7,7 +7,7 @@ callback has seen is never taken back by a resumed run, except by a rollback tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,17 @@ class Callbacks:
         callbacks: In the order in which they are called.
 
     Raises:
-        InputError: One of them has none of the three methods.
+        InputError: It is no list, or one of them has none of the three methods or is a class.
     """
 
     def __init__(self, callbacks: Sequence[Any] = ()) -> None:
+        if not isinstance(callbacks, Iterable):
+            raise InputError(f"callbacks is a list, as in [{callbacks!r}]")
         for callback in callbacks:
+            if isinstance(callback, type):
+                raise InputError(
+                    f"{callback.__name__} is a class; a callback is an object: {callback.__name__}()"
+                )
             if not any(callable(getattr(callback, name, None)) for name in NAMES):
                 raise InputError(
                     f"{callback!r} is no callback: it has none of the methods {', '.join(NAMES)}"

@@ -65,6 +65,11 @@ def compare(
     """
     _same_split(candidates, seeds[0], objects)
     everyone = [*candidates, *(reference_candidates(candidates) if references else [])]
+    for reference in everyone[len(candidates) :]:
+        if any(c.label == reference.label and c.config != reference.config for c in candidates):
+            raise InputError(
+                f"{reference.label} is the name of a reference row too; give that configuration another name"
+            )
     rows: list[dict[str, Any]] = []
     for candidate in everyone:
         for seed in seeds:

@@ -95,5 +95,6 @@ def refuse_existing(path: Path) -> None:
     """Raises InputError if `path` holds anything, so that no run overwrites another."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(
-            f"{path} exists already; give another --out, or continue that run with --resume {path}"
+            f"{path} exists already; give another --out. A run in it goes on with --resume {path}, in Python "
+            "with resume=True"
         )

@@ -35,7 +35,7 @@ def quantity(text: str, units: dict[str, float], option: str) -> float:
     Raises:
         InputError: No unit, an unknown one, no number, or a number that is not above zero.
     """
-    choices = ", ".join(units)
+    choices, text = ", ".join(units), str(text)  # in Python someone may give a bare number
     found = re.fullmatch(r"\s*([+-]?[0-9.eE+-]*[0-9.])\s*([A-Za-z/]*)\s*", text)
     try:
         value = float(found[1]) if found else math.nan
