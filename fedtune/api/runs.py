@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A federation in its folder: what it was told, what it did, and what it made."""
+    """A federation in its folder: what it was told, what it did, and what it made.
+
+    Attributes:
+        path: The folder.
+        config: Its configuration.
+        objects: The examples, where it was made with some; None: its configuration names them.
+    """
 
     def __init__(self, path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
         self.path, self.config, self.objects = path, config, objects
@@ -153,7 +159,11 @@ class Run:
         return Run(self.path, self.config, self.objects)
 
     def replay(self, round: int, out: str | Path) -> list[Path]:
-        """Writes the model of an earlier round, from its checkpoint; returns the folders written."""
+        """Writes the model of an earlier round, from its checkpoint; returns the folders written.
+
+        Raises:
+            InputError: The round's checkpoint was not kept, or `out` is taken.
+        """
         from fedtune.federation.results import replay
 
         return replay(self.path, round, Path(out), self.objects)
