@@ -417,6 +417,12 @@ def test_compare_gives_the_table(tmp_path: Path) -> None:
     found = fedtune.compare(
         {"two": CONFIG, "one": one}, seeds=[0, 1], out=tmp_path / "c", data=ROWS, progress=False
     )
+    unnamed = [fedtune.load(CONFIG), fedtune.load(one)]
+    same = fedtune.compare(
+        unnamed, out=tmp_path / "d", data=ROWS, references=False, progress=False, seeds=[0]
+    )
+    assert [row["config"] for row in same.table] == ["fedavg", "fedavg-2"]
+    assert same.rows[0]["evaluation"] == found.rows[0]["evaluation"]
     assert [row["config"] for row in found.table] == ["two", "one", "standalone", "centralized", "zero-shot"]
     assert len(found.rows) == 10 and found.metrics == ["loss.loss"]
     assert "| two |" in str(found)
@@ -430,7 +436,7 @@ def test_compare_gives_the_table(tmp_path: Path) -> None:
     ("configs", "seeds", "words"),
     [
         ([], None, "compare needs at least one configuration"),
-        ([CONFIG, CONFIG], None, "two configurations would be called fedavg; give a dictionary"),
+        (["a.yaml", "b/a.yaml"], None, "need different names, got a, a; rename one of the files"),
         ("a.yaml", None, r"compare takes a list of configurations, as in \['a.yaml'\]"),
         (CONFIG, None, "compare takes several configurations"),
         ([CONFIG], [], "seeds must be different whole numbers"),

@@ -5,6 +5,7 @@ Each rule is a function over sources. It finds nothing in this project, and it f
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -261,3 +262,12 @@ def f():
         "fedtune.b names gone.py",
         "fedtune.b names old/method.py",
     ]
+
+
+def test_the_page_has_the_order() -> None:
+    page = (HOME / "docs" / "structure.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE) == ORDER
+    (bottom,) = re.findall(r"^\| (`errors.py`.*?) \|", page, re.MULTILINE)
+    assert re.findall(r"`(\w+).py`", bottom) == BOTTOM
+    steps = re.findall(r"^\d\. `([\w/.]+)`", page, re.MULTILINE)
+    assert len(steps) == 6 and all((HOME / "fedtune" / step).is_file() for step in steps)

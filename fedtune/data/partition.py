@@ -359,6 +359,10 @@ def _sorted(parts: Sequence[npt.NDArray[np.int64]]) -> Parts:
     return [np.sort(part) for part in parts]
 
 
+def _given(examples: Sequence[Example], clients: int | None, rng: np.random.Generator) -> Parts:
+    raise InputError("partition given: only Python objects that come client by client are split so")
+
+
 def _field_values(examples: Sequence[Example], by: str) -> list[str]:
     return [getattr(example, by) for example in examples]
 
@@ -390,5 +394,6 @@ for _name, _summary, _function in (
         "the indices that a JSON file lists for each client",
         lambda e, n, rng, *, path, rest: read_split(path, len(e), n, leave_out=rest == "leave-out"),
     ),
+    ("given", "as they came: Python objects that are given client by client", _given),
 ):
     PARTITIONERS.built_in(_name, _summary, lambda function=_function: function)  # type: ignore[misc]

@@ -10,13 +10,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+import fedtune
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientEnv, ClientResult, Order, Payload, Reply, ServerEnv, TensorSpec
 from fedtune.methods.fedavg.method import load
 from fedtune.methods.local_training import Training, train
-from fedtune.methods.registry import register_method
 from fedtune.methods.tuning import Tuning
 from fedtune.models.tuning import trainable
 
@@ -36,7 +36,7 @@ class State:
     weights: dict[str, Tensor]
 
 
-@register_method("clip-mean", config=Config, state=State)
+@fedtune.register_method("clip-mean", config=Config, state=State)
 class ClipMean:
     """The mean of updates that are clipped by norm: no client moves the model far in a round."""
 
