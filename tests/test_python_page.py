@@ -44,7 +44,9 @@ def test_the_page_in_its_order(
         *("sums", "hospitals", "followed", "stopped", "compared")
     }
     assert f"done {run.scores['loss']['loss']}\n" in out
-    assert "[('north', 15), ('south', 22), ('west', 11)]" in out
+    own = {client["name"]: client["examples"] for client in names["own"].clients}
+    assert list(own) == ["north", "south", "west"] and sum(own.values()) == 64 - 16
+    assert f"{list(own.items())}\n" in out
     assert [up for up, _ in names["curve"].points] == [
         0,
         *(n * run.summary["payload_bytes"]["up"] // 2 for n in (1, 2)),
@@ -69,3 +71,16 @@ def test_the_pages_of_python_name_what_there_is() -> None:
     assert sorted(name for name in of_run if not hasattr(fedtune.Run, name)) == ["config", "path"]
     links = re.findall(r"\]\(([\w./-]+)\)", text)
     assert len(links) > 6 and [link for link in links if not (PROJECT / "docs" / link).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_examples("README.md")
+    ((_, source),) = examples("README.md")
+    assert len(source.splitlines()) <= 10
+    assert names["run"].path == Path("runs/fedavg") and names["run"].status == "done"
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    assert "[3 rows x " in capsys.readouterr().out  # the untrained model and two rounds
