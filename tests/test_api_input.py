@@ -116,7 +116,24 @@ def test_a_bare_number_has_no_unit() -> None:
         fedtune.rank("bundled", client_memory=8, uplink="5Mbps", downlink="5Mbps")  # type: ignore[arg-type]
 
 
-def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, made: fedtune.Run) -> None:
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "words"),
+    [
+        (3, {}, "evaluate takes a run or its folder, .*; got 3"),
+        ("model", {}, "a model in memory needs its tokenizer"),
+        ("model", {"tokenizer": "gpt2"}, "tokenizer must be one of transformers, .*; got 'gpt2'"),
+    ],
+)
+def test_what_is_evaluated(made: fedtune.Run, target: Any, given: Any, words: str) -> None:
+    with pytest.raises(fedtune.InputError, match=words):
+        fedtune.evaluate(made.model() if target == "model" else target, ["loss"], **given)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop:
         def on_round(self, round: int, scores: Any, state: Any) -> None:
             if round == 1:
@@ -127,6 +144,13 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, made: fedtune.Ru
     where = tmp_path / "run"
     assert stopped.value.__notes__ == [
         f'The run is kept: fedtune.open("{where}", data=...).resume() goes on.'
+    ]
+    with pytest.raises(KeyboardInterrupt) as compared:
+        monkeypatch.setattr("fedtune.federation.run.to_payload", interrupt)  # at a checkpoint
+        fedtune.compare({"a": CONFIG}, out=tmp_path / "c", data=ROWS, progress=False)
+    monkeypatch.undo()
+    assert compared.value.__notes__ == [
+        f'What is done is kept: the same call with out="{tmp_path / "c"}" goes on.'
     ]
     again = fedtune.open(where, data=ROWS)
     assert again.status == "interrupted"

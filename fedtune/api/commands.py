@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.federate import federate, objects_from, shown, with_objects
+from fedtune.api.federate import federate, objects_from, shown, stopped, with_objects
 from fedtune.api.runs import Comparison, Run
 from fedtune.errors import InputError
 
@@ -170,7 +170,8 @@ def compare(
     if not chosen or not whole or len(set(chosen)) != len(chosen):
         raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
     path = Path(out) if out is not None else free_name(Path("runs") / "compare")
-    with shown(progress) as display:
+    how = f'What is done is kept: the same call with out="{path}" goes on.'
+    with shown(progress) as display, stopped(display, path, how):
         document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
     metrics = main_metrics(document["rows"], first.evaluation.tasks)
     write_text(path / "table.md", compare_markdown(document, metrics))
@@ -211,8 +212,16 @@ def evaluate(
     objects = objects_from(model_config("in-memory", overrides), data)
     if isinstance(target, str | Path):
         return evaluate_target(str(target), list(tasks), overrides, objects)
+    if not callable(getattr(target, "parameters", None)):
+        raise InputError(
+            f"evaluate takes a run or its folder, a model's folder or name, or a model; got {target!r:.80}"
+        )
     if tokenizer is None:
         raise InputError("a model in memory needs its tokenizer: evaluate(model, tasks, tokenizer=...)")
+    if not callable(tokenizer):
+        raise InputError(
+            f"tokenizer must be one of transformers, as run.tokenizer() gives; got {tokenizer!r:.80}"
+        )
     return evaluate_model(target, tokenizer, list(tasks), overrides, objects)
 
 

@@ -57,6 +57,29 @@ def shown(progress: bool) -> Iterator[Any]:
         yield shows
 
 
+@contextmanager
+def stopped(display: Any, path: Path, text: str) -> Iterator[None]:
+    """Says how what is done inside goes on, should it be stopped: who gave no folder's name does not know it.
+
+    Args:
+        display: What `shown` gives.
+        path: The folder; if it is not there, nothing is said.
+        text: What is said: as a note of the error; in a notebook, which shows none of a KeyboardInterrupt, in
+            the run's own output.
+    """
+    from fedtune.report.notebook import NotebookDisplay
+
+    try:
+        yield
+    except (KeyboardInterrupt, FederationError) as error:
+        if path.is_dir():
+            if isinstance(display, NotebookDisplay):
+                display.note(text)
+            else:
+                error.add_note(text)
+        raise
+
+
 def federate(
     config: RunConfig,
     path: Path,
@@ -80,9 +103,12 @@ def federate(
     """
     from fedtune.federation.callbacks import Callbacks
     from fedtune.federation.run import run
-    from fedtune.report.notebook import NotebookDisplay
 
-    try:
+    data = ", data=..." if objects is not None else ""
+    how = f'fedtune.open("{path}"{data}).resume()'
+    if deployment is not None:
+        how = f'fedtune.serve(..., out="{path}", resume=True)'
+    with stopped(display, path, f"The run is kept: {how} goes on."):
         return run(
             config,
             path,
@@ -92,12 +118,3 @@ def federate(
             objects=objects,
             callbacks=Callbacks(callbacks),
         )
-    except (KeyboardInterrupt, FederationError) as error:
-        if deployment is None and path.is_dir():  # who gave no folder's name does not know it
-            data = ", data=..." if objects is not None else ""
-            text = f'The run is kept: fedtune.open("{path}"{data}).resume() goes on.'
-            if isinstance(display, NotebookDisplay):
-                display.note(text)  # a notebook shows no notes of a KeyboardInterrupt
-            else:
-                error.add_note(text)
-        raise
