@@ -260,17 +260,19 @@ def test_tables_are_flat(made: fedtune.Run) -> None:
 def test_the_model_is_the_one_that_was_scored(made: fedtune.Run) -> None:
     scores = fedtune.evaluate(made, ["loss"])["scores"]["global"]
     assert scores["loss"]["loss"] == made.scores["loss"]["loss"]
+    split = prepare_data(made.config, pooled=False, objects=made.objects)
+    held_out = [{"question": e.instruction, "answer": e.output} for e in split.evaluation]
     in_memory = fedtune.evaluate(
         made.model(),
         ["loss"],
         "data.template=plain",
         "data.max_length=64",
         "data.fields={instruction: question, output: answer}",
-        "data.holdout.fraction=0.25",
         "evaluation.bootstrap=0",
         tokenizer=made.tokenizer(),
-        data=ROWS,
+        data=held_out,
     )
+    assert in_memory["examples"] == len(held_out) == 16
     assert in_memory["scores"]["model"]["loss"]["loss"] == made.scores["loss"]["loss"]
     with pytest.raises(fedtune.InputError, match="a model in memory needs its tokenizer"):
         fedtune.evaluate(made.model(), ["loss"])

@@ -192,8 +192,7 @@ def evaluate(
         tasks: Names of tasks, as `fedtune ls tasks` has them.
         overrides: `key=value` settings to change: "data.train=x.jsonl", "evaluation.max_examples=100".
         tokenizer: Of a model in memory.
-        data: Examples to score on where no run says which, as of `run`; `data.holdout` says what part of
-            them (0.1 without it).
+        data: Examples to score a model on that no run made, as of `run`: all of them.
 
     Returns:
         The document of `fedtune eval --json`: `scores` by result, task and metric, and what they rest on.

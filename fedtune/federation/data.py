@@ -104,6 +104,16 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     )
 
 
+def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
+    """Python objects to score a model on: all of them, and nobody's to train on."""
+    examples = list(objects.examples)[: config.evaluation.max_examples]
+    labels: tuple[str, ...] = ()
+    if config.model.task == "classification":
+        labels = tuple(config.data.labels or sorted({example.output for example in objects.examples}))
+    partition = {"name": config.data.partition_name, "clients": [], "held_out": len(examples)}
+    return Split({}, examples, labels, partition, _sha256([], examples))
+
+
 def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """All examples before any split."""
     if config.data.train == OBJECTS:

@@ -19,7 +19,7 @@ from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly, refuse_other
-from fedtune.federation.data import Split, prepare_data
+from fedtune.federation.data import Split, all_held_out, prepare_data
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.saving import save_models
@@ -39,7 +39,7 @@ def evaluate_target(
         target: A run folder, a model folder, or a model's name.
         tasks: Task names.
         overrides: `key=value` settings to change.
-        objects: The examples, with `data.train: objects`.
+        objects: Of a run, its examples, with `data.train: objects`; of another model, what it is scored on.
 
     Returns:
         `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
@@ -59,8 +59,8 @@ def evaluate_target(
             refuse_other(path, "data", split.sha256, "what was given")
         models = results(path, config, len(split.labels))
     else:
-        config = model_config(target, wanted, objects)
-        split = prepare_data(config, pooled=False, objects=objects)
+        config = model_config(target, wanted)
+        split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
         models = iter([("model", _load(config, config.model.name, len(split.labels)))])
     return scores_of(target, models, split, config)
 
@@ -73,9 +73,8 @@ def evaluate_model(
     objects: ObjectData | None = None,
 ) -> dict[str, Any]:
     """The same of a model in memory: the examples are those of the overrides' data block, or `objects`."""
-    wanted = [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides]
-    config = model_config("in-memory", wanted, objects)
-    split = prepare_data(config, pooled=False, objects=objects)
+    config = model_config("in-memory", [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides])
+    split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
     loaded = Loaded(cast(PreTrainedModel, model), tokenizer, config.model.name, weights_sha256="")
     return scores_of("model", [("model", loaded)], split, config)
 
@@ -208,11 +207,8 @@ def _load(config: RunConfig, name: str, labels: int) -> Loaded:
     )
 
 
-def model_config(name: str, overrides: Sequence[str], objects: ObjectData | None = None) -> RunConfig:
+def model_config(name: str, overrides: Sequence[str]) -> RunConfig:
     """A configuration around a model that no run made. Raises InputError for a wrong setting."""
     document: dict[str, Any] = {"model": {"name": name}, "method": {"name": "zero-shot"}}
     apply_overrides(document, overrides)
-    config = parse_config(document, name)
-    if objects is None:
-        return config
-    return parse_config(config.for_objects(len(objects.clients) or None), name)
+    return parse_config(document, name)
