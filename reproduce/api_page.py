@@ -159,8 +159,8 @@ def signature(called: str, function: Callable[..., Any], *, bound: bool = False)
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    text = f"{star}{parameter.name}: {_annotation(parameter.annotation)}"
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
+    text = f"{stars}{parameter.name}: {_annotation(parameter.annotation)}"
     if parameter.default is parameter.empty:
         return text
     return f"{text} = {'...' if callable(parameter.default) else repr(parameter.default)}"
