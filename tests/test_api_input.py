@@ -116,6 +116,17 @@ def test_a_bare_number_has_no_unit() -> None:
         fedtune.rank("bundled", client_memory=8, uplink="5Mbps", downlink="5Mbps")  # type: ignore[arg-type]
 
 
+def test_a_run_is_read_from_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: fedtune.Run
+) -> None:
+    monkeypatch.chdir(made.path.parent)
+    run = fedtune.open(made.path.name, data=ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert run.path == Path(made.path.name) and run.status == "done"
+    assert (run.rounds, run.clients, run.summary) == (made.rounds, made.clients, made.summary)
+    assert run.generate(["Add 1 and 2."]) == made.generate(["Add 1 and 2."])
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -32,6 +32,7 @@ class Run:
 
     def __init__(self, path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
         self.path, self.config, self.objects = path, config, objects
+        self._there = path.absolute()  # it is still read where the program has changed its working folder
         self._loaded: dict[str, Loaded] = {}
 
     def __repr__(self) -> str:
@@ -68,7 +69,7 @@ class Run:
         from fedtune.federation.files import read_json
         from fedtune.federation.rows import client_rows
 
-        partition = read_json(self.path / "partition.json")
+        partition = read_json(self._there / "partition.json")
         return client_rows(partition, self.rounds, self.messages, self._rows("memory.jsonl"))
 
     def to_pandas(self, what: str = "rounds") -> Any:
@@ -196,7 +197,7 @@ class Run:
     def _folder(self) -> RunFolder:
         from fedtune.federation.folder import RunFolder
 
-        return RunFolder(self.path)
+        return RunFolder(self._there)
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ class Run:
         from fedtune.federation.results import one_result
 
         if name not in self._loaded:
-            self._loaded[name] = one_result(self.path, self.config, name, len(self._classes))
+            self._loaded[name] = one_result(self._there, self.config, name, len(self._classes))
         return self._loaded[name]
 
 
