@@ -15,6 +15,7 @@ from typing import Any
 import command
 import datasets
 import model_families
+import numpy
 import pytest
 import torch
 import transformers
@@ -109,6 +110,19 @@ def test_load_leaves_the_dictionary_alone() -> None:
     mine = {"method": {"name": "fedavg"}}
     fedtune.load(mine, "method.lr=1e-3")
     assert mine == {"method": {"name": "fedavg"}}
+
+
+def test_load_takes_values_as_a_program_has_them() -> None:
+    rows = Path("some") / "rows.jsonl"
+    mine = {
+        "seed": numpy.int64(3),
+        "data": {"train": rows, "labels": ("no", "yes")},
+        "model": {"task": "classification"},
+        "method": {"name": "fedavg", "lr": numpy.float32(0.5)},
+    }
+    config = fedtune.load(mine)
+    assert (config.seed, config.data.train, config.data.labels) == (3, str(rows), ["no", "yes"])
+    assert config.method.lr == 0.5  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

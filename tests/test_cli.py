@@ -114,7 +114,7 @@ def test_without_arguments_a_command_shows_its_help(arguments: tuple[str, ...], 
         (["eval", "bundled"], "--tasks"),
         (["export", "run"], "--out"),
         (["bench", "nonsense"], "nonsense"),
-        (["compare", "c.yaml", "--seeds", "1,x"], "c.yaml"),
+        (["compare", "c.yaml", "--seeds", "1,x"], "--seeds must be different whole numbers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -35,8 +35,6 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
         InputError: The file is missing or not YAML, or a setting is unknown, of a wrong type or out of
             range. Names every such setting and, for an unknown one, the nearest known.
     """
-    from copy import deepcopy
-
     from fedtune.config.file import apply_overrides, parse_config, read_yaml
     from fedtune.config.schema import RunConfig
     from fedtune.methods import registry
@@ -46,7 +44,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
             return source
         document, name = source.given(), "the configuration"
     elif isinstance(source, Mapping):
-        document, name = deepcopy(dict(source)), "the configuration"
+        document, name = plain(source), "the configuration"
     elif isinstance(source, str | Path):
         document, name = read_yaml(Path(source)), str(source)
     else:
@@ -207,7 +205,7 @@ def evaluate(
     if isinstance(target, Run):
         if data is not None:
             raise InputError("a run has its own data; open it with them: fedtune.open(path, data=...)")
-        return evaluate_target(str(target.path), list(tasks), overrides, target.objects)
+        return evaluate_target(str(target.folder), list(tasks), overrides, target.objects)
     objects = objects_from(model_config("in-memory", overrides), data)
     if isinstance(target, str | Path):
         return evaluate_target(str(target), list(tasks), overrides, objects)
@@ -268,8 +266,21 @@ def report_page(runs: Sequence[Run | str | Path], out: str | Path = "report.html
 
     if isinstance(runs, str | Path | Run) or not runs:
         raise InputError(f"runs is a list of at least one run or folder, as in ['runs/mine']; got {runs!r}")
-    paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
+    paths = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
     return write_report(paths, Path(out))
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML would give it: paths as text, tuples as lists, numbers of numpy as numbers; a copy."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", ()):
+        return value.item()
+    return value
 
 
 def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:

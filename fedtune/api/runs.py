@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
         self.path, self.config, self.objects = path, config, objects
-        self._there = path.absolute()  # it is still read where the program has changed its working folder
+        self.folder = path.absolute()  # the same where the program has changed its working folder
         self._loaded: dict[str, Loaded] = {}
 
     def __repr__(self) -> str:
@@ -41,7 +41,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json: totals, seconds, scores before and after; empty while the run has not ended."""
-        return self._folder.summary() or {}
+        return self._files.summary() or {}
 
     @property
     def status(self) -> str:
@@ -69,7 +69,7 @@ class Run:
         from fedtune.federation.files import read_json
         from fedtune.federation.rows import client_rows
 
-        partition = read_json(self._there / "partition.json")
+        partition = read_json(self.folder / "partition.json")
         return client_rows(partition, self.rounds, self.messages, self._rows("memory.jsonl"))
 
     def to_pandas(self, what: str = "rounds") -> Any:
@@ -140,7 +140,7 @@ class Run:
             FederationError: As `fedtune.run`.
         """
         with shown(progress) as display:
-            federate(self.config, self.path, self.objects, callbacks, display, resume=True)
+            federate(self.config, self.folder, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 
     def rollback(self, round: int, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
@@ -156,7 +156,7 @@ class Run:
         document["checkpoints"]["rollback"] = round
         back = parse_config(document, str(self.path))
         with shown(progress) as display:
-            federate(back, self.path, self.objects, callbacks, display, resume=True)
+            federate(back, self.folder, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 
     def replay(self, round: int, out: str | Path) -> list[Path]:
@@ -167,7 +167,7 @@ class Run:
         """
         from fedtune.federation.results import replay
 
-        return replay(self.path, round, Path(out), self.objects)
+        return replay(self.folder, round, Path(out), self.objects)
 
     def export(self, out: str | Path, *, merge: bool = False) -> list[Path]:
         """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
@@ -181,7 +181,7 @@ class Run:
         """
         from fedtune.federation.results import export_run
 
-        return export_run(self.path, Path(out), merge=merge, objects=self.objects)
+        return export_run(self.folder, Path(out), merge=merge, objects=self.objects)
 
     def report(self, out: str | Path = "report.html") -> Path:
         """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.
@@ -191,13 +191,13 @@ class Run:
         """
         from fedtune.report.page import write_report
 
-        return write_report([self.path], Path(out))
+        return write_report([self.folder], Path(out))
 
     @cached_property
-    def _folder(self) -> RunFolder:
+    def _files(self) -> RunFolder:
         from fedtune.federation.folder import RunFolder
 
-        return RunFolder(self._there)
+        return RunFolder(self.folder)
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
@@ -208,13 +208,13 @@ class Run:
     def _rows(self, log: str) -> Rows:
         from fedtune.federation.rows import Rows
 
-        return Rows(self._folder.entries(log))
+        return Rows(self._files.entries(log))
 
     def _result(self, name: str) -> Loaded:
         from fedtune.federation.results import one_result
 
         if name not in self._loaded:
-            self._loaded[name] = one_result(self._there, self.config, name, len(self._classes))
+            self._loaded[name] = one_result(self.folder, self.config, name, len(self._classes))
         return self._loaded[name]
 
 
