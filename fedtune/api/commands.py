@@ -90,7 +90,7 @@ def run(
         FederationError: A round stayed under its quorum, or the machine failed. The folder holds a
             checkpoint; `open(out).resume()` goes on.
     """
-    from fedtune.federation.folder import free_name
+    from fedtune.federation.claim import claimed
     from fedtune.federation.plugins import require_plugins
 
     if resume:
@@ -99,8 +99,8 @@ def run(
         require_plugins(Path(out))  # before its configuration is read, in which their names would be unknown
     settings, objects = with_objects(load(config, *overrides), data)
     stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
-    path = Path(out) if out is not None else free_name(Path("runs") / stem)
-    with shown(progress) as display:
+    where = None if out is None else Path(out)
+    with claimed(where, Path("runs") / stem) as path, shown(progress) as display:
         federate(settings, path, objects, callbacks, display, resume=resume)
     return Run(path, settings, objects)
 
@@ -149,10 +149,10 @@ def compare(
         InputError: As `run`; or two of them do not have the same split.
         FederationError: As `run`.
     """
+    from fedtune.federation.claim import claimed
     from fedtune.federation.compare import Candidate, main_metrics
     from fedtune.federation.compare import compare as compare_all
     from fedtune.federation.files import write_text
-    from fedtune.federation.folder import free_name
     from fedtune.report.tables import compare_markdown
 
     named = _named(configs)
@@ -167,12 +167,12 @@ def compare(
     whole = all(isinstance(seed, int) and seed >= 0 for seed in chosen) and isinstance(seeds, Iterable | None)
     if not chosen or not whole or len(set(chosen)) != len(chosen):
         raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
-    path = Path(out) if out is not None else free_name(Path("runs") / "compare")
-    how = f'What is done is kept: the same call with out="{path}" goes on.'
-    with shown(progress) as display, stopped(display, path, how):
-        document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
-    metrics = main_metrics(document["rows"], first.evaluation.tasks)
-    write_text(path / "table.md", compare_markdown(document, metrics))
+    with claimed(None if out is None else Path(out), Path("runs") / "compare") as path:
+        how = f'What is done is kept: the same call with out="{path}" goes on.'
+        with shown(progress) as display, stopped(display, path, how):
+            document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
+        metrics = main_metrics(document["rows"], first.evaluation.tasks)
+        write_text(path / "table.md", compare_markdown(document, metrics))
     return Comparison(path, document, metrics)
 
 

@@ -67,7 +67,7 @@ def serve(
         InputError: Configuration, keys or port are not usable; nothing was written.
         FederationError: Too few clients came or stayed, or Flower does not start.
     """
-    from fedtune.federation.folder import free_name
+    from fedtune.federation.claim import claimed
     from fedtune.federation.plugins import require_plugins
 
     if resume and out is not None:
@@ -75,10 +75,13 @@ def serve(
     settings = load(config, "transport.name=flower", *overrides)
     require_flower()
     stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
-    path = Path(out) if out is not None else free_name(Path("runs") / stem)
     from fedtune.deploy.server import Server
 
-    with shown(progress) as display, Server(settings, Path(keys), port, display.note) as deployment:
+    with (
+        claimed(None if out is None else Path(out), Path("runs") / stem) as path,
+        shown(progress) as display,
+        Server(settings, Path(keys), port, display.note) as deployment,
+    ):
         federate(settings, path, None, callbacks, display, resume=resume, deployment=deployment)
     return Run(path, settings)
 

@@ -139,7 +139,9 @@ class Run:
             InputError: Model or data are not those that it began with.
             FederationError: As `fedtune.run`.
         """
-        with shown(progress) as display:
+        from fedtune.federation.claim import claimed
+
+        with claimed(self.folder, self.folder), shown(progress) as display:
             federate(self.config, self.folder, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 
@@ -151,11 +153,12 @@ class Run:
             FederationError: As `fedtune.run`.
         """
         from fedtune.config.file import parse_config
+        from fedtune.federation.claim import claimed
 
         document = self.config.resolved()
         document["checkpoints"]["rollback"] = round
         back = parse_config(document, str(self.path))
-        with shown(progress) as display:
+        with claimed(self.folder, self.folder), shown(progress) as display:
             federate(back, self.folder, self.objects, callbacks, display, resume=True)
         return Run(self.path, self.config, self.objects)
 

@@ -83,14 +83,6 @@ class RunFolder:
                     file.truncate(sizes.get(log, 0))
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or with the first number behind it that is not taken."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
-
-
 def refuse_existing(path: Path) -> None:
     """Raises InputError if `path` holds anything, so that no run overwrites another."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
