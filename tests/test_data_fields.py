@@ -11,11 +11,13 @@ import pytest
 
 import fedtune
 from fedtune.api.federate import with_objects
+from fedtune.cli.client import client
 from fedtune.config.file import dump_config, load_config
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
+from fedtune.federation.client import local_examples
 from fedtune.federation.data import prepare_data
 
 TURNS = [
@@ -213,9 +215,10 @@ def test_a_path_into_a_conversation_is_refused(
     row: dict[str, Any], key: str, where: str, tmp_path: Path
 ) -> None:
     words = refused({**row, "output": "a"}, {"instruction": key}, tmp_path)
-    assert words == f'"{key}" for instruction leads into "{where}", which holds a conversation. {NOT_YET}'
+    what = "holds" if key == where else f'leads into "{where}", which holds'
+    assert words == f'"{key}" for instruction {what} a conversation. {NOT_YET}'
     words = refused({**row, "instruction": "q"}, {"output": key}, tmp_path)
-    assert words.startswith(f'"{key}" for output leads into "{where}"')
+    assert words == f'"{key}" for output {what} a conversation. {NOT_YET}'
 
 
 @pytest.mark.parametrize(
@@ -262,3 +265,17 @@ def test_a_data_set_and_a_run_of_conversations_are_refused(tmp_path: Path) -> No
     with pytest.raises(InputError, match=words):
         fedtune.run({"data": {"fields": fields}}, data=rows, out=tmp_path / "run", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a client's own file ------------------------------------------------------------------------------------
+
+
+def test_a_network_client_says_that_there_is_no_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(fedtune, "take_part", lambda server, **options: given.update(options))
+    client("localhost:1", tmp_path, tmp_path / "d.jsonl", ["instruction=q", "input="])
+    assert given["fields"] == {"instruction": "q", "input": None}
+    (tmp_path / "d.jsonl").write_text('{"q": "who", "input": "about", "output": "a"}\n')
+    assert local_examples(tmp_path / "d.jsonl", given["fields"]) == [Example("who", "", "a")]

@@ -274,9 +274,8 @@ def _field(row: dict[str, Any], field: str, fields: Mapping[str, str | None], pl
         return ""
     found, value, turns = _lookup(row, key)
     if turns:
-        raise InputError(
-            f'{place}: "{key}" for {field} leads into "{turns}", which holds a conversation. {_NO_TURNS}'
-        )
+        what = "holds" if turns == key else f'leads into "{turns}", which holds'
+        raise InputError(f'{place}: "{key}" for {field} {what} a conversation. {_NO_TURNS}')
     if not found:
         if optional and field not in fields:
             return ""
