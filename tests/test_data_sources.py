@@ -199,13 +199,8 @@ def test_a_task_folder(tmp_path: Path) -> None:
         Example("Count.", "in 0", "out 0", "task2_b"),
         Example("Count.", "in 1", "out 1", "task2_b"),
     ]
-    assert [
-        e.instruction for e in load_examples("tasks", fields={"instruction": "input"}, base=tmp_path)
-    ] == [
-        "",
-        "in 0",
-        "in 1",
-    ]
+    asked = load_examples("tasks", fields={"instruction": "input"}, base=tmp_path)
+    assert [(e.instruction, e.input) for e in asked] == [("", ""), ("in 0", ""), ("in 1", "")]
 
 
 def test_listed_tasks_and_a_part_of_each(tmp_path: Path) -> None:

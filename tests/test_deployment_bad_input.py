@@ -85,6 +85,8 @@ def test_a_client_with_wrong_options(folder: Path) -> None:
         "write HOST:PORT",
     )
     refused(client(folder, "--field", "instruction"), "write OURS=THEIRS")
+    refused(client(folder, "--field", "=question"), "write OURS=THEIRS")
+    refused(client(folder, "--field", "output="), "data.fields: output is null, but every example needs one")
     refused(client(folder, "--device", "tpu"), "device must be one of auto, cpu, cuda")
     (folder / "keys/clients/north/client.key").chmod(0o644)
     refused(client(folder), "is open to other users (mode 644)")

@@ -11,6 +11,8 @@ import pytest
 
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.data.examples import Example
+from fedtune.errors import InputError
 from fedtune.federation.data import public_examples
 
 
@@ -45,6 +47,23 @@ def test_source_fields_and_size(files: dict[str, str]) -> None:
     assert len(some) == 7 and some == public_examples(config(source=files["a"], max_examples=7))
     assert {e.output for e in some} < {f"v{i}" for i in range(20)}
     assert len(public_examples(config(source=files["b"], max_examples=7))) == 5
+
+
+def test_fields_of_public_data_are_not_doubled(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"input": "w", "label": "v", "category": "c"}) + "\n")
+    fields: dict[str, Any] = {"instruction": "input", "output": "label"}
+    assert public_examples(config(source=str(path), fields=fields)) == [Example("w", "", "v", "c")]
+    fields["category"] = None
+    assert public_examples(config(source=str(path), fields=fields)) == [Example("w", "", "v", "")]
+
+
+def test_conversations_are_no_public_data(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"conversations": [{"from": "human", "value": "w"}], "output": "v"}) + "\n")
+    fields = {"instruction": "conversations.0.value"}
+    with pytest.raises(InputError, match=r'd\.jsonl:1: "conversations\.0\.value" .*not read yet'):
+        public_examples(config(source=str(path), fields=fields))
 
 
 def test_split_of_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,21 @@ DATA: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "missing file": (GOOD, {"train": "e.jsonl"}, ["e.jsonl", "no such file"]),
     "missing held-out file": (GOOD, {"holdout": {"source": "e.jsonl"}}, ["e.jsonl", "no such file"]),
     "key not there": (GOOD, {"fields": {"input": "context"}}, ["d.jsonl:1", '"context"']),
+    "conversation": (
+        [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}],
+        {"fields": {"instruction": "messages.0.content", "output": "messages.1.content"}},
+        ["d.jsonl:1", '"messages.0.content" for instruction', "Conversations are not read yet"],
+    ),
+    "category is the answer": (
+        GOOD,
+        {"fields": {"output": "category"}, "partition": {"name": "by-field"}},
+        ["no example has a category; set data.fields.category"],
+    ),
+    "no category to hold out": (
+        GOOD,
+        {"fields": {"category": None}, "holdout": {"category": "last"}},
+        ["no example has a category; set data.fields.category"],
+    ),
     "more clients than examples": (GOOD, {"clients": 5}, ["5", "clients", "examples"]),
     "an empty client": (
         GOOD * 3,
@@ -93,6 +108,11 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "unknown field": (["method.rank=4"], ["method.rank is not a known setting"]),
     "unknown task": (["evaluation.tasks=[los]"], ["'los'", 'mean "loss"']),
     "unknown partition": (["data.partition.name=iidd"], ["'iidd'", 'mean "iid"']),
+    "no instruction": (["data.fields.instruction=null"], ["data.fields: instruction is null, but every"]),
+    "no output": (
+        ["data.public={source: bundled, fields: {output: null}}"],
+        ["data.public.fields: output is null, but every", "name the key that holds it"],
+    ),
     "unknown override": (["methd.lr=1"], ["methd", 'mean "method"']),
     "no override": (["lr"], ["'lr' is not an override"]),
     "foreign LoRA target": (["method.lora.targets=[k_prj]"], ["k_prj", "self_attn.k_proj"]),

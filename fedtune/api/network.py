@@ -91,7 +91,7 @@ def take_part(
     *,
     keys: str | Path,
     data: str | Path,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, str | None] | None = None,
     model: str | None = None,
     device: str = "auto",
     accept: str | Path | None = None,
@@ -103,7 +103,7 @@ def take_part(
         server: HOST:PORT of the server, or of the proxy in front of it.
         keys: The folder that `make_keys` made for this client.
         data: This client's examples, a .jsonl file; never leaves this machine.
-        fields: Our field names to the file's, as `data.fields`.
+        fields: Our field names to the file's, as `data.fields`; None: no example has that one.
         model: Where the base model is here; None: where the server's configuration says.
         device: auto, cpu or cuda.
         accept: YAML file of what this machine's operator accepts.

@@ -20,7 +20,10 @@ def client(
     ],
     field: Annotated[
         list[str] | None,
-        typer.Option(metavar="OURS=THEIRS", help="A field of the file that has another name."),
+        typer.Option(
+            metavar="OURS=THEIRS",
+            help="A field of the file that has another name; input= for none.",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the base model is here, if not where the server's settings say.")
@@ -40,12 +43,12 @@ def client(
 
     Example: fedtune client --server fed.example.org:443 --keys north --data /srv/north.jsonl
     """
-    named = {}
+    named: dict[str, str | None] = {}
     for pair in field or []:
         ours, equals, theirs = pair.partition("=")
-        if not equals or not ours or not theirs:
+        if not equals or not ours:
             raise InputError(f"--field {pair!r}: write OURS=THEIRS, as in instruction=question")
-        named[ours] = theirs
+        named[ours] = theirs or None
     fedtune.take_part(
         server,
         keys=keys,

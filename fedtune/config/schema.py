@@ -6,9 +6,17 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 
 from fedtune.core.settings import Settings
+from fedtune.data.sources import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
 from fedtune.evaluation.sandbox import CodeSettings
@@ -120,7 +128,17 @@ class Holdout(Settings):
         return self
 
 
-Fields = dict[Literal["instruction", "input", "output", "category"], str]
+FieldMap = dict[Literal["instruction", "input", "output", "category"], str | None]
+
+
+def _needed(fields: FieldMap) -> FieldMap:
+    for ours, theirs in fields.items():
+        if theirs is None and ours in ("instruction", "output"):
+            raise ValueError(no_null(ours))
+    return fields
+
+
+Fields = Annotated[FieldMap, AfterValidator(_needed)]
 
 
 class Public(Settings):

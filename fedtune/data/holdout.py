@@ -42,6 +42,11 @@ def split_holdout(
 
 def _in_category(examples: Sequence[Example], category: str) -> set[int]:
     known = sorted({example.category for example in examples})
+    if known == [""]:
+        raise InputError(
+            "data.holdout.category: no example has a category; set data.fields.category to the key that "
+            "holds it, or hold out a fraction."
+        )
     wanted = known[-1] if category == "last" and category not in known and known else category
     if wanted not in known:
         listed = ", ".join(f'"{name}"' for name in known[:20]) + (", …" if len(known) > 20 else "")

@@ -25,7 +25,7 @@ class ObjectData:
     clients: Mapping[str, int]
 
     @staticmethod
-    def read(data: Any, fields: Mapping[str, str]) -> ObjectData:
+    def read(data: Any, fields: Mapping[str, str | None]) -> ObjectData:
         """Examples from rows: `{"instruction": ..., "output": ...}`, with `input` and `category` if wanted.
 
         Args:

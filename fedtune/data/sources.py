@@ -23,10 +23,16 @@ from fedtune.errors import InputError, nearest
 FIELDS = ("instruction", "input", "output", "category")
 _OPTIONAL = ("input", "category")
 _FILE_SUFFIXES = (".jsonl", ".json")
+_TURN_KEYS = (("role", "content"), ("from", "value"))
+_NO_TURNS = (
+    "Conversations are not read yet: at one position stands a question in one row and a system prompt in "
+    "another. Give the question and the answer keys of their own, and name these in data.fields as "
+    "instruction and output."
+)
 
 
 def load_examples(
-    source: str, *, fields: Mapping[str, str], split: str = "train", base: Path = Path(".")
+    source: str, *, fields: Mapping[str, str | None], split: str = "train", base: Path = Path(".")
 ) -> list[Example]:
     """Loads a data set.
 
@@ -35,7 +41,8 @@ def load_examples(
             one object a line); a folder of Natural Instructions task files, one .json a task; or the name of
             a Hugging Face data set, "owner/name" or "owner/name:configuration".
         fields: Our field names to the source's keys; a field that is not named keeps its own name. Dots lead
-            into nested objects and, by number, into lists ("answers.text.0").
+            into nested objects and, by number, into lists ("answers.text.0"). None for `input` or `category`:
+            no example has one, whatever keys there are.
         split: Which part of a Hugging Face data set or of the bundled one. A file has one part only. Of a
             task folder: a text file with a task's name a line, or "train" for all tasks; with a percentage
             behind it ("test_tasks.txt[2%]") a random part of each task's instances, the same for every seed.
@@ -43,11 +50,13 @@ def load_examples(
 
     Returns:
         The examples in the source's order. Numbers become text as JSON writes them. An absent key of `input`
-        or `category` reads as "" unless `fields` names it; a null there always does. Of a task: definition
-        and input, the first output, and the task's name as category.
+        or `category` reads as "" unless `fields` names it; a null there always does. So does a key that
+        another field was given: no text stands twice in an example unless `fields` says so. Of a task:
+        definition and input, the first output, and the task's name as category.
 
     Raises:
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
+            Conversations do not fit: who speaks at a position differs from row to row.
     """
     _check_fields(fields)
     if source == "bundled":
@@ -67,7 +76,7 @@ def load_examples(
     return examples_from(_hub_rows(source, split), fields, f'data set "{source}"')
 
 
-def bundled_examples(part: str = "train", *, fields: Mapping[str, str] | None = None) -> list[Example]:
+def bundled_examples(part: str = "train", *, fields: Mapping[str, str | None] | None = None) -> list[Example]:
     """Loads the data set that comes with the package, without network.
 
     Args:
@@ -85,15 +94,28 @@ def bundled_examples(part: str = "train", *, fields: Mapping[str, str] | None = 
     return examples_from(_file_rows(file, file.name), fields or {}, file.name)
 
 
-def _check_fields(fields: Mapping[str, str]) -> None:
+def _check_fields(fields: Mapping[str, str | None]) -> None:
     for ours, theirs in fields.items():
         if ours not in FIELDS:
             raise InputError(
                 f'data.fields: unknown field "{ours}"; the fields are {", ".join(FIELDS)}.'
                 f"{nearest(ours, FIELDS)}"
             )
-        if not theirs:
-            raise InputError(f"data.fields.{ours} is empty; give the key that holds it, or leave it out.")
+        if theirs is None and ours not in _OPTIONAL:
+            raise InputError(f"data.fields: {no_null(ours)}.")
+        if theirs == "":
+            none = ", or null for none" if ours in _OPTIONAL else ""
+            raise InputError(
+                f"data.fields.{ours} is empty; give the key that holds it, or leave it out{none}."
+            )
+
+
+def no_null(field: str) -> str:
+    """What is wrong with a field that must be there and was mapped to null."""
+    return (
+        f"{field} is null, but every example needs one; name the key that holds it, or leave it out if that "
+        f'is "{field}". Only {" and ".join(_OPTIONAL)} can be null, for none'
+    )
 
 
 def _file_rows(file: Path | Traversable, name: str) -> Iterator[tuple[str, Any]]:
@@ -221,7 +243,9 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
         yield f'data set "{source}", row {number}', row
 
 
-def examples_from(rows: Iterator[tuple[str, Any]], fields: Mapping[str, str], name: str) -> list[Example]:
+def examples_from(
+    rows: Iterator[tuple[str, Any]], fields: Mapping[str, str | None], name: str
+) -> list[Example]:
     """Examples from records, each with its place.
 
     Args:
@@ -243,18 +267,24 @@ def examples_from(rows: Iterator[tuple[str, Any]], fields: Mapping[str, str], na
     return examples
 
 
-def _field(row: dict[str, Any], field: str, fields: Mapping[str, str], place: str) -> str:
+def _field(row: dict[str, Any], field: str, fields: Mapping[str, str | None], place: str) -> str:
     key = fields.get(field, field)
-    found, value = _lookup(row, key)
     optional = field in _OPTIONAL
+    if key is None or (optional and field not in fields and _claimed(row, field, fields)):
+        return ""
+    found, value, turns = _lookup(row, key)
+    if turns:
+        what = "holds" if turns == key else f'leads into "{turns}", which holds'
+        raise InputError(f'{place}: "{key}" for {field} {what} a conversation. {_NO_TURNS}')
     if not found:
         if optional and field not in fields:
             return ""
         keys = ", ".join(f'"{k}"' for k in row) or "none"
-        raise InputError(
-            f'{place}: no key "{key}" for {field}; the keys here are: {keys}. '
-            f"Set data.fields.{field} to the right one."
-        )
+        missing = f'{place}: no key "{key}" for {field}; the keys here are: {keys}.'
+        talks = [k for k, held in row.items() if _is_turns(held)]
+        if talks and not optional:
+            raise InputError(f'{missing} "{talks[0]}" holds a conversation. {_NO_TURNS}')
+        raise InputError(f"{missing} Set data.fields.{field} to the right one.")
     if value is None and optional:
         return ""  # Arrow writes null for a key that only other rows have
     if isinstance(value, str):
@@ -267,19 +297,48 @@ def _field(row: dict[str, Any], field: str, fields: Mapping[str, str], place: st
     return json.dumps(value)
 
 
-def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any]:
-    """Finds a key, or a dotted path of keys and list positions. Returns (found, value)."""
+def _claimed(row: dict[str, Any], name: str, fields: Mapping[str, str | None]) -> bool:
+    """Whether another field was given the key `name` of this row, or something inside it."""
+    return any(
+        key == name or (key not in row and key.split(".")[0] == name) for key in fields.values() if key
+    )
+
+
+def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any, str]:
+    """Finds a key, or a dotted path of keys and list positions.
+
+    Returns:
+        (found, value, turns): the last is the part of the path at which a conversation starts, and then there
+        is no value; "" where there is none.
+    """
     if key in row:
-        return True, row[key]
+        return True, row[key], key if _is_turns(row[key]) else ""
     value: Any = row
-    for part in key.split("."):
+    parts = key.split(".")
+    for number, part in enumerate(parts, start=1):
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isascii() and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
-            return False, None
-    return True, value
+            return False, None, ""
+        if _is_turns(value):
+            return True, None, ".".join(parts[:number])
+    return True, value, ""
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether a value is a conversation: a list of objects that say who speaks and what.
+
+    The `datasets` library gives some such lists as one object of lists, a list of all speakers and one of all
+    texts; these are conversations too.
+    """
+    if isinstance(value, dict):
+        return any(all(isinstance(value.get(key), list) for key in keys) for keys in _TURN_KEYS)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return False
+    # one is enough: a turn that calls a tool may have no text
+    return any(key in turn and text in turn for turn in value for key, text in _TURN_KEYS)
 
 
 def _kind(value: Any) -> str:

@@ -41,7 +41,7 @@ class ClientSetup:
         server: host:port of the server, or of the proxy in front of it.
         keys: The folder that `fedtune keys` made for this client.
         data: This client's examples.
-        fields: Our field names to the file's.
+        fields: Our field names to the file's; None: no example has that one.
         model: Where the base model is on this machine; None: where the configuration says.
         device: auto, cpu or cuda.
         accept: The operator's limits; None: no limits.
@@ -51,7 +51,7 @@ class ClientSetup:
     server: str
     keys: Path
     data: Path
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | None]
     model: str | None
     device: str
     accept: Path | None

@@ -37,7 +37,7 @@ from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
 
 
-def local_examples(data: Path, fields: Mapping[str, str]) -> list[Example]:
+def local_examples(data: Path, fields: Mapping[str, str | None]) -> list[Example]:
     """The examples of a client's own file.
 
     Args:
@@ -56,7 +56,7 @@ def join(
     invitation: Mapping[str, Field],
     *,
     data: Path,
-    fields: Mapping[str, str],
+    fields: Mapping[str, str | None],
     model: str | None,
     device: str,
     acceptance: Acceptance,

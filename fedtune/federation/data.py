@@ -223,7 +223,7 @@ def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
     return left, own
 
 
-def _fields(config: RunConfig) -> dict[str, str]:
+def _fields(config: RunConfig) -> dict[str, str | None]:
     return {str(ours): theirs for ours, theirs in config.data.fields.items()}
 
 
