@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,6 +247,23 @@ def test_no_more_of_a_matrix_exists_than_a_chunk_a_thread(threads: int) -> None:
     with torch.no_grad(), JustInTimeWeights({"w": layer.weight}, form):
         layer(torch.ones(2, 8))
     assert len(sizes) >= 80 * 8 * 4 // 256 and max(sizes) <= 256
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("asked", [None, 1, 3])
+def test_as_many_threads_as_asked_for(
+    asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, teams = nn.Linear(8, 80), []
+
+    def alone(work: Callable[[], None], threads: int) -> None:
+        teams.append(threads)
+        work()
+
+    monkeypatch.setattr(just_in_time, "team", alone)
+    with torch.no_grad(), JustInTimeWeights(dict(layer.named_parameters()), shifted, threads=asked):
+        layer(torch.ones(2, 8))
+    assert teams == [asked or threads] * 2  # the bias and the matrix
 
 
 @pytest.mark.usefixtures("small_pieces")

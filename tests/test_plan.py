@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +102,8 @@ def document(tmp_path: Path, method: dict[str, Any], **more: Any) -> dict[str, A
     return {"model": {"name": str(tiny(tmp_path))}, "method": method, **more}
 
 
-def tiny(tmp_path: Path) -> Path:
-    """A config.json and nothing else: two blocks of width 8, untied, 10 tokens."""
+def tiny(tmp_path: Path, **other: int) -> Path:
+    """A config.json and nothing else: two blocks of width 8, untied, 10 tokens, unless told otherwise."""
     shape = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -111,6 +114,7 @@ def tiny(tmp_path: Path) -> Path:
         "num_key_value_heads": 2,
         "vocab_size": 10,
         "tie_word_embeddings": False,
+        **other,
     }
     folder = tmp_path / "tiny"
     folder.mkdir(exist_ok=True)
@@ -155,6 +159,49 @@ def test_what_is_sent_once_is_told_from_what_is_sent_each_round(tmp_path: Path) 
     assert first["down"] > 4 * ALL and first["up"] == later["up"] == 4 * BLOCK
     assert 4 * BLOCK < later["down"] < 2 * 4 * BLOCK + 2000  # only what has changed, a block or both
     assert payload["down"] == 2 * first["down"] + 2 * later["down"]
+
+
+def test_a_plan_does_not_depend_on_threads(tmp_path: Path) -> None:
+    # matrices so large that runs share out their forming among three threads
+    model = {"name": str(tiny(tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=3))}
+    data: dict[str, Any] = {"train": "owner/not-here", "holdout": {"fraction": 0.1}, "max_length": 16}
+    data |= {"clients": 2}
+    few = {"rounds": 2, "local_steps": 2}
+    public = {"public": {"source": "rows.jsonl"}}
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 8)
+    pruned = {"adapter_layers": 1, "emulator": "channel-pruning", "alignment": {"steps": 1}}
+    configs: list[dict[str, Any]] = [
+        {"method": {"name": "fedkseed", **few}},
+        {"method": {"name": "fedkseed-pro", **few}},
+        {"method": {"name": "infinite-pool", **few}},
+        {"method": {"name": "fedavg", "trainable": "lora", **few}},
+        {"method": {"name": "fedbiot", **few, **pruned}, "data": {**data, **public}},
+        {"method": {"name": "fedcybgd", **few}},
+    ]
+    configs = [{"data": data, **config, "model": model} for config in configs]
+    plans = {}
+    for threads in (1, 2, 3):
+        plans[threads] = subprocess.run(
+            [sys.executable, "-c", PLANS, str(threads)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            input=json.dumps(configs),
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        ).stdout
+    assert plans[1] == plans[2] == plans[3]
+    assert len(json.loads(plans[1])) == len(configs)
+
+
+PLANS = """
+import json, sys
+import torch
+from fedtune.config.file import parse_config
+from fedtune.planning.plan import plan
+torch.set_num_threads(int(sys.argv[1]))  # of itself PyTorch takes no more than there are cores
+print(json.dumps([plan(parse_config(config, "test")).document for config in json.load(sys.stdin)]))
+"""
 
 
 def test_unknown_steps_stay_unknown(tmp_path: Path) -> None:

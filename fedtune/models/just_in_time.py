@@ -50,11 +50,14 @@ class JustInTimeWeights(TorchFunctionMode):
         form: Gets a parameter's name, a flat piece of its own values, which it must not change, a tensor of
             the same size, dtype and device to write to, and the index in the flattened parameter where both
             begin. Several threads call it at once; it must not share its work out further.
+        threads: How many threads share the work on a CPU; PyTorch's setting by default.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], form: Form) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], form: Form, *, threads: int | None = None
+    ) -> None:
         super().__init__()
-        self._form = form
+        self._form, self._threads = form, threads
         self._parameters = dict(parameters)  # kept: an id stands for one object only while that lives
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
 
@@ -91,7 +94,7 @@ class JustInTimeWeights(TorchFunctionMode):
         own = parameter.detach()
         formed = torch.empty_like(own)
         name, source, out = self._names[id(parameter)], own.view(-1), formed.view(-1)
-        threads, pieces = _shares(own, own.numel())
+        threads, pieces = _shares(own, own.numel(), self._threads)
         todo = iter(pieces)
 
         def work() -> None:
@@ -108,7 +111,7 @@ class JustInTimeWeights(TorchFunctionMode):
         rows_of_x, source = x.reshape(-1, inputs), own.view(-1)
         added = self._effective(bias)
         result = x.new_empty(rows_of_x.shape[0], outputs)
-        threads, chunks = _shares(own, outputs)
+        threads, chunks = _shares(own, outputs, self._threads)
         room = chunks[0][1] * inputs
         buffers, todo = [own.new_empty(room) for _ in range(threads)], iter(chunks)
 
@@ -148,9 +151,10 @@ class JustInTimeWeights(TorchFunctionMode):
         return functional.embedding(position, rows)
 
 
-def _shares(own: Tensor, units: int) -> tuple[int, list[tuple[int, int]]]:
+def _shares(own: Tensor, units: int, most: int | None) -> tuple[int, list[tuple[int, int]]]:
     """How many threads work on a parameter, and the ranges of `units` that they take: as many for each."""
-    threads = max(1, min(torch.get_num_threads(), own.nbytes // SHARE)) if own.device.type == "cpu" else 1
+    most = torch.get_num_threads() if most is None else most
+    threads = max(1, min(most, own.nbytes // SHARE)) if own.device.type == "cpu" else 1
     chunks = -(-own.nbytes // CHUNK[own.device.type])
     chunks = min(-(-chunks // threads) * threads, units)
     size = -(-units // max(chunks, 1))

@@ -250,7 +250,8 @@ def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tup
             model(**batch)
         with meter.whole([model]):
             if formed:
-                with JustInTimeWeights(parameters, _unwritten):
+                # PyTorch's fake tensors are for one thread: each operation marks the mode they share as busy
+                with JustInTimeWeights(parameters, _unwritten, threads=1):
                     float(cast(Any, model(**batch)).loss)
             else:
                 float(cast(Any, model(**batch)).loss)
