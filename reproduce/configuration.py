@@ -27,7 +27,8 @@ from common import Entry, main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedtune.config.schema import PARTITIONS, RunConfig
+from fedtune.config.partitions import PARTITIONS
+from fedtune.config.schema import RunConfig
 from fedtune.core.settings import Settings
 from fedtune.methods import registry
 

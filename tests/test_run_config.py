@@ -17,7 +17,8 @@ from model_families import save_folder
 from pydantic import BaseModel
 
 from fedtune.config.file import load_config, parse_config, settings_blocks
-from fedtune.config.schema import PARTITIONS, Public, RunConfig, Transport
+from fedtune.config.partitions import PARTITIONS
+from fedtune.config.schema import Public, RunConfig, Transport
 from fedtune.errors import FedtuneError
 from fedtune.evaluation import types as evaluation
 from fedtune.evaluation.sandbox import CodeSettings

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.settings import Settings
 from fedtune.data.sources import no_null
 from fedtune.data.templates import TEMPLATES
@@ -38,75 +39,6 @@ class ModelSettings(Settings):
 
 CLIENTS = "clients"  # as `data.train`: every client has a file of its own
 OBJECTS = "objects"  # as `data.train`: examples are given to `fedtune.run` as Python objects
-By = Literal["category", "output"]
-
-
-class Iid(Settings):
-    """Examples shuffled and dealt out evenly."""
-
-    name: Literal["iid"] = "iid"
-
-
-class Dirichlet(Settings):
-    """Each label's examples split by a Dirichlet(alpha) draw, redrawn until everyone has `minimum`."""
-
-    name: Literal["dirichlet"] = "dirichlet"
-    alpha: float = Field(0.5, gt=0)
-    minimum: int = Field(10, ge=1)
-    by: By = "category"
-
-
-class ByField(Settings):
-    """One value of a field a client."""
-
-    name: Literal["by-field"] = "by-field"
-    by: By = "category"
-
-
-class Shards(Settings):
-    """Examples sorted by label, cut into shards, a few shards a client."""
-
-    name: Literal["shards"] = "shards"
-    shards_per_client: int = Field(2, ge=1)
-    by: By = "category"
-
-
-class Quantity(Settings):
-    """Unequal sizes: a Dirichlet(alpha) draw over the clients, or given fractions."""
-
-    name: Literal["quantity"] = "quantity"
-    alpha: float | None = Field(None, gt=0)
-    fractions: list[float] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("alpha") is None and values.get("fractions") is None:
-            return {**values, "alpha": 1.0}
-        return values
-
-    @model_validator(mode="after")
-    def _not_both(self) -> Self:
-        if self.alpha is not None and self.fractions is not None:
-            raise ValueError("alpha and fractions are both set; keep the one that is meant")
-        return self
-
-
-class Given(Settings):
-    """Python objects that come client by client: each keeps what it was given."""
-
-    name: Literal["given"] = "given"
-
-
-class FromFile(Settings):
-    """The indices that a JSON file lists for each client: an object by client names, or a list of lists."""
-
-    name: Literal["file"] = "file"
-    path: str  # the file; indices into the training examples, without held-out ones, as in partition.json
-    rest: Literal["refuse", "leave-out"] = "refuse"  # examples that the file gives to nobody
-
-
-PARTITIONS: tuple[type[Settings], ...] = (Iid, Dirichlet, ByField, Shards, Quantity, FromFile, Given)
 
 
 class Holdout(Settings):

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config.schema import CLIENTS, OBJECTS, Given, RunConfig
+from fedtune.config.partitions import Given
+from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.encode import Encoded, encode_causal, encode_classification

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.config.schema import FromFile, RunConfig
+from fedtune.config.partitions import FromFile
+from fedtune.config.schema import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
