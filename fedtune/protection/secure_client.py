@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
-from fedtune.protection.cohort_share import LOSS_UNIT, CohortShare, flatten
 from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy
+from fedtune.protection.share import LOSS_UNIT, CohortShare, flatten
 
 SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
 BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}

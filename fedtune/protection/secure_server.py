@@ -33,9 +33,9 @@ from torch import Tensor
 from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum
 from fedtune.core.types import SECURE, Order, Payload, Reply, Scalar, TensorSpec
 from fedtune.protection import masking
-from fedtune.protection.cohort_share import CohortShare, Shapes
 from fedtune.protection.masking import HASH, KEY, SECRET
 from fedtune.protection.secure_client import ONE_ITSELF, PAIRWISE, SEALED, commitment
+from fedtune.protection.share import CohortShare, Shapes
 
 log = logging.getLogger("fedtune")
 V = TypeVar("V")

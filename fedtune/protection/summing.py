@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.types import Order, Reply, Summed, SumMethod
-from fedtune.protection.cohort_share import LOSS_UNIT, CohortShare, flatten, length, unflatten
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy, SecureAggregation, threshold_of
+from fedtune.protection.share import LOSS_UNIT, CohortShare, flatten, length, unflatten
 
 S = TypeVar("S")
 
