@@ -74,6 +74,41 @@ def test_a_method_whose_classes_are_none(name: str, changes: dict[str, Any], mes
     assert methods.METHODS.listing() == before
 
 
+class OfItself(Settings):
+    name: Literal["of-itself"] = "of-itself"
+
+
+class Says(ZeroShot):
+    """The model as it is; its annotations name its classes."""
+
+    def __init__(self, config: OfItself, seed: int) -> None:
+        super().__init__(config, seed)  # type: ignore[arg-type]
+
+
+def test_annotations_name_the_classes_of_a_method() -> None:
+    methods.register_method("of-itself")(Says)
+    assert methods.config_class("of-itself") is OfItself and methods.state_class("of-itself") is Nothing
+    assert isinstance(methods.build(OfItself(), 0), Says)
+
+    class Bare(Whole):
+        """Annotates nothing."""
+
+        def __init__(self, config, seed) -> None:  # type: ignore[no-untyped-def]
+            pass
+
+        def init(self, model):  # type: ignore[no-untyped-def]
+            pass
+
+    with pytest.raises(
+        InputError, match=r"got None; give config=\.\.\., or annotate config in __init__ of Bare"
+    ):
+        methods.register_method("mine", state=Nothing)(Bare)
+    with pytest.raises(
+        InputError, match=r"got None; give state=\.\.\., or annotate what init of Bare returns"
+    ):
+        methods.register_method("mine", config=Mine)(Bare)
+
+
 def test_a_method_that_lacks_something() -> None:
     class Half:
         """Half a method."""

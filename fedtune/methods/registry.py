@@ -174,15 +174,21 @@ _SAID = ("config", "rounds", "arrival", "pools_data", "uses_wire", "saves_merged
 
 
 def register_method(
-    name: str, *, config: type[Settings], state: type[Any], summary: str | None = None
+    name: str,
+    *,
+    config: type[Settings] | None = None,
+    state: type[Any] | None = None,
+    summary: str | None = None,
 ) -> Callable[[M], M]:
     """Makes `method: {name: NAME}` stand for a class (see `core.types.Method` for what it needs).
 
     Args:
         name: What a configuration calls it.
         config: Its settings: derived from `core.settings.Settings`, or `methods.local_training.Training` for
-            one that trains locally, with the field `name: Literal["NAME"] = "NAME"`.
+            one that trains locally, with the field `name: Literal["NAME"] = "NAME"`. None: as the class
+            annotates `config` of its `__init__`.
         state: What its server keeps between rounds: a frozen dataclass of scalars, tensors and mappings.
+            None: as the class annotates what its `init` returns.
         summary: One line for `fedtune ls methods`; None: the docstring's first.
 
     Raises:
@@ -190,29 +196,42 @@ def register_method(
     """
 
     def decorate(method: M) -> M:
-        if not (isinstance(config, type) and issubclass(config, Settings)):
-            raise InputError(
-                f"method {name}: config must be a class derived from fedtune.core.settings.Settings, got "
-                f"{config!r}"
-            )
-        field = config.model_fields.get("name")
-        if field is None or typing.get_args(field.annotation) != (name,) or field.default != name:
-            raise InputError(
-                f"method {name}: its settings {config.__name__} need the field "
-                f'name: Literal["{name}"] = "{name}"'
-            )
-        if not (dataclasses.is_dataclass(state) and state.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-            raise InputError(f"method {name}: state must be a frozen dataclass, got {state!r}")
         missing = [called for called in _CALLED if not callable(getattr(method, called, None))]
         if missing:
             raise InputError(
                 f"method {name}: {method.__name__} lacks {', '.join(missing)} "
                 "(fedtune.core.types.Method says what each of them does)"
             )
-        METHODS.register(name, method, Classes(method, config, state), summary)
+        settings = _annotated(method, "__init__", "config") if config is None else config
+        if not (isinstance(settings, type) and issubclass(settings, Settings)):
+            raise InputError(
+                f"method {name}: config must be a class derived from fedtune.core.settings.Settings, got "
+                f"{settings!r}; give config=..., or annotate config in __init__ of {method.__name__}"
+            )
+        field = settings.model_fields.get("name")
+        if field is None or typing.get_args(field.annotation) != (name,) or field.default != name:
+            raise InputError(
+                f"method {name}: its settings {settings.__name__} need the field "
+                f'name: Literal["{name}"] = "{name}"'
+            )
+        kept = _annotated(method, "init", "return") if state is None else state
+        if not (dataclasses.is_dataclass(kept) and kept.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise InputError(
+                f"method {name}: state must be a frozen dataclass, got {kept!r}; give state=..., or annotate "
+                f"what init of {method.__name__} returns"
+            )
+        METHODS.register(name, method, Classes(method, settings, typing.cast(type[Any], kept)), summary)
         return method
 
     return decorate
+
+
+def _annotated(method: type[Any], function: str, parameter: str) -> Any:
+    """What a function of a class says that a parameter, or its result, is; None where that says nothing."""
+    try:
+        return typing.get_type_hints(getattr(method, function)).get(parameter)
+    except NameError:  # a name of the function that the class is written in
+        return None
 
 
 def config_class(name: str) -> type[Settings]:

@@ -36,7 +36,7 @@ class State:
     weights: dict[str, Tensor]
 
 
-@fedtune.register_method("clip-mean", config=Config, state=State)
+@fedtune.register_method("clip-mean")
 class ClipMean:
     """The mean of updates that are clipped by norm: no client moves the model far in a round."""
 
