@@ -180,7 +180,6 @@ def test_a_run_of_python_objects_has_no_text_twice(tmp_path: Path) -> None:
         "evaluation": {"bootstrap": 0},
     }
     config, objects = with_objects(fedtune.load(document), rows)
-    assert objects is not None
     assert objects.examples == tuple(Example(f"w{number}", "", "v", "") for number in range(8))
     run = fedtune.run(document, out=tmp_path / "run", data=rows, progress=False)
     assert run.status == "done" and run.config.data.fields == config.data.fields

@@ -156,7 +156,6 @@ def test_a_model_that_was_evaluated_can_still_be_trained() -> None:
     generate(model, tokenizer(), [[3] * 60], max_new_tokens=20, batch_size=1)
     ids = torch.tensor([[3, 4, 5]])
     model(input_ids=ids, labels=ids).loss.backward()
-    assert model.lm_head.weight.grad is not None
     assert float(model.lm_head.weight.grad.abs().sum()) > 0
 
 
