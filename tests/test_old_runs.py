@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import fedtune
@@ -51,3 +52,22 @@ def test_a_run_of_version_0_1_0_before_the_move_is_resumed(tmp_path: Path, name:
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == expected["sha256"]
     else:
         pytest.skip(f"bits are those of another processor or PyTorch, here {here}; all else held")
+
+
+def test_a_checkpoint_outlives_a_setting_that_a_later_version_adds(tmp_path: Path) -> None:
+    """It names the configuration as it was written when the run began, not as this version fills it in."""
+    path = tmp_path / "run"
+    shutil.copytree(DATA / "run-0.1.0-lora", path, ignore=shutil.ignore_patterns("expected*"))
+    document = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    assert document["evaluation"].pop("top_p") == 1.0  # as of a version that does not know this setting
+    (path / "config.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    about = json.loads((path / "checkpoints/round-0001/checkpoint.json").read_text(encoding="utf-8"))
+    about["config_sha256"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    (path / "checkpoints/round-0001/checkpoint.json").write_text(json.dumps(about), encoding="utf-8")
+    assert fedtune.open(path).resume(progress=False).summary["status"] == "done"
+    fedtune.open(path).replay(1, tmp_path / "earlier")
+
+    document["method"]["lr"] = 0.5  # a setting that is another one is still refused
+    (path / "config.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(fedtune.InputError, match="belongs to another configuration"):
+        fedtune.open(path).replay(1, tmp_path / "other")

@@ -328,4 +328,9 @@ class RunConfig(Settings):
 
     def sha256(self) -> str:
         """Identifies the resolved configuration."""
-        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+        return document_sha256(self.resolved())
+
+
+def document_sha256(document: dict[str, Any]) -> str:
+    """Identifies a configuration written out in full, as `RunConfig.resolved` gives it."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

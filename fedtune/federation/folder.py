@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.file import dump_config, load_config
-from fedtune.config.schema import RunConfig
+from fedtune.config.file import dump_config, load_config, read_yaml
+from fedtune.config.schema import RunConfig, document_sha256
 from fedtune.errors import InputError
 from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
 from fedtune.federation.plugins import require_plugins
@@ -51,6 +51,13 @@ class RunFolder:
         """The run's resolved configuration. Raises InputError if a plugin file of the run is not loaded."""
         require_plugins(self.path)
         return load_config(self.path / "config.yaml")
+
+    def config_sha256(self) -> str:
+        """Identifies the configuration as the version that began the run wrote it.
+
+        A later version may know more settings; a checkpoint of the run names this digest all the same.
+        """
+        return document_sha256(read_yaml(self.path / "config.yaml"))
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None while the run has not ended."""

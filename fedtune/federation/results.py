@@ -138,11 +138,12 @@ def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None)
     Raises:
         InputError: The round has no checkpoint any more, `out` is taken, or the base model is another one.
     """
-    config = RunFolder.open(path).config()
+    run = RunFolder.open(path)
+    config = run.config()
     refuse_existing(out)
     folder = path / "checkpoints"
     checkpoint.require(folder, round)
-    saved = checkpoint.load(folder, round, config_sha256=config.sha256())
+    saved = checkpoint.load(folder, round, config_sha256=run.config_sha256())
     assembly = Assembly.assemble(config, Clock(), objects)
     assembly.refuse_other_inputs(path)
     model = assembly.method.client_model(lambda: assembly.loaded.model)

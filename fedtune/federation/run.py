@@ -69,12 +69,13 @@ def run(
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
     check_transport(config, deployment)
-    back_to = config.checkpoints.rollback
+    back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
         folder = _reopen(config, path)
+        identity = folder.config_sha256()
         rollback.finish(path)  # one that a kill cut short
         if back_to is not None:
-            rollback.check(path, back_to, config_sha256=config.sha256())
+            rollback.check(path, back_to, config_sha256=identity)
         elif (done := folder.summary()) and done["status"] == "done":
             return done
     else:
@@ -93,7 +94,7 @@ def run(
             if back_to is not None:
                 rollback.roll_back(path, back_to)
         told = callbacks or Callbacks()
-        federation = _Federation(config, RunFolder(path), assembly, clock, progress, told)
+        federation = _Federation(config, identity, RunFolder(path), assembly, clock, progress, told)
         federation.prepare()
         if deployment is not None:
             progress.stage("waiting for clients")
@@ -124,13 +125,14 @@ class _Federation:
     def __init__(
         self,
         config: RunConfig,
+        identity: str,
         folder: RunFolder,
         assembly: Assembly,
         clock: Clock,
         progress: Progress,
         callbacks: Callbacks,
     ) -> None:
-        self._config, self._folder, self._assembly = config, folder, assembly
+        self._config, self._identity, self._folder, self._assembly = config, identity, folder, assembly
         self._clock, self._progress, self._callbacks = clock, progress, callbacks
         assembly.runner.store = Store(folder.path / "held")
         self._ledger = Ledger(
@@ -142,7 +144,6 @@ class _Federation:
         self._rounds: list[dict[str, Any]] = []
         self._trainable = 0
         self._total_parameters = assembly.base_parameters
-        self._sha = config.sha256()
         self._model: nn.Module = assembly.loaded.model
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
@@ -157,7 +158,7 @@ class _Federation:
         method, checkpoints = self._assembly.method, self._folder.path / "checkpoints"
         saved = checkpoint.rounds(checkpoints)
         if saved:
-            self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._sha)
+            self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._identity)
         self._progress.begin(rounds=method.rounds, name=self._config.method_name)
         if self._start is None:
             self._zero_shot = self._evaluate(None)
@@ -298,7 +299,7 @@ class _Federation:
         whole = checkpoint.Checkpoint(
             round, to_payload(state), self._assembly.runner.states, self._folder.sizes(), self._seconds()
         )
-        checkpoint.save(checkpoints, whole, config_sha256=self._sha, keep=self._config.checkpoints.keep)
+        checkpoint.save(checkpoints, whole, config_sha256=self._identity, keep=self._config.checkpoints.keep)
         there = checkpoint.rounds(checkpoints)  # what none of them names, no resumed run asks for
         self._held = {r: self._held.get(r) or checkpoint.held(checkpoints, r) for r in there}
         self._assembly.runner.store.retain(set().union(*self._held.values()))
