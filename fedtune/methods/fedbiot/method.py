@@ -182,8 +182,7 @@ class FedBiOT:
             penalty=proximal if self.config.proximal else None,
         )
         update = {name: (trained.weights[name] - start[name]).cpu() for name in parameters}
-        metrics = {"train_loss": trained.train_loss, "steps": trained.steps}
-        return ClientResult(Payload(update), metrics, state=Payload(scalars={"model": key}))
+        return ClientResult(Payload(update), trained.metrics, state=Payload(scalars={"model": key}))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Averages the adapters, and aligns the emulator with the new one."""
