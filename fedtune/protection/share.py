@@ -15,7 +15,7 @@ from fedtune.protection.settings import Privacy
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-LOSS_UNIT = 2.0**-20  # what 1 stands for in the sum of the clients' training losses
+LOSS_UNIT = 2.0**-22  # what 1 stands for in the sum of the clients' training losses
 LOSS_NUMBERS = 2  # of a summand: behind the update's own numbers come those of `CohortShare.loss`
 
 
