@@ -1,7 +1,7 @@
 """A step's loss is the mean over its trained tokens: by hand, and against examples taken one at a time.
 
-The reference knows nothing of batches: it runs each example alone, without padding, and divides the sum of the
-losses of its trained tokens by their number.
+The reference knows nothing of batches: it runs each example alone, without padding, and divides the sum of
+the losses of its trained tokens by their number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedtune.data.batches import trained_labels
 from fedtune.data.encode import Encoded
 from fedtune.methods import registry
 
-FORMS = ((8, 1), (4, 2), (2, 4), (1, 8))  # batch_size x gradient_accumulation
+FORMS = ((8, 1), (2, 4), (1, 8))  # batch_size x gradient_accumulation
 ANSWERS = (1, 40, 2, 25, 3, 13, 5, 8)  # trained tokens of eight examples
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "lr_schedule": "constant"}
 MIXTRAL = transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
@@ -184,19 +184,18 @@ for _name in ("fedbiot", "fedot", "offsite-tuning"):
 def test_every_method_takes_the_same_steps_in_every_form(name: str) -> None:
     """Two clients; terms of the weights alone, clipping and filters come once a step."""
     method, family, rounds, settings = MORE[name]
-    data = {0: examples(family), 1: examples(family, (7, 1, 1, 30), 1)}
+    data = {0: examples(family, (1, 20, 3, 8)), 1: examples(family, (7, 1), 1)}
     if registry.build(registry.config_class(method).model_validate({}), 0).pools_data:
         data = {0: [*data[0], *data[1]]}
     ends = []
-    for size, together in ((8, 1), (2, 4), (1, 8)):
-        run = bench(method, family, (size, together), data, **settings)
-        ends.append((change(run, rounds), run))
-    ((wanted, whole), _), *others = ends
-    for (moved, outcome), _ in others:
-        assert apart(moved, wanted) < 2e-5
-        assert outcome.mean("train_loss") == pytest.approx(whole.mean("train_loss"), rel=1e-5)
-        assert outcome.metrics.keys() == whole.metrics.keys()
-        assert all(m["steps"] == whole.metrics[c]["steps"] for c, m in outcome.metrics.items())
+    for form in ((8, 1), (1, 8)):
+        ends.append(change(bench(method, family, form, data, **settings), rounds))
+    (wanted, whole), (moved, outcome) = ends
+    assert apart(moved, wanted) < 2e-5
+    assert outcome.mean("train_loss") == pytest.approx(whole.mean("train_loss"), rel=1e-5)
+    for client, metrics in whole.metrics.items():
+        for name in ("steps", "trained_tokens"):
+            assert outcome.metrics[client][name] == metrics[name]
 
 
 def test_the_last_step_of_an_epoch_is_the_mean_over_what_is_left() -> None:
@@ -215,19 +214,17 @@ def test_the_last_step_of_an_epoch_is_the_mean_over_what_is_left() -> None:
 def test_equal_lengths_keep_the_bits_of_a_mean_of_means() -> None:
     """Three batches of two examples with five trained tokens each; before, their losses were divided by 3."""
     data = [examples("llama", (5, 5), first)[k] for first in range(3) for k in range(2)]
-    run = bench("fedavg", "llama", (2, 3), {0: data}, trainable="full")
+    run = bench("centralized", "llama", (2, 3), {0: data}, trainable="full")
     model = quiet("llama", 3)
     order = torch.randperm(6, generator=_batches(run)).tolist()
     for at in (0, 2, 4):
         ids = torch.tensor([data[i].input_ids for i in order[at : at + 2]])
         labels = torch.tensor([data[i].labels for i in order[at : at + 2]])
         (model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss / 3).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     run.round(1)
     after = weights(run)
-    for name, p in model.named_parameters():
-        assert p.grad is not None
-        received = (p - 0.1 * p.grad) - p  # a client sends what changed
-        assert torch.equal(after[name], p + received), name
+    assert all(torch.equal(after[name], p) for name, p in model.named_parameters())
 
 
 def _batches(run: Bench) -> torch.Generator:
@@ -240,7 +237,7 @@ def _batches(run: Bench) -> torch.Generator:
 
 
 class TwoWords(nn.Module):
-    """Logits (w, 0) at every position, and the usual loss; with a table of what to add for each first token."""
+    """Logits (w, 0) at every position, and the usual loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,8 +278,8 @@ def test_a_penalty_and_clipping_come_once_a_step_by_hand() -> None:
     # first step: slope 1/2, cut to 1/4: w = ln 3 - 1/4, which gives the first word with probability p
     p = 1 / (1 + math.exp(-(math.log(3) - 0.25)))
     slope = (4 * p - 1) / 4 + 0.5 * -0.25  # second: (-(1 - p) + 3 p) / 4 and the pull μ (w - w(t))
-    assert slope > 0.25
-    assert run.state.weights["w"].item() == pytest.approx(math.log(3) - 0.5, abs=1e-6)
+    assert slope > 0.25  # cut again; torch divides by the norm and a millionth
+    assert run.state.weights["w"].item() == pytest.approx(math.log(3) - 0.5, abs=1e-5)
     run = by_hand("fedavg", {0: [SHORT, LONG]}, **settings, max_grad_norm=9.0)
     run.round(1)
     p = 1 / (1 + math.exp(-(math.log(3) - 0.5)))
@@ -415,8 +412,6 @@ def test_a_routers_balance_counts_once_a_step_as_the_mean_over_the_batches_token
             total = total + (tokens + count * 0.7 * balance) / sum(ANSWERS)
         total.backward()
         moved, outcome = change(run)
-        wanted = {
-            n: torch.zeros_like(p) if p.grad is None else -0.1 * p.grad for n, p in model.named_parameters()
-        }
+        wanted = {n: -0.1 * p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert apart(moved, wanted) < 2e-5
         assert outcome.mean("train_loss") == pytest.approx(total.item(), rel=1e-6)

@@ -47,7 +47,7 @@ class RoundOutcome:
         """A metric's mean over the clients that replied; None if none has it.
 
         Weighted by their examples; `train_loss` by their trained tokens, where all who report it count them
-        (a method of one's own, or a reply kept since before version 0.2, may not).
+        (a method of one's own may not, nor replies that an earlier version kept).
         """
         if metric in self.totals:
             return self.totals[metric]
