@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from toy import Bench
 
 from fedtune.core.cohort import RoundOutcome
-from fedtune.data.batches import trained_labels
+from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encode import Encoded
 from fedtune.methods import registry
+from fedtune.methods.step_loss import StepBatches, add_gradient
+from fedtune.models.tuning import trainable
 
 FORMS = ((8, 1), (2, 4), (1, 8))  # batch_size x gradient_accumulation
 ANSWERS = (1, 40, 2, 25, 3, 13, 5, 8)  # trained tokens of eight examples
@@ -228,8 +231,6 @@ def test_equal_lengths_keep_the_bits_of_a_mean_of_means() -> None:
 
 
 def _batches(run: Bench) -> torch.Generator:
-    from fedtune.core.seeds import derive_seed, torch_generator
-
     return torch_generator(derive_seed(0, "client", 0, 1), "batches")
 
 
@@ -415,3 +416,24 @@ def test_a_routers_balance_counts_once_a_step_as_the_mean_over_the_batches_token
         wanted = {n: -0.1 * p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert apart(moved, wanted) < 2e-5
         assert outcome.mean("train_loss") == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("name", TRAINABLES)
+def test_the_gradient_itself_is_the_same_to_a_millionth(family: str, name: str) -> None:
+    """In float64, but for the loss, which transformers takes in float32."""
+    settings = {"trainable": name, **TRAINABLES[name]}
+    config = registry.config_class("fedavg").model_validate(settings)
+    model = registry.build(config, 0).client_model(lambda: quiet(family)).double().train()
+    parameters, items = trainable(model), examples(family)
+    total, count = one_at_a_time(model, items)
+    wanted = torch.autograd.grad(total / count, list(parameters.values()))
+    for size in (8, 3, 1):
+        for parameter in parameters.values():
+            parameter.grad = None
+        batches = [collate(items[at : at + size], 0) for at in range(0, 8, size)]
+        loss = add_gradient(model, StepBatches.of(model, batches), torch.device("cpu"))
+        assert loss.tokens == count and loss.value == pytest.approx(total.item() / count, rel=1e-6)
+        found = [p.grad for p in parameters.values() if p.grad is not None]
+        apart_by = sum(float((g - w).square().sum()) for g, w in zip(found, wanted, strict=True))
+        assert math.sqrt(apart_by) < 1e-6 * math.sqrt(sum(float(w.square().sum()) for w in wanted))

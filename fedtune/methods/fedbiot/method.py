@@ -81,9 +81,10 @@ class FedBiOT:
         """Public examples, wherever the emulator is to be aligned on them."""
         alignment = self.config.alignment
         needed = self.config.layer_dropout > 0 and (alignment.steps_before or alignment.steps)
-        if needed and not server.public:
+        if needed and not any(example.trained for example in server.public):
+            none = "none of it has an answer" if server.public else "there is none"
             raise InputError(
-                f"{self.config.name} aligns its emulator on public data and there is none; set data.public."
+                f"{self.config.name} aligns its emulator on public data and {none}; set data.public."
                 "source, or method.alignment.steps_before=0 and method.alignment.steps=0"
             )
         if not needed:
