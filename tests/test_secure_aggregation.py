@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def test_the_final_bits_are_those_without_masks(name: str, bits: int) -> None:
         assert mine.left_out == theirs.left_out
         assert theirs.mean("train_loss") == pytest.approx(mine.mean("train_loss"), abs=1e-6)
         assert set(map(str, theirs.metrics.values())) == {"{}"}  # nothing of a single client
+
+
+def test_the_loss_under_masks_is_the_mean_over_trained_tokens() -> None:
+    """Losses 1, 2, 3 and 5 over 1, 7, 0 and 12 tokens; a client without one has no loss."""
+    bench, _ = federation(SECURE)
+    step, tokens = bench.method.client_step, (1, 7, 0, 12)
+
+    def counted(job: Any, env: Any) -> Any:
+        metrics = {"trained_tokens": tokens[env.client]}
+        if tokens[env.client]:
+            metrics["train_loss"] = (1.0, 2.0, 3.0, 5.0)[env.client]
+        return replace(step(job, env), metrics=metrics)
+
+    bench.method.client_step = counted
+    assert bench.round(1).mean("train_loss") == pytest.approx((1 + 2 * 7 + 5 * 12) / 20, abs=1e-6)
+    tokens = (0, 0, 0, 0)
+    assert bench.round(2).mean("train_loss") is None
 
 
 @pytest.mark.parametrize("phase", ["keys", "shares", "opened", "masked", "unmask"])

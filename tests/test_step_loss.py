@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from model_families import COMMON, FAMILIES, GROUPED, build
 from torch import Tensor, nn
 from toy import Bench
 
+import fedtune
 from fedtune.core.cohort import RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, trained_labels
@@ -437,3 +439,23 @@ def test_the_gradient_itself_is_the_same_to_a_millionth(family: str, name: str) 
         found = [p.grad for p in parameters.values() if p.grad is not None]
         apart_by = sum(float((g - w).square().sum()) for g, w in zip(found, wanted, strict=True))
         assert math.sqrt(apart_by) < 1e-6 * math.sqrt(sum(float(w.square().sum()) for w in wanted))
+
+
+def test_a_run_is_the_same_however_its_steps_are_cut(tmp_path: Path) -> None:
+    """From rows to summary: answers of one to six words, in steps of one batch of six or of six batches."""
+    rows = [{"instruction": f"Count to {n}.", "output": " ".join("123456"[:n])} for n in range(1, 7)]
+    config: dict[str, Any] = {"data": {"clients": 1, "template": "plain", "max_length": 64}}
+    config["evaluation"] = {"tasks": ["loss"], "bootstrap": 0, "max_examples": 8}
+    config["data"]["holdout"] = {"source": "bundled"}
+    ends = []
+    for size, together in ((6, 1), (1, 6)):
+        settings = {**SGD, "rounds": 2, "batch_size": size, "gradient_accumulation": together}
+        config["method"] = {"name": "fedavg", "trainable": "full", **settings}
+        ends.append(fedtune.run(config, data=rows, out=tmp_path / f"{size}", progress=False))
+    whole, cut = (
+        [(e["train_loss"], e["eval"]["loss"]["loss"]) for e in run.rounds if e["clients"]] for run in ends
+    )
+    assert len(whole) == 2 and whole[0] != whole[1]
+    for one, other in zip(whole, cut, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    assert ends[0].summary["train_loss"] == whole[1][0]
