@@ -29,7 +29,7 @@ from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
-from fedtune.methods import local_training
+from fedtune.methods import step_loss
 from fedtune.methods.fedcybgd import client as block_client
 from fedtune.methods.fedcybgd import training as block_training
 from fedtune.methods.fedkseed import infinite_pool
@@ -229,7 +229,7 @@ def counted(found: dict[str, float]) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(ClientRunner, "handle", counting))
         patches.enter_context(patch.object(block_client, "train_blocks", turn))
-        for module in (local_training, block_training, fedkseed, infinite_pool):
+        for module in (step_loss, fedkseed, infinite_pool):
             patches.enter_context(patch.object(module, "collate", noting))
         yield
 

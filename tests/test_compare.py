@@ -66,6 +66,8 @@ def test_rows_are_the_summaries_of_the_runs(compared: Path, document: dict[str, 
         if label != "zero-shot":
             summary = json.loads((compared / f"out/{label}-seed{seed}/summary.json").read_text())
             assert row == {"config": label, **summary}
+            rounds = (compared / f"out/{label}-seed{seed}/rounds.jsonl").read_text().splitlines()
+            assert summary["train_loss"] == json.loads(rounds[-1])["train_loss"] > 0
     assert rows["three", 0]["evaluation"] != rows["three", 1]["evaluation"]
     assert [rows[label, 0]["method"] for label in ROWS] == ["fedavg", "fedavg", *ROWS[2:]]
 
@@ -78,6 +80,7 @@ def test_reference_rows_send_nothing_and_stand_on_the_same_model_and_data(docume
             assert rows[label, seed]["zero_shot"] == rows["three", seed]["zero_shot"]
         assert rows["zero-shot", seed]["evaluation"] == rows["three", seed]["zero_shot"]
         assert rows["zero-shot", seed]["trainable_parameters"] == 0
+        assert rows["zero-shot", seed]["train_loss"] is None
         assert rows["centralized", seed]["clients"] == 1
         assert rows["standalone", seed]["clients"] == 2
         m, size = 2, 4 * rows["three", seed]["trainable_parameters"]

@@ -154,10 +154,15 @@ def _with_meta(arrival: Arrival, **meta: Any) -> Arrival:
             [0, 1, 3],
             "train_loss",
         ),
+        (
+            lambda a: [_with_meta(a, trained_tokens=-3)] if a.client == 2 else [a],
+            [0, 1, 3],
+            "trained_tokens is -3; it must be in 0..9,007,199,254,740,992",
+        ),
         (lambda a: [a, a], [0, 1, 2, 3], None),
         (lambda a: [a, Arrival(99, a.frame)], [0, 1, 2, 3], None),
     ],
-    ids=["other client", "other round", "cut", "metric", "twice", "not asked"],
+    ids=["other client", "other round", "cut", "metric", "fewer than no tokens", "twice", "not asked"],
 )
 def test_replies_of_others_are_not_believed(
     change: Callable[[Arrival], list[Arrival]], clients: list[int], reason: str | None

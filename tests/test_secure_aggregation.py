@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def test_the_final_bits_are_those_without_masks(name: str, bits: int) -> None:
         assert mine.left_out == theirs.left_out
         assert theirs.mean("train_loss") == pytest.approx(mine.mean("train_loss"), abs=1e-6)
         assert set(map(str, theirs.metrics.values())) == {"{}"}  # nothing of a single client
+
+
+def test_the_loss_under_masks_is_the_mean_over_trained_tokens() -> None:
+    """Losses 1, 2, 3 and 5 over 1, 7, 0 and 12 tokens; a client without one has no loss."""
+    bench, _ = federation(SECURE)
+    step, tokens = bench.method.client_step, (1, 7, 0, 12)
+
+    def counted(job: Any, env: Any) -> Any:
+        metrics = {"trained_tokens": tokens[env.client]}
+        if tokens[env.client]:
+            metrics["train_loss"] = (1.0, 2.0, 3.0, 5.0)[env.client]
+        return replace(step(job, env), metrics=metrics)
+
+    bench.method.client_step = counted
+    assert bench.round(1).mean("train_loss") == pytest.approx((1 + 2 * 7 + 5 * 12) / 20, abs=1e-6)
+    tokens = (0, 0, 0, 0)
+    assert bench.round(2).mean("train_loss") is None
 
 
 @pytest.mark.parametrize("phase", ["keys", "shares", "opened", "masked", "unmask"])
@@ -124,7 +142,7 @@ def test_a_number_too_large_for_the_bits_is_the_clients_error(bits: int) -> None
 # What the server sees
 
 
-VIEWS, NUMBERS, CHANCE = 30, 4 * 91 * 11 + 2, 1e-8
+VIEWS, NUMBERS, CHANCE = 30, 4 * 91 * 11 + 3, 1e-8
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +171,7 @@ def chance_of_numbers(numbers: Any) -> float:
 
 def test_what_the_server_sees_of_an_update_is_noise(views: Any) -> None:
     """Keys come from the operating system: by chance alone a test fails once in 10⁸."""
-    assert views.shape == (VIEWS, 3, NUMBERS)  # the parameters and the loss
+    assert views.shape == (VIEWS, 3, NUMBERS)  # the parameters, the loss and its tokens
     one = views[:, 1]
     assert chance_of_bytes(one) > CHANCE
     assert chance_of_numbers(one) > CHANCE
@@ -209,7 +227,7 @@ def test_the_ledger_has_what_it_costs_under_its_own_kind(bits: int) -> None:
     plain.round(1)
     bench, _ = federation(SecureAggregation(bits=bits))
     bench.round(1)
-    n, numbers = 4, 79
+    n, numbers = 4, 78 + 2  # the loss and its tokens go with the update
     shapes = len('{"w": [1], "more": [7, 11]}')
     down = 2 * 32 * n + 8 * n + 8  # public keys, whose they are, the threshold
     down += 60 * n + 64 * n + 8 * n + 24 + 8 + shapes  # sealed shares, commitments, share, noise shares

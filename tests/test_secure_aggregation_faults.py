@@ -28,7 +28,7 @@ def changed(phase: str, client: int, **new: Any) -> Any:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "a vector too short": (changed("masked", 2, masked=lambda t: t[:-1]), r"shape \(79, 8\) was asked"),
+    "a vector too short": (changed("masked", 2, masked=lambda t: t[:-1]), r"shape \(80, 8\) was asked"),
     "a vector of floats": (changed("masked", 2, masked=lambda t: t.float()), "float32"),
     "a key of zeros": (changed("keys", 2, keys=lambda t: t * 0), "a key that came twice"),
     "a key that fixes the secret": (

@@ -62,7 +62,8 @@ class Plain:
         return [[collate([items[i] for i in part], 0) for part in group] for group in groups]
 
     def gradient(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        loss = torch.stack([self.model(**b).loss for b in batches]).mean()
+        counts = [int((b["labels"][:, 1:] != -100).sum()) for b in batches]
+        loss = sum(n * self.model(**b).loss for n, b in zip(counts, batches, strict=True)) / sum(counts)
         grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         pairs = zip(self.parameters.values(), grads, strict=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])

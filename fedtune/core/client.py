@@ -81,12 +81,18 @@ class ClientRunner:
 
         Raises:
             FrameError: The order cannot be read.
-            ClientError: The client has no examples, or the method cannot go on (a loss that is NaN).
+            ClientError: The client has no examples or none with a token to train, or the method cannot go on
+                (a loss that is NaN).
         """
         order = decode(frame)
         round = int(order.meta["round"])
         if not self._data.get(client):
             raise ClientError("it has no examples")
+        if not any(item.trained for item in self._data[client]):
+            raise ClientError(
+                f"none of its {len(self._data[client])} examples has a token to train: no answer is left of "
+                "them; look at data.max_length and at the answers in its data"
+            )
         phase = str(order.meta.get("phase", ""))
         if bool(phase) != (self._protection is not None):
             raise ClientError(

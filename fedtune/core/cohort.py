@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from fedtune.core.seeds import numpy_generator
 from fedtune.errors import FederationError
 
+TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
+
 
 class QuorumError(FederationError):
     """A round had fewer usable replies than its quorum."""
@@ -42,12 +44,19 @@ class RoundOutcome:
     totals: dict[str, float] = field(default_factory=dict)  # means of which nothing but the mean is known
 
     def mean(self, metric: str) -> float | None:
-        """A metric's mean over the clients that replied, weighted by their examples; None if none has it."""
+        """A metric's mean over the clients that replied; None if none has it.
+
+        Weighted by their examples; `train_loss` by their trained tokens, where all who report it count them
+        (a method of one's own may not, nor replies that an earlier version kept).
+        """
         if metric in self.totals:
             return self.totals[metric]
         having = [c for c in self.clients if metric in self.metrics[c]]
-        total = sum(self.examples[c] for c in having)
-        return sum(self.metrics[c][metric] * self.examples[c] for c in having) / total if total else None
+        weights: Mapping[int, float] = self.examples
+        if metric == "train_loss" and all(TRAINED_TOKENS in self.metrics[c] for c in having):
+            weights = {c: self.metrics[c][TRAINED_TOKENS] for c in having}
+        total = sum(weights[c] for c in having)
+        return sum(self.metrics[c][metric] * weights[c] for c in having) / total if total else None
 
 
 def sample_cohort(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
+from fedtune.core.cohort import TRAINED_TOKENS, Cohort, RoundOutcome, hold_quorum
 from fedtune.core.ledger import Ledger
 from fedtune.core.types import (
     MODEL,
@@ -37,6 +37,7 @@ log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
 MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensors asked for
+MOST_TOKENS = 1 << 53  # that a client may say it trained on: a whole number, as a float holds it
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
@@ -218,6 +219,10 @@ class RoundLoop:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FrameError(f"metric {name} is {value}")
+        if not 0 <= metrics.get(TRAINED_TOKENS, 0) <= MOST_TOKENS:
+            raise FrameError(
+                f"metric {TRAINED_TOKENS} is {metrics[TRAINED_TOKENS]:g}; it must be in 0..{MOST_TOKENS:,}"
+            )
         self._enter(round, asked, "up", content.payload, arrival.frame)
         if not asked.phase:  # under masks a client reports nothing of its own
             self._ledger.memory(

@@ -140,7 +140,7 @@ class ClientResult:
     """What a client's step gives back: the reply's content, its metrics and what the client keeps."""
 
     payload: Payload
-    metrics: Mapping[str, float]  # "train_loss", "steps", ...: reported, not counted as payload
+    metrics: Mapping[str, float]  # "train_loss", "trained_tokens", "steps", ...: reported, not payload
     state: Payload | None = None
 
 
@@ -265,7 +265,7 @@ class SumMethod(Protocol[S]):
     """A method whose server needs a weighted sum and nothing else of what clients send.
 
     With it the round can be summed under masks (secure aggregation) or with noise (privacy). Its clients
-    report the metric `train_loss`.
+    report the metrics `train_loss` and `trained_tokens`.
     """
 
     unit: float

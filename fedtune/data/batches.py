@@ -38,6 +38,20 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     }
 
 
+def trained_labels(labels: Tensor, *, first: bool = False) -> int:
+    """How many labels of a batch carry loss.
+
+    Args:
+        labels: As `collate` gives them. Of a causal model's rows the first label does not count, since
+            nothing comes before it; a class, (batch, 1) or (batch), does.
+        first: The first does count, for a model that puts a soft prompt before the text.
+    """
+    # a causal example of one token has no label (`encode_causal`), so a single column is of classes
+    if labels.ndim == 2 and labels.shape[1] > 1 and not first:
+        labels = labels[:, 1:]
+    return int((labels != IGNORED).sum())
+
+
 def epoch_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Yields one shuffled pass over 0..n-1 in batches; the last one may be short.
 

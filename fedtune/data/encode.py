@@ -34,6 +34,12 @@ class Encoded:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def trained(self) -> int:
+        """Labels that carry loss: a class, or a causal model's that are not -100, without the first."""
+        labels = self.labels if len(self.labels) == 1 else self.labels[1:]
+        return len(labels) - labels.count(IGNORED)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedSet:
@@ -88,9 +94,10 @@ def encode_causal(
         prompt = _tail(whole_prompt, max_length - len(begin) - len(answer))
         truncated += len(prompt) + len(answer) < len(whole_prompt) + len(response) + 1
         prompt_labels = prompt if loss_on == "all" else [IGNORED] * len(prompt)
-        items.append(
-            Encoded(tuple(begin + prompt + answer), tuple([IGNORED] * len(begin) + prompt_labels + answer))
-        )
+        labels = [IGNORED] * len(begin) + prompt_labels + answer
+        if len(labels) == 1:  # no token comes before the only one; and its label would look like a class
+            labels = [IGNORED]
+        items.append(Encoded(tuple(begin + prompt + answer), tuple(labels)))
     return EncodedSet(items, truncated)
 
 

@@ -46,7 +46,7 @@ def summarize(outcomes: Sequence[Outcome], *, resamples: int, seed: int) -> dict
             error = _standard_error(scored, draws)
             if error is not None:
                 result[f"{name}_stderr"] = error
-            if resamples:
+            if len(draws):
                 low, high = np.percentile(draws, (2.5, 97.5))
                 result[f"{name}_low"], result[f"{name}_high"] = float(low), float(high)
     if found := [outcome.metrics for outcome in outcomes if outcome.metrics]:
@@ -85,7 +85,9 @@ def _draws(scored: Sequence[Scored], resamples: int, seed: int) -> NDArray[np.fl
     for start in range(0, resamples, step):
         drawn = rng.integers(0, n, size=(min(step, resamples - start), n))
         values.append(np.mean([_on(one, drawn) for one in scored], axis=0))
-    return np.concatenate(values) if values else np.empty(0)
+    found = np.concatenate(values) if values else np.empty(0)
+    weighted = all(one.weights is not None for one in scored)
+    return found[~np.isnan(found)] if weighted else found  # NaN: only examples without weight were drawn
 
 
 def _on(scored: Scored, drawn: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -95,7 +97,8 @@ def _on(scored: Scored, drawn: NDArray[np.int64]) -> NDArray[np.float64]:
     values, weights = _arrays(scored)
     if scored.weights is None:
         return np.asarray(values[drawn].mean(axis=1))
-    return np.asarray((weights * values)[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((weights * values)[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
 
 
 def _arrays(scored: Scored) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -47,7 +47,10 @@ def spread(
                 scored = found[task].metrics.get(metric)
                 if scored is None:  # none of this model's answers could be scored
                     continue
-                values[client] = (_of(scored, client, owners) if own else scored).value
+                part = _of(scored, client, owners) if own else scored
+                if part.weights is not None and not any(part.weights):
+                    continue  # none of its tokens carries loss
+                values[client] = part.value
             if values:
                 worst = (max if first.lower_is_better else min)(values, key=values.__getitem__)
                 result.setdefault(task, {})[metric] = {

@@ -22,8 +22,8 @@ class ClientReport:
     """What came of one client in a round.
 
     Attributes:
-        metrics: What its reply reported (`train_loss`, `steps`, ...); empty if it was left out, and where
-            the server may not see it (secure aggregation, privacy).
+        metrics: What its reply reported (`train_loss`, `trained_tokens`, `steps`, ...); empty if it was left
+            out, and where the server may not see it (secure aggregation, privacy).
         fault: Why it was left out; empty if it was not.
     """
 

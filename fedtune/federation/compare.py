@@ -237,6 +237,7 @@ def _zero_shot(candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]
             "payload_bytes_per_client_round": 0,
             "peak_memory_bytes": {"client": 0, "server": 0},
             "seconds": dict.fromkeys(row["seconds"], 0.0),
+            "train_loss": None,
             "evaluation": row["zero_shot"],
             "per_client": row.get("zero_shot_per_client", {}),
         }

@@ -22,7 +22,7 @@ from torch import nn
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data.batches import collate
-from fedtune.data.encode import IGNORED, Encoded
+from fedtune.data.encode import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
@@ -31,6 +31,7 @@ from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import Config
+from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.theory.one_shot import measure
 from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict
 from fedtune.theory.quantities import Measured, schemes
@@ -121,22 +122,21 @@ def diagnose(
 
 def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assembly: Assembly) -> float:
     """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
-    total, count = 0.0, 0
+    loss = TokenMean()
     model.eval()
     with torch.no_grad():
         for at in range(0, len(items), batch_size):
             batch = collate(items[at : at + batch_size], assembly.loaded.tokenizer.pad_token_id)
-            labels = batch["labels"]
-            counted = len(labels) if labels.shape[1] == 1 else int((labels[:, 1:] != IGNORED).sum())
+            counted = trained_tokens(model, batch)
             if counted:
-                loss = model(**{key: value.to(assembly.device) for key, value in batch.items()}).loss
-                total, count = total + float(loss) * counted, count + counted
-    if not count or not math.isfinite(total):
-        what = f"is {total}" if count else "is undefined: none of them has a token to predict"
+                mean = model(**{key: value.to(assembly.device) for key, value in batch.items()}).loss
+                loss.add(float(mean), counted)
+    if loss.value is None or not math.isfinite(loss.value):
+        what = f"is {loss.value}" if loss.tokens else "is undefined: none of them has a token to predict"
         raise InputError(
             f"the loss on the held-out examples {what}; lower method.lr, or raise data.max_length"
         )
-    return total / count
+    return loss.value
 
 
 def _drawn(everyone: Mapping[int, int], clients: int, seed: int) -> list[int]:
@@ -176,12 +176,7 @@ def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[G
     examples = assembly.split.evaluation[:most]
     items = encode_for(config, examples, assembly.loaded.tokenizer, assembly.split.labels)
     groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
-    return [Group(part, float(sum(map(_counted, part)))) for part in groups]
-
-
-def _counted(item: Encoded) -> int:
-    """Tokens that carry loss; a classifier's example counts once."""
-    return 1 if len(item.labels) == 1 else sum(label != IGNORED for label in item.labels[1:])
+    return [Group(part, float(sum(item.trained for item in part))) for part in groups]
 
 
 def _document(

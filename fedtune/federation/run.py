@@ -329,6 +329,7 @@ class _Federation:
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
         evaluated = [entry for entry in self._rounds if entry["eval"]]
+        trained = [entry for entry in self._rounds if entry["train_loss"] is not None]
         settings = eval_settings(self._config, self._assembly.split.labels)
         seconds = (
             dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
@@ -348,6 +349,7 @@ class _Federation:
             "peak_memory_bytes": self._ledger.peak_memory_bytes,
             "seconds": seconds,
             "scorers": {task: scorer(task, settings) for task in self._config.evaluation.tasks},
+            "train_loss": trained[-1]["train_loss"] if trained else None,
             "evaluation": evaluated[-1]["eval"] if evaluated else {},
             "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fedtune.core.settings import Settings
 from fedtune.core.types import ClientEnv, ClientError
-from fedtune.data.batches import collate, endless_batches, epoch_batches
+from fedtune.data.batches import endless_batches, epoch_batches
+from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 
 
 class Training(Settings):
@@ -27,7 +28,7 @@ class Training(Settings):
     local_epochs: int | None = Field(None, ge=1)
     local_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)  # batches a step
+    gradient_accumulation: int = Field(1, ge=1)  # batches a step, whose loss is the mean over their tokens
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(3e-4, gt=0)
     lr_schedule: Literal["linear", "constant"] = "linear"
@@ -77,13 +78,18 @@ class Trained:
         weights: The trained parameters by name, float32.
         steps: Optimiser steps taken.
         rate_sum: Σ of the learning rates of those steps.
-        train_loss: Mean loss over all examples seen.
+        loss: Mean loss over all trained tokens.
     """
 
     weights: dict[str, Tensor]
     steps: int
     rate_sum: float
-    train_loss: float
+    loss: TokenMean
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a client reports: `train_loss`, `trained_tokens` and `steps`."""
+        return self.loss.metrics | {"steps": self.steps}
 
 
 def train(
@@ -106,7 +112,7 @@ def train(
         settings: Epochs or steps, batch, optimiser, schedule.
         proximal: μ of FedProx: μ/2·‖w − w(t)‖² is added to the loss (its gradient, to be exact).
         correction: Added to each gradient, by name (SCAFFOLD's c − c_i).
-        penalty: A term of the loss that depends on the parameters alone; not part of `train_loss`.
+        penalty: A term of each step's loss that depends on the parameters alone; not in `train_loss`.
 
     Raises:
         ClientError: The loss became NaN or infinite.
@@ -117,7 +123,7 @@ def train(
     start = {name: master.detach().clone() for name, master in masters.items()} if proximal else {}
     optimizer = build_optimizer(masters, settings)
     total_steps = settings.steps(len(env.items))
-    loss_sum, seen, rate_sum = 0.0, 0, 0.0
+    loss, rate_sum = TokenMean(), 0.0
     env.model.train()
     for step, group in enumerate(step_batches(env, settings)):
         if step == total_steps:
@@ -126,24 +132,16 @@ def train(
         for group_settings in optimizer.param_groups:
             group_settings["lr"] = rate
         rate_sum += rate
-        batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
-        size = max(batch["input_ids"].numel() for batch in batches)
-        with env.memory.step(size, resident=[env.model, optimizer, masters, start, correction or {}]):
-            for batch in batches:
-                loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
-                (loss / len(batches)).backward()
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
-                loss_sum += value * len(batch["input_ids"])
-                seen += len(batch["input_ids"])
+        batches = drawn(env, group)
+        with env.memory.step(batches.size, resident=[env.model, optimizer, masters, start, correction or {}]):
+            loss.join(add_gradient(env.model, batches, env.device))
+            if not math.isfinite(loss.total):
+                raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
             if penalty is not None:
                 penalty().backward()
             take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
     env.model.eval()
-    return Trained(
-        {name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss_sum / seen
-    )
+    return Trained({name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss)
 
 
 def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:

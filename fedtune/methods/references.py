@@ -95,7 +95,7 @@ class Local:
         weights = {
             name: w.cpu().to(job.tensors[name].dtype, copy=True) for name, w in trained.weights.items()
         }
-        return ClientResult(Payload(weights), {"train_loss": trained.train_loss, "steps": trained.steps})
+        return ClientResult(Payload(weights), trained.metrics)
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Keeps each client's model for evaluation: as many as there are clients, by definition."""
@@ -151,7 +151,7 @@ class ZeroShot:
 
     def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
         """Never asked for; answers with nothing."""
-        return ClientResult(Payload(), {"train_loss": 0.0})
+        return ClientResult(Payload(), {})
 
     def server_step(self, state: Nothing, replies: Iterable[Reply]) -> Nothing:
         """Nothing changes."""

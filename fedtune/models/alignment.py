@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
 
@@ -164,6 +164,8 @@ def align(
     for step in range(steps):
         indices = next(batches)
         batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
+        if not trained_labels(batch["labels"]):  # no answer to compare on: the step counts nothing
+            continue
         hidden, logits = teacher.ask(indices, batch)
         loss = alignment_loss(student, block, batch, hidden, logits, distill_weight, form)
         value = float(loss.detach())

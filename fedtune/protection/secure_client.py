@@ -21,7 +21,7 @@ from fedtune.protection import masking
 from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy
-from fedtune.protection.share import LOSS_UNIT, CohortShare, flatten
+from fedtune.protection.share import CohortShare, flatten
 
 SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
 BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}
@@ -128,8 +128,7 @@ def mask(
         add_noise_(clip_(flat, bound), deviation)
         largest = bound + _TAIL * deviation
     else:
-        loss = result.metrics["train_loss"] * share.weight / share.total / LOSS_UNIT
-        flat = torch.cat([flat, torch.tensor([round(loss)])])
+        flat = torch.cat([flat, share.loss(result.metrics)])
         largest = float(flat.abs().max())
     limit = 2.0 ** (bits - 1) / len(summed)
     if not largest < limit:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.core.cohort import TRAINED_TOKENS
 from fedtune.core.types import Payload, SumMethod
 from fedtune.protection.settings import Privacy
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-LOSS_UNIT = 2.0**-24  # what 1 stands for in the sum of the clients' training losses
+LOSS_UNIT = 2.0**-22  # what 1 stands for in the sum of the clients' training losses
+LOSS_NUMBERS = 2  # of a summand: behind the update's own numbers come those of `CohortShare.loss`
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,23 @@ class CohortShare:
             payload, weight=self.weight, total=self.total, population=self.population, shapes=shapes
         )
 
+    def loss(self, metrics: Mapping[str, float]) -> Tensor:
+        """What a training loss adds to the sum, int64 (2): loss · tokens / total, in LOSS_UNIT, and tokens.
+
+        A method that does not count its trained tokens has its loss weighted by the client's weight.
+        """
+        tokens = int(metrics.get(TRAINED_TOKENS, self.weight))
+        return torch.tensor([round(metrics.get("train_loss", 0.0) * tokens / self.total / LOSS_UNIT), tokens])
+
     def clip(self, privacy: Privacy, unit: float) -> float:
         """The largest norm of a summand, in units."""
         return privacy.clip * self.weight / self.total / unit
+
+
+def mean_loss(numbers: Tensor, total: int) -> float | None:
+    """The training loss that a sum of `CohortShare.loss` stands for; None if no token was trained on."""
+    loss, tokens = numbers.tolist()
+    return loss * LOSS_UNIT * total / tokens if tokens else None
 
 
 def length(shapes: Shapes) -> int:

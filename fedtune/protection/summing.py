@@ -20,7 +20,7 @@ from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.types import Order, Reply, Summed, SumMethod
 from fedtune.protection.noise import add_noise_, clip_
 from fedtune.protection.settings import Privacy, SecureAggregation, threshold_of
-from fedtune.protection.share import LOSS_UNIT, CohortShare, flatten, length, unflatten
+from fedtune.protection.share import LOSS_NUMBERS, CohortShare, flatten, length, mean_loss, unflatten
 
 S = TypeVar("S")
 
@@ -86,18 +86,18 @@ class Summing:
             quorum=quorum,
             bits=self.secure.bits,
         )
-        with_loss = self.privacy is None
+        loss_numbers = LOSS_NUMBERS if self.privacy is None else 0
         total = secure.run(
             orders,
             shares=self.shares(cohort),
             shapes=shapes,
-            length=length(shapes) + with_loss,
+            length=length(shapes) + loss_numbers,
             on_arrival=lambda: on_arrival(state, outcome),
         )
-        if with_loss:
-            weight = sum(cohort.examples[client] for client in outcome.clients)
-            outcome.totals["train_loss"] = float(total[-1]) * LOSS_UNIT * cohort.total_examples / weight
-            total = total[:-1]
+        if loss_numbers:
+            loss = mean_loss(total[-loss_numbers:], cohort.total_examples)
+            outcome.totals |= {} if loss is None else {"train_loss": loss}
+            total = total[:-loss_numbers]
         return self._finish(state, total, cohort, outcome)
 
     def _finish(self, state: S, vector: Tensor, cohort: Cohort, outcome: RoundOutcome) -> S:

@@ -44,13 +44,13 @@ from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
-from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import Config, FedAvg, State
 from fedtune.methods.local_training import step_batches
+from fedtune.methods.step_loss import drawn
 from fedtune.models.tuning import trainable
 from fedtune.theory.quantities import Measured, RoundEnd, schemes
 from fedtune.theory.trajectory import Diverged, Trajectory, distance, gradient, lent, norm, put, saved
@@ -228,14 +228,14 @@ class _Running:
         group: Sequence[Sequence[int]],
         sums: Mapping[str, dict[str, Tensor]],
     ) -> None:
-        batches = [self._batch([env.items[i] for i in indices]) for indices in group]
+        batches = drawn(env, group)
         rate, apart = one.rate, distance(one.weights, many.weights)
         generator = _random_state(self.device)
         put(self.parameters, one.weights)
-        of_one, _ = gradient(self.model, self.parameters, batches)
+        of_one = gradient(self.model, self.parameters, batches, self.device)
         _set_random_state(self.device, generator)  # dropout drops the same in both: only the weights differ
         put(self.parameters, many.weights)
-        of_many, _ = gradient(self.model, self.parameters, batches)
+        of_many = gradient(self.model, self.parameters, batches, self.device)
         difference = distance(of_one, of_many)
         if apart > ROUNDING * self.largest_move:
             self.largest_smoothness = max(self.largest_smoothness or 0.0, difference / apart)
@@ -261,18 +261,23 @@ class _Running:
 
     def _smoothnesses(self, first: State, last: State, moved: float, batches: int) -> Iterator[float]:
         """‖∇F(w(0,0)) − ∇F(w(T,k))‖ / ‖w(0,0) − w(T,k)‖ on random mini-batches of clients in turn."""
-        clients = self.cohort.clients
+        trained = {
+            c: [at for at, item in enumerate(self.data[c]) if item.trained] for c in self.cohort.clients
+        }
+        clients = [client for client, places in trained.items() if places]
         for number in range(batches):
             client = clients[number % len(clients)]
-            items = self.data[client]
+            places = trained[client]
             order = torch.randperm(
-                len(items), generator=torch_generator(self.seed, "smoothness", client, number)
+                len(places), generator=torch_generator(self.seed, "smoothness", client, number)
             )
-            batch = [self._batch([items[i] for i in order[: self.multi.batch_size].tolist()])]
+            batch = drawn(
+                self._env(client, 1), [[places[i] for i in order[: self.multi.batch_size].tolist()]]
+            )
             put(self.parameters, first.weights)
-            before, _ = gradient(self.model, self.parameters, batch)
+            before = gradient(self.model, self.parameters, batch, self.device)
             put(self.parameters, last.weights)
-            after, _ = gradient(self.model, self.parameters, batch)
+            after = gradient(self.model, self.parameters, batch, self.device)
             yield distance(before, after) / moved
 
     def _update(self, received: Payload, weights: Mapping[str, Tensor]) -> Payload:
@@ -287,9 +292,6 @@ class _Running:
     def _watched(self, watch: Watch, state: State) -> tuple[float, ...]:
         put(self.parameters, state.weights)
         return watch(self.model)
-
-    def _batch(self, items: Sequence[Encoded]) -> dict[str, Tensor]:
-        return {key: value.to(self.device) for key, value in collate(items, self.pad_id).items()}
 
     def _path(self, client: int) -> Path:
         return self.folder / f"client-{client}.safetensors"

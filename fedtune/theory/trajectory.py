@@ -8,7 +8,7 @@ clients have their turn. The steps are those of `train`; a test holds both to th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import InputError
 from fedtune.methods.local_training import Training, build_optimizer, take_step
+from fedtune.methods.step_loss import StepBatches, add_gradient
 
 Weights = Mapping[str, Tensor]
 
@@ -137,27 +138,23 @@ def put(parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
 
 
 def gradient(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Sequence[Mapping[str, Tensor]]
-) -> tuple[dict[str, Tensor], float]:
-    """The gradient of the mean loss over batches where `parameters` stand, float32, and that loss.
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], step: StepBatches, device: torch.device
+) -> dict[str, Tensor]:
+    """The gradient of a step's mean loss over its trained tokens where `parameters` stand, float32.
 
     Raises:
         Diverged: The loss is NaN or infinite.
     """
-    total = 0.0
     for parameter in parameters.values():
         parameter.grad = None
-    for batch in batches:
-        loss = model(**batch).loss
-        (loss / len(batches)).backward()
-        total += float(loss.detach())
-    if not math.isfinite(total):
-        raise Diverged(f"the loss became {total}")
+    loss = add_gradient(model, step, device)
+    if not math.isfinite(loss.total):
+        raise Diverged(f"the loss became {loss.total}")
     found = {}
     for name, parameter in parameters.items():
         grad, parameter.grad = parameter.grad, None
         found[name] = torch.zeros_like(parameter, dtype=torch.float32) if grad is None else grad.float()
-    return found, total / len(batches)
+    return found
 
 
 def norm(weights: Weights) -> float:

@@ -64,7 +64,7 @@ class ClipMean:
         load(parameters, job.tensors)
         trained = train(env, parameters, self.config)
         update = {name: w.cpu() - job.tensors[name] for name, w in trained.weights.items()}
-        return ClientResult(Payload(update), {"train_loss": trained.train_loss, "steps": trained.steps})
+        return ClientResult(Payload(update), trained.metrics)
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         total = None

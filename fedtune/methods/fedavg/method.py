@@ -206,14 +206,13 @@ class FedAvg:
         for name, received in weights.items():
             whole = trained.weights[name].cpu() if self._sends_factor(name) else deltas[name]
             up[name] = _cut_like(whole, received).to(received.dtype)
-        metrics = {"train_loss": trained.train_loss, "steps": trained.steps}
         if not control:
-            return ClientResult(Payload(up), metrics)
+            return ClientResult(Payload(up), trained.metrics)
         renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
             name: own[name] - c - deltas[name] / trained.rate_sum for name, c in control.items()
         }
         up |= {CONTROL + name: renewed[name] - own[name] for name in renewed}
-        return ClientResult(Payload(up), metrics, state=Payload(renewed))
+        return ClientResult(Payload(up), trained.metrics, state=Payload(renewed))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""

@@ -81,9 +81,10 @@ class FedBiOT:
         """Public examples, wherever the emulator is to be aligned on them."""
         alignment = self.config.alignment
         needed = self.config.layer_dropout > 0 and (alignment.steps_before or alignment.steps)
-        if needed and not server.public:
+        if needed and not any(example.trained for example in server.public):
+            none = "none of it has an answer" if server.public else "there is none"
             raise InputError(
-                f"{self.config.name} aligns its emulator on public data and there is none; set data.public."
+                f"{self.config.name} aligns its emulator on public data and {none}; set data.public."
                 "source, or method.alignment.steps_before=0 and method.alignment.steps=0"
             )
         if not needed:
@@ -182,8 +183,7 @@ class FedBiOT:
             penalty=proximal if self.config.proximal else None,
         )
         update = {name: (trained.weights[name] - start[name]).cpu() for name in parameters}
-        metrics = {"train_loss": trained.train_loss, "steps": trained.steps}
-        return ClientResult(Payload(update), metrics, state=Payload(scalars={"model": key}))
+        return ClientResult(Payload(update), trained.metrics, state=Payload(scalars={"model": key}))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Averages the adapters, and aligns the emulator with the new one."""

@@ -103,7 +103,7 @@ class BAdam:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-        return ClientResult(Payload(weights), {"train_loss": trained.train_loss, "steps": trained.steps})
+        return ClientResult(Payload(weights), trained.metrics)
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Keeps the result."""

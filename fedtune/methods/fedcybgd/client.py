@@ -20,6 +20,7 @@ from fedtune.core.types import ClientEnv, ClientError, ClientResult, Payload, Sc
 from fedtune.data.batches import collate
 from fedtune.methods.fedcybgd.settings import Config
 from fedtune.methods.fedcybgd.training import train_blocks
+from fedtune.methods.step_loss import StepBatches, TokenMean, add_gradient
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import assemble
 from fedtune.models.emulator import ARCHITECTURE
@@ -59,7 +60,7 @@ def client_turn(job: Payload, env: ClientEnv, config: Config) -> ClientResult:
     env = replace(env, model=turn.model)
     first = dict(turn.first)
     update: dict[str, Tensor] = {}
-    losses, steps = 0.0, 0
+    loss, steps = TokenMean(), 0
     for part, block in turn.own.items():
         trained = train_blocks(
             replace(env, seed=env.derive_seed("block", part)),
@@ -74,9 +75,10 @@ def client_turn(job: Payload, env: ClientEnv, config: Config) -> ClientResult:
             update[name] = update[name] + delta if name in update else delta
             if name.startswith(f"{CLASSIFIER}:"):  # trains with every part: the next begins where this ended
                 first[name] = weight.cpu().clone()
-        losses, steps = losses + trained.train_loss, steps + trained.steps
+        loss.join(trained.loss)
+        steps += trained.steps
     scores = _importance(turn.own, _blocks_in(job), env, config) if config.compression == "hybrid" else {}
-    metrics = {"train_loss": losses / len(turn.own), "steps": steps}
+    metrics = loss.metrics | {"steps": steps}
     return ClientResult(Payload(update | scores), metrics, state=Payload(scalars=turn.kept))
 
 
@@ -176,11 +178,10 @@ def _importance(
         with memory_efficient(
             env.model, checkpointing=False
         ):  # in eval mode, where nothing is computed again
-            for example in drawn:  # one by one, so that this needs less memory than training did
-                batch = collate([env.items[example]], env.pad_id)
-                with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
-                    loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
-                    (loss / count).backward()
+            # one by one, so that this needs less memory than training did
+            batches = StepBatches.of(env.model, (collate([env.items[i]], env.pad_id) for i in drawn))
+            with env.memory.step(batches.size, resident=[env.model]):
+                add_gradient(env.model, batches, env.device)
         weights = {name: p.detach() for name, p in block.named_parameters()}
         gradients = {
             n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in block.named_parameters()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.types import ClientEnv, ClientError
-from fedtune.data.batches import collate
 from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
 from fedtune.methods.local_training import (
@@ -26,6 +25,7 @@ from fedtune.methods.local_training import (
     float32_master,
     step_batches,
 )
+from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.models.memory_efficient import memory_efficient
 
 
@@ -57,7 +57,7 @@ def train_blocks(
         ClientError: The loss became NaN or infinite.
     """
     total = settings.steps(len(env.items))
-    loss_sum, seen, rate_sum = 0.0, 0, 0.0
+    loss, rate_sum = TokenMean(), 0.0
     active: ActiveBlock | None = None
     env.model.train()
     try:
@@ -73,17 +73,11 @@ def train_blocks(
                     )
                 rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
                 rate_sum += rate
-                batches = [collate([env.items[i] for i in indices], env.pad_id) for indices in group]
-                size = max(batch["input_ids"].numel() for batch in batches)
-                with env.memory.step(size, resident=[env.model, *active.resident(), *resident]):
-                    for batch in batches:
-                        loss = env.model(**{key: value.to(env.device) for key, value in batch.items()}).loss
-                        (loss / len(batches)).backward()
-                        value = float(loss.detach())
-                        if not math.isfinite(value):
-                            raise ClientError(f"the loss became {value} at step {step + 1}; lower method.lr")
-                        loss_sum += value * len(batch["input_ids"])
-                        seen += len(batch["input_ids"])
+                batches = drawn(env, group)
+                with env.memory.step(batches.size, resident=[env.model, *active.resident(), *resident]):
+                    loss.join(add_gradient(env.model, batches, env.device))
+                    if not math.isfinite(loss.total):
+                        raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
                     active.step(rate, settings)
     finally:
         env.model.eval()
@@ -91,7 +85,7 @@ def train_blocks(
             active.end()
     assert active is not None  # a client has at least one example, hence one step
     weights = {name: master.detach() for name, master in active.masters.items()}
-    return Trained(weights, total, rate_sum, loss_sum / seen)
+    return Trained(weights, total, rate_sum, loss)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from fedtune.core.types import (
 from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
 from fedtune.methods.fedavg.method import load
+from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import SeedPool, perturb_all_
@@ -179,9 +180,13 @@ class InfinitePool:
         config = self.config
         drawn = torch.randint(SEEDS, (config.local_steps,), generator=env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
-        scalars, loss_sum = [], 0.0
+        scalars, loss = list[float](), TokenMean()
         for step, seed in enumerate(drawn.tolist()):
             batch = {k: v.to(env.device) for k, v in self._batch(env, next(batches)).items()}
+            tokens = trained_tokens(env.model, batch)
+            if not tokens:  # no loss to compare: the slope is 0
+                scalars.append(0.0)
+                continue
             with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
                 self._move(weights, seed, config.epsilon)
                 plus = float(env.model(**batch).loss)
@@ -194,10 +199,9 @@ class InfinitePool:
                     )
                 self._move(weights, seed, config.epsilon - config.lr * scalar)
             scalars.append(scalar)
-            loss_sum += (plus + minus) / 2
+            loss.add((plus + minus) / 2, tokens)
         up = Payload({"seeds": drawn.to(torch.int32), "scalars": torch.tensor(scalars)})
-        metrics = {"train_loss": loss_sum / config.local_steps, "steps": config.local_steps}
-        return ClientResult(up, metrics, state=kept)
+        return ClientResult(up, loss.metrics | {"steps": config.local_steps}, state=kept)
 
     def _batch(self, env: ClientEnv, indices: list[int]) -> dict[str, Tensor]:
         return collate([env.items[i] for i in indices], env.pad_id)

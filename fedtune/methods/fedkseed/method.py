@@ -64,6 +64,7 @@ from fedtune.methods.fedkseed.aggregation import (
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
 from fedtune.methods.fedkseed.settings import Config, State
 from fedtune.methods.fedkseed.step import coefficients, epsilon_to_try, step_weights
+from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import NOISE_VERSION, SeedPool, rebuild_all_
@@ -128,14 +129,18 @@ class FedKSeed:
         pool = SeedPool(self.pool_key, config.seeds, config.noise)
         draws = self.draw(job, env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
-        scalars, loss_sum = [], 0.0
+        scalars, loss, untrained = list[float](), TokenMean(), 0
         with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
                 batch = collate([env.items[i] for i in next(batches)], env.pad_id)
-                tokens = batch["input_ids"].numel()
+                tokens = trained_tokens(env.model, batch)
+                if not tokens:  # no loss to compare: the slope is 0
+                    scalars += [0.0] * config.perturbations
+                    untrained += config.perturbations
+                    continue
                 on_device = {key: value.to(env.device) for key, value in batch.items()}
-                estimates = []
-                with env.memory.step(tokens, resident=[env.model]):
+                estimates, around = [], 0.0
+                with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(on_device, j, config.epsilon)
                         minus = weights.loss(on_device, j, -config.epsilon)
@@ -146,21 +151,24 @@ class FedKSeed:
                                 f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
                             )
                         estimates.append((j, scalar))
-                        loss_sum += (plus + minus) / 2
+                        around += (plus + minus) / 2
                     weights.update([(j, g / config.perturbations) for j, g in estimates])  # line 16
                 scalars += [g for _, g in estimates]
-        if 2 * scalars.count(0.0) > len(scalars):
+                loss.add(around / config.perturbations, tokens)
+        equal, compared = scalars.count(0.0) - untrained, len(scalars) - untrained
+        if 2 * equal > compared:
             log.warning(
                 "client %d: both losses were equal in %d of %d steps: epsilon %g is too small for %s "
                 "weights; try method.epsilon=%.1g",
                 env.client,
-                scalars.count(0.0),
-                len(scalars),
+                equal,
+                compared,
                 config.epsilon,
                 next(env.model.parameters()).dtype,
                 epsilon_to_try(env.model, config.epsilon),
             )
-        metrics = {"train_loss": round(loss_sum / len(scalars), 6), "steps": config.local_steps}
+        metrics = {name: round(value, 6) for name, value in loss.metrics.items()}
+        metrics |= {"steps": config.local_steps}
         return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:

@@ -1,0 +1,102 @@
+"""The loss of a step: the mean over all its trained tokens, whatever batches they come in.
+
+A model gives the mean of one batch. Where several make a step, each counts by its trained tokens, so that
+how the step is cut into batches changes nothing but the rounding. A trained token is a label that carries
+loss; of a classifier it is an example. What a model adds to its loss that belongs to the batch as a whole
+(a router's balance, a z-loss) is weighted the same way: once a step, as the mean of what the batches give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.cohort import TRAINED_TOKENS
+from fedtune.core.types import ClientEnv
+from fedtune.data.batches import collate, trained_labels
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class TokenMean:
+    """A mean over trained tokens, put together from means over some of them.
+
+    Attributes:
+        total: Σ mean · tokens.
+        tokens: Σ tokens; with epochs a token counts as often as it was trained on.
+    """
+
+    total: float = 0.0
+    tokens: int = 0
+
+    def add(self, mean: float, tokens: int) -> None:
+        """Takes in the mean over so many tokens."""
+        self.total += mean * tokens
+        self.tokens += tokens
+
+    def join(self, other: TokenMean) -> None:
+        """Takes in another's tokens."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None where no token was trained on."""
+        return self.total / self.tokens if self.tokens else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a client reports of it: `train_loss`, where there is one, and `trained_tokens`."""
+        value = self.value
+        return ({} if value is None else {"train_loss": value}) | {TRAINED_TOKENS: self.tokens}
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The batches of one step that have something to train, on the host, and the trained tokens of each."""
+
+    batches: Sequence[Batch]
+    tokens: Sequence[int]
+
+    @staticmethod
+    def of(model: nn.Module, batches: Iterable[Batch]) -> StepBatches:
+        """Counts the trained tokens; a batch without one is left out."""
+        counted = [(batch, trained_tokens(model, batch)) for batch in batches]
+        kept = [pair for pair in counted if pair[1]]
+        return StepBatches([batch for batch, _ in kept], [tokens for _, tokens in kept])
+
+    @property
+    def size(self) -> int:
+        """Elements of the largest, padding included, for the account of memory."""
+        return max((batch["input_ids"].numel() for batch in self.batches), default=0)
+
+
+def drawn(env: ClientEnv, group: Iterable[Sequence[int]]) -> StepBatches:
+    """The batches of one of a client's steps, from the indices of its examples."""
+    return StepBatches.of(env.model, (collate([env.items[i] for i in part], env.pad_id) for part in group))
+
+
+def trained_tokens(model: nn.Module, batch: Batch) -> int:
+    """Labels of a batch that carry loss in this model; of a classifier its examples."""
+    config: Any = getattr(model, "active_peft_config", None)
+    # behind a soft prompt the text's first token is predicted too
+    return trained_labels(batch["labels"], first=config is not None and config.is_prompt_learning)
+
+
+def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> TokenMean:
+    """Adds the gradient of the step's loss to the parameters' `.grad`, one batch on the device at a time.
+
+    Returns:
+        The step's loss; NaN or infinite where that of a batch is.
+    """
+    loss, total = TokenMean(), sum(step.tokens)
+    for batch, tokens in zip(step.batches, step.tokens, strict=True):
+        mean = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        (mean / (total / tokens)).backward()  # one batch, or n alike: divided by 1 or n, to the bit
+        loss.add(float(mean.detach()), tokens)
+    return loss
