@@ -127,7 +127,7 @@ def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assem
         for at in range(0, len(items), batch_size):
             batch = collate(items[at : at + batch_size], assembly.loaded.tokenizer.pad_token_id)
             labels = batch["labels"]
-            counted = len(labels) if labels.shape[1] == 1 else int((labels[:, 1:] != IGNORED).sum())
+            counted = len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
             if counted:
                 loss = model(**{key: value.to(assembly.device) for key, value in batch.items()}).loss
                 total, count = total + float(loss) * counted, count + counted

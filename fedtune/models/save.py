@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.folders import CONFIG, first_line
+from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
-from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
+from fedtune.models.tuning import attach_adapter, canonical_name, mend_generation, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -150,7 +151,7 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
         raise InputError(f"{folder / PEFT_CONFIG} does not name its base model (base_model_name_or_path).")
     saved = _read_tensors(folder / PEFT_WEIGHTS)
     loaded = base_model_loader(name)
-    float32_head(loaded.model)
+    float32_heads(loaded.model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with seeded(0), quiet():  # it draws values first, which those of the file replace

@@ -32,9 +32,11 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import InputError, nearest
 from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
+from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
 
-HEAD_NAMES = ("classifier", "score")
+
+_NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
 
 
 class ParameterCount(NamedTuple):
@@ -135,8 +137,7 @@ def attach_adapter(model: PreTrainedModel, *, size: int, seed: int) -> PreTraine
     model.requires_grad_(False)
     for adapter in find_bottlenecks(model).values():
         adapter.requires_grad_(True)
-    head = float32_head(model)
-    if head is not None:
+    for head in float32_heads(model):
         head.requires_grad_(True)
     return model
 
@@ -175,15 +176,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def float32_head(model: PreTrainedModel) -> nn.Module | None:
-    """Makes a classification head float32 in place, casting its input too; None if there is no head."""
-    head = next((module for name, module in model.named_children() if name in HEAD_NAMES), None)
-    if head is not None and next(head.parameters()).dtype != torch.float32:
-        head.float()
-        head.register_forward_pre_hook(_cast_to_float32)
-    return head
-
-
 def mend_generation(model: PeftModel) -> None:
     """Makes `generate` of a model with a soft prompt give what whole forward passes give.
 
@@ -211,7 +203,9 @@ def mend_generation(model: PeftModel) -> None:
 
 
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    float32_head(model)  # before PEFT copies it
+    float32_heads(model)  # before PEFT copies them
+    named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
+    config.modules_to_save = named or None  # type: ignore[attr-defined]  # of every kind that is used here
     with seeded(seed), quiet():
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
@@ -221,8 +215,7 @@ def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
 
 
 def _task_type(model: PreTrainedModel) -> TaskType:
-    has_head = any(name in HEAD_NAMES for name, _ in model.named_children())
-    return TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
+    return TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
 
 
 def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -248,10 +241,6 @@ def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> l
             f"Name some of its linear layers: {', '.join(_short_names(model))}."
         )
     return default
-
-
-def _cast_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def _with_old_cache_name(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
