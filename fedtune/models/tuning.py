@@ -36,6 +36,7 @@ from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
 
 
+_PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
 _NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
 
 
@@ -110,6 +111,7 @@ def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftMode
         task_type=_task_type(model),
         num_virtual_tokens=tokens,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        **_shape(model),
     )
     return _attach(model, config, seed)
 
@@ -121,7 +123,7 @@ def attach_p_tuning(model: PreTrainedModel, *, tokens: int, hidden: int, seed: i
     a saved result holds the prompt that the MLP gives and not the MLP.
     """
     config = PromptEncoderConfig(
-        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden
+        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden, **_shape(model)
     )
     return _attach(model, config, seed)
 
@@ -216,6 +218,16 @@ def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
 
 def _task_type(model: PreTrainedModel) -> TaskType:
     return TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What PEFT would look up in the configuration, where not every family has it under the names it knows.
+
+    A prompt is as wide as the embeddings, which in ALBERT and ELECTRA is not the width of the blocks.
+    """
+    known = {key: getattr(model.config, name, None) for key, name in _PEFT_SHAPE.items()}
+    shape = {key: value for key, value in known.items() if isinstance(value, int)}
+    return {**shape, "token_dim": model.get_input_embeddings().embedding_dim}
 
 
 def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
