@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
+from fedtune.models.folders import first_line
 from fedtune.models.load import quiet
 from fedtune.models.per_layer import Signature, require_same, signatures, with_blocks
 from fedtune.models.pruning import largest_channels, prune_mlp
@@ -150,8 +151,8 @@ def submodel(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Tenso
     origins = [block.origin for block in blocks]
     about = _described(model, origins)
     skeleton = _skeleton(about)
-    everything = range(len(find_blocks(model).modules))
-    if origins != list(everything):
+    everything = list(range(len(find_blocks(model).modules)))
+    if origins != everything:
         whole = _whole(json.dumps(_described(model, everything), sort_keys=True))
         require_same(type(model), whole, signatures(skeleton), origins)
     # Gemma 3 has rotary frequencies for each kind of attention among its blocks, and only for those
@@ -192,9 +193,15 @@ def _skeleton(about: Mapping[str, Any]) -> PreTrainedModel:
     kind = getattr(transformers, about["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise InputError(f"the model's class is {about['class']!r}, which transformers does not have")
-    config = AutoConfig.for_model(**about["config"])
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    try:
+        config = AutoConfig.for_model(**about["config"])
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"no {about['class']} can be built from its configuration with {about['config'].get('num_hidden_layers')} "
+            f"blocks: {first_line(error)}"
+        ) from error
     return model
 
 
@@ -219,7 +226,9 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _described(model: PreTrainedModel, origins: Sequence[int]) -> dict[str, Any]:
     """Class, dtype and configuration of the model with these of its blocks."""
     smaller = with_blocks(model.config, len(find_blocks(model).modules), origins)
-    config: dict[str, object] = json.loads(smaller.to_json_string(use_diff=False))
+    text = smaller.to_json_string(use_diff=False)
+    # transformers writes infinity as {"__float__": "Infinity"} and does not read it so where a model is built
+    config = json.loads(text, object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
     return {

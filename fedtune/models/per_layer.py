@@ -61,10 +61,12 @@ def _renumbered(
     values: Mapping[str, Any], blocks: int, origins: Sequence[int]
 ) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
-        if key in _INDICES and isinstance(value, list) and len(value) != blocks:
+        if key in _INDICES and isinstance(value, list):
             yield key, [place for place, origin in enumerate(origins) if origin in value]
         elif key in _FIRST and isinstance(value, int):
             yield key, sum(origin < value for origin in origins)
+        elif isinstance(value, dict) and "layer" in key and value and all(str(k).isdigit() for k in value):
+            yield key, {place: value[k] for place, o in enumerate(origins) for k in value if int(k) == o}
         elif key == "attention_types":  # GPT-Neo: [[kinds, how often], ...]
             kinds = [kind for some, times in value for _ in range(times) for kind in some]
             yield key, [[[kinds[origin]], 1] for origin in origins]
@@ -84,7 +86,8 @@ def _renumbered(
 def signatures(model: PreTrainedModel) -> tuple[list[Signature], Signature]:
     """What can be seen of each block, and of all around them: classes, shapes and plain attributes."""
     blocks = find_blocks(model)
-    inside = [_signature(block, index) for index, block in enumerate(blocks.modules)]
+    count = len(blocks.modules)
+    inside = [_signature(block, index, count) for index, block in enumerate(blocks.modules)]
     around = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -109,7 +112,7 @@ def require_same(
         odd = next((name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)), None)
         if odd is not None:
             raise InputError(
-                f"block {origin} of {kind.__name__} is not the same where blocks before it are left out "
+                f"block {origin} of {kind.__name__} is not the same once others are left out "
                 f"({odd}: {was.get(odd, 'none')}, then {now.get(odd, 'none')}); {_causes(kind)}. Use a setting "
                 "that keeps all blocks, or another model."
             )
@@ -122,7 +125,7 @@ def require_same(
         )
 
 
-def _signature(block: nn.Module, index: int) -> Signature:
+def _signature(block: nn.Module, index: int, count: int) -> Signature:
     seen: dict[str, object] = {}
     for path, module in block.named_modules():
         seen[f"{path}" or "block"] = type(module).__name__
@@ -131,6 +134,8 @@ def _signature(block: nn.Module, index: int) -> Signature:
                 continue
             if type(value) is int and value == index and re.search("(idx|index|_id|_number)$", name):
                 value = "its number"
+            elif isinstance(value, list) and len(value) == count:  # of all blocks, kept in each
+                value = value[index]
             seen[f"{path}.{name}"] = value
     for name, tensor in [*block.named_parameters(remove_duplicate=False), *block.named_buffers()]:
         seen[f"{name} "] = tuple(tensor.shape)
@@ -147,7 +152,7 @@ def _causes(kind: type[PreTrainedModel]) -> str:
     """The settings that the family's code asks together with a block's number."""
     code = inspect.getsource(sys.modules[kind.__module__])
     lines = [line for line in code.splitlines() if re.search(r"layer_(idx|id|number|index)", line)]
-    named = sorted({name for line in lines for name in re.findall(r"config\.(\w+)", line)})
+    named = sorted({name for line in lines for name in re.findall(r"config\.(\w+)", line)} - {"num_hidden_layers"})
     if not named:
-        return "its code asks for a block's number (layer_idx)"
+        return "its code asks which block it is, or how many there are"
     return f"its code asks for a block's number together with {', '.join(named)}"
