@@ -32,6 +32,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 ADAPTER_FORMAT = "fedtune bottleneck adapter"
 ADAPTER_VERSION = 1
+PLACEMENT = "after each block's feed-forward network"
 
 
 def save_result(
@@ -121,7 +122,7 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
         "version": ADAPTER_VERSION,
         "base_model": model.name_or_path,
         "size": size,
-        "placement": "after the last linear layer of each block",
+        "placement": PLACEMENT,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
