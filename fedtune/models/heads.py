@@ -48,6 +48,11 @@ def outside_body(model: PreTrainedModel, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
+def drawn_modules(model: nn.Module) -> list[str]:
+    """The paths of the modules that `mark_drawn` noted."""
+    return list(getattr(model, _DRAWN, ()))
+
+
 def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules of a classifier that always train, by path; none in a model that generates."""
     if not is_classifier(model):
@@ -57,7 +62,7 @@ def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and next(module.parameters(), None) is not None
     }
-    return beside | {path: model.get_submodule(path) for path in getattr(model, _DRAWN, ())}
+    return beside | {path: model.get_submodule(path) for path in drawn_modules(model)}
 
 
 def lacking_poolers(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -207,6 +207,8 @@ def mend_generation(model: PeftModel) -> None:
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     float32_heads(model)  # before PEFT copies them
     named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
+    if config.is_prompt_learning:  # PEFT compares ends of paths: a "head" would be P-tuning's own mlp_head too
+        named = [f"base_model.{path}" for path in named]
     config.modules_to_save = named or None  # type: ignore[attr-defined]  # of every kind that is used here
     with seeded(seed), quiet():
         wrapped = get_peft_model(model, config)
@@ -227,7 +229,7 @@ def _shape(model: PreTrainedModel) -> dict[str, Any]:
     """
     known = {key: getattr(model.config, name, None) for key, name in _PEFT_SHAPE.items()}
     shape = {key: value for key, value in known.items() if isinstance(value, int)}
-    return {**shape, "token_dim": model.get_input_embeddings().embedding_dim}
+    return {**shape, "token_dim": model.get_input_embeddings().weight.shape[1]}
 
 
 def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -91,6 +91,8 @@ class _Values(TorchDispatchMode):
         if op is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if op is _aten._unique2.default and isinstance(args[0], FakeTensor):  # BERT's own ids of token types
+            args = (torch.ones(args[0].shape, dtype=args[0].dtype), *args[1:])
         if op in _INDEXED and isinstance(args[0], FakeTensor):
             args = (args[0], _whole_numbers(args[1]), *args[2:])
         return op(*args, **kwargs)
