@@ -97,21 +97,23 @@ def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loa
 
 def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     base = cast(PreTrainedModel, model.get_base_model())
-    deltas = {
-        f"{path}.base_layer.weight": cast(Linear, module).get_delta_weight("default")
-        for path, module in base.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    deltas = {}
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer):  # of a linear layer, or of a parameter that holds all experts' weights
+            name = f"base_model.model.{path}.{getattr(module, 'parameter_name', 'weight')}"
+            deltas[canonical_name(model, name)] = cast(Linear, module).get_delta_weight("default")
     state = {}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name or ".original_module." in name:
             continue
-        if name in deltas:
-            tensor = tensor.float() + deltas[name].float()
+        plain = canonical_name(model, f"base_model.model.{name}")
+        if plain in deltas:
+            tensor = tensor.float() + deltas.pop(plain).float()
         # A copy for each changed tensor only. The head is float32 while it is trained on a bfloat16 base.
         if tensor.is_floating_point():
             tensor = tensor.to(base.dtype)
-        state[canonical_name(model, f"base_model.model.{name}")] = tensor
+        state[plain] = tensor
+    assert not deltas, f"what LoRA changed is not in the model: {', '.join(deltas)}"
     return state
 
 
