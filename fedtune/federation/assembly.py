@@ -110,7 +110,6 @@ class Assembly:
                 "back what it was made from (a file, a package's version), or start anew with --out"
             )
 
-
     def train_as_begun(self, path: Path) -> None:
         """Leaves a pooler frozen where the version that began the run in `path` did."""
         if "drawn" not in read_json(path / "environment.json")["model"]:

@@ -113,7 +113,9 @@ def out_features(linear: nn.Module) -> int:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether all its matrices are those of linear layers."""
-    inside = {id(p) for part in module.modules() if isinstance(part, nn.Linear | Conv1D) for p in part.parameters()}
+    inside = {
+        id(p) for part in module.modules() if isinstance(part, nn.Linear | Conv1D) for p in part.parameters()
+    }
     return all(id(p) in inside for p in module.parameters() if p.ndim > 1)
 
 

@@ -116,7 +116,9 @@ def require_same(
                 f"({odd}: {was.get(odd, 'none')}, then {now.get(odd, 'none')}); {_causes(kind)}. Use a setting "
                 "that keeps all blocks, or another model."
             )
-    odd = next((n for n in sorted(whole[1].keys() | smaller[1].keys()) if whole[1].get(n) != smaller[1].get(n)), None)
+    odd = next(
+        (n for n in sorted(whole[1].keys() | smaller[1].keys()) if whole[1].get(n) != smaller[1].get(n)), None
+    )
     if odd is not None:
         raise InputError(
             f"no block of {kind.__name__} can be left out: the shape of {odd} depends on their number "
@@ -152,7 +154,9 @@ def _causes(kind: type[PreTrainedModel]) -> str:
     """The settings that the family's code asks together with a block's number."""
     code = inspect.getsource(sys.modules[kind.__module__])
     lines = [line for line in code.splitlines() if re.search(r"layer_(idx|id|number|index)", line)]
-    named = sorted({name for line in lines for name in re.findall(r"config\.(\w+)", line)} - {"num_hidden_layers"})
+    named = sorted(
+        {name for line in lines for name in re.findall(r"config\.(\w+)", line)} - {"num_hidden_layers"}
+    )
     if not named:
         return "its code asks which block it is, or how many there are"
     return f"its code asks for a block's number together with {', '.join(named)}"

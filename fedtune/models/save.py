@@ -99,7 +99,9 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     base = cast(PreTrainedModel, model.get_base_model())
     deltas = {}
     for path, module in base.named_modules():
-        if isinstance(module, LoraLayer):  # of a linear layer, or of a parameter that holds all experts' weights
+        if isinstance(
+            module, LoraLayer
+        ):  # of a linear layer, or of a parameter that holds all experts' weights
             name = f"base_model.model.{path}.{getattr(module, 'parameter_name', 'weight')}"
             deltas[canonical_name(model, name)] = cast(Linear, module).get_delta_weight("default")
     state = {}

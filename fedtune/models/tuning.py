@@ -207,7 +207,9 @@ def mend_generation(model: PeftModel) -> None:
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     float32_heads(model)  # before PEFT copies them
     named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
-    if config.is_prompt_learning:  # PEFT compares ends of paths: a "head" would be P-tuning's own mlp_head too
+    if (
+        config.is_prompt_learning
+    ):  # PEFT compares ends of paths: a "head" would be P-tuning's own mlp_head too
         named = [f"base_model.{path}" for path in named]
     config.modules_to_save = named or None  # type: ignore[attr-defined]  # of every kind that is used here
     with seeded(seed), quiet():

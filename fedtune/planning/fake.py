@@ -44,9 +44,7 @@ class Fakes:
         Raises:
             InputError: As `meta_model`.
         """
-        model = meta_model(
-            name, base=base, initial=initial, task=task, num_labels=num_labels, dtype=dtype
-        )
+        model = meta_model(name, base=base, initial=initial, task=task, num_labels=num_labels, dtype=dtype)
         self.empty_out(model)
         return model
 
