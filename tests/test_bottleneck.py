@@ -1,17 +1,22 @@
-"""Where an adapter sits, in families of every kind: against models whose feed-forward networks are rewritten."""
+"""Where an adapter sits, in families of every kind: against models with rewritten feed-forward networks."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_families import edit_json, tokenizer
 from per_layer_models import BASE, KINDS, LATENT, LLAMA4, MOE, logits, made
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
-from fedtune.models.bottleneck import find_bottlenecks, remove_bottlenecks
+from fedtune.models.bottleneck import find_bottlenecks, remove_bottlenecks, sits_as_before
+from fedtune.models.load import load_model
+from fedtune.models.save import load_result, save_result
 from fedtune.models.tuning import attach_adapter
 
 TWO = {"num_hidden_layers": 2}
@@ -47,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewrite(module: nn.Module, down: nn.Linear, up: nn.Linear) -> None:
-    """Makes a feed-forward network give h + up(gelu(down(h))) of its h, with weights copied from an adapter."""
+    """Makes a feed-forward network give h + up(gelu(down(h))) of its h, with an adapter's weights."""
     old = module.forward
     d, b, u, c = (p.detach().clone() for p in (down.weight, down.bias, up.weight, up.bias))
 
@@ -102,3 +107,22 @@ def test_where_there_is_no_one_feed_forward_network_an_adapter_is_refused(
     with pytest.raises(InputError, match=rf"method.trainable adapter: .*{says}\. Use lora"):
         attach_adapter(model, size=3, seed=0)
     assert not find_bottlenecks(model)
+
+
+def test_an_adapter_of_before_is_read_where_it_sits_the_same(tmp_path: Path) -> None:
+    """Version 0.1.0 put it after a block's last linear layer: in Mixtral the attention's."""
+    assert sits_as_before(made("gpt2", {k: v for k, v in SMALL.items() if k != "rotary_dim"}))
+    assert not sits_as_before(made("deepseek_v3", LATENT | {"first_k_dense_replace": 1} | TWO))
+    for kind, settings in (("llama", BASE | TWO), ("mixtral", MOE | TWO)):
+        base, result = tmp_path / kind, tmp_path / f"{kind}-result"
+        made(kind, settings).save_pretrained(base)
+        tokenizer().save_pretrained(base)
+        load = partial(load_model, dtype="float32", initial="pretrained", seed=0, base=tmp_path)
+        loaded = load(kind)
+        save_result(attach_adapter(loaded.model, size=2, seed=0), loaded.tokenizer, result)
+        edit_json(result / "adapter.json", placement="after the last linear layer of each block")
+        if kind == "llama":
+            assert find_bottlenecks(load_result(result, load).model)
+        else:
+            with pytest.raises(InputError, match=r"put adapters elsewhere in MixtralForCausalLM"):
+                load_result(result, load)

@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
 
-
 # Names of a block's modules: its feed-forward network, and what mixes tokens.
 _FEED_FORWARD = re.compile("mlp|moe|expert|ffn|feed_forward|^ff$")
 _MIXING = re.compile("att|mixer|mamba|conv|temporal|ssm|recurrent")
@@ -94,8 +93,8 @@ def find_feed_forward(block: nn.Module) -> FeedForward:
     if linears and flat and all(map(_is_linear, others)):
         return FeedForward("", linears)
     raise InputError(
-        f"cannot tell which module of {type(block).__name__} is its MLP, exactly one is expected; it consists "
-        f"of {', '.join(weighty) or 'none'}"
+        f"cannot tell which module of {type(block).__name__} is its MLP, exactly one is expected; it "
+        f"consists of {', '.join(weighty) or 'none'}"
     )
 
 

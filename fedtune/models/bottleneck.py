@@ -6,9 +6,10 @@ residual connection:
     y = down_proj(...)                    what the feed-forward network gives
     y + up(gelu(down(y)))                 what the residual connection gets
 
-Of an MLP that is right after its last linear layer, of a mixture of experts (Mixtral, Qwen3-MoE, DeepSeek) after
-the sum over its experts, shared ones among them. That last layer is `mlp.down_proj` in Llama, Qwen, Gemma and Mistral, `mlp.c_proj` in GPT-2, `mlp.dense_4h_to_h` in
-GPT-NeoX and BLOOM, `fc2` in OPT and `output.dense` in BERT and RoBERTa.
+Of an MLP that is right after its last linear layer: `mlp.down_proj` in Llama, Qwen, Gemma and Mistral,
+`mlp.c_proj` in GPT-2, `mlp.dense_4h_to_h` in GPT-NeoX and BLOOM, `fc2` in OPT and `output.dense` in BERT and
+RoBERTa. Of a mixture of experts (Mixtral, Qwen3-MoE, DeepSeek) it is after the sum over the experts, shared
+ones among them.
 
 Deviations: one adapter a block instead of Houlsby's two (the one after attention is left out, as in Pfeiffer
 et al. 2021), layer norms stay frozen, and `up` starts at exactly 0 instead of near 0, so that the model with
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import InputError
-from fedtune.models.blocks import find_blocks, find_feed_forward, out_features
+from fedtune.models.blocks import find_blocks, find_feed_forward, linear_layers, out_features
 
 ADAPTER_NAME = "bottleneck"
 
@@ -75,14 +76,21 @@ def insert_bottlenecks(model: PreTrainedModel, size: int) -> None:
         path, end = list(found.linears.items())[-1] if found.linears else (found.path, None)
         if end is not None and out_features(end) != width:
             raise InputError(
-                f"method.trainable adapter: the MLP of block {blocks.path}.{index} must end in a linear layer of "
-                f"output width {width}, its last linear layer is {path}. Use lora for this model."
+                f"method.trainable adapter: the MLP of block {blocks.path}.{index} must end in a linear layer "
+                f"of output width {width}, its last linear layer is {path}. Use lora for this model."
             )
         ends.append(end or block.get_submodule(path))
     for block, end in zip(blocks.modules, ends, strict=True):
         adapter = Bottleneck(width, size).to(next(end.parameters()).device)
         block.add_module(ADAPTER_NAME, adapter)
         end.register_forward_hook(adapter.after)
+
+
+def sits_as_before(model: PreTrainedModel) -> bool:
+    """Whether adapters go where version 0.1.0 put them, after the last linear layer of each block."""
+    blocks = find_blocks(model).modules
+    ends = [(list(find_feed_forward(block).linears), list(linear_layers(block))) for block in blocks]
+    return all(new[-1:] == old[-1:] for new, old in ends)
 
 
 def find_bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:

@@ -199,8 +199,8 @@ def _skeleton(about: Mapping[str, Any]) -> PreTrainedModel:
             model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(
-            f"no {about['class']} can be built from its configuration with {about['config'].get('num_hidden_layers')} "
-            f"blocks: {first_line(error)}"
+            f"no {about['class']} can be built from its configuration with "
+            f"{about['config'].get('num_hidden_layers')} blocks: {first_line(error)}"
         ) from error
     return model
 

@@ -128,7 +128,7 @@ def tensor_shapes(name: str, files: list[Path]) -> dict[str, tuple[int, ...]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as stream:
-                shapes |= {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}
+                shapes |= {key: tuple(stream.get_slice(key).get_shape()) for key in stream}
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."

@@ -1,10 +1,10 @@
 """Fewer blocks: the configuration in which each of them is what it was.
 
 A configuration says what a block is by the block's number: in lists with one entry a block (`layer_types`), in
-lists of numbers (`mlp_only_layers`), as a first number (`first_k_dense_replace`) or as a step
-(`decoder_sparse_step`). Those that are known are rewritten for the blocks that stay. Whether that was enough is
-not taken on trust: both models are built without memory and their blocks compared, and what differs is refused
-with the name of the setting.
+lists of numbers (`mlp_only_layers`), as a first number (`first_k_dense_replace`) or a step
+(`decoder_sparse_step`). Those that are known are rewritten for the blocks that stay. Whether that was enough
+is not taken on trust: both models are built without memory and their blocks compared, and what differs is
+refused with the name of the setting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from fedtune.models.blocks import find_blocks
 _INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 _FIRST = ("first_k_dense_replace", "num_dense_layers")
 # As long as a model is deep by chance alone.
-_OTHER_LISTS = ("architectures", "pos_att_type")
+_OTHER_LISTS = re.compile("^architectures$|^pos_att_type$|_token_id$")
 
 Signature = Mapping[str, object]
 
@@ -70,9 +70,8 @@ def _renumbered(
         elif key == "attention_types":  # GPT-Neo: [[kinds, how often], ...]
             kinds = [kind for some, times in value for _ in range(times) for kind in some]
             yield key, [[[kinds[origin]], 1] for origin in origins]
-        elif isinstance(value, list) and len(value) == blocks:
-            if key not in _OTHER_LISTS and not key.endswith("_token_id"):
-                yield key, [value[origin] for origin in origins]
+        elif isinstance(value, list) and len(value) == blocks and not _OTHER_LISTS.search(key):
+            yield key, [value[origin] for origin in origins]
     step = values.get("decoder_sparse_step")
     if isinstance(step, int) and "mlp_only_layers" in values:  # each step-th block has experts (Qwen's)
         dense = values["mlp_only_layers"] or []
@@ -113,8 +112,8 @@ def require_same(
         if odd is not None:
             raise InputError(
                 f"block {origin} of {kind.__name__} is not the same once others are left out "
-                f"({odd}: {was.get(odd, 'none')}, then {now.get(odd, 'none')}); {_causes(kind)}. Use a setting "
-                "that keeps all blocks, or another model."
+                f"({odd}: {was.get(odd, 'none')}, then {now.get(odd, 'none')}); {_causes(kind)}. Use a "
+                "setting that keeps all blocks, or another model."
             )
     odd = next(
         (n for n in sorted(whole[1].keys() | smaller[1].keys()) if whole[1].get(n) != smaller[1].get(n)), None
@@ -122,8 +121,8 @@ def require_same(
     if odd is not None:
         raise InputError(
             f"no block of {kind.__name__} can be left out: the shape of {odd} depends on their number "
-            f"({whole[1].get(odd, 'none')}, then {smaller[1].get(odd, 'none')}). Use a setting that keeps all "
-            "blocks, or another model."
+            f"({whole[1].get(odd, 'none')}, then {smaller[1].get(odd, 'none')}). Use a setting that keeps "
+            "all blocks, or another model."
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
-from fedtune.models.bottleneck import find_bottlenecks
+from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.folders import CONFIG, first_line
 from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
@@ -140,6 +140,11 @@ def _load_adapter(folder: Path, base_model_loader: Callable[[str], Loaded]) -> L
         raise InputError(f"{folder / ADAPTER_CONFIG}: not a {ADAPTER_FORMAT} of version {ADAPTER_VERSION}.")
     tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     loaded = base_model_loader(about["base_model"])
+    if about.get("placement") != PLACEMENT and not sits_as_before(loaded.model):
+        raise InputError(
+            f"{folder} was trained by a version that put adapters elsewhere in {type(loaded.model).__name__}: "
+            f"{about.get('placement')}, not {PLACEMENT}. Train it again, or use the version that wrote it."
+        )
     model = attach_adapter(loaded.model, size=about["size"], seed=0)
     parameters = trainable(model)
     _require_same(folder, tensors, parameters)

@@ -11,9 +11,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -25,7 +24,7 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,7 +33,6 @@ from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
 from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
-
 
 _PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
 _NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
@@ -230,8 +228,9 @@ def _shape(model: PreTrainedModel) -> dict[str, Any]:
     A prompt is as wide as the embeddings, which in ALBERT and ELECTRA is not the width of the blocks.
     """
     known = {key: getattr(model.config, name, None) for key, name in _PEFT_SHAPE.items()}
+    width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
     shape = {key: value for key, value in known.items() if isinstance(value, int)}
-    return {**shape, "token_dim": model.get_input_embeddings().weight.shape[1]}
+    return {**shape, "token_dim": width}
 
 
 def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
