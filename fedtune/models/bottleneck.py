@@ -76,8 +76,8 @@ def insert_bottlenecks(model: PreTrainedModel, size: int) -> None:
         path, end = list(found.linears.items())[-1] if found.linears else (found.path, None)
         if end is not None and out_features(end) != width:
             raise InputError(
-                f"method.trainable adapter: the MLP of block {blocks.path}.{index} must end in a linear layer "
-                f"of output width {width}, its last linear layer is {path}. Use lora for this model."
+                f"method.trainable adapter: the MLP of block {blocks.path}.{index} must end in a linear "
+                f"layer of output width {width}, its last linear layer is {path}. Use lora for this model."
             )
         ends.append(end or block.get_submodule(path))
     for block, end in zip(blocks.modules, ends, strict=True):

@@ -1,8 +1,8 @@
 """A classifier's head, which trains whatever else of the model does, and is part of what is saved.
 
-It is every module beside the model's body, whatever the family calls it (`classifier`, `score`, `pre_classifier`,
-`pooler`, `sequence_summary`, ...), and a pooler inside the body where the weights lacked it, so that loading
-had to draw it: frozen, it would stay random, and nobody who loads the result would have it.
+It is every module beside the model's body, whatever the family calls it (`classifier`, `score`,
+`pre_classifier`, `pooler`, `sequence_summary`, ...), and a pooler inside the body where the weights lacked
+it, so that loading had to draw it: frozen, it would stay random, and who loads the result would not have it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fewer blocks: the configuration in which each of them is what it was.
 
-A configuration says what a block is by the block's number: in lists with one entry a block (`layer_types`), in
-lists of numbers (`mlp_only_layers`), as a first number (`first_k_dense_replace`) or a step
+A configuration says what a block is by the block's number: in lists with one entry a block (`layer_types`),
+in lists of numbers (`mlp_only_layers`), as a first number (`first_k_dense_replace`) or a step
 (`decoder_sparse_step`). Those that are known are rewritten for the blocks that stay. Whether that was enough
 is not taken on trust: both models are built without memory and their blocks compared, and what differs is
 refused with the name of the setting.
