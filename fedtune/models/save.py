@@ -143,8 +143,8 @@ def _load_adapter(folder: Path, base_model_loader: Callable[[str], Loaded]) -> L
     if about.get("placement") != PLACEMENT and not sits_as_before(loaded.model):
         raise InputError(
             f"{folder} was trained by a version that put adapters elsewhere in "
-            f"{type(loaded.model).__name__}: {about.get('placement')}, not {PLACEMENT}. Train it again, or use "
-            "the version that wrote it."
+            f"{type(loaded.model).__name__} ({about.get('placement')}). Train it again, or use the version "
+            "that wrote it."
         )
     model = attach_adapter(loaded.model, size=about["size"], seed=0)
     parameters = trainable(model)
