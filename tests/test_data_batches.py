@@ -26,7 +26,7 @@ def test_collate_pads_on_the_right_and_keeps_a_pad_token_that_is_text() -> None:
 def test_collate_of_classes() -> None:
     batch = collate([Encoded((1, 2, 3), (4,)), Encoded((1,), (0,))], pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 9, 9]]
-    assert batch["labels"].tolist() == [[4], [0]]
+    assert batch["labels"].tolist() == [4, 0]
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**40))

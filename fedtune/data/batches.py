@@ -22,7 +22,7 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
     Returns:
         int64 tensors `input_ids` and `attention_mask`, (batch, tokens), and `labels`: (batch, tokens) padded
-        with -100 for a causal model, (batch, 1) for classification.
+        with -100 for a causal model, (batch,) for classification, where an example has one label.
 
     Raises:
         ValueError: `items` is empty.
@@ -31,10 +31,11 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         raise ValueError("collate needs at least one example")
     width = max(len(item.input_ids) for item in items)
     label_width = max(len(item.labels) for item in items)
+    labels = torch.tensor([_padded(item.labels, label_width, IGNORED) for item in items])
     return {
         "input_ids": torch.tensor([_padded(item.input_ids, width, pad_id) for item in items]),
         "attention_mask": torch.tensor([_padded((1,) * len(item.input_ids), width, 0) for item in items]),
-        "labels": torch.tensor([_padded(item.labels, label_width, IGNORED) for item in items]),
+        "labels": labels.squeeze(1) if label_width == 1 else labels,
     }
 
 

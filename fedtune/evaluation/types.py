@@ -307,7 +307,7 @@ class EvalEnv:
         ).items
         losses, classes = [0.0] * len(encoded), [0] * len(encoded)
         for places, logits, labels in self._forward(encoded):
-            each = _losses(logits, labels[:, 0]).tolist()
+            each = _losses(logits, labels).tolist()
             for place, loss, index in zip(places, each, logits.argmax(-1).tolist(), strict=True):
                 losses[place], classes[place] = loss, index
         return losses, classes

@@ -21,6 +21,7 @@ from fedtune.federation.plugins import record, require_plugins
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
+from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.settings import require_packages, threshold_of
@@ -84,7 +85,11 @@ class Assembly:
             protection=client_protection(config, method),
         )
         about = environment() | {
-            "model": {"name": config.model.name, "weights_sha256": loaded.weights_sha256},
+            "model": {
+                "name": config.model.name,
+                "weights_sha256": loaded.weights_sha256,
+                "drawn": drawn_modules(loaded.model),
+            },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
             **record(config),
@@ -104,6 +109,11 @@ class Assembly:
                 f"{path} began with another split than {self.config.data.partition_name} now gives; bring "
                 "back what it was made from (a file, a package's version), or start anew with --out"
             )
+
+    def train_as_begun(self, path: Path) -> None:
+        """Leaves a pooler frozen where the version that began the run in `path` did."""
+        if "drawn" not in read_json(path / "environment.json")["model"]:
+            mark_drawn(self.loaded.model, [])
 
 
 def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:

@@ -91,6 +91,7 @@ def run(
             assembly = Assembly.assemble(config, clock, objects)
         if resume:
             assembly.refuse_other_inputs(path)
+            assembly.train_as_begun(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
         told = callbacks or Callbacks()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
+
+# Names of a block's modules: its feed-forward network, and what mixes tokens.
+_FEED_FORWARD = re.compile("mlp|moe|expert|ffn|feed_forward|^ff$")
+_MIXING = re.compile("att|mixer|mamba|conv|temporal|ssm|recurrent")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,48 @@ def find_blocks(model: nn.Module) -> Blocks:
     )
 
 
+@dataclass(frozen=True)
+class FeedForward:
+    """A block's feed-forward network: an MLP, or a mixture of experts.
+
+    Attributes:
+        path: Of the module that is called for it; "" where its layers lie in the block itself (BERT, OPT).
+        linears: Its linear layers by their path in the block, the one back to the model's width last; none of
+            a mixture of experts, or of anything else that is not linear layers one after another.
+    """
+
+    path: str
+    linears: dict[str, nn.Module]
+
+
+def find_feed_forward(block: nn.Module) -> FeedForward:
+    """Locates the feed-forward network of a block, by the names that families give it.
+
+    Raises:
+        InputError: There is none (Mamba), or more than one beside another, whose sum it would be; names what
+            there is.
+    """
+    weighty = {
+        name: module
+        for name, module in block.named_children()
+        if any(p.ndim > 1 for p in module.parameters())
+    }
+    named = [name for name in weighty if _FEED_FORWARD.search(name)]
+    linears = {path: linear for path, linear in linear_layers(block).items() if not _MIXING.search(path)}
+    if len(named) == 1 and not isinstance(weighty[named[0]], nn.ModuleList):
+        name = named[0]
+        inside = {path: linear for path, linear in linears.items() if f"{path}.".startswith(f"{name}.")}
+        return FeedForward(name, inside if _is_dense(weighty[name]) else {})
+    flat = all(isinstance(weighty[name], nn.Linear | Conv1D) for name in named)
+    others = [module for name, module in weighty.items() if not _MIXING.search(name)]
+    if linears and flat and all(map(_is_linear, others)):
+        return FeedForward("", linears)
+    raise InputError(
+        f"cannot tell which module of {type(block).__name__} is its MLP, exactly one is expected; it "
+        f"consists of {', '.join(weighty) or 'none'}"
+    )
+
+
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of one block by their path inside it, in the order in which they were registered."""
     return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -61,3 +108,17 @@ def out_features(linear: nn.Module) -> int:
     width = linear.nf if isinstance(linear, Conv1D) else linear.out_features
     assert isinstance(width, int)
     return width
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether all its matrices are those of linear layers."""
+    inside = {
+        id(p) for part in module.modules() if isinstance(part, nn.Linear | Conv1D) for p in part.parameters()
+    }
+    return all(id(p) in inside for p in module.parameters() if p.ndim > 1)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether it is linear layers one after another, and neither experts nor anything else."""
+    lists = any(isinstance(part, nn.ModuleList | nn.ModuleDict) for part in module.modules())
+    return not lists and _is_linear(module)

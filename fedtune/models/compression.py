@@ -41,6 +41,18 @@ def check_drop(blocks: int, ratio: float) -> None:
         )
 
 
+def check_blocks_go(model: PreTrainedModel) -> None:
+    """Raises InputError if blocks are not what they were once others are left out; names the setting.
+
+    Tried are the model without its first block, without its last, and each half of every other block: a block
+    at another place, among fewer, and away from its neighbours. What a turn draws is checked once more then.
+    """
+    blocks = range(len(find_blocks(model).modules))
+    if len(blocks) > 1:
+        for some in (blocks[1:], blocks[:-1], blocks[::2], blocks[1::2]):
+            architecture(model, some)
+
+
 def choose_blocks(
     blocks: int,
     own: Collection[int],

@@ -13,17 +13,20 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
+from fedtune.models.folders import first_line
 from fedtune.models.load import quiet
+from fedtune.models.per_layer import Signature, require_same, signatures, with_blocks
 from fedtune.models.pruning import largest_channels, prune_mlp
 
 ARCHITECTURE = "architecture"  # name of the tensor that holds class and configuration as JSON, UTF-8
@@ -140,15 +143,20 @@ def submodel(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Tenso
     """All that it takes to build `model` with these blocks: tensors by name, the architecture as one more.
 
     Embeddings, norms and head are the model's own, not copies; tied tensors come once.
+
+    Raises:
+        InputError: A block would not be what it was among fewer of them; names the setting.
     """
     path = find_blocks(model).path
-    about = {
-        "class": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": _with_blocks(model.config, [block.origin for block in blocks]),
-    }
+    origins = [block.origin for block in blocks]
+    about = _described(model, origins)
+    skeleton = _skeleton(about)
+    everything = list(range(len(find_blocks(model).modules)))
+    if origins != everything:
+        whole = _whole(json.dumps(_described(model, everything), sort_keys=True))
+        require_same(type(model), whole, signatures(skeleton), origins)
     # Gemma 3 has rotary frequencies for each kind of attention among its blocks, and only for those
-    buffers = {name for name, _ in model.named_buffers()} - _tensors(_skeleton(about)).keys()
+    buffers = {name for name, _ in model.named_buffers()} - _tensors(skeleton).keys()
     tensors = {
         name: tensor
         for name, tensor in _tensors(model).items()
@@ -185,9 +193,15 @@ def _skeleton(about: Mapping[str, Any]) -> PreTrainedModel:
     kind = getattr(transformers, about["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise InputError(f"the model's class is {about['class']!r}, which transformers does not have")
-    config = AutoConfig.for_model(**about["config"])
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    try:
+        config = AutoConfig.for_model(**about["config"])
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = kind._from_config(config, dtype=getattr(torch, about["dtype"]))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"no {about['class']} can be built from its configuration with "
+            f"{about['config'].get('num_hidden_layers')} blocks: {first_line(error)}"
+        ) from error
     return model
 
 
@@ -209,22 +223,21 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.nx, module.nf = tensor.shape
 
 
-def _with_blocks(config: PretrainedConfig, origins: Iterable[int]) -> dict[str, object]:
-    """The configuration for as many blocks, each taking what the configuration says of its origin."""
-    places = list(origins)
-    layers = config.num_hidden_layers
-    if places != list(range(layers)) and getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise InputError(
-            "the model scales attention by the layer's index (scale_attn_by_inverse_layer_idx), so a layer "
-            "does not compute the same at another place; use another model"
-        )
-    smaller = type(config).from_dict(config.to_dict())
-    for key, value in config.to_dict().items():
-        one_a_layer = isinstance(value, list) and len(value) == layers
-        if one_a_layer and key != "architectures" and not key.endswith("_token_id"):
-            setattr(smaller, key, [value[place] for place in places])
-    smaller.num_hidden_layers = len(places)
-    about: dict[str, object] = json.loads(smaller.to_json_string(use_diff=False))
-    about.pop("transformers_version", None)
-    about.pop("_name_or_path", None)
-    return about
+def _described(model: PreTrainedModel, origins: Sequence[int]) -> dict[str, Any]:
+    """Class, dtype and configuration of the model with these of its blocks."""
+    smaller = with_blocks(model.config, len(find_blocks(model).modules), origins)
+    text = smaller.to_json_string(use_diff=False)
+    # transformers writes infinity as {"__float__": "Infinity"} and does not read it so where a model is built
+    config = json.loads(text, object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
+    config.pop("transformers_version", None)
+    config.pop("_name_or_path", None)
+    return {
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": config,
+    }
+
+
+@lru_cache(maxsize=8)
+def _whole(about: str) -> tuple[list[Signature], Signature]:
+    return signatures(_skeleton(json.loads(about)))

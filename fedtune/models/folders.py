@@ -113,6 +113,29 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in safetensors, whole or not."""
+    return (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file()
+
+
+def tensor_shapes(name: str, files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in safetensors files, by name; reads the files' headers alone.
+
+    Raises:
+        InputError: A file is cut short or no safetensors file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stream:
+                shapes |= {key: tuple(stream.get_slice(key).get_shape()) for key in stream}
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."
+            ) from error
+    return shapes
+
+
 def files_sha256(name: str, files: list[Path]) -> str:
     """SHA-256 over the bytes of safetensors files, one after the other.
 

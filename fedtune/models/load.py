@@ -32,11 +32,14 @@ from fedtune.models.folders import (
     CONFIG,
     files_sha256,
     first_line,
+    has_weights,
     model_folder,
     require_config,
     require_tokenizer,
+    tensor_shapes,
     weight_files,
 )
+from fedtune.models.heads import lacking_poolers, mark_drawn, outside_body, pooler_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INITIALS = ("pretrained", "scratch")
@@ -147,17 +150,29 @@ def load_model(
 
 
 def meta_model(
-    name: str, *, base: Path, task: str = "causal-lm", num_labels: int | None = None, dtype: str = "float32"
+    name: str,
+    *,
+    base: Path,
+    initial: str = "pretrained",
+    task: str = "causal-lm",
+    num_labels: int | None = None,
+    dtype: str = "float32",
 ) -> PreTrainedModel:
     """Builds the architecture on torch's meta device from config.json alone: no weights, no memory.
 
+    Where the weights are at hand, the list of their tensors says whether a classifier's pooler is among them;
+    without them it is taken to be.
+
     Raises:
-        InputError: As `load_model`, but weights and tokenizer are neither needed nor read.
+        InputError: As `load_model`, but weights and tokenizer are not needed.
     """
     _check(dtype, DTYPES, "model.dtype")
-    config = _config(name, model_folder(name, base, weights=False), task, num_labels)
+    folder = model_folder(name, base, weights=False)
+    config = _config(name, folder, task, num_labels)
     with torch.device("meta"), seeded(0), quiet():
         model: PreTrainedModel = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
+    if initial == "pretrained" and task == "classification" and has_weights(folder):
+        mark_drawn(model, lacking_poolers(model, tensor_shapes(name, weight_files(name, folder))))
     _name(model, name)
     return model
 
@@ -221,6 +236,8 @@ def _config(name: str, folder: Path, task: str, num_labels: int | None) -> Pretr
         raise InputError(f'model {name}: transformers has no {task} model of type "{kind}".')
     if num_labels is not None:
         config.num_labels = num_labels
+    if task == "classification":  # one class a text, whatever the weights were trained for before
+        config.problem_type = "single_label_classification"
     return config
 
 
@@ -264,9 +281,9 @@ def _pretrained(
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     absent = sorted(set(info["missing_keys"]) | mismatched)
     if task == "classification":
-        # Drawn from the seed: a fresh head, and BERT's pooler, which masked-language-model weights lack.
-        body = f"{model.base_model_prefix}."
-        absent = [key for key in absent if key.startswith(body) and ".pooler." not in key]
+        # drawn from the seed: a fresh head, and BERT's pooler, which masked-language-model weights lack
+        mark_drawn(model, absent)
+        absent = [key for key in absent if not outside_body(model, key) and not pooler_of(model, key)]
     if absent:
         raise InputError(
             f"model {name}: the weights in {folder} lack {len(absent)} tensors that {CONFIG} asks for, or "

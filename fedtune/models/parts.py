@@ -1,7 +1,8 @@
 """A model's tensors by part: its blocks, and what stands before and behind them.
 
 A part is a block, named by its index ("0", "1", ...), or one of `embeddings`, `norm` (all between the last
-block and the head), `head` (of a language model, where it is not tied to the embeddings) and `classifier`.
+block and the head), `head` (of a language model, where it is not tied to the embeddings) and `classifier`
+(`heads.py`).
 What LoRA or a bottleneck adapter adds to a block is a part of its own ("0.added", "1.added", ...). Each
 tensor belongs to exactly one part, and is known as "part:name"; a block's names are paths inside the block,
 and all are those of the base_model model, whatever PEFT has wrapped around it.
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.bottleneck import ADAPTER_NAME
+from fedtune.models.heads import head_modules
 from fedtune.models.memory_efficient import base_model
-from fedtune.models.tuning import HEAD_NAMES, canonical_name
+from fedtune.models.tuning import canonical_name
 
 AROUND = ("embeddings", "norm", "head")  # parts that can be trained like blocks
 CLASSIFIER = "classifier"
@@ -70,14 +72,15 @@ def find_parts(model: nn.Module) -> ModelParts:
     blocks = find_blocks(base)
     output = base.get_output_embeddings()
     head = next((name for name, module in base.named_modules() if module is output), "") if output else ""
+    heads = tuple(f"{path}." for path in head_modules(base))
     parameters: dict[str, dict[str, nn.Parameter]] = {str(i): {} for i in range(len(blocks.modules))}
     buffers: dict[str, dict[str, Tensor]] = {}
     all_parameters, all_buffers = named_tensors(model)
     for name, parameter in all_parameters.items():
-        part, inner = _part(name, blocks.path, head)
+        part, inner = _part(name, blocks.path, head, heads)
         parameters.setdefault(part, {})[inner] = parameter
     for name, buffer in all_buffers.items():
-        part, inner = _part(name, blocks.path, head)
+        part, inner = _part(name, blocks.path, head, heads)
         parameters.setdefault(part, {})
         buffers.setdefault(part, {})[inner] = buffer
     return ModelParts(blocks.path, len(blocks.modules), parameters, buffers)
@@ -99,14 +102,14 @@ def full_name(part: str, inner: str, path: str, index: int) -> str:
     return inner if block_of(part) is None else f"{path}.{index}.{inner}"
 
 
-def _part(name: str, path: str, head: str) -> tuple[str, str]:
+def _part(name: str, path: str, head: str, heads: tuple[str, ...]) -> tuple[str, str]:
     if name.startswith(f"{path}."):
         index, _, inner = name.removeprefix(f"{path}.").partition(".")
         added = ".lora_" in inner or inner.startswith(f"{ADAPTER_NAME}.")
         return index + ADDED * added, inner
-    first = name.partition(".")[0]
-    if first in HEAD_NAMES:
+    if name.startswith(heads):
         return CLASSIFIER, name
+    first = name.partition(".")[0]
     if head and first == head.partition(".")[0] and first != path.partition(".")[0]:
         return "head", name
     inside = name.rpartition(".")[0].replace("wte", "embed").replace("wpe", "embed")  # GPT-2's names

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
-from fedtune.models.blocks import linear_layers, out_features
+from fedtune.models.blocks import find_feed_forward, linear_layers, out_features
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Mlp:
 
 
 def find_mlp(block: nn.Module) -> Mlp:
-    """Locates a block's MLP: its last linear layer, and those outside attention that feed it by their shape.
+    """Locates a block's MLP: its last linear layer, and those that feed it by their shape.
 
     Raises:
-        InputError: The block's linear layers are not of that kind; names them.
+        InputError: The block has none, or a mixture of experts; names its linear layers.
     """
-    linears = linear_layers(block)
-    outside = {path: linear for path, linear in linears.items() if "att" not in path.split(".")[0]}
-    if outside:
-        down = list(outside)[-1]
-        width = in_features(outside[down])
-        ups = tuple(path for path, x in outside.items() if path != down and out_features(x) == width)
+    linears = find_feed_forward(block).linears
+    if linears:
+        down = list(linears)[-1]
+        width = in_features(linears[down])
+        ups = tuple(path for path, x in linears.items() if path != down and out_features(x) == width)
         if ups:
             return Mlp(ups, down, width)
     raise InputError(
-        f"cannot find the MLP of {type(block).__name__}; its linear layers: {', '.join(linears) or 'none'}"
+        f"channels can be taken out of an MLP of linear layers, and {type(block).__name__} has none; its "
+        f"linear layers: {', '.join(linear_layers(block)) or 'none'}"
     )
 
 

@@ -22,15 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
-from fedtune.models.bottleneck import find_bottlenecks
+from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.folders import CONFIG, first_line
+from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
-from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
+from fedtune.models.tuning import attach_adapter, canonical_name, mend_generation, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 ADAPTER_FORMAT = "fedtune bottleneck adapter"
 ADAPTER_VERSION = 1
+PLACEMENT = "after each block's feed-forward network"
 
 
 def save_result(
@@ -95,21 +97,25 @@ def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loa
 
 def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     base = cast(PreTrainedModel, model.get_base_model())
-    deltas = {
-        f"{path}.base_layer.weight": cast(Linear, module).get_delta_weight("default")
-        for path, module in base.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    deltas = {}
+    for path, module in base.named_modules():
+        if isinstance(
+            module, LoraLayer
+        ):  # of a linear layer, or of a parameter that holds all experts' weights
+            name = f"base_model.model.{path}.{getattr(module, 'parameter_name', 'weight')}"
+            deltas[canonical_name(model, name)] = cast(Linear, module).get_delta_weight("default")
     state = {}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name or ".original_module." in name:
             continue
-        if name in deltas:
-            tensor = tensor.float() + deltas[name].float()
+        plain = canonical_name(model, f"base_model.model.{name}")
+        if plain in deltas:
+            tensor = tensor.float() + deltas.pop(plain).float()
         # A copy for each changed tensor only. The head is float32 while it is trained on a bfloat16 base.
         if tensor.is_floating_point():
             tensor = tensor.to(base.dtype)
-        state[canonical_name(model, f"base_model.model.{name}")] = tensor
+        state[plain] = tensor
+    assert not deltas, f"what LoRA changed is not in the model: {', '.join(deltas)}"
     return state
 
 
@@ -120,7 +126,7 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
         "version": ADAPTER_VERSION,
         "base_model": model.name_or_path,
         "size": size,
-        "placement": "after the last linear layer of each block",
+        "placement": PLACEMENT,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
@@ -134,6 +140,12 @@ def _load_adapter(folder: Path, base_model_loader: Callable[[str], Loaded]) -> L
         raise InputError(f"{folder / ADAPTER_CONFIG}: not a {ADAPTER_FORMAT} of version {ADAPTER_VERSION}.")
     tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     loaded = base_model_loader(about["base_model"])
+    if about.get("placement") != PLACEMENT and not sits_as_before(loaded.model):
+        raise InputError(
+            f"{folder} was trained by a version that put adapters elsewhere in "
+            f"{type(loaded.model).__name__} ({about.get('placement')}). Train it again, or use the version "
+            "that wrote it."
+        )
     model = attach_adapter(loaded.model, size=about["size"], seed=0)
     parameters = trainable(model)
     _require_same(folder, tensors, parameters)
@@ -150,7 +162,7 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
         raise InputError(f"{folder / PEFT_CONFIG} does not name its base model (base_model_name_or_path).")
     saved = _read_tensors(folder / PEFT_WEIGHTS)
     loaded = base_model_loader(name)
-    float32_head(loaded.model)
+    float32_heads(loaded.model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with seeded(0), quiet():  # it draws values first, which those of the file replace

@@ -11,9 +11,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -25,16 +24,18 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError, nearest
 from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
+from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
 
-HEAD_NAMES = ("classifier", "score")
+_PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+_NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
 
 
 class ParameterCount(NamedTuple):
@@ -108,6 +109,7 @@ def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftMode
         task_type=_task_type(model),
         num_virtual_tokens=tokens,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        **_shape(model),
     )
     return _attach(model, config, seed)
 
@@ -119,7 +121,7 @@ def attach_p_tuning(model: PreTrainedModel, *, tokens: int, hidden: int, seed: i
     a saved result holds the prompt that the MLP gives and not the MLP.
     """
     config = PromptEncoderConfig(
-        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden
+        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden, **_shape(model)
     )
     return _attach(model, config, seed)
 
@@ -135,8 +137,7 @@ def attach_adapter(model: PreTrainedModel, *, size: int, seed: int) -> PreTraine
     model.requires_grad_(False)
     for adapter in find_bottlenecks(model).values():
         adapter.requires_grad_(True)
-    head = float32_head(model)
-    if head is not None:
+    for head in float32_heads(model):
         head.requires_grad_(True)
     return model
 
@@ -175,15 +176,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def float32_head(model: PreTrainedModel) -> nn.Module | None:
-    """Makes a classification head float32 in place, casting its input too; None if there is no head."""
-    head = next((module for name, module in model.named_children() if name in HEAD_NAMES), None)
-    if head is not None and next(head.parameters()).dtype != torch.float32:
-        head.float()
-        head.register_forward_pre_hook(_cast_to_float32)
-    return head
-
-
 def mend_generation(model: PeftModel) -> None:
     """Makes `generate` of a model with a soft prompt give what whole forward passes give.
 
@@ -211,7 +203,13 @@ def mend_generation(model: PeftModel) -> None:
 
 
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    float32_head(model)  # before PEFT copies it
+    float32_heads(model)  # before PEFT copies them
+    named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
+    if (
+        config.is_prompt_learning
+    ):  # PEFT compares ends of paths: a "head" would be P-tuning's own mlp_head too
+        named = [f"base_model.{path}" for path in named]
+    config.modules_to_save = named or None  # type: ignore[attr-defined]  # of every kind that is used here
     with seeded(seed), quiet():
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
@@ -221,8 +219,18 @@ def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
 
 
 def _task_type(model: PreTrainedModel) -> TaskType:
-    has_head = any(name in HEAD_NAMES for name, _ in model.named_children())
-    return TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
+    return TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What PEFT would look up in the configuration, where not every family has it under the names it knows.
+
+    A prompt is as wide as the embeddings, which in ALBERT and ELECTRA is not the width of the blocks.
+    """
+    known = {key: getattr(model.config, name, None) for key, name in _PEFT_SHAPE.items()}
+    width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
+    shape = {key: value for key, value in known.items() if isinstance(value, int)}
+    return {**shape, "token_dim": width}
 
 
 def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -248,10 +256,6 @@ def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> l
             f"Name some of its linear layers: {', '.join(_short_names(model))}."
         )
     return default
-
-
-def _cast_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def _with_old_cache_name(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -37,14 +37,14 @@ class Fakes:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
     def model(
-        self, name: str, *, base: Path, task: str, num_labels: int | None, dtype: str
+        self, name: str, *, base: Path, initial: str, task: str, num_labels: int | None, dtype: str
     ) -> PreTrainedModel:
         """The model of a config.json, eval mode, all parameters trainable, as `load_model` gives it.
 
         Raises:
             InputError: As `meta_model`.
         """
-        model = meta_model(name, base=base, task=task, num_labels=num_labels, dtype=dtype)
+        model = meta_model(name, base=base, initial=initial, task=task, num_labels=num_labels, dtype=dtype)
         self.empty_out(model)
         return model
 
@@ -89,6 +89,8 @@ class _Values(TorchDispatchMode):
         if op is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if op is _aten._unique2.default and isinstance(args[0], FakeTensor):  # BERT's own ids of token types
+            args = (torch.ones(args[0].shape, dtype=args[0].dtype), *args[1:])
         if op in _INDEXED and isinstance(args[0], FakeTensor):
             args = (args[0], _whole_numbers(args[1]), *args[2:])
         return op(*args, **kwargs)

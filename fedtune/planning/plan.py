@@ -74,6 +74,7 @@ def plan(
     base = fakes.model(
         config.model.name,
         base=Path("."),
+        initial=config.model.initial,
         task=config.model.task,
         num_labels=work.num_labels,
         dtype=config.model.dtype,

@@ -54,10 +54,11 @@ from fedtune.methods.fedbiot.settings import Config, State
 from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
 from fedtune.models.blocks import find_blocks
-from fedtune.models.emulator import EMULATORS, Cut, build, cut, take
+from fedtune.models.emulator import EMULATORS, Cut, build, cut, submodel, take
+from fedtune.models.heads import is_classifier
 from fedtune.models.proximal import moved_squared
 from fedtune.models.pruning import find_mlp
-from fedtune.models.tuning import HEAD_NAMES, attach_lora
+from fedtune.models.tuning import attach_lora
 
 log = logging.getLogger("fedtune")
 
@@ -94,7 +95,7 @@ class FedBiOT:
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model, AdapFu: the whole of it with LoRA on the adapter's blocks."""
         model = cast(PreTrainedModel, build())
-        if any(name in HEAD_NAMES for name, _ in model.named_children()):
+        if is_classifier(model):
             raise InputError(
                 f"{self.config.name} needs a model that generates text, got {type(model).__name__}, which "
                 "classifies; set model.task: causal-lm"
@@ -103,6 +104,7 @@ class FedBiOT:
         places = cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
         compressed = EMULATORS[self.config.emulator](model, places.middle, self.config.layer_dropout)
         parts = (take(model, places.front), compressed, take(model, places.back))
+        submodel(model, [block for some in parts for block in some])  # refused here if it is to be refused
         pruned = (
             find_mlp(find_blocks(model).modules[0]) if self.config.emulator == "channel-pruning" else None
         )

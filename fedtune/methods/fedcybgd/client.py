@@ -24,6 +24,7 @@ from fedtune.methods.step_loss import StepBatches, TokenMean, add_gradient
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import assemble
 from fedtune.models.emulator import ARCHITECTURE
+from fedtune.models.heads import mark_drawn
 from fedtune.models.memory_efficient import memory_efficient, release_memory
 from fedtune.models.parts import ADDED, CLASSIFIER, block_of, full_name, named_tensors
 from fedtune.models.pruning import group_scores
@@ -109,7 +110,9 @@ def begin_turn(job: Payload, env: ClientEnv, config: Config) -> Turn:
     if config.trainable != "full" and always:  # attached to, the head becomes float32 by itself
         dtype = next(iter(parts[str(blocks[0])].values())).dtype
         plain[CLASSIFIER] = {name: tensor.to(dtype) for name, tensor in parts[CLASSIFIER].items()}
-    model: nn.Module = assemble(job.tensors[ARCHITECTURE], path, plain)
+    built = assemble(job.tensors[ARCHITECTURE], path, plain)
+    mark_drawn(built, parts.get(CLASSIFIER, {}))
+    model: nn.Module = built
     if config.trainable != "full":
         model = config.attach(model, seed=0)  # what is drawn here is overwritten below
         model.requires_grad_(False)

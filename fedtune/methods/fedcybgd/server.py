@@ -20,7 +20,7 @@ from fedtune.errors import InputError
 from fedtune.methods.fedcybgd.client import CHANNELS, HEADS
 from fedtune.methods.fedcybgd.settings import Config, State
 from fedtune.models.blocks import find_blocks
-from fedtune.models.compression import architecture, check_drop, choose_blocks
+from fedtune.models.compression import architecture, check_blocks_go, check_drop, choose_blocks
 from fedtune.models.emulator import ARCHITECTURE
 from fedtune.models.memory_efficient import base_model
 from fedtune.models.parts import ADDED, CLASSIFIER, ModelParts, block_of, check_around, find_parts
@@ -64,6 +64,7 @@ class ServerModel:
             )
         if config.compression != "none":
             check_drop(parts.blocks - min(config.blocks_per_client, parts.blocks), config.drop_ratio)
+            check_blocks_go(base_model(model))
         if config.compression == "hybrid":
             for block in find_blocks(model).modules:  # what cannot be pruned is refused before any round
                 find_attention(block)
