@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,28 @@ def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return located(parse_config(document, "the run"))
 
 
+def places(own: RunConfig, config: RunConfig) -> list[str]:
+    """What `moved` took to make the one configuration into the other, a `key=value` each."""
+    its, now = (_places(each.resolved()) for each in (own, config))
+    return [f"{setting}={json.dumps(name)}" for setting, name in now.items() if its.get(setting) != name]
+
+
+def _places(document: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for setting in MOVABLE:
+        block, key = _inside(document, setting)
+        if block is not None and isinstance(name := block.get(key), str):
+            found[setting] = name
+    return found
+
+
 def without_places(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration but for where its inputs are."""
     document = located(config).resolved()
-    for setting in MOVABLE:
+    for setting in _places(document):
         block, key = _inside(document, setting)
-        if block is not None and isinstance(block.get(key), str):
-            block[key] = ""
+        assert block is not None
+        block[key] = ""
     return document
 
 

@@ -1,4 +1,4 @@
-"""What a name in a setting means: a place on this machine or a repository of the hub, never one for the other."""
+"""What a name in a setting means: a place on this machine, or a repository of the hub."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ class Split:
         partition: What partition.json says: examples a client, by index into the training examples.
         sha256: Identifies the training and held-out examples.
         owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
+        held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
     """
 
     clients: dict[int, list[Example]]
@@ -45,6 +46,12 @@ class Split:
     partition: dict[str, Any]
     sha256: str
     owners: tuple[int, ...] = ()
+    held_out: Sequence[Example] = ()
+
+    @property
+    def trained(self) -> list[Example]:
+        """What clients train on."""
+        return [example for part in self.clients.values() for example in part]
 
 
 def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None = None) -> Split:
@@ -72,8 +79,9 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         owners = [client for client, part in enumerate(own) for _ in part]
     kept = [train[i] for i in sorted(i for part in indices for i in part)]
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
+    in_order = [held_out[i] for i in order]
     order = order[: config.evaluation.max_examples]
-    evaluation = [held_out[i] for i in order]
+    evaluation = in_order[: config.evaluation.max_examples]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
         labels = tuple(config.data.labels or sorted({example.output for example in kept}))
@@ -102,6 +110,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         summary,
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
+        in_order,
     )
 
 
@@ -111,8 +120,13 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
         labels = tuple(config.data.labels or sorted({example.output for example in objects.examples}))
-    partition = {"name": config.data.partition_name, "clients": [], "held_out": len(examples)}
-    return Split({}, examples, labels, partition, _sha256([], examples))
+    return only_held_out(examples, labels)
+
+
+def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:
+    """Examples to score a model on, and nobody's to train on."""
+    partition = {"name": "", "clients": [], "held_out": len(examples)}
+    return Split({}, examples, tuple(labels), partition, _sha256([], examples), held_out=examples)
 
 
 def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
@@ -149,13 +163,21 @@ def _server_split(config: RunConfig) -> Split:
     """What the server has where every client has a file of its own: held-out examples, and no others."""
     _, held_out = _hold_out(config, [])
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
-    evaluation = [held_out[i] for i in order[: config.evaluation.max_examples]]
+    in_order = [held_out[i] for i in order]
+    evaluation = in_order[: config.evaluation.max_examples]
     labels = tuple(config.data.labels or ()) if config.model.task == "classification" else ()
     unseen = {example.output for example in evaluation} - set(labels) if labels else set()
     if unseen:
         raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
     partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
-    return Split({}, evaluation, labels, partition, _sha256([], evaluation))
+    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order)
+
+
+def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
+    """The examples among which the held-out ones are, before any split."""
+    if config.data.holdout.source is not None:
+        return _hold_out(config, [])[1]
+    return _examples(config, objects)
 
 
 def public_examples(config: RunConfig) -> list[Example]:

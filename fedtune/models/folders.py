@@ -77,6 +77,14 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
     return Path(found)
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine, in the hub's cache too; None if it is not."""
+    if name == BUNDLED or Path(name).expanduser().is_dir():
+        return model_folder(name, Path("."), weights=False)
+    cached = try_to_load_from_cache(name, CONFIG) if name.count("/") == 1 and name[:1] != "/" else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def require_config(name: str, folder: Path) -> None:
     """Raises InputError unless the folder holds a model's config.json, and no adapter beside it."""
     if (folder / CONFIG).is_file():

@@ -87,6 +87,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, about: Mapping[str, Any]) -> None:
-    file.write_text(
-        json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    file.write_text(json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -134,7 +134,11 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     about = _read_json(folder / PEFT_CONFIG)
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, written as lists in any order
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+    ):  # sets, written as lists in any order
         if isinstance(about.get(key), list):
             about[key] = sorted(about[key])
     base = cast(PreTrainedModel, model.get_base_model())
@@ -160,9 +164,13 @@ def _save_base(base: PreTrainedModel, folder: Path) -> bool:
         base.config.to_dict()
     ):
         return False
+    try:
+        files = weight_files(name, source)
+    except InputError:  # it was drawn from a seed, and no other program can draw it again
+        return False
     base.config.save_pretrained(folder)
     mend_config(folder / CONFIG)
-    files, shapes = weight_files(name, source), dict[str, tuple[str, list[int]]]()
+    shapes = dict[str, tuple[str, list[int]]]()
     kept = {
         ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module")): tensor
         for key, tensor in base.state_dict().items()
