@@ -1,7 +1,7 @@
 """What a run recorded of its inputs, and whether these are still what it had.
 
-A run's base model and data are known by digests, wherever they are now. Its held-out examples are known one by
-one: they are looked for by what they say, and never drawn again, so that nothing which was trained on is scored.
+A run's base model and data are known by digests, wherever they are now. Its held-out examples are known one
+by one: they are looked for by what they say, and never drawn again, so that none is scored that was trained on.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ def replay(
 def classes(path: Path, config: RunConfig, objects: ObjectData | None) -> tuple[str, ...]:
     """The classes of a run's classifier, in the order of its outputs; of another model none.
 
-    They are those that the run recorded. Of a run of an earlier version they are those of its data, if these are
-    what they were.
+    They are those that the run recorded. Of a run of an earlier version they are those of its data, if these
+    are what they were.
 
     Raises:
         InputError: They are not, or are not there.

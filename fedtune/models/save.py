@@ -1,9 +1,9 @@
 """Write a result where other tools can read it, and read it back.
 
 * full, and LoRA merged: a Hugging Face model folder;
-* LoRA, prompt tuning, P-tuning: a PEFT adapter folder; of a classifier, with `base/` in it: PEFT gives a head as
-  many outputs as the base's configuration says, so there stands one that says it right, and links to the base's
-  weights;
+* LoRA, prompt tuning, P-tuning: a PEFT adapter folder; of a classifier, with `base/` in it: PEFT gives a head
+  as many outputs as the base's configuration says, so one that says it right stands there, with links to the
+  base's weights;
 * bottleneck adapter: adapter.safetensors with canonical names and adapter.json, our own since PEFT has none.
 """
 
@@ -156,7 +156,7 @@ def _save_base(base: PreTrainedModel, folder: Path) -> bool:
     Returns:
         Whether there was need for one, and weights on this machine under the base's own name.
     """
-    name = base.name_or_path
+    name = str(base.name_or_path)
     if name != BUNDLED and not Path(name).is_absolute():
         return False
     source = model_folder(name, folder, weights=True)
