@@ -1,7 +1,7 @@
 """What a run recorded of its inputs, and whether these are still what it had.
 
 A run's base model and data are known by digests, wherever they are now. Its held-out examples are known one
-by one: they are looked for by what they say, and never drawn again, so that none is scored that was trained on.
+by one: they are looked for by what they say, never drawn again, and so none is scored that was trained on.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.places import MOVABLE
-from fedtune.config.schema import OBJECTS, RunConfig
+from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
@@ -138,14 +138,23 @@ def refuse_replaced(path: Path, config: RunConfig, objects: ObjectData | None = 
     Raises:
         InputError: Says which.
     """
+    _refuse_replaced_model(path, config)
+    _refuse_replaced_data(path, config, objects)
+
+
+def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
     folder = local_folder(config.model.name)
-    if folder is not None:
-        weights = None
-        if config.model.initial == "pretrained":
-            weights = files_sha256(config.model.name, weight_files(config.model.name, folder))
-        refuse_other_model(path, weights, settings_sha256(folder), config.model.name)
-    sources = [config.data.train, config.data.holdout.source]
-    here = all(name is None or name == "bundled" or Path(name).exists() for name in sources)
+    if folder is None:
+        return
+    weights = None
+    if config.model.initial == "pretrained":
+        weights = files_sha256(config.model.name, weight_files(config.model.name, folder))
+    refuse_other_model(path, weights, settings_sha256(folder), config.model.name)
+
+
+def _refuse_replaced_data(path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
+    sources = (config.data.train, config.data.holdout.source)
+    here = all(name in (None, "bundled", CLIENTS) or Path(str(name)).exists() for name in sources)
     if config.data.train == OBJECTS:
         here = objects is not None
     if here:
@@ -224,12 +233,14 @@ def _digest(example: Example) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def changed_inputs(runs: Iterable[tuple[Path, RunConfig]]) -> list[str]:
-    """What is not any more what these runs had, a sentence each; what is not on this machine is let pass."""
-    said = []
-    for path, config in runs:
+def changed_inputs(path: Path, config: RunConfig) -> list[str]:
+    """Which inputs of a run are not any more what it had, for who only reads what it wrote; a sentence each."""
+    file, said = path / "environment.json", list[str]()
+    if not file.is_file() or not {"model", "data"} <= read_json(file).keys():
+        return said
+    for check in (_refuse_replaced_model, _refuse_replaced_data):
         try:
-            refuse_replaced(path, config)
+            check(path, config)
         except InputError as error:
             said.append(str(error))
     return said

@@ -30,7 +30,7 @@ from fedtune.methods import registry
 from fedtune.models.folders import local_folder
 from fedtune.models.load import Loaded, load_model, load_tokenizer
 from fedtune.models.portable import classes_of, name_classes
-from fedtune.models.save import classes_in, load_result
+from fedtune.models.save import BASE, classes_in, load_result
 
 
 def evaluate_target(
@@ -195,7 +195,8 @@ def result_folders(path: Path) -> dict[str, Path]:
     final = path / "final"
     if not final.is_dir():
         raise InputError(f"{path} has no result yet; continue it with fedtune run --resume {path}")
-    named = {folder.name: folder for folder in sorted(final.iterdir()) if folder.is_dir()}
+    inside = [folder for folder in sorted(final.iterdir()) if folder.is_dir() and folder.name != BASE]
+    named = {folder.name: folder for folder in inside}
     if any(name.startswith("client-") for name in named):
         return named
     return {"global": final, **named}
