@@ -36,10 +36,12 @@ def require_hub_name(name: str, base: Path, setting: str, known: Iterable[str] =
     there = []
     if above.is_dir():
         there = [str(path.with_name(entry.name)) for entry in above.iterdir() if entry.name[:1] != "."]
+    local = path.is_absolute() or name.startswith(".")
+    where = "" if path.is_absolute() else f"; looked for {(base / path).absolute()}"
+    hub = "A repository of the Hugging Face hub is written OWNER/NAME, and no folder here is called OWNER."
     raise InputError(
-        f'{setting}: there is no "{name}" on this machine; looked for {(base / path).absolute()}.'
-        f"{nearest(name, [*known, *sorted(there)])} A repository of the Hugging Face hub is written "
-        "OWNER/NAME, and no folder here may be called OWNER."
+        f'{setting}: there is no "{name}" on this machine{where}.{nearest(name, [*known, *sorted(there)])}'
+        + ("" if local else f" {hub}")
     )
 
 

@@ -234,7 +234,7 @@ def _digest(example: Example) -> str:
 
 
 def changed_inputs(path: Path, config: RunConfig) -> list[str]:
-    """Which inputs of a run are not any more what it had, for who only reads what it wrote; a sentence each."""
+    """Which inputs of a run are not any more what it had, a sentence each: for who reads only its logs."""
     file, said = path / "environment.json", list[str]()
     if not file.is_file() or not {"model", "data"} <= read_json(file).keys():
         return said
