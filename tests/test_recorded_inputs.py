@@ -263,3 +263,15 @@ def test_edit_of_the_recorded_digest_is_seen(home: Path) -> None:
     edit_json(home / "run" / "environment.json", data={**about["data"], "sha256": "0" * 64})
     with pytest.raises(InputError, match="began with another data: sha256 was 000000000000"):
         fedtune.open(home / "run").resume(progress=False)
+
+
+def test_a_base_with_a_head_for_these_classes_keeps_their_order(home: Path) -> None:
+    """Sorted, its outputs would stand for other classes than those that it was trained for."""
+    order = ("zeta", "alpha", "delta", "beta")
+    edit_json(home / "models" / "bert" / "config.json", id2label=dict(enumerate(order)), label2id=None)
+    config = load_config(home / "run" / "config.yaml")
+    run = fedtune.run(config, out=home / "again", progress=False)
+    assert tuple(json.loads((home / "again" / "examples.json").read_text())["labels"]) == order
+    assert run.model().config.id2label == dict(enumerate(order))
+    with pytest.raises(InputError, match="began with another model: sha256 of config.json"):
+        fedtune.open(home / "run").resume(progress=False)

@@ -18,7 +18,7 @@ from fedtune.errors import InputError
 from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
-from fedtune.federation.recorded import loaded_of, refuse_other_data
+from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -105,6 +105,7 @@ class Assembly:
         require_plugins(path, unchanged=True)
         loaded_of(path, self.loaded)
         refuse_other_data(path, self.split, self.config.data.train)
+        refuse_other_classes(path, self.split.labels)
         now = self.split.partition["clients"]  # none over a network: there the clients say what they have
         if now and _who_has_what(now) != _who_has_what(read_json(path / "partition.json")["clients"]):
             raise InputError(

@@ -24,6 +24,8 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
+from fedtune.models.folders import local_folder, model_folder
+from fedtune.models.save import classes_in
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     evaluation = in_order[: config.evaluation.max_examples]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(config.data.labels or sorted({example.output for example in kept}))
+        labels = tuple(config.data.labels or _in_order({example.output for example in kept}, config))
         unseen = {example.output for example in [*evaluation, *kept]} - set(labels)
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
@@ -119,8 +121,18 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
     examples = list(objects.examples)[: config.evaluation.max_examples]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(config.data.labels or sorted({example.output for example in objects.examples}))
+        labels = tuple(config.data.labels or _in_order({e.output for e in objects.examples}, config))
     return only_held_out(examples, labels)
+
+
+def _in_order(names: set[str], config: RunConfig) -> Sequence[str]:
+    """Classes sorted; but as the base model has them, if it has a head for just these."""
+    name = config.model.name
+    folder = local_folder(name)
+    if folder is None and "/" in name:  # of the hub: otherwise the order would depend on what is cached
+        folder = model_folder(name, Path("."), weights=False)
+    own = classes_in(folder) if folder is not None else ()
+    return own if sorted(own) == sorted(names) else sorted(names)
 
 
 def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:

@@ -122,6 +122,17 @@ def refuse_other_data(path: Path, split: Split, name: str) -> None:
     refuse_other(path, "data", split.sha256, name, why)
 
 
+def refuse_other_classes(path: Path, labels: Sequence[str]) -> None:
+    """Raises InputError if a classifier's outputs would stand for other classes than in the run in `path`."""
+    known = recorded_examples(path)
+    began = sorted(labels) if known is None else known.labels  # an earlier version sorted them
+    if list(began) != list(labels):
+        raise InputError(
+            f"{path} began with the classes {', '.join(began)}, in this order, and not {', '.join(labels)}; "
+            "bring the base model back as it was"
+        )
+
+
 def loaded_of(path: Path, loaded: Loaded) -> Loaded:
     """A base model as it was loaded, if it is the one that the run in `path` began with.
 

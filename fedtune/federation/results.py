@@ -76,6 +76,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """The same of a model in memory: the examples are those of the overrides' data block, or `objects`."""
     config = model_config("in-memory", [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides])
+    if config.model.task == "classification":
+        about = cast(PreTrainedModel, model).config.to_dict() if hasattr(model, "config") else {}
+        config = _with_classes(config, classes_of(about))
     split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
     loaded = Loaded(cast(PreTrainedModel, model), tokenizer, config.model.name, weights_sha256="")
     return scores_of("model", [("model", loaded)], split, config)
@@ -272,7 +275,10 @@ def _to_score(
 def _with_own_classes(config: RunConfig) -> RunConfig:
     """With the classes that a classifier's own configuration names, if `data.labels` names none."""
     folder = local_folder(config.model.name) if config.model.task == "classification" else None
-    labels = classes_in(folder) if folder is not None else ()
+    return config if folder is None else _with_classes(config, classes_in(folder))
+
+
+def _with_classes(config: RunConfig, labels: Sequence[str]) -> RunConfig:
     if len(labels) < 2 or config.data.labels is not None:
         return config
     document = config.resolved()
