@@ -273,5 +273,5 @@ def test_a_base_with_a_head_for_these_classes_keeps_their_order(home: Path) -> N
     run = fedtune.run(config, out=home / "again", progress=False)
     assert tuple(json.loads((home / "again" / "examples.json").read_text())["labels"]) == order
     assert run.model().config.id2label == dict(enumerate(order))
-    with pytest.raises(InputError, match="began with another model: sha256 of config.json"):
+    with pytest.raises(InputError, match=r"began with another model: sha256 of config\.json"):
         fedtune.open(home / "run").resume(progress=False)

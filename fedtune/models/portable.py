@@ -47,7 +47,8 @@ def mend_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lets transformers 4 read a tokenizer that was just saved: the class of its source, and known names."""
     file = folder / TOKENIZER_CONFIG
     about = _read(file)
-    source = _read(Path(tokenizer.name_or_path) / TOKENIZER_CONFIG).get("tokenizer_class")
+    origin = tokenizer.name_or_path  # a folder; nothing, if it was made in memory
+    source = _read(Path(origin) / TOKENIZER_CONFIG).get("tokenizer_class") if origin else None
     if isinstance(source, str) and source != _BACKEND:
         about["tokenizer_class"] = source
     elif about.get("tokenizer_class") == _BACKEND:

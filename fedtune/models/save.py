@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
-from fedtune.models.folders import BUNDLED, CONFIG, WEIGHTS_INDEX, first_line, model_folder, weight_files
+from fedtune.models.folders import BUNDLED, CONFIG, WEIGHTS_INDEX, first_line, local_folder, weight_files
 from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
 from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
@@ -159,10 +159,8 @@ def _save_base(base: PreTrainedModel, folder: Path) -> bool:
     name = str(base.name_or_path)
     if name != BUNDLED and not Path(name).is_absolute():
         return False
-    source = model_folder(name, folder, weights=True)
-    if not (source / CONFIG).is_file() or classes_of(_read_json(source / CONFIG)) == classes_of(
-        base.config.to_dict()
-    ):
+    source, own = local_folder(name), classes_of(base.config.to_dict())
+    if source is None or classes_in(source) == own:
         return False
     try:
         files = weight_files(name, source)
