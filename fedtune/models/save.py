@@ -25,7 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
-from fedtune.models.folders import BUNDLED, CONFIG, WEIGHTS_INDEX, first_line, local_folder, weight_files
+from fedtune.models.folders import (
+    BUNDLED,
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    first_line,
+    local_folder,
+    weight_files,
+)
 from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
 from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
@@ -184,7 +192,7 @@ def _save_base(base: PreTrainedModel, folder: Path) -> bool:
         where = {key: f"base-{file}" for key, (file, _) in shapes.items()} | dict.fromkeys(other, HEADS)
         save_file({key: kept[key].cpu().contiguous() for key in other}, folder / HEADS)
         _write_json(folder / WEIGHTS_INDEX, {"metadata": {}, "weight_map": where})
-    elif len(files) > 1:
+    elif files[0].name != WEIGHTS:
         links[WEIGHTS_INDEX] = source / WEIGHTS_INDEX
     for link, path in links.items():
         (folder / link).symlink_to(path.absolute())
