@@ -150,6 +150,9 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
         if isinstance(about.get(key), list):
             about[key] = sorted(about[key])
     base = cast(PreTrainedModel, model.get_base_model())
+    about["base_model_name_or_path"] = str(
+        base.name_or_path
+    )  # of an adapter read back PEFT keeps the old one
     if about.get("task_type") == "SEQ_CLS":
         # PEFT has no field for classes; in this one it keeps what it does not know.
         about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}
