@@ -142,17 +142,12 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     about = _read_json(folder / PEFT_CONFIG)
-    for key in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-    ):  # sets, written as lists in any order
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, in whatever order
         if isinstance(about.get(key), list):
             about[key] = sorted(about[key])
     base = cast(PreTrainedModel, model.get_base_model())
-    about["base_model_name_or_path"] = str(
-        base.name_or_path
-    )  # of an adapter read back PEFT keeps the old one
+    # Of an adapter that was read back PEFT keeps the base that it was trained on, wherever that was.
+    about["base_model_name_or_path"] = str(base.name_or_path)
     if about.get("task_type") == "SEQ_CLS":
         # PEFT has no field for classes; in this one it keeps what it does not know.
         about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}
