@@ -17,7 +17,7 @@ from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
-from fedtune.federation.client import local_examples
+from fedtune.federation.client import local_examples, local_records
 from fedtune.federation.data import prepare_data
 
 TURNS = [
@@ -82,7 +82,7 @@ def refused(row: dict[str, Any], fields: dict[str, str | None], tmp_path: Path) 
         # it stands twice where that is asked for
         (
             {"instruction": "q", "output": "a"},
-            {"category": "output", "input": "instruction"},
+            {"category": "output", "input": "instruction", "instruction": "instruction"},
             Example("q", "q", "a", "a"),
         ),
         (
@@ -278,3 +278,38 @@ def test_a_network_client_says_that_there_is_no_input(
     assert given["fields"] == {"instruction": "q", "input": None}
     (tmp_path / "d.jsonl").write_text('{"q": "who", "input": "about", "output": "a"}\n')
     assert local_examples(tmp_path / "d.jsonl", given["fields"]) == [Example("who", "", "a")]
+
+
+def test_a_network_client_counts_its_examples_before_a_run_names_their_keys(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"q": "who", "a": "me"}\n\n{"q": "when", "a": "now"}\n')
+    assert local_records(file) == 2  # the run's data.fields say later which key is the question
+    file.write_text("\n")
+    with pytest.raises(InputError, match=r"d\.jsonl: holds no examples"):
+        local_records(file)
+    with pytest.raises(InputError, match=r"e\.jsonl: cannot be read: No such file"):
+        local_records(tmp_path / "e.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("fields", "taker", "left"),
+    [
+        ({"instruction": "output"}, "instruction", "output"),
+        ({"input": "instruction"}, "input", "instruction"),
+        ({"output": "instruction"}, "output", "instruction"),
+    ],
+)
+def test_a_needed_field_does_not_double_another_ones_key(
+    fields: dict[str, str], taker: str, left: str, tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text('{"instruction": "who", "output": "me"}\n')
+    with pytest.raises(InputError, match=rf'data\.fields\.{taker} takes the key "{left}"'):
+        load_examples("d.jsonl", fields=fields, base=tmp_path)
+    both = load_examples("d.jsonl", fields={**fields, left: left}, base=tmp_path)  # asked for by name
+    assert getattr(both[0], taker) == getattr(both[0], left)
+
+
+def test_public_data_name_their_own_fields(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"q": "who", "output": "me"}\n')
+    with pytest.raises(InputError, match=r"Set data\.public\.fields\.instruction"):
+        load_examples("p.jsonl", fields={}, base=tmp_path, setting="data.public.fields")

@@ -33,7 +33,12 @@ _NO_TURNS = (
 
 
 def load_examples(
-    source: str, *, fields: Mapping[str, str | None], split: str = "train", base: Path = Path(".")
+    source: str,
+    *,
+    fields: Mapping[str, str | None],
+    split: str = "train",
+    base: Path = Path("."),
+    setting: str = "data.fields",
 ) -> list[Example]:
     """Loads a data set.
 
@@ -48,6 +53,7 @@ def load_examples(
             task folder: a text file with a task's name a line, or "train" for all tasks; with a percentage
             behind it ("test_tasks.txt[2%]") a random part of each task's instances, the same for every seed.
         base: The folder that a relative path starts from.
+        setting: What an error calls `fields`.
 
     Returns:
         The examples in the source's order. Numbers become text as JSON writes them. An absent key of `input`
@@ -59,7 +65,7 @@ def load_examples(
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
             Conversations do not fit: who speaks at a position differs from row to row.
     """
-    _check_fields(fields)
+    _check_fields(fields, setting)
     if source == "bundled":
         return bundled_examples(split, fields=fields)
     path = base / source
@@ -69,13 +75,18 @@ def load_examples(
         if not path.is_file():
             what = "is not a file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {what}. Paths start from {base.resolve()}.")
-        return examples_from(_file_rows(path, str(path)), fields, str(path))
+        return examples_from(_file_rows(path, str(path)), fields, str(path), setting)
     if path.is_dir():
-        return examples_from(_task_rows(path, split, base), fields, str(path))
+        return examples_from(_task_rows(path, split, base), fields, str(path), setting)
     if path.exists():
         raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
     require_hub_name(source.partition(":")[0], base, "data set", ["bundled"])
-    return examples_from(_hub_rows(source, split), fields, f'data set "{source}"')
+    return examples_from(_hub_rows(source, split), fields, f'data set "{source}"', setting)
+
+
+def count_records(file: Path) -> int:
+    """Records of a .jsonl or .json file, whatever keys they have. Raises InputError if it cannot be read."""
+    return sum(1 for _ in _file_rows(file, str(file)))
 
 
 def bundled_examples(part: str = "train", *, fields: Mapping[str, str | None] | None = None) -> list[Example]:
@@ -96,19 +107,24 @@ def bundled_examples(part: str = "train", *, fields: Mapping[str, str | None] | 
     return examples_from(_file_rows(file, file.name), fields or {}, file.name)
 
 
-def _check_fields(fields: Mapping[str, str | None]) -> None:
+def _check_fields(fields: Mapping[str, str | None], setting: str) -> None:
     for ours, theirs in fields.items():
         if ours not in FIELDS:
             raise InputError(
-                f'data.fields: unknown field "{ours}"; the fields are {", ".join(FIELDS)}.'
+                f'{setting}: unknown field "{ours}"; the fields are {", ".join(FIELDS)}.'
                 f"{nearest(ours, FIELDS)}"
             )
         if theirs is None and ours not in _OPTIONAL:
-            raise InputError(f"data.fields: {no_null(ours)}.")
+            raise InputError(f"{setting}: {no_null(ours)}.")
         if theirs == "":
             none = ", or null for none" if ours in _OPTIONAL else ""
+            raise InputError(f"{setting}.{ours} is empty; give the key that holds it, or leave it out{none}.")
+    for ours in FIELDS:
+        takers = [name for name, key in fields.items() if key == ours != name and name != "category"]
+        if ours not in _OPTIONAL and ours not in fields and takers:
             raise InputError(
-                f"data.fields.{ours} is empty; give the key that holds it, or leave it out{none}."
+                f'{setting}.{takers[0]} takes the key "{ours}", which would be the {ours} too; set '
+                f"{setting}.{ours} to the key that holds the {ours}."
             )
 
 
@@ -247,7 +263,10 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def examples_from(
-    rows: Iterator[tuple[str, Any]], fields: Mapping[str, str | None], name: str
+    rows: Iterator[tuple[str, Any]],
+    fields: Mapping[str, str | None],
+    name: str,
+    setting: str = "data.fields",
 ) -> list[Example]:
     """Examples from records, each with its place.
 
@@ -255,22 +274,25 @@ def examples_from(
         rows: (place, record); the place stands in front of an error.
         fields: Our field names to the records' keys, as in `load_examples`.
         name: Of all of them together.
+        setting: What an error calls `fields`.
 
     Raises:
         InputError: There is none, or one does not fit.
     """
-    _check_fields(fields)
+    _check_fields(fields, setting)
     examples = []
     for place, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
-        examples.append(Example(**{field: _field(row, field, fields, place) for field in FIELDS}))
+        examples.append(Example(**{field: _field(row, field, fields, place, setting) for field in FIELDS}))
     if not examples:
         raise InputError(f"{name}: holds no examples; at least one is needed.")
     return examples
 
 
-def _field(row: dict[str, Any], field: str, fields: Mapping[str, str | None], place: str) -> str:
+def _field(
+    row: dict[str, Any], field: str, fields: Mapping[str, str | None], place: str, setting: str
+) -> str:
     key = fields.get(field, field)
     optional = field in _OPTIONAL
     if key is None or (optional and field not in fields and _claimed(row, field, fields)):
@@ -287,7 +309,7 @@ def _field(row: dict[str, Any], field: str, fields: Mapping[str, str | None], pl
         talks = [k for k, held in row.items() if _is_turns(held)]
         if talks and not optional:
             raise InputError(f'{missing} "{talks[0]}" holds a conversation. {_NO_TURNS}')
-        raise InputError(f"{missing} Set data.fields.{field} to the right one.")
+        raise InputError(f"{missing} Set {setting}.{field} to the right one.")
     if value is None and optional:
         return ""  # Arrow writes null for a key that only other rows have
     if isinstance(value, str):

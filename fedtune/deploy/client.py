@@ -18,7 +18,7 @@ from fedtune.config.file import read_yaml
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client
 from fedtune.errors import FederationError, FedtuneError, InputError
-from fedtune.federation.client import join, local_examples
+from fedtune.federation.client import join, local_records
 from fedtune.federation.process import torch_settings
 from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
 from fedtune.transport.flower import quiet_environment, supernode_command
@@ -69,7 +69,7 @@ def run_client(setup: ClientSetup) -> None:
     host, port = _address(setup.server)
     check_client(setup.keys)
     check_data(acceptance, setup.data)
-    log_line(f"{len(local_examples(setup.data, setup.fields))} examples in {setup.data}")
+    log_line(f"{local_records(setup.data)} examples in {setup.data}")
     joining = partial(
         join,
         data=setup.data,

@@ -23,7 +23,7 @@ from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.sources import load_examples
+from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
 from fedtune.federation.data import encode_for
@@ -37,6 +37,19 @@ from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
 
 
+def local_records(data: Path) -> int:
+    """How many examples a client's file holds, before any run says which key is what.
+
+    Raises:
+        InputError: It is missing, damaged or empty, or no .json or .jsonl file.
+    """
+    _check_file(data)
+    count = count_records(data)
+    if not count:
+        raise InputError(f"{data}: holds no examples; at least one is needed")
+    return count
+
+
 def local_examples(data: Path, fields: Mapping[str, str | None]) -> list[Example]:
     """The examples of a client's own file.
 
@@ -47,9 +60,13 @@ def local_examples(data: Path, fields: Mapping[str, str | None]) -> list[Example
     Raises:
         InputError: It is missing, malformed or empty.
     """
+    _check_file(data)
+    return load_examples(str(data.resolve()), fields=dict(fields), split="train", base=Path("."))
+
+
+def _check_file(data: Path) -> None:
     if data.suffix not in (".json", ".jsonl"):
         raise InputError(f"{data}: a client's data are a .json or .jsonl file")
-    return load_examples(str(data.resolve()), fields=dict(fields), split="train", base=Path("."))
 
 
 def join(

@@ -202,7 +202,9 @@ def public_examples(config: RunConfig) -> list[Example]:
     if public is None:
         return []
     fields = {str(ours): theirs for ours, theirs in public.fields.items()}
-    examples = load_examples(public.source, fields=fields, split=public.split, base=Path("."))
+    examples = load_examples(
+        public.source, fields=fields, split=public.split, base=Path("."), setting="data.public.fields"
+    )
     if public.max_examples is not None and public.max_examples < len(examples):
         chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
         examples = [examples[i] for i in sorted(chosen)]
