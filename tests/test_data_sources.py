@@ -309,6 +309,21 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
         load_examples("owner/set", fields={})
 
 
+def test_a_name_that_means_a_place_here_is_not_asked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    (tmp_path / "data" / "dolly").mkdir(parents=True)
+    for name, words in (
+        ("data/dolyl", 'no "data/dolyl" on this machine.*Did you mean "data/dolly"'),
+        ("bundeld", 'Did you mean "bundled".*written OWNER/NAME'),
+        ("./owner/set", "there is no"),
+        ("a/b/c:main", "there is no"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_examples(name, fields={}, base=tmp_path)
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from model_families import DECODERS, FAMILIES, build, edit_json, save_folder
+from model_families import DECODERS, FAMILIES, build, edit_json, save_folder, tokenizer
 from safetensors.torch import load_file, save_file
 
 from fedtune.errors import InputError
+from fedtune.models import folders
 from fedtune.models.load import load_model, load_tokenizer, meta_model
 
 PRETRAINED = {"dtype": "float32", "initial": "pretrained", "seed": 0}
@@ -148,11 +150,67 @@ def test_wrong_arguments(folder, tmp_path):
         meta_model("model", base=tmp_path, dtype="float16")
 
 
-def test_no_such_folder(tmp_path):
-    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "..\\model"):
-        refused("is no folder", tmp_path, name)
+def test_no_such_folder(tmp_path, monkeypatch):
+    """A name that means a place here is not looked for on the hub."""
+    monkeypatch.setattr(
+        folders, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked")
+    )
+    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "..\\model", "models/", "bundeld", "~/nowhere"):
+        refused("there is no ", tmp_path, name)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    refused('no "models/bsae" on this machine.*Did you mean "models/base"', tmp_path, "models/bsae")
+    refused('no "bundeld" .*Did you mean "bundled".*written OWNER/NAME', tmp_path, "bundeld")
     (tmp_path / "file").write_text("")
     refused("is no folder", tmp_path, "file")
+
+
+def test_the_hub_is_asked_for_its_own_names_and_that_is_said(folder, tmp_path, monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(
+        folders, "snapshot_download", lambda name, **kwargs: asked.append(name) or str(folder)
+    )
+    assert load_model("owner/model-1.5", **PRETRAINED, base=tmp_path).name == "owner/model-1.5"
+    assert asked == ["owner/model-1.5"]
+    assert caplog.messages == [
+        "model owner/model-1.5 is not on this machine; asking the Hugging Face hub for it"
+    ]
+
+
+def test_an_adapter_beside_the_model_is_refused(folder, tmp_path):
+    """transformers would load it too, and the digest would not know."""
+    (folder / "adapter_config.json").write_text("{}")
+    refused("has an adapter .* beside the model", tmp_path)
+    with pytest.raises(InputError, match="beside the model"):
+        meta_model("model", base=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["../out.safetensors", "/out.safetensors", "link.safetensors", "in/x", 3])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, part):
+    build("llama").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    (tmp_path / "model" / "in").mkdir()
+    for place in (tmp_path / "out.safetensors", tmp_path / "model" / "in" / "x"):
+        shutil.copy(shards[0], place)
+    (tmp_path / "model" / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    about = json.loads(index.read_text())
+    for name, file in about["weight_map"].items():
+        about["weight_map"][name] = part if file == shards[0].name else file
+    index.write_text(json.dumps(about))
+    refused("not in that folder|no index of weights", tmp_path)
+
+
+def test_weights_in_the_hubs_cache_are_links_and_load(tmp_path):
+    snapshot, blobs = tmp_path / "models--o--m" / "snapshots" / "abc", tmp_path / "models--o--m" / "blobs"
+    build("llama").save_pretrained(snapshot, max_shard_size="20KB")
+    tokenizer().save_pretrained(snapshot)
+    blobs.mkdir()
+    for file in snapshot.iterdir():
+        file.rename(blobs / f"blob-{file.name}")
+        file.symlink_to(Path("..") / ".." / "blobs" / f"blob-{file.name}")
+    loaded = load_model(str(snapshot), **PRETRAINED, base=tmp_path)
+    assert all(map(torch.equal, loaded.model.parameters(), build("llama").parameters()))
 
 
 def test_hub_out_of_reach(tmp_path, monkeypatch):

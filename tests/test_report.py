@@ -27,7 +27,7 @@ def config(**model: Any) -> RunConfig:
 
 def made(path: Path, losses: list[float | None], **summary: Any) -> Path:
     """A run of one client: 1,000 bytes down and 500 up a round."""
-    folder = RunFolder.create(path, config(), {}, {})
+    folder = RunFolder.create(path, config(), {}, {}, {})
     for round, loss in enumerate(losses):
         scores = {} if loss is None else {"loss": {"loss": loss, "loss_low": loss - 1, "loss_high": loss + 1}}
         left_out = {"7": "<late>"} if round == 1 else {}

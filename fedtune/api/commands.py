@@ -90,6 +90,7 @@ def run(
         FederationError: A round stayed under its quorum, or the machine failed. The folder holds a
             checkpoint; `open(out).resume()` goes on.
     """
+    from fedtune.config.places import located
     from fedtune.federation.claim import claimed
     from fedtune.federation.plugins import require_plugins
 
@@ -98,6 +99,7 @@ def run(
             raise InputError("resume=True needs the folder of the run that is to go on: out=...")
         require_plugins(Path(out))  # before its configuration is read, in which their names would be unknown
     settings, objects = with_objects(load(config, *overrides), data)
+    settings = located(settings)  # the program may change its working folder afterwards
     stem = Path(config).stem if isinstance(config, str | Path) else settings.method_name
     where = None if out is None else Path(out)
     with claimed(where, Path("runs") / stem) as path, shown(progress) as display:
@@ -105,20 +107,26 @@ def run(
     return Run(path, settings, objects)
 
 
-def open(path: str | Path, data: Any = None) -> Run:
+def open(path: str | Path, *overrides: str, data: Any = None) -> Run:
     """A run that is in a folder, finished or not.
+
+    Its base model and data are looked at when something needs them; others than it began with are refused.
 
     Args:
         path: The run's folder.
+        overrides: Where its inputs are now, if they were moved: "model.name=/data/base",
+            "data.train=x.jsonl".
         data: The examples, where the run was made with some; see `run`.
 
     Raises:
-        InputError: It is not a run's folder, or `data` are for a run that has files.
+        InputError: It is not a run's folder, an override is of a setting, which a run has for good, or `data`
+            are for a run that has files.
     """
+    from fedtune.config.places import moved
     from fedtune.config.schema import OBJECTS
     from fedtune.federation.folder import RunFolder
 
-    config = RunFolder.open(Path(path)).config()
+    config = moved(RunFolder.open(Path(path)).config(), overrides)
     if data is not None and config.data.train != OBJECTS:
         raise InputError(f"{path} was made with data.train: {config.data.train}; it takes no data=...")
     return Run(Path(path), config, objects_from(config, data))
@@ -205,6 +213,7 @@ def evaluate(
     if isinstance(target, Run):
         if data is not None:
             raise InputError("a run has its own data; open it with them: fedtune.open(path, data=...)")
+        overrides = (*target.places(), *overrides)
         return evaluate_target(str(target.folder), list(tasks), overrides, target.objects)
     objects = objects_from(model_config("in-memory", overrides), data)
     if isinstance(target, str | Path):

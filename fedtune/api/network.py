@@ -67,6 +67,7 @@ def serve(
         InputError: Configuration, keys or port are not usable; nothing was written.
         FederationError: Too few clients came or stayed, or Flower does not start.
     """
+    from fedtune.config.places import located
     from fedtune.federation.claim import claimed
     from fedtune.federation.plugins import require_plugins
 
@@ -83,7 +84,7 @@ def serve(
         Server(settings, Path(keys), port, display.note) as deployment,
     ):
         federate(settings, path, None, callbacks, display, resume=resume, deployment=deployment)
-    return Run(path, settings)
+    return Run(path, located(settings))
 
 
 def take_part(

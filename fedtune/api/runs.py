@@ -78,6 +78,12 @@ class Run:
             raise InputError(f"to_pandas gives rounds, messages or clients; got {what!r}")
         return getattr(self, what).to_pandas()
 
+    def places(self) -> list[str]:
+        """Where it was said that its inputs are now, as `fedtune.open` takes it."""
+        from fedtune.config.places import places
+
+        return places(self._files.config(), self.config)
+
     def model(self, name: str = "global") -> PreTrainedModel:
         """The result in memory, in eval mode: a model, or one with its adapter attached.
 
@@ -92,9 +98,9 @@ class Run:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that goes with the result."""
-        from fedtune.models.load import load_tokenizer
+        from fedtune.federation.results import tokenizer_of
 
-        return load_tokenizer(self.config.model.name, Path("."))
+        return tokenizer_of(self.folder)
 
     def generate(
         self,
@@ -170,7 +176,7 @@ class Run:
         """
         from fedtune.federation.results import replay
 
-        return replay(self.folder, round, Path(out), self.objects)
+        return replay(self.folder, self.config, round, Path(out), self.objects)
 
     def export(self, out: str | Path, *, merge: bool = False) -> list[Path]:
         """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
@@ -184,7 +190,7 @@ class Run:
         """
         from fedtune.federation.results import export_run
 
-        return export_run(self.folder, Path(out), merge=merge, objects=self.objects)
+        return export_run(self.folder, self.config, Path(out), merge=merge, objects=self.objects)
 
     def report(self, out: str | Path = "report.html") -> Path:
         """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.
@@ -206,7 +212,7 @@ class Run:
     def _classes(self) -> tuple[str, ...]:
         from fedtune.federation.results import classes
 
-        return classes(self.config, self.objects)
+        return classes(self.folder, self.config, self.objects)
 
     def _rows(self, log: str) -> Rows:
         from fedtune.federation.rows import Rows
@@ -217,7 +223,7 @@ class Run:
         from fedtune.federation.results import one_result
 
         if name not in self._loaded:
-            self._loaded[name] = one_result(self.folder, self.config, name, len(self._classes))
+            self._loaded[name] = one_result(self.folder, self.config, name, self.objects)
         return self._loaded[name]
 
 

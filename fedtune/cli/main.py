@@ -37,6 +37,11 @@ Json = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Where inputs were moved to, as model.name=/data/base."),
+]
+
 
 class Listing(StrEnum):
     """What `fedtune ls` can list."""
@@ -212,6 +217,7 @@ app.command(no_args_is_help=True)(report)
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    places: Places = None,
     merge: Annotated[
         bool, typer.Option(help="Fold the adapter into the weights and write a whole model.")
     ] = False,
@@ -221,7 +227,7 @@ def export(
 
     Example: fedtune export runs/demo --out model --merge
     """
-    for path in fedtune.open(run).export(out, merge=merge):
+    for path in fedtune.open(run, *places or []).export(out, merge=merge):
         print(path)
 
 
@@ -230,13 +236,14 @@ def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[int, typer.Option(help="The round, counted from 1.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    places: Places = None,
     plugin: Plugin = None,
 ) -> None:
     """Rebuild the model of an earlier round from its checkpoint.
 
     Example: fedtune replay runs/demo --round 2 --out round-2
     """
-    for path in fedtune.open(run).replay(round, out):
+    for path in fedtune.open(run, *places or []).replay(round, out):
         print(path)
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedtune.core.permissions import as_the_umask_says
 from fedtune.core.types import Payload, Scalar
 
 T = TypeVar("T")
@@ -113,6 +114,7 @@ class Store:
         if len({t.untyped_storage().data_ptr() for t in tensors.values()}) < len(tensors):
             tensors = {n: t.clone() for n, t in tensors.items()}  # safetensors refuses what shares memory
         save_file(tensors, new, metadata={"scalars": json.dumps(dict(payload.scalars))})
+        as_the_umask_says([new], folder)
         os.replace(new, folder / f"{key}.safetensors")
 
     def _read(self, path: Path) -> Payload | None:

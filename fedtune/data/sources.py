@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.examples import Example
+from fedtune.data.places import require_hub_name, say_asking
 from fedtune.errors import InputError, nearest
 
 FIELDS = ("instruction", "input", "output", "category")
@@ -79,6 +80,7 @@ def load_examples(
         return examples_from(_task_rows(path, split, base), fields, str(path), setting)
     if path.exists():
         raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
+    require_hub_name(source.partition(":")[0], base, "data set", ["bundled"])
     return examples_from(_hub_rows(source, split), fields, f'data set "{source}"', setting)
 
 
@@ -245,6 +247,7 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # heavy, and needed for this kind of source alone
 
     name, _, configuration = source.partition(":")
+    say_asking(f'data set "{source}"')
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -18,11 +18,13 @@ from fedtune.errors import InputError
 from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
+from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded, load_model
+from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.settings import require_packages, threshold_of
 
@@ -68,6 +70,7 @@ class Assembly:
             base=Path("."),
         )
         torch.nn.Module.to(loaded.model, device)
+        name_classes(loaded.model.config, split.labels)
         with clock.part("encoding"):
             data = {
                 c: encode_for(config, items, loaded.tokenizer, split.labels)
@@ -89,6 +92,7 @@ class Assembly:
                 "name": config.model.name,
                 "weights_sha256": loaded.weights_sha256,
                 "drawn": drawn_modules(loaded.model),
+                "settings_sha256": dict(loaded.settings_sha256),
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
@@ -101,8 +105,9 @@ class Assembly:
     def refuse_other_inputs(self, path: Path) -> None:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
         require_plugins(path, unchanged=True)
-        for what, key in (("model", "weights_sha256"), ("data", "sha256")):
-            refuse_other(path, what, self.environment[what][key], self.environment[what]["name"])
+        loaded_of(path, self.loaded)
+        refuse_other_data(path, self.split, self.config.data.train)
+        refuse_other_classes(path, self.split.labels)
         now = self.split.partition["clients"]  # none over a network: there the clients say what they have
         if now and _who_has_what(now) != _who_has_what(read_json(path / "partition.json")["clients"]):
             raise InputError(
@@ -118,24 +123,6 @@ class Assembly:
 
 def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
     return [(client.get("name", ""), client["indices"]) for client in clients]
-
-
-def refuse_other(path: Path, what: str, now: str, name: str) -> None:
-    """Raises InputError if the run in `path` began with another model or other data.
-
-    Args:
-        path: The run's folder.
-        what: "model" or "data".
-        now: The digest of what is there now.
-        name: Where that comes from.
-    """
-    key = {"model": "weights_sha256", "data": "sha256"}[what]
-    was = read_json(path / "environment.json")[what][key]
-    if was != now:
-        raise InputError(
-            f"{path} began with another {what}: {key} was {was[:12]}, {name} now has {now[:12]}; bring the "
-            "old one back"
-        )
 
 
 def client_protection(config: RunConfig, method: Method[Any]) -> ClientProtection | None:

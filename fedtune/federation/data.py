@@ -24,6 +24,8 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
+from fedtune.models.folders import local_folder, model_folder
+from fedtune.models.save import classes_in
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Split:
         partition: What partition.json says: examples a client, by index into the training examples.
         sha256: Identifies the training and held-out examples.
         owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
+        held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
     """
 
     clients: dict[int, list[Example]]
@@ -45,6 +48,12 @@ class Split:
     partition: dict[str, Any]
     sha256: str
     owners: tuple[int, ...] = ()
+    held_out: Sequence[Example] = ()
+
+    @property
+    def trained(self) -> list[Example]:
+        """What clients train on."""
+        return [example for part in self.clients.values() for example in part]
 
 
 def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None = None) -> Split:
@@ -72,11 +81,12 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         owners = [client for client, part in enumerate(own) for _ in part]
     kept = [train[i] for i in sorted(i for part in indices for i in part)]
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
+    in_order = [held_out[i] for i in order]
     order = order[: config.evaluation.max_examples]
-    evaluation = [held_out[i] for i in order]
+    evaluation = in_order[: config.evaluation.max_examples]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(config.data.labels or sorted({example.output for example in kept}))
+        labels = tuple(config.data.labels or _in_order({example.output for example in kept}, config))
         unseen = {example.output for example in [*evaluation, *kept]} - set(labels)
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
@@ -102,6 +112,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         summary,
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
+        in_order,
     )
 
 
@@ -110,9 +121,24 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
     examples = list(objects.examples)[: config.evaluation.max_examples]
     labels: tuple[str, ...] = ()
     if config.model.task == "classification":
-        labels = tuple(config.data.labels or sorted({example.output for example in objects.examples}))
-    partition = {"name": config.data.partition_name, "clients": [], "held_out": len(examples)}
-    return Split({}, examples, labels, partition, _sha256([], examples))
+        labels = tuple(config.data.labels or _in_order({e.output for e in objects.examples}, config))
+    return only_held_out(examples, labels)
+
+
+def _in_order(names: set[str], config: RunConfig) -> Sequence[str]:
+    """Classes sorted; but as the base model has them, if it has a head for just these."""
+    name = config.model.name
+    folder = local_folder(name)
+    if folder is None and "/" in name:  # of the hub: otherwise the order would depend on what is cached
+        folder = model_folder(name, Path("."), weights=False)
+    own = classes_in(folder) if folder is not None else ()
+    return own if sorted(own) == sorted(names) else sorted(names)
+
+
+def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:
+    """Examples to score a model on, and nobody's to train on."""
+    partition = {"name": "", "clients": [], "held_out": len(examples)}
+    return Split({}, examples, tuple(labels), partition, _sha256([], examples), held_out=examples)
 
 
 def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
@@ -149,13 +175,21 @@ def _server_split(config: RunConfig) -> Split:
     """What the server has where every client has a file of its own: held-out examples, and no others."""
     _, held_out = _hold_out(config, [])
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
-    evaluation = [held_out[i] for i in order[: config.evaluation.max_examples]]
+    in_order = [held_out[i] for i in order]
+    evaluation = in_order[: config.evaluation.max_examples]
     labels = tuple(config.data.labels or ()) if config.model.task == "classification" else ()
     unseen = {example.output for example in evaluation} - set(labels) if labels else set()
     if unseen:
         raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
     partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
-    return Split({}, evaluation, labels, partition, _sha256([], evaluation))
+    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order)
+
+
+def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
+    """The examples among which the held-out ones are, before any split."""
+    if config.data.holdout.source is not None:
+        return _hold_out(config, [])[1]
+    return _examples(config, objects)
 
 
 def public_examples(config: RunConfig) -> list[Example]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fedtune.core.permissions import as_the_umask_says
 from fedtune.errors import FederationError, InputError
 
 
@@ -65,9 +66,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        as_the_umask_says(files, temporary)
+        for file in files:
+            _fsync(file)
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():

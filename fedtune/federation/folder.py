@@ -24,9 +24,13 @@ class RunFolder:
 
     @staticmethod
     def create(
-        path: Path, config: RunConfig, environment: dict[str, Any], partition: dict[str, Any]
+        path: Path,
+        config: RunConfig,
+        environment: dict[str, Any],
+        partition: dict[str, Any],
+        examples: dict[str, Any],
     ) -> RunFolder:
-        """Makes the folder with its configuration, environment and partition, all at once.
+        """Makes the folder with its configuration, environment, partition and examples, all at once.
 
         Raises:
             InputError: `path` exists and is not empty.
@@ -36,6 +40,7 @@ class RunFolder:
             (new / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             write_json(new / "environment.json", environment)
             write_json(new / "partition.json", partition)
+            write_json(new / "examples.json", examples)
             (new / "checkpoints").mkdir()
         return RunFolder(path)
 

@@ -18,16 +18,19 @@ from fedtune.errors import InputError
 from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
-from fedtune.federation.assembly import Assembly, refuse_other
+from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import Split, all_held_out, prepare_data
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.plugins import require_plugins
+from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import eval_settings
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
+from fedtune.models.folders import local_folder
 from fedtune.models.load import Loaded, load_model, load_tokenizer
-from fedtune.models.save import load_result
+from fedtune.models.portable import classes_of, name_classes
+from fedtune.models.save import BASE, classes_in, load_result
 
 
 def evaluate_target(
@@ -53,15 +56,14 @@ def evaluate_target(
     path = Path(target)
     if (path / "config.yaml").is_file():
         require_plugins(path)
-        config = load_config(path / "config.yaml", wanted)
-        split = prepare_data(config, pooled=False, objects=objects)
-        if objects is not None:
-            refuse_other(path, "data", split.sha256, "what was given")
-        models = results(path, config, len(split.labels))
+        own, config = RunFolder.open(path).config(), load_config(path / "config.yaml", wanted)
+        split = held_out_of(path, own, config, objects)
+        found = results(path, own_base(own, config), objects)
+        models = _to_score(path, found, split, config)
     else:
-        config = model_config(target, wanted)
+        config = _with_own_classes(model_config(target, wanted))
         split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
-        models = iter([("model", _load(config, config.model.name, len(split.labels)))])
+        models = iter([("model", _load(config, config.model.name, split.labels))])
     return scores_of(target, models, split, config)
 
 
@@ -74,6 +76,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """The same of a model in memory: the examples are those of the overrides' data block, or `objects`."""
     config = model_config("in-memory", [f"evaluation.tasks=[{', '.join(tasks)}]", *overrides])
+    if config.model.task == "classification":
+        about = cast(PreTrainedModel, model).config.to_dict() if hasattr(model, "config") else {}
+        config = _with_classes(config, classes_of(about))
     split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
     loaded = Loaded(cast(PreTrainedModel, model), tokenizer, config.model.name, weights_sha256="")
     return scores_of("model", [("model", loaded)], split, config)
@@ -109,11 +114,14 @@ def _about(task: str, scorer: str, outcomes: Sequence[Outcome]) -> dict[str, Any
     return {"scorer": scorer, "metric": metric, "notes": list(notes)}
 
 
-def export_run(path: Path, out: Path, *, merge: bool, objects: ObjectData | None = None) -> list[Path]:
+def export_run(
+    path: Path, config: RunConfig, out: Path, *, merge: bool, objects: ObjectData | None = None
+) -> list[Path]:
     """Writes a run's result(s) to `out`, which must not hold anything; returns the folders written.
 
     Args:
         path: The run's folder.
+        config: Its configuration, with its inputs where they are now.
         out: The folder to write.
         merge: Fold an adapter into the weights.
         objects: The examples, with `data.train: objects` and a classifier, whose classes they have.
@@ -121,16 +129,14 @@ def export_run(path: Path, out: Path, *, merge: bool, objects: ObjectData | None
     Raises:
         InputError: The run has no result yet, `out` is taken, or merging does not apply.
     """
-    config = RunFolder.open(path).config()
     refuse_existing(out)
-    found = results(path, config, len(classes(config, objects)))
-    models = ((name, loaded.model) for name, loaded in found)
-    return save_models(
-        models, load_tokenizer(config.model.name, Path(".")), out, merge=merge, what=f"export {out}"
-    )
+    models = ((name, loaded.model) for name, loaded in results(path, config, objects))
+    return save_models(models, tokenizer_of(path), out, merge=merge, what=f"export {out}")
 
 
-def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None) -> list[Path]:
+def replay(
+    path: Path, config: RunConfig, round: int, out: Path, objects: ObjectData | None = None
+) -> list[Path]:
     """Rebuilds the model of an earlier round from its checkpoint and writes it to `out`.
 
     A FedKSeed checkpoint is a few vectors of K numbers, so all rounds can be kept (`checkpoints.keep: null`).
@@ -138,12 +144,10 @@ def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None)
     Raises:
         InputError: The round has no checkpoint any more, `out` is taken, or the base model is another one.
     """
-    run = RunFolder.open(path)
-    config = run.config()
     refuse_existing(out)
     folder = path / "checkpoints"
     checkpoint.require(folder, round)
-    saved = checkpoint.load(folder, round, config_sha256=run.config_sha256())
+    saved = checkpoint.load(folder, round, config_sha256=RunFolder.open(path).config_sha256())
     assembly = Assembly.assemble(config, Clock(), objects)
     assembly.refuse_other_inputs(path)
     model = assembly.method.client_model(lambda: assembly.loaded.model)
@@ -154,26 +158,39 @@ def replay(path: Path, round: int, out: Path, objects: ObjectData | None = None)
     )
 
 
-def classes(config: RunConfig, objects: ObjectData | None) -> tuple[str, ...]:
-    """The classes of a run's classifier; of another model none, and no data are read."""
+def classes(path: Path, config: RunConfig, objects: ObjectData | None) -> tuple[str, ...]:
+    """The classes of a run's classifier, in the order of its outputs; of another model none.
+
+    They are those that the run recorded. Of a run of an earlier version they are those of its data, if these
+    are what they were.
+
+    Raises:
+        InputError: They are not, or are not there.
+    """
     if config.model.task != "classification":
         return ()
-    return prepare_data(config, pooled=False, objects=objects).labels
+    known = recorded_examples(path)
+    if known is not None:
+        return known.labels
+    split = prepare_data(config, pooled=False, objects=objects)
+    refuse_other_data(path, split, config.data.train)
+    return split.labels
 
 
-def results(path: Path, config: RunConfig, labels: int) -> Iterator[tuple[str, Loaded]]:
+def results(path: Path, config: RunConfig, objects: ObjectData | None = None) -> Iterator[tuple[str, Loaded]]:
     """The models in a run's final/ folder: one a client, or the result and what stands beside it.
 
     Args:
         path: The run's folder.
-        config: Its configuration.
-        labels: Classes of a classifier; else 0.
+        config: Its configuration, with its inputs where they are now.
+        objects: Its examples, with `data.train: objects`.
 
     Raises:
-        InputError: The run has no result yet, or it does not go with its base model.
+        InputError: The run has no result yet, or its base model is another one now.
     """
+    labels = classes(path, config, objects)
     for name, folder in result_folders(path).items():
-        yield name, load_result(folder, lambda base: _load(config, base, labels))
+        yield name, _result(path, folder, config, labels)
 
 
 def result_folders(path: Path) -> dict[str, Path]:
@@ -181,31 +198,92 @@ def result_folders(path: Path) -> dict[str, Path]:
     final = path / "final"
     if not final.is_dir():
         raise InputError(f"{path} has no result yet; continue it with fedtune run --resume {path}")
-    named = {folder.name: folder for folder in sorted(final.iterdir()) if folder.is_dir()}
+    inside = [folder for folder in sorted(final.iterdir()) if folder.is_dir() and folder.name != BASE]
+    named = {folder.name: folder for folder in inside}
     if any(name.startswith("client-") for name in named):
         return named
     return {"global": final, **named}
 
 
-def one_result(path: Path, config: RunConfig, name: str, labels: int) -> Loaded:
-    """One of a run's results. Raises InputError if it has none of that name."""
+def one_result(path: Path, config: RunConfig, name: str, objects: ObjectData | None) -> Loaded:
+    """One of a run's results, as of `results`. Raises InputError if it has none of that name."""
     folders = result_folders(path)
     if name not in folders:
         raise InputError(f"{path} has no result named {name!r}; it has {', '.join(folders)}")
-    return load_result(folders[name], lambda base: _load(config, base, labels))
+    return _result(path, folders[name], config, classes(path, config, objects))
 
 
-def _load(config: RunConfig, name: str, labels: int) -> Loaded:
-    return load_model(
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with a run's result."""
+    return load_tokenizer(str(next(iter(result_folders(path).values())).absolute()), Path("."))
+
+
+def own_base(own: RunConfig, asked: RunConfig) -> RunConfig:
+    """A run's configuration with its base model where, and in the dtype in which, it was asked for."""
+    model = asked.model.model_dump(include={"name", "dtype", "device"})
+    return own.model_copy(update={"model": own.model.model_copy(update=model)})
+
+
+def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) -> Loaded:
+    """A result on its base model. Which base that is says the run, and not the adapter."""
+    whole = str(folder.resolve())
+
+    def base_model(name: str) -> Loaded:
+        if name == whole:  # the result is a whole model, even where it began from scratch
+            return _load(config, name, labels, initial="pretrained")
+        try:
+            loaded = _load(config, config.model.name, labels)
+        except InputError as error:
+            if local_folder(config.model.name) is not None:
+                raise
+            raise InputError(
+                f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
+            ) from error
+        return loaded_of(path, loaded)
+
+    return load_result(folder, base_model)
+
+
+def _load(config: RunConfig, name: str, labels: Sequence[str], initial: str = "") -> Loaded:
+    loaded = load_model(
         name,
         dtype=config.model.dtype,
-        # a result that is a whole model has its weights in its own folder, even where it began from scratch
-        initial=config.model.initial if name == config.model.name else "pretrained",
+        initial=initial or config.model.initial,
         task=config.model.task,
-        num_labels=labels or None,
+        num_labels=len(labels) or None,
         seed=derive_seed(config.seed, "model"),
         base=Path("."),
     )
+    name_classes(loaded.model.config, labels)
+    return loaded
+
+
+def _to_score(
+    path: Path, found: Iterator[tuple[str, Loaded]], split: Split, config: RunConfig
+) -> Iterator[tuple[str, Loaded]]:
+    """A run's results, whose classes must be those of the examples that they are scored on."""
+    for name, loaded in found:
+        own = classes_of(loaded.model.config.to_dict())
+        if config.model.task == "classification" and own != split.labels:
+            raise InputError(
+                f"{path} tells apart {', '.join(own)}, in this order; the examples have "
+                f"{', '.join(split.labels)}. Set data.labels to the run's"
+            )
+        yield name, loaded
+
+
+def _with_own_classes(config: RunConfig) -> RunConfig:
+    """With the classes that a classifier's own configuration names, if `data.labels` names none."""
+    folder = local_folder(config.model.name) if config.model.task == "classification" else None
+    return config if folder is None else _with_classes(config, classes_in(folder))
+
+
+def _with_classes(config: RunConfig, labels: Sequence[str]) -> RunConfig:
+    if len(labels) < 2 or config.data.labels is not None:
+        return config
+    document = config.resolved()
+    document["data"]["labels"] = list(labels)
+    return parse_config(document, config.model.name)
 
 
 def model_config(name: str, overrides: Sequence[str]) -> RunConfig:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from fedtune.config.places import located, without_places
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
@@ -32,6 +33,7 @@ from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.journal import Journal
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
+from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, eval_settings, evaluate
 from fedtune.measure.clock import Clock
@@ -68,6 +70,7 @@ def run(
             checkpoint and a summary with `status: stopped`.
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
+    config = located(config)
     check_transport(config, deployment)
     back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
@@ -77,6 +80,7 @@ def run(
         if back_to is not None:
             rollback.check(path, back_to, config_sha256=identity)
         elif (done := folder.summary()) and done["status"] == "done":
+            refuse_replaced(path, config, objects)
             return done
     else:
         if back_to is not None:
@@ -105,7 +109,9 @@ def run(
             check_counts(config, len(assembly.client_examples))
             assembly.split.partition.update(deployment.partition())
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
-            RunFolder.create(path, config, assembly.environment, assembly.split.partition)
+            RunFolder.create(
+                path, config, assembly.environment, assembly.split.partition, examples_of(assembly.split)
+            )
         try:
             with connected(config, assembly, path, clock, deployment, objects) as transport:
                 summary = federation.run(transport, deployment)
@@ -365,10 +371,10 @@ class _Federation:
 
 
 def _reopen(config: RunConfig, path: Path) -> RunFolder:
+    """The folder of a run to go on with; its inputs may be elsewhere than when it began."""
     folder = RunFolder.open(path)
-    theirs = folder.config()
-    if theirs.sha256() != config.sha256():
-        mine, its = config.resolved(), theirs.resolved()
+    mine, its = without_places(config), without_places(folder.config())
+    if mine != its:
         different = [key for key in its if mine.get(key) != its[key]]
         raise InputError(
             f"{path} was started with another configuration; different: {', '.join(different)}. "

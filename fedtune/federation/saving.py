@@ -39,8 +39,9 @@ def save_models(
             # what stands beside the result has a base model that only this method can build
             beside = name != "global" and not name.startswith("client-")
             whole = (merge or beside) and _is_adapter(model)
-            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=whole)
-            written.append(path if name == "global" else path / name)
+            place = path if name == "global" else path / name
+            save_result(cast(PreTrainedModel, model), tokenizer, where, merge=whole, place=place)
+            written.append(place)
     return written
 
 

@@ -7,9 +7,10 @@ import importlib.resources
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
+from fedtune.data.places import require_hub_name, say_asking
 from fedtune.errors import InputError
 
 BUNDLED = "bundled"
@@ -24,6 +25,19 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# Beside the weights, whatever else loading reads: what these hold changes what a model does.
+SETTINGS_FILES = (
+    *TOKENIZER_FILES,
+    CONFIG,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+ADAPTER = "adapter_config.json"
 
 
 def model_folder(name: str, base: Path, *, weights: bool) -> Path:
@@ -35,36 +49,53 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
         weights: Whether to download the weights too.
 
     Raises:
-        InputError: There is neither such a folder nor such a hub model within reach.
+        InputError: There is neither such a folder nor such a hub model within reach. A name that means a
+            place on this machine is not looked for on the hub.
     """
     if name == BUNDLED:
         return Path(str(importlib.resources.files("fedtune.models") / BUNDLED))
     folder = base / Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or folder.exists():
+    if folder.exists():
         raise InputError(
             f"model.name: {folder} is no folder. "
             "Give a Hugging Face model folder, a hub name such as owner/model, or bundled."
         )
+    require_hub_name(name, base, "model.name", [BUNDLED])
+    if not isinstance(try_to_load_from_cache(name, CONFIG), str):
+        say_asking(f"model {name}")
     patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         # Nothing from subfolders, and no second copy of the weights in another layout.
         found = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except (OSError, ValueError) as error:  # every error of huggingface_hub and of a network is one of these
         raise InputError(
-            f'model.name: {folder} is no folder, and the hub did not give "{name}": {first_line(error)} '
+            f'model.name: {folder} is not there, and the hub did not give "{name}": {first_line(error)} '
             "Give a model folder, or check the name, the network and HF_HUB_OFFLINE."
         ) from error
     return Path(found)
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine, in the hub's cache too; None if it is not."""
+    if name == BUNDLED or Path(name).expanduser().is_dir():
+        return model_folder(name, Path("."), weights=False)
+    cached = try_to_load_from_cache(name, CONFIG) if name.count("/") == 1 and name[:1] != "/" else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def require_config(name: str, folder: Path) -> None:
-    """Raises InputError unless the folder holds a model's config.json."""
+    """Raises InputError unless the folder holds a model's config.json, and no adapter beside it."""
     if (folder / CONFIG).is_file():
+        if (folder / ADAPTER).exists():
+            raise InputError(
+                f"model {name}: {folder} has an adapter ({ADAPTER}) beside the model, which would be loaded "
+                "with it unasked. Merge it into the weights, or move its files to a folder of their own."
+            )
         return
     hint = "Give a folder made by save_pretrained."
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         hint = "It holds a PEFT adapter, not a model: give its base model."
     raise InputError(f"model {name}: no {CONFIG} in {folder}. {hint}")
 
@@ -84,7 +115,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights, in name order.
 
     Raises:
-        InputError: There are none, only pickled ones, or fewer than the index names.
+        InputError: There are none, only pickled ones, fewer than the index names, or the index names files
+            outside of the folder.
     """
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
@@ -94,6 +126,12 @@ def weight_files(name: str, folder: Path) -> list[Path]:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"model {name}: {index} is no index of weights: {first_line(error)}") from error
+        outside = [part for part in parts if not _inside(folder, part)]
+        if outside:
+            raise InputError(
+                f"model {name}: {index} names {outside[0]!r}, which is not in that folder. "
+                "Put the weights beside their index."
+            )
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
             raise InputError(
@@ -134,6 +172,28 @@ def tensor_shapes(name: str, files: list[Path]) -> dict[str, tuple[int, ...]]:
                 f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."
             ) from error
     return shapes
+
+
+def _inside(folder: Path, part: object) -> bool:
+    """Whether a name in an index is that of a file in its folder, and no way out of it."""
+    if not isinstance(part, str) or Path(part).name != part:
+        return False
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub's cache: its files are links to these
+        homes.append(folder.parent.parent.resolve() / "blobs")
+    return (folder / part).resolve().parent in homes
+
+
+def settings_sha256(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file beside the weights that loading reads: configuration, tokenizer, chat template."""
+    files = [folder / name for name in SETTINGS_FILES] + sorted(
+        (folder / "additional_chat_templates").glob("*.jinja")
+    )
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.is_file()
+    }
 
 
 def files_sha256(name: str, files: list[Path]) -> str:

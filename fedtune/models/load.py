@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fedtune.models.folders import (
     model_folder,
     require_config,
     require_tokenizer,
+    settings_sha256,
     tensor_shapes,
     weight_files,
 )
@@ -65,12 +66,14 @@ class Loaded:
         tokenizer: Has a pad token.
         name: As the configuration gave it: "bundled", a folder or a hub name.
         weights_sha256: Of the safetensors files' bytes, or of the initial weights when drawn from a seed.
+        settings_sha256: By name, of each file beside the weights that loading reads; of a hub model's too.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     weights_sha256: str
+    settings_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def listing() -> list[dict[str, str]]:
@@ -146,7 +149,7 @@ def load_model(
         # A decoder with a head classifies from the last token that is no padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     _name(model, name)
-    return Loaded(model, tokenizer, name, digest)
+    return Loaded(model, tokenizer, name, digest, settings_sha256(folder))
 
 
 def meta_model(

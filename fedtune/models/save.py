@@ -1,7 +1,9 @@
 """Write a result where other tools can read it, and read it back.
 
 * full, and LoRA merged: a Hugging Face model folder;
-* LoRA, prompt tuning, P-tuning: a PEFT adapter folder;
+* LoRA, prompt tuning, P-tuning: a PEFT adapter folder; of a classifier, with `base/` in it: PEFT gives a head
+  as many outputs as the base's configuration says, so one that says it right stands there, with links to the
+  base's weights;
 * bottleneck adapter: adapter.safetensors with canonical names and adapter.json, our own since PEFT has none.
 """
 
@@ -16,16 +18,25 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
-from fedtune.models.folders import CONFIG, first_line
+from fedtune.models.folders import (
+    BUNDLED,
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    first_line,
+    local_folder,
+    weight_files,
+)
 from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
+from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
 from fedtune.models.tuning import attach_adapter, canonical_name, mend_generation, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +44,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 ADAPTER_FORMAT = "fedtune bottleneck adapter"
 ADAPTER_VERSION = 1
 PLACEMENT = "after each block's feed-forward network"
+BASE, HEADS = "base", "heads.safetensors"  # in the folder of a classifier's PEFT adapter
 
 
 def save_result(
@@ -41,6 +53,7 @@ def save_result(
     folder: Path,
     *,
     merge: bool = False,
+    place: Path | None = None,
 ) -> None:
     """Writes a trained model into `folder`, with its tokenizer. Making that atomic is the caller's.
 
@@ -50,6 +63,7 @@ def save_result(
         folder: Made if it is not there.
         merge: Add LoRA's update into the weights and write a plain model, W + (alpha / rank) B A, summed in
             float32 and rounded to the base's dtype.
+        place: Where the folder will be, if it is written elsewhere at first.
 
     Raises:
         InputError: `merge` for anything but LoRA.
@@ -64,13 +78,24 @@ def save_result(
                 base = cast(PreTrainedModel, model.get_base_model())
                 base.save_pretrained(folder, state_dict=_merged_state(model))
             else:
-                # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
-                model.save_pretrained(str(folder), save_embedding_layers=False)
+                _save_peft(model, folder, (place or folder).absolute())
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    mend_config(folder / CONFIG)
+    mend_tokenizer(folder, tokenizer)
+
+
+def classes_in(folder: Path) -> tuple[str, ...]:
+    """The classes of a saved classifier in the order of its outputs; none if nothing there names them."""
+    if (folder / PEFT_CONFIG).is_file():
+        return classes_of(_read_json(folder / PEFT_CONFIG).get("auto_mapping") or {})
+    for name in (ADAPTER_CONFIG, CONFIG):
+        if (folder / name).is_file():
+            return classes_of(_read_json(folder / name))
+    return ()
 
 
 def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:
@@ -119,6 +144,70 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     return state
 
 
+def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
+    # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    about = _read_json(folder / PEFT_CONFIG)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, in whatever order
+        if isinstance(about.get(key), list):
+            about[key] = sorted(about[key])
+    base = cast(PreTrainedModel, model.get_base_model())
+    # Of an adapter that was read back PEFT keeps the base that it was trained on, wherever that was.
+    about["base_model_name_or_path"] = str(base.name_or_path)
+    if about.get("task_type") == "SEQ_CLS":
+        # PEFT has no field for classes; in this one it keeps what it does not know.
+        about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}
+        if _save_base(base, folder / BASE):
+            about["base_model_name_or_path"] = str(place / BASE)
+    _write_json(folder / PEFT_CONFIG, about)
+
+
+def _save_base(base: PreTrainedModel, folder: Path) -> bool:
+    """Writes the configuration of a classifier's base as it is used, and links to its weights.
+
+    Returns:
+        Whether there was need for one, and weights on this machine under the base's own name.
+    """
+    name = str(base.name_or_path)
+    if name != BUNDLED and not Path(name).is_absolute():
+        return False
+    source, own = local_folder(name), classes_of(base.config.to_dict())
+    if source is None or classes_in(source) == own:
+        return False
+    try:
+        files = weight_files(name, source)
+    except InputError:  # it was drawn from a seed, and no other program can draw it again
+        return False
+    base.config.save_pretrained(folder)
+    mend_config(folder / CONFIG)
+    shapes = dict[str, tuple[str, list[int]]]()
+    kept = {
+        ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module")): tensor
+        for key, tensor in base.state_dict().items()
+        if ".modules_to_save." not in key
+    }
+    for file in files:
+        with safe_open(file, framework="pt") as stream:
+            shapes |= {key: (file.name, stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
+    links = {file.name: file for file in files}
+    other = {key for key, (_, shape) in shapes.items() if key in kept and shape != list(kept[key].shape)}
+    if other:  # a head for other classes: transformers reads files by name, and the last has the word
+        links = {f"base-{file}": path for file, path in links.items()}
+        where = {key: f"base-{file}" for key, (file, _) in shapes.items()} | dict.fromkeys(other, HEADS)
+        save_file({key: kept[key].cpu().contiguous() for key in other}, folder / HEADS)
+        _write_json(folder / WEIGHTS_INDEX, {"metadata": {}, "weight_map": where})
+    elif files[0].name != WEIGHTS:
+        links[WEIGHTS_INDEX] = source / WEIGHTS_INDEX
+    for link, path in links.items():
+        (folder / link).symlink_to(path.absolute())
+    return True
+
+
+def _classes(model: PreTrainedModel) -> dict[str, Any]:
+    about = model.config.to_dict()
+    return {key: about[key] for key in ("id2label", "label2id") if key in about}
+
+
 def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
     size = next(iter(find_bottlenecks(model).values())).down.out_features
     about = {
@@ -127,8 +216,9 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
         "base_model": model.name_or_path,
         "size": size,
         "placement": PLACEMENT,
+        **(_classes(model) if classes_of(model.config.to_dict()) else {}),
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / ADAPTER_CONFIG, about)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
@@ -157,7 +247,7 @@ def _load_adapter(folder: Path, base_model_loader: Callable[[str], Loaded]) -> L
 
 def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:
     about = _read_json(folder / PEFT_CONFIG)
-    name = about.get("base_model_name_or_path")
+    name = (about.get("auto_mapping") or {}).get("base_model") or about.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{folder / PEFT_CONFIG} does not name its base model (base_model_name_or_path).")
     saved = _read_tensors(folder / PEFT_WEIGHTS)
@@ -197,6 +287,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value
+
+
+def _write_json(path: Path, about: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedtune.version import __version__
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+log = logging.getLogger("fedtune")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
@@ -46,6 +48,7 @@ class RunData:
     payload: Mapping[int, Mapping[str, int]]  # by round and direction
     peaks: Mapping[str, int]  # by client and server
     summary: Mapping[str, Any]  # empty while the run goes on
+    changed: Sequence[str] = ()  # which of its inputs are not any more what it had
 
     def curve(self, task: str, metric: str) -> dict[int, float]:
         """A score by round, of the rounds that were evaluated."""
@@ -78,7 +81,15 @@ def read_run(path: Path, name: str) -> RunData:
     for scope in folder.entries("memory.jsonl"):
         peaks[scope["where"]] = max(peaks.get(scope["where"], 0), scope["peak_bytes"])
     text = (path / "config.yaml").read_text(encoding="utf-8")
-    return RunData(name, text, folder.config().method_name, rounds, payload, peaks, folder.summary() or {})
+    from fedtune.federation.recorded import changed_inputs  # it imports what loads models
+
+    config = folder.config()
+    changed = changed_inputs(path, config)
+    for sentence in changed:
+        log.warning("%s", sentence)
+    return RunData(
+        name, text, config.method_name, rounds, payload, peaks, folder.summary() or {}, tuple(changed)
+    )
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
@@ -106,7 +117,15 @@ def report(runs: Sequence[RunData]) -> str:
     if find_spec("matplotlib") is None:
         raise InputError("a report needs matplotlib; pip install 'fedtune[report]'")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [f"<h1>{escape(title)}</h1>", _costs(runs), *_scores(runs), "<h2>On the way</h2>", *_curves(runs)]
+    changed = [f"<p><strong>{escape(said)}</strong></p>" for run in runs for said in run.changed]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *changed,
+        _costs(runs),
+        *_scores(runs),
+        "<h2>On the way</h2>",
+        *_curves(runs),
+    ]
     left_out = _left_out(runs)
     if left_out:
         parts += ["<h2>Who was left out</h2>", left_out]
