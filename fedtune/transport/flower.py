@@ -82,7 +82,8 @@ class GridChannel:
             elif carrier.error.code in LOST:
                 yield name, Message({"fault": LOST[carrier.error.code], "lost": True})
             else:
-                yield name, fault(f"Flower reports error {carrier.error.code}: {carrier.error.reason}")
+                said = f"Flower reports error {carrier.error.code}: {carrier.error.reason}"
+                yield name, Message({"fault": said, "died": True})
 
 
 # Of flwr.common.constant.ErrorCode: those that say nothing of what the client did.

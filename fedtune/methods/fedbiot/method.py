@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.faults import faults
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import (
     MODEL,
@@ -277,21 +278,23 @@ class FedBiOT:
         batches = endless_batches(
             len(env.public), alignment.batch_size, torch_generator(self._seed, "alignment", when)
         )
-        loss = align(
-            student.eval(),
-            find_blocks(student).modules[places.back[0]],
-            list(parameters.values()),
-            teacher,
-            batches,
-            env.public,
-            pad_id=env.pad_id,
-            device=env.device,
-            steps=steps,
-            lr=alignment.lr,
-            betas=(self.config.betas[0], self.config.betas[1]),
-            distill_weight=self.config.distill_weight,
-            form=alignment.form,
-        )
+        part = f"alignment {'before round 1' if when == 'before' else f'after round {when}'}"
+        with faults(part, lambda: alignment.batch(env.public)):
+            loss = align(
+                student.eval(),
+                find_blocks(student).modules[places.back[0]],
+                list(parameters.values()),
+                teacher,
+                batches,
+                env.public,
+                pad_id=env.pad_id,
+                device=env.device,
+                steps=steps,
+                lr=alignment.lr,
+                betas=(self.config.betas[0], self.config.betas[1]),
+                distill_weight=self.config.distill_weight,
+                form=alignment.form,
+            )
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
         return copied(parameters)
 
