@@ -24,12 +24,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedcybgd": {"name": "fedcybgd", "local_steps": 2, "batch_size": 2, "gradient_checkpointing": False},
 }
 KINDS = {
-    "device memory": ["training of client 1 in round 2: out of memory (CUDA out of memory.", "method.batch_size"],
+    "device memory": [
+        "training of client 1 in round 2: out of memory (CUDA out of memory.",
+        "method.batch_size",
+    ],
     "memory": ["training of client 1 in round 2: out of memory", "2 examples x ", "data.max_length"],
     "allocator": ["out of memory ([enforce fail at alloc_cpu.cpp", "model.dtype=bfloat16"],
-    "program": ["training of client 1 in round 2: a fault of the program", "'no_such_tensor'", "planted_faults.py"],
+    "program": [
+        "training of client 1 in round 2: a fault of the program",
+        "'no_such_tensor'",
+        "planted_faults.py",
+    ],
     "package": ["round 2: the package no_such_package is missing"],
-    "disk": ["a fault of this machine", "Too many open files: held/x. Raise the limit of open files (ulimit -n)."],
+    "disk": [
+        "a fault of this machine",
+        "Too many open files: held/x. Raise the limit of open files (ulimit -n).",
+    ],
     "exit": ["a fault of the program, not of a client: SystemExit: 7."],
 }
 CASES = [(method, "device memory") for method in METHODS] + [("fedavg", kind) for kind in list(KINDS)[1:]]
@@ -88,7 +98,9 @@ def test_what_any_client_would_meet_stops_the_run_and_is_resumed(
 
 @pytest.mark.skipif(find_spec("flwr") is None, reason="Flower is not installed (the extra `flower`)")
 def test_the_same_in_flowers_simulation(tmp_path: Path) -> None:
-    write_config(tmp_path / "c.yaml", document("fedavg", transport={"name": "flower-simulation", "workers": 1}))
+    write_config(
+        tmp_path / "c.yaml", document("fedavg", transport={"name": "flower-simulation", "workers": 1})
+    )
     plant(tmp_path, "device memory")
     stopped(tmp_path, run(tmp_path, "--out", "run"), KINDS["device memory"])
     shown = run(tmp_path, "--debug", "--resume", "run")

@@ -7,7 +7,6 @@ asking the others, or the same client again, would end in the same way. It becom
 
 from __future__ import annotations
 
-import errno
 import os
 import sysconfig
 import traceback
@@ -15,14 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from fedtune.core.types import ClientError
 from fedtune.core.wire import FrameError
 from fedtune.errors import FedtuneError, ProgramError, system_error
+from fedtune.measure.memory import out_of_memory
 
 LEFT_OUT = (ClientError, FrameError)
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 _OTHERS = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
 _OWN = str(Path(__file__).resolve().parents[1])
 
@@ -50,16 +47,6 @@ def faults(
         raise ProgramError(_said(error, part, memory)) from error
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(said in text for said in _NO_MEMORY)
-
-
 def whole_traceback(error: BaseException) -> str:
     """An error with those that it came from, as Python shows them."""
     return "".join(traceback.format_exception(error)).rstrip()
@@ -75,7 +62,7 @@ def _said(error: BaseException, part: str, memory: Callable[[], str] | None) -> 
             f"{part}: the package {package} is missing or cannot be loaded ({_text(error)}) Install it into "
             "this environment."
         )
-    whose, said = "the program", f"{type(error).__name__}: {_text(error)}"
+    whose, said = "the program or the model", f"{type(error).__name__}: {_text(error)}"
     if isinstance(error, OSError):
         whose, said = "this machine", system_error(error)
     return f"{part}: a fault of {whose}, not of a client: {said}{_at(error)}"

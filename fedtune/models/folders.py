@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import InputError
+from fedtune.models.boundary import first_line
 
 BUNDLED = "bundled"
 CONFIG = "config.json"
@@ -23,6 +24,11 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
+)
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions"),
 )
 
 
@@ -60,13 +66,39 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
 
 
 def require_config(name: str, folder: Path) -> None:
-    """Raises InputError unless the folder holds a model's config.json."""
+    """Raises InputError unless the folder holds a model's config.json, with sizes that a model can have."""
     if (folder / CONFIG).is_file():
+        _check_sizes(name, folder / CONFIG)
         return
     hint = "Give a folder made by save_pretrained."
     if (folder / "adapter_config.json").is_file():
         hint = "It holds a PEFT adapter, not a model: give its base model."
     raise InputError(f"model {name}: no {CONFIG} in {folder}. {hint}")
+
+
+def _check_sizes(name: str, file: Path) -> None:
+    """Asked before transformers is, whose errors would not say which number it was."""
+    try:
+        whole = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model {name}: {file} is no configuration: {first_line(error)}") from error
+    if not isinstance(whole, dict):
+        raise InputError(f"model {name}: {file} is no configuration: it must hold one JSON object.")
+    for part in (whole, whole.get("text_config")):
+        about = part if isinstance(part, dict) else {}
+        sizes = {key: about[key] for key in SIZES if isinstance(about.get(key), int | float)}
+        for key, size in sizes.items():
+            if isinstance(size, float) or size < 1:
+                raise InputError(
+                    f"model {name}: {file} is no configuration: {key} must be a whole number of 1 or more, "
+                    f"got {size}."
+                )
+        heads, groups = sizes.get("num_attention_heads", 1), sizes.get("num_key_value_heads", 1)
+        if heads % groups:
+            raise InputError(
+                f"model {name}: {file} is no configuration: num_key_value_heads {groups} must divide "
+                f"num_attention_heads {heads}."
+            )
 
 
 def require_tokenizer(name: str, folder: Path) -> None:
@@ -132,9 +164,3 @@ def files_sha256(name: str, files: list[Path]) -> str:
                 f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."
             ) from error
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, as a sentence."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith(".") else f"{text}."

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks
-from fedtune.models.folders import CONFIG, first_line
+from fedtune.models.boundary import first_line, usable
+from fedtune.models.folders import CONFIG
 from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.tuning import attach_adapter, canonical_name, float32_head, mend_generation, trainable
 
@@ -151,14 +152,12 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
     saved = _read_tensors(folder / PEFT_WEIGHTS)
     loaded = base_model_loader(name)
     float32_head(loaded.model)
-    try:
+    with usable(f"{folder} does not fit its base model {name}"):
         config = PeftConfig.from_pretrained(str(folder))
         with seeded(0), quiet():  # it draws values first, which those of the file replace
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
         if config.is_prompt_learning:
             mend_generation(model)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} does not fit its base model {name}: {first_line(error)}") from error
     # PEFT only warns when tensors are left over or missing, as they are on a base of another depth.
     present = get_peft_model_state_dict(model, save_embedding_layers=False)
     _require_same(folder, saved, present)

@@ -55,6 +55,7 @@ from fedtune.methods.fedbiot.settings import Config, State
 from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
 from fedtune.models.blocks import find_blocks
+from fedtune.models.boundary import usable
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, take
 from fedtune.models.proximal import moved_squared
 from fedtune.models.pruning import find_mlp
@@ -91,6 +92,7 @@ class FedBiOT:
             server.refuse_public(f"{self.config.name} without alignment")
         self._env = server
 
+    @usable("the model cannot be divided into adapter and emulator")
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model, AdapFu: the whole of it with LoRA on the adapter's blocks."""
         model = cast(PreTrainedModel, build())
