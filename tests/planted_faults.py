@@ -1,7 +1,7 @@
 """A plugin file that plants a fault in a client's work, as long as `fault.json` lies in the run's folder.
 
-`fault.json` holds `kind`, `client` and `round`. In process and in the processes of Flower's simulation the same
-file is imported, so that the fault is met there too.
+`fault.json` holds `kind`, `client` and `round`. The processes of Flower's simulation import it too, so that the
+fault is met there as well.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_examples
 from fedtune.federation.process import torch_settings
 from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
-from fedtune.transport.flower import quiet_environment, supernode_command
+from fedtune.transport.flower import supernode_command
 from fedtune.transport.messages import Message, connect, listening, receive, send
+from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.worker import Worker
 
 log = logging.getLogger("fedtune")

@@ -186,8 +186,8 @@ def _difference(
 
 def print_whole(tables: Sequence[Table]) -> None:
     """Prints tables on stdout without cutting a cell, however narrow the terminal or file is said to be."""
-    console = Console()
+    console = Console(markup=False)  # a run, a client or a category may be named "x[/red]"
     for table in tables:
         wide = console.options.update(width=WIDEST)
         needed = Measurement.get(console, wide, table).maximum
-        Console(width=max(console.width, needed)).print(table)
+        Console(width=max(console.width, needed), markup=False).print(table)
