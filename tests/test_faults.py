@@ -41,7 +41,7 @@ KINDS = {
         "a fault of this machine",
         "Too many open files: held/x. Raise the limit of open files (ulimit -n).",
     ],
-    "exit": ["a fault of the program, not of a client: SystemExit: 7."],
+    "exit": ["a fault of the program or the model, not of a client: SystemExit: 7."],
 }
 CASES = [(method, "device memory") for method in METHODS] + [("fedavg", kind) for kind in list(KINDS)[1:]]
 
@@ -139,11 +139,11 @@ def test_a_client_whose_data_are_of_no_use_is_left_out_named_and_counted(tmp_pat
     assert done.status == 0, done.err
     assert done.err.splitlines()[-1] == (
         "fedtune: the result is without 1 of 3 clients, which were left out of every round that asked them. "
-        "client 2: it failed: the loss became nan at step 1; lower method.lr"
+        "client 2: it failed: ClientError: the loss became nan at step 1; lower method.lr"
     )
     assert "client 2 of 3 of 3" in done.out
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    why = "it failed: the loss became nan at step 1; lower method.lr"
+    why = "it failed: ClientError: the loss became nan at step 1; lower method.lr"
     assert summary["left_out"] == {"2": {"asked": 3, "rounds": [1, 2, 3], "why": why}}
     assert summary["status"] == "done"
     assert [entry["clients"] for entry in lines(tmp_path / "run/rounds.jsonl")][1:] == [[0, 1]] * 3

@@ -171,7 +171,7 @@ def simulated(
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, bytes(message.body))
     except LEFT_OUT as error:
-        return fault(f"it failed: {error}")
+        return fault(f"it failed: {type(error).__name__}: {error}")
     except FedtuneError as error:  # it would be the same with every other client
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)

@@ -111,9 +111,8 @@ class Worker:
             self._log_line(str(error))
             return fault("it cannot take part as it is set up; its own log says why")
         except ProgramError as error:
-            self.broken, cause = error, error.__cause__
-            kind = f" ({type(cause).__name__})" if cause is not None else ""
-            return fault(f"its program ended with a fault{kind}; its own log says more")
+            self.broken = error
+            return fault(f"it failed: {type(error.__cause__ or error).__name__}; its own log says more")
 
     def _invited(self, fields: Mapping[str, Field]) -> Message:
         self._take(fields)
