@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import Result, fedtune, lines, outcome, write_config
+
+from fedtune.config.file import parse_config
+from fedtune.errors import ProgramError
+from fedtune.federation import run as federation
+from fedtune.federation.progress import Silent
+from fedtune.methods.fedbiot import method as fedbiot
+from fedtune.methods.fedkseed.method import FedKSeed
 
 PLUGIN = Path(__file__).with_name("planted_faults.py")
 LORA = {"local_steps": 2, "batch_size": 2, "lora": {"rank": 2}}
@@ -157,3 +165,41 @@ def test_one_left_out_of_some_rounds_is_said_too(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     last = done.err.splitlines()[-1]
     assert last == "fedtune: left out of some rounds: client 1 of 1 of 3; rounds.jsonl says why"
+
+
+def no_memory(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+
+PARTS: dict[str, tuple[str, Any, str, list[str]]] = {
+    "fedavg": (
+        "zero-shot evaluation: out of memory (CUDA out of memory. Tried to allocate 9 GiB.) Its batches have "
+        "up to 64 examples x 64 tokens: lower evaluation.batch_size, data.max_length or "
+        "evaluation.max_new_tokens, or set model.dtype=bfloat16.",
+        federation,
+        "evaluate",
+        [],
+    ),
+    "fedbiot": (
+        "alignment before round 1: out of memory (CUDA out of memory. Tried to allocate 9 GiB.) Its batches "
+        "have up to 2 public examples x",
+        fedbiot,
+        "align",
+        ["method.alignment.batch_size", "method.alignment.keep_mb"],
+    ),
+    "fedkseed": ("aggregation of round 1: out of memory", FedKSeed, "server_step", ["fedtune plan"]),
+}
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_memory_that_runs_out_elsewhere_names_that_part_and_its_settings(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, where, name, parts = PARTS[method]
+    monkeypatch.setattr(where, name, no_memory)
+    with pytest.raises(ProgramError) as ended:
+        federation.run(parse_config(document(method), "test"), tmp_path / "run", Silent())
+    assert said in str(ended.value)
+    for part in parts:
+        assert part in str(ended.value)
+    assert (tmp_path / "run").exists() == (method != "fedavg")  # before the rounds nothing is written
