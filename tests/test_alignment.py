@@ -162,8 +162,8 @@ def test_what_the_frozen_blocks_make_is_computed_once(monkeypatch: pytest.Monkey
     steps, rounds = 4, 3
     kept, once, state = spied(monkeypatch, steps, 10**9, both_ends=False, rounds=rounds, form=form)
     again, always, other = spied(monkeypatch, steps, 0, both_ends=False, rounds=rounds, form=form)
-    # six public examples in batches of 4 and 2: two passes of the whole model see all of them
-    assert once == {"whole": 2, "tail": (rounds + 1) * steps - 2}
+    # six public examples, each once and alone
+    assert once == {"whole": 6, "tail": (rounds + 1) * steps}
     assert always == {"whole": (rounds + 1) * steps, "tail": 0}
     assert kept == pytest.approx(again, rel=1e-4) and len(kept) == (rounds + 1) * steps
     for name, tensor in state.emulator.items():
@@ -176,9 +176,25 @@ def test_with_an_adapter_at_both_ends_it_is_computed_anew_once_the_adapter_has_c
     steps, rounds = 4, 2
     kept, once, _ = spied(monkeypatch, steps, 10**9, both_ends=True, rounds=rounds)
     again, always, _ = spied(monkeypatch, steps, 0, both_ends=True, rounds=rounds)
-    assert once == {"whole": 2 * (rounds + 1), "tail": 2 * (rounds + 1)}
+    assert once == {"whole": 6 * (rounds + 1), "tail": steps * (rounds + 1)}
     assert always == {"whole": steps * (rounds + 1), "tail": 0}
     assert kept == pytest.approx(again, rel=1e-4)
+
+
+@pytest.mark.parametrize("examples", [0, 2, 6])
+def test_no_bit_depends_on_what_was_kept_before(examples: int) -> None:
+    """A resumed run begins with nothing kept, in the middle of one that has kept all or some."""
+    made, _ = method(alignment={"steps_before": 0, "batch_size": 3})
+    server = made.at_server()
+    public = examples()
+    batch = collate([public[i] for i in (5, 0, 3)], 0)
+    server.room = examples * 9 * 32 * 4
+    teacher = server.teacher()
+    fresh = teacher.ask((5, 0, 3), batch)
+    for indices in ((0, 1), (3, 2, 4), (5,)):
+        teacher.ask(indices, collate([public[i] for i in indices], 0))
+    again = teacher.ask((5, 0, 3), batch)
+    assert all(map(torch.equal, fresh, again))
 
 
 def test_what_is_kept_stays_within_its_room(monkeypatch: pytest.MonkeyPatch) -> None:

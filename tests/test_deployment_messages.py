@@ -307,6 +307,8 @@ def test_what_goes_wrong_at_a_client_names_none_of_its_files(
 ) -> None:
     member = client(tmp_path, Runner(error))
     assert exchange(Post({0: member}), {0: b"a"}) == {0: said}
+    # a fault of its program or machine ends the client's own process, and the server's never
+    assert (member.broken is not None) == said.startswith("it failed")
     member.joined.runner.fails = None  # type: ignore[union-attr]
     assert exchange(Post({0: member}), {0: b"a"}, round=2) == {0: b"a"}
 
@@ -333,8 +335,20 @@ def test_no_letter_ends_a_worker(
     folder = tmp_path_factory.mktemp("worker")
     member = client(folder / "state", Runner())
     member.answer(Message(fields, body))
+    assert member.broken is None
     assert exchange(Post({0: member}), {0: b"ab"}, round=9) == {0: b"ba"}
     assert [path.name for path in folder.iterdir()] == ["state"]  # it wrote nowhere else
+
+
+def test_an_order_that_is_said_to_be_larger_than_memory_does_not_end_a_client(tmp_path: Path) -> None:
+    member = client(tmp_path, Runner())
+    assert exchange(Post({0: member}), {0: b"a"}) == {0: b"a"}
+    for size in (1 << 62, 1 << 70):
+        order = {"do": "order", "run": "ab12", "round": 2, "state": 0, "at": 0, "bytes": size}
+        said = member.answer(Message(order, b"a")).fields["fault"]
+        assert said == f"it has no room for an order of {size:,} bytes"
+    assert member.broken is None
+    assert exchange(Post({0: member}), {0: b"ab"}, round=3) == {0: b"ba"}
 
 
 def test_gathering_tells_who_joined_who_refused_and_who_did_not_come(tmp_path: Path) -> None:

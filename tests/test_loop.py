@@ -27,6 +27,7 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.core.wire import Content, decode, encode
+from fedtune.errors import ProgramError
 from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.transport.in_process import InProcess, Simulation
 
@@ -105,7 +106,6 @@ def _breaks() -> Mapping[str, Tensor]:
         (dict, "missing w"),
         (lambda: {"w": torch.zeros(1_000_000)}, "at most"),
         (_fails, "no battery"),
-        (_breaks, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_what_is_not_as_asked_is_left_out_and_named(
@@ -123,6 +123,14 @@ def test_what_is_not_as_asked_is_left_out_and_named(
     assert [(e["client"], e["direction"]) for e in federation.wire if e["client"] == 2] == [(2, "down")]
     with pytest.raises(QuorumError, match=f"3 of 4 .* quorum is 4. Left out: client 2: .*{reason}"):
         bench(Adding(bad)).round(1, quorum=4)
+
+
+def test_what_any_client_would_meet_is_not_left_out() -> None:
+    federation = bench(Adding(_breaks))
+    said = r"training of client 2 in round 1: .* ZeroDivisionError: division by zero\. .*test_loop\.py, line"
+    with pytest.raises(ProgramError, match=said) as ended:
+        federation.round(1, quorum=1)
+    assert isinstance(ended.value.__cause__, ZeroDivisionError)
 
 
 class Rewriting:

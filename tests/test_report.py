@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 from command import fedtune
+from rich.table import Table
 
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 from fedtune.federation.folder import RunFolder
+from fedtune.report.display import Display
 from fedtune.report.page import read_runs, report
+from fedtune.report.tables import print_whole
 
 pytest.importorskip("matplotlib")
 
@@ -121,3 +124,40 @@ def test_the_command_writes_once(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_bytes() == before
     nowhere = fedtune("report", "run", "--out", "a/page.html", cwd=tmp_path)
     assert nowhere.status == 2 and "no folder a" in nowhere.err
+
+
+def test_names_are_no_mathematics_and_no_markup(tmp_path: Path) -> None:
+    """matplotlib reads $...$ as mathematics and leaves _names out of its legends."""
+    named = ["x$\\bad{$", "a$b$c", "_hidden", "x["]
+    runs = [made(tmp_path / name, [2.0, 1.0, 0.5]) for name in named]
+    page = report(read_runs(runs))
+    pictures = [base64.b64decode(text).decode() for text in re.findall(r"base64,([^\"]*)", page)]
+    assert len(pictures) == 2
+    for picture in pictures:
+        for name in named:  # drawn as it is: a comment stands before the outlines of each text
+            assert f"<!-- {' ' * name.startswith('_')}{name} -->" in picture
+    for task in ("$a{$", "_$"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        run = made(tmp_path / "own" / task, [])
+        folder = RunFolder.open(run)
+        for round in range(2):
+            scores = {task: {"$\\frac{": 1.0}}
+            folder.append("rounds.jsonl", {"round": round, "clients": [], "train_loss": None, "eval": scores})
+        lines = (run / "rounds.jsonl").read_text().replace('"eval"', '"seconds": 0.0, "eval"')
+        (run / "rounds.jsonl").write_text(lines)
+        assert "data:image/svg+xml" in report(read_runs([run]))
+
+
+def test_names_in_a_terminal_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(title="[/title]")
+    for name in ("x[/red]", "[bold]"):
+        table.add_column(name)
+    table.add_row("[/red]", "[link=a]")
+    print_whole([table])
+    with Display("[/label]: ") as display:
+        display.begin(2, "[/red]")
+        display.scores(1, {"[/task]": {"[red]": 1.0}})
+    shown = capsys.readouterr()
+    for name in ("[/title]", "x[/red]", "[bold]", "[/red]", "[link=a]"):
+        assert name in shown.out
+    assert shown.err == "[/red]: round 1: [red] 1.0000\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import Result, fedtune, lines, outcome, write_config
 from model_families import edit_json, save_folder
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fedtune.config.file import parse_config
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import QuorumError
 from fedtune.core.types import ClientError
+from fedtune.errors import FederationError
 from fedtune.federation import run as federation
+from fedtune.federation.files import disk_errors
 from fedtune.federation.progress import Silent
 
 ROW = {"instruction": "w5 w6", "output": "w7", "category": "a"}
@@ -389,3 +396,39 @@ def test_reference_rows_are_not_held_to_what_is_simulated_for_the_methods(tmp_pa
         assert summary["status"] == "done"
         assert summary["payload_bytes"] == {"down": 0, "up": 0}
         assert lines(tmp_path / name / "rounds.jsonl")[-1]["left_out"] == {}
+
+
+SYSTEM = {
+    errno.ENOSPC: "No space left on device: f. Free some space.",
+    errno.EDQUOT: "quota",
+    errno.EACCES: "Permission denied: f. Give this user the right to write there.",
+    errno.EROFS: "Read-only file system: f. It is mounted to be read alone; use another folder.",
+    errno.EMFILE: "Too many open files: f. Raise the limit of open files (ulimit -n).",
+    errno.ENAMETOOLONG: "File name too long: f. Use a shorter name",
+    errno.ENOTDIR: "Not a directory: f. A file stands where a folder is needed",
+    errno.EISDIR: "Is a directory: f. A folder stands where a file is needed",
+    errno.EIO: "Input/output error: f. The disk or the network drive fails",
+    errno.EFBIG: "File too large: f. Have the largest size of a file raised",
+    errno.EXDEV: "link: f. What was complete before",  # no remedy of its own
+}
+
+
+@pytest.mark.parametrize("number", SYSTEM)
+def test_what_the_system_says_of_a_write_is_what_is_told(number: int) -> None:
+    with pytest.raises(FederationError) as told, disk_errors("checkpoint round-0002"):
+        raise OSError(number, os.strerror(number), "f")
+    said = str(told.value)
+    assert said.startswith("checkpoint round-0002 could not be written: ")
+    assert SYSTEM[number] in said
+    assert said.endswith(" What was complete before is still there: continue with --resume.")
+    assert ("ree some space" in said) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def test_a_systems_error_in_a_librarys_words(tmp_path: Path) -> None:
+    refused = r"Permission denied.*Give this user the right"
+    with pytest.raises(FederationError, match=refused), disk_errors("the result"):
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+    (tmp_path / "file").write_text("")
+    refused = "A file stands where a folder is needed"
+    with pytest.raises(FederationError, match=refused), disk_errors("the result"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "file" / "a.safetensors")

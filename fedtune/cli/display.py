@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,11 +40,15 @@ def print_json(document: Any) -> None:
 
 
 def show_run(run: Run, *, as_json: bool) -> None:
-    """A run's summary: as JSON, or as tables and where it is."""
+    """A run's summary: as JSON, or as tables and where it is. Last, on stderr, whose data are not in it."""
+    from fedtune.federation.left_out import said
+
     if as_json:
         print_json(run.summary)
-        return
-    from fedtune.report.tables import print_whole, summary_tables
+    else:
+        from fedtune.report.tables import print_whole, summary_tables
 
-    print_whole(summary_tables(run.summary))
-    print(f"Run folder: {run.path}")
+        print_whole(summary_tables(run.summary))
+        print(f"Run folder: {run.path}", flush=True)
+    if sentence := said(run.summary):
+        print(f"fedtune: {sentence}", file=sys.stderr)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,7 +19,7 @@ from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
-from fedtune.errors import FedtuneError, InputError
+from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ Places = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Where inputs were moved to, as model.name=/data/base."),
 ]
+DEBUG = "--debug"  # `main` takes it away, wherever it stands
 
 
 class Listing(StrEnum):
@@ -54,13 +56,17 @@ class Listing(StrEnum):
 
 
 def main() -> None:
-    """Runs the command line; every foreseen error ends in one message on stderr and its exit status."""
+    """Runs the command line; every error ends in one message on stderr and its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = len(arguments) < len(sys.argv) - 1
+    if debug:
+        logging.getLogger("fedtune").setLevel(logging.DEBUG)
     try:
-        status = app(standalone_mode=False)  # typer turns Ctrl-C into 130 and returns it; older ones abort
+        # typer turns Ctrl-C into 130 and returns it; older ones abort
+        status = app(args=arguments, standalone_mode=False)
     except FedtuneError as error:
-        print(f"fedtune: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
+        _fail(error, debug)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
@@ -69,11 +75,28 @@ def main() -> None:
             shown = text if text.startswith("Usage") else f"fedtune: {text} Try fedtune --help."
             print(shown, file=sys.stderr)
             raise SystemExit(2) from None
-        raise
+        from fedtune.core.faults import faults
+
+        try:
+            with faults(" ".join(["fedtune", *arguments[:1]])):
+                raise
+        except FedtuneError as fault:
+            _fail(fault, debug)
     if status == 130:
         print("fedtune: interrupted; a run continues with --resume", file=sys.stderr)
     if status:
         raise SystemExit(status)
+
+
+def _fail(error: FedtuneError, debug: bool) -> NoReturn:
+    """Ends with an error's message and status; with its traceback, if that is wanted, before them."""
+    if debug:
+        traceback.print_exception(error)
+    text = f"fedtune: {error}"
+    if isinstance(error, ProgramError) and not debug:
+        text += f" The same command with {DEBUG} shows the traceback."
+    print(text, file=sys.stderr)
+    raise SystemExit(error.exit_status) from None
 
 
 def _version(wanted: bool) -> None:
@@ -86,6 +109,9 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show the traceback of whatever ends a command; wherever it stands.")
     ] = False,
 ) -> None:
     """Fine-tune one foundation model on data that stays with many owners."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from fedtune.core.faults import LEFT_OUT, faults
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.types import (
@@ -24,7 +25,7 @@ from fedtune.core.types import (
     Payload,
     Scalar,
 )
-from fedtune.core.wire import Content, decode, encode
+from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
@@ -83,8 +84,14 @@ class ClientRunner:
             FrameError: The order cannot be read.
             ClientError: The client has no examples or none with a token to train, or the method cannot go on
                 (a loss that is NaN).
+            ProgramError: Something broke that would break for every client.
         """
         order = decode(frame)
+        part = f"training of client {client} in round {order.meta.get('round')}"
+        with faults(part, lambda: self._memory(client), passing=LEFT_OUT):
+            return self._handle(client, order)
+
+    def _handle(self, client: int, order: Content) -> bytes:
         round = int(order.meta["round"])
         if not self._data.get(client):
             raise ClientError("it has no examples")
@@ -140,6 +147,23 @@ class ClientRunner:
         }
         return encode(Content(result.payload, meta))
 
+    def _memory(self, client: int) -> str:
+        """The batch that memory was not enough for, and what makes it smaller."""
+        config, items = self._method.config, self._data[client]
+        batch = getattr(config, "batch_size", 1)
+        longest = max(len(item.input_ids) for item in items)
+        lower = ["method.batch_size"] if batch > 1 else []
+        lower += ["data.max_length"]
+        other = (
+            [] if getattr(config, "gradient_checkpointing", True) else ["method.gradient_checkpointing=true"]
+        )
+        if any(parameter.dtype == torch.float32 for parameter in self._model.parameters()):
+            other.append("model.dtype=bfloat16")
+        return (
+            f"Its batches have up to {min(batch, len(items))} examples x {longest} tokens: lower "
+            f"{' or '.join(lower)}{', or set ' + ' or '.join(other) if other else ''}."
+        )
+
 
 def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:
     """What is a method's and what is secure aggregation's, without its prefix; None for nothing."""
@@ -152,12 +176,21 @@ def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:
     return method, secure
 
 
+class _Sent(dict[str, V]):
+    """What came, by name; asked for something else, it is the order that does not fit."""
+
+    def __missing__(self, name: str) -> V:
+        raise FrameError(f"its order has nothing named {name}")
+
+
 def _named(values: Mapping[str, V], secure: bool) -> dict[str, V]:
-    return {
-        name.removeprefix(SECURE): value
-        for name, value in values.items()
-        if name.startswith(SECURE) == secure
-    }
+    return _Sent(
+        {
+            name.removeprefix(SECURE): value
+            for name, value in values.items()
+            if name.startswith(SECURE) == secure
+        }
+    )
 
 
 def _joined(state: Payload | None, secure: Payload | None) -> Payload:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedtune.core.cohort import TRAINED_TOKENS, Cohort, RoundOutcome, hold_quorum
+from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.types import (
     MODEL,
@@ -126,7 +127,8 @@ class RoundLoop:
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
         meter = MemoryMeter(self._device)
         held = [self._server_model] if self._server_model is not None else []
-        with self._clock.part("aggregation"), meter.whole(resident=[*_tensors(state), *held]):
+        part = self._clock.part("aggregation")
+        with faults(f"aggregation of round {round}"), part, meter.whole(resident=[*_tensors(state), *held]):
             state = (step or self._method.server_step)(state, received)
         self._ledger.memory(
             round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how

@@ -21,12 +21,14 @@ from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_records
 from fedtune.federation.process import torch_settings
 from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
-from fedtune.transport.flower import quiet_environment, supernode_command
+from fedtune.transport.flower import supernode_command
 from fedtune.transport.messages import Message, connect, listening, receive, send
+from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.worker import Worker
 
 log = logging.getLogger("fedtune")
 LOOK_S = 1.0
+HAND_ON_S = 3.0  # that the last answer has to reach the server, so that it need not wait for the deadline
 TAKEN_S = 90.0  # a node that was killed blocks its key for 60 s
 # After these Flower's node does nothing more, but does not end: for it a connection that closes in the middle
 # of a TLS handshake, as through a proxy whose server is away, is one to the wrong server.
@@ -64,6 +66,7 @@ def run_client(setup: ClientSetup) -> None:
     Raises:
         InputError: Something on this machine is not usable: address, keys, data, the acceptance file.
         FederationError: The server does not take this client.
+        ProgramError: Something broke here that would break in every round; the server was told.
     """
     acceptance = _acceptance(setup.accept)
     host, port = _address(setup.server)
@@ -90,6 +93,10 @@ def run_client(setup: ClientSetup) -> None:
                         if message.fields.get("do") == "end":
                             raise node.error or FederationError("Flower's node ended")
                         send(connection, worker.answer(message))
+                        if worker.broken is not None:
+                            connection.poll(HAND_ON_S)  # its reader hangs up, and Flower takes the answer on
+                            time.sleep(HAND_ON_S)
+                            raise worker.broken
                     except (OSError, EOFError) as error:
                         log.debug("a message's process went away: %s", type(error).__name__)
         finally:

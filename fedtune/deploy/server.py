@@ -27,9 +27,10 @@ from fedtune.errors import FederationError, InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.transport.flower import Control, quiet_environment, superexec_command, superlink_command
+from fedtune.transport.flower import Control, superexec_command, superlink_command
 from fedtune.transport.messages import Message, listening, receive, send
 from fedtune.transport.network import Invitation, RoundExchange, invite_clients, wait_for_clients
+from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.remote import Remote, Unreachable
 
 START_S = 180.0  # for Flower's processes to come up, on a busy machine

@@ -263,7 +263,7 @@ def context_length(model: Module) -> int | None:
     """Tokens of text that the model can see at once; None where there is no limit (BLOOM)."""
     inner = _inner(model)
     limit = getattr(inner.config, "max_position_embeddings", None)
-    if limit is None:
+    if limit is None or limit < 1:  # XLNet, whose positions are relative, says -1
         return None
     if inner.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         limit -= inner.config.pad_token_id + 1  # their positions start after the padding's

@@ -18,6 +18,7 @@ from torch import nn
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
+from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
@@ -32,7 +33,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
-from fedtune.transport.messages import Field, Message, fault
+from fedtune.transport.messages import Field, Message, broken, fault
 from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
 
@@ -177,15 +178,19 @@ def simulated(
         base: The folder that relative paths of the configuration start from.
         objects: The examples as JSON, with `data.train: objects`; else empty.
         plugins: Absolute path and sha256 of each plugin file of the run.
+
+    Returns:
+        The reply; or `fault`, where the client is left out; or what `broken` makes, where the run has to end.
     """
     try:
-        runner, client = _runner(config, held, threads, base, objects, plugins), message.number("client")
-        runner.states = {client: decode(message.state).payload} if message.state else {}
-        frame = runner.handle(client, bytes(message.body))
-    except FedtuneError as error:
-        return fault(f"it failed: {error}")
-    except Exception as error:  # a process boundary: whatever breaks a client must not break the round
+        with faults("a process of the simulation", passing=LEFT_OUT):
+            runner, client = _runner(config, held, threads, base, objects, plugins), message.number("client")
+            runner.states = {client: decode(message.state).payload} if message.state else {}
+            frame = runner.handle(client, bytes(message.body))
+    except LEFT_OUT as error:
         return fault(f"it failed: {type(error).__name__}: {error}")
+    except FedtuneError as error:  # it would be the same with every other client
+        return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
     return Message({}, frame, kept)

@@ -17,7 +17,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
-from fedtune.errors import InputError
+from fedtune.errors import InputError, ProgramError
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.client import simulated
 from fedtune.federation.plugins import refuse_this_process
@@ -150,6 +150,16 @@ class Simulated:
         state = self._states.get(client)
         kept = encode(Content(state)) if state is not None else b""
         answer = yield Message({"client": client}, frame, kept)
+        if "broken" in answer.fields:  # from a process of this run: over a network no client can end it
+            error = ProgramError(str(answer.fields["broken"]))
+            error.add_note(str(answer.fields["traceback"]))
+            raise error
+        if answer.fields.get("died"):
+            raise ProgramError(
+                f"training of client {client} in round {round}: its process of the simulation ended "
+                f"({str(answer.fields['fault']).splitlines()[0][:200]}). Most often the system ends one when "
+                "memory is short: lower transport.workers, method.batch_size or data.max_length."
+            )
         if "fault" in answer.fields:
             return Arrival(client, fault=str(answer.fields["fault"]))
         if answer.state:

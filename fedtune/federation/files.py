@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedtune.core.permissions import as_the_umask_says
-from fedtune.errors import FederationError, InputError
+from fedtune.errors import FederationError, InputError, system_error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,14 +83,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns a failed write (a full disk, no permission) into an error that says what is safe."""
+    """Turns a failed write (a full disk, no permission) into an error: what it was, and what is safe."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        why = (isinstance(error, OSError) and error.strerror) or str(error)
         raise FederationError(
-            f"{what} could not be written: {why}. What was complete before is still there; free some space "
-            "and continue with --resume."
+            f"{what} could not be written: {system_error(error)} What was complete before is still there: "
+            "continue with --resume."
         ) from error
 
 

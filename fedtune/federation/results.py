@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config.file import apply_overrides, load_config, parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.core.faults import faults
 from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
@@ -24,7 +25,7 @@ from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import eval_settings
+from fedtune.federation.scoring import eval_settings, memory_for
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.folders import local_folder
@@ -89,10 +90,11 @@ def scores_of(
 ) -> dict[str, Any]:
     """The document of `evaluate_target`, for models by name."""
     settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
-    outcomes = {
-        name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
-        for name, loaded in models
-    }
+    with faults("evaluation", lambda: memory_for(config)):
+        outcomes = {
+            name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
+            for name, loaded in models
+        }
     return {
         "target": target,
         "examples": len(split.evaluation),

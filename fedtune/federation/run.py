@@ -16,13 +16,14 @@ from torch import nn
 from fedtune.config.places import located, without_places
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Transport
 from fedtune.data.objects import ObjectData
-from fedtune.errors import FederationError, InputError
+from fedtune.errors import FederationError, InputError, ProgramError
 from fedtune.evaluation.tasks import scorer
 from fedtune.federation import checkpoint, rollback
 from fedtune.federation.assembly import Assembly, check_counts
@@ -31,11 +32,12 @@ from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.journal import Journal
+from fedtune.federation.left_out import left_out
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import Evaluated, eval_settings, evaluate
+from fedtune.federation.scoring import Evaluated, eval_settings, evaluate, memory_for
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -68,6 +70,7 @@ def run(
         InputError: Data, model or folder are not usable. A new run leaves nothing behind then.
         FederationError: A round stayed under its quorum, or the disk is full. The folder holds a
             checkpoint and a summary with `status: stopped`.
+        ProgramError: A fault of the program or the machine; as above, once the rounds have begun.
         KeyboardInterrupt: The user stopped it; as above with `status: interrupted`.
     """
     config = located(config)
@@ -91,7 +94,7 @@ def run(
     clock = Clock()
     progress.stage("loading data and model")
     with settings_kept(), torch_settings():
-        with clock.part("setup"):
+        with clock.part("setup"), faults("loading data and model"):
             assembly = Assembly.assemble(config, clock, objects)
         if resume:
             assembly.refuse_other_inputs(path)
@@ -100,7 +103,8 @@ def run(
                 rollback.roll_back(path, back_to)
         told = callbacks or Callbacks()
         federation = _Federation(config, identity, RunFolder(path), assembly, clock, progress, told)
-        federation.prepare()
+        with faults("preparing the model"):
+            federation.prepare()
         if deployment is not None:
             progress.stage("waiting for clients")
             assembly.client_examples = deployment.join(
@@ -113,14 +117,19 @@ def run(
                 path, config, assembly.environment, assembly.split.partition, examples_of(assembly.split)
             )
         try:
-            with connected(config, assembly, path, clock, deployment, objects) as transport:
+            reach = connected(config, assembly, path, clock, deployment, objects)
+            with reach as transport, faults("the run"):
                 summary = federation.run(transport, deployment)
         except KeyboardInterrupt:
             told.end(federation.summarize("interrupted"))
             raise
-        except FederationError:
+        except (FederationError, InputError) as error:
             with suppress(FederationError):  # on a full disk; the first error is the one to show
                 told.end(federation.summarize("stopped"))
+            if isinstance(error, InputError):  # too late for "nothing was written"
+                raise ProgramError(f"{error} {_kept(path)}") from error
+            if isinstance(error, ProgramError):
+                error.args = (f"{error} {_kept(path)}",)
             raise
         told.end(summary)
         return summary
@@ -266,7 +275,8 @@ class _Federation:
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
         loaded, method = self._assembly.loaded, self._assembly.method
-        with self._clock.part("evaluation"):
+        part = "evaluation" if trained else "zero-shot evaluation"
+        with faults(part, lambda: memory_for(self._config)), self._clock.part("evaluation"):
             models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
             return evaluate(models, loaded.tokenizer, self._assembly.split, self._config)
 
@@ -360,6 +370,7 @@ class _Federation:
             "evaluation": evaluated[-1]["eval"] if evaluated else {},
             "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
+            "left_out": left_out(self._rounds, self._assembly.split.partition["clients"]),
             "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
             "status": status,
         }
@@ -368,6 +379,10 @@ class _Federation:
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary
+
+
+def _kept(path: Path) -> str:
+    return f"What was done is kept: once that is mended, --resume {path} goes on."
 
 
 def _reopen(config: RunConfig, path: Path) -> RunFolder:

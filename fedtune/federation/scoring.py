@@ -69,6 +69,19 @@ def evaluate(
     )
 
 
+def memory_for(config: RunConfig) -> str:
+    """A batch of evaluation, and what makes it smaller, for a machine whose memory is too small."""
+    evaluation = config.evaluation
+    lower = ["evaluation.batch_size", "data.max_length"]
+    if config.model.task == "causal-lm":
+        lower.append("evaluation.max_new_tokens")
+    return (
+        f"Its batches have up to {evaluation.batch_size} examples x {config.data.max_length} tokens: lower "
+        f"{', '.join(lower[:-1])} or {lower[-1]}"
+        f"{', or set model.dtype=bfloat16' if config.model.dtype == 'float32' else ''}."
+    )
+
+
 def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
     """The evaluation layer's settings of a configuration."""
     data, evaluation = config.data, config.evaluation

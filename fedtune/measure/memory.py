@@ -12,6 +12,7 @@ tensor's.
 
 from __future__ import annotations
 
+import errno
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -211,6 +212,19 @@ class _LiveBytes(TorchDispatchMode):
     def _freed(self, ref: _StorageRef) -> None:
         del self._refs[ref.key]
         self.live -= ref.nbytes
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in text for said in _NO_MEMORY)
 
 
 _open_scope: ContextVar[_LiveBytes | _AllocatorPeak | None] = ContextVar("open_scope", default=None)

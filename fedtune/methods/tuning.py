@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fedtune.core.settings import Settings
 from fedtune.models import tuning as attach
+from fedtune.models.boundary import usable
 
 
 class Lora(Settings):
@@ -82,18 +83,19 @@ class InBlocks(Settings):
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
         base = cast(PreTrainedModel, model)
-        if self.lora:
-            return attach.attach_lora(
-                base,
-                rank=self.lora.rank,
-                alpha=self.lora.alpha,
-                dropout=self.lora.dropout,
-                targets=self.lora.targets,
-                seed=seed,
-            )
-        if self.adapter:
-            return attach.attach_adapter(base, size=self.adapter.size, seed=seed)
-        return attach.train_all(base)
+        with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
+            if self.lora:
+                return attach.attach_lora(
+                    base,
+                    rank=self.lora.rank,
+                    alpha=self.lora.alpha,
+                    dropout=self.lora.dropout,
+                    targets=self.lora.targets,
+                    seed=seed,
+                )
+            if self.adapter:
+                return attach.attach_adapter(base, size=self.adapter.size, seed=seed)
+            return attach.train_all(base)
 
 
 _FORMS = ("lora", "adapter", "prompt", "p_tuning")  # settings, each for the value of `trainable` of its name
@@ -109,10 +111,11 @@ class Tuning(InBlocks):
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """As `InBlocks.attach`, and prompts too."""
         base = cast(PreTrainedModel, model)
-        if self.prompt:
-            return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
-        if self.p_tuning:
-            return attach.attach_p_tuning(
-                base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
-            )
+        with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
+            if self.prompt:
+                return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
+            if self.p_tuning:
+                return attach.attach_p_tuning(
+                    base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
+                )
         return super().attach(model, seed)

@@ -97,25 +97,37 @@ class Teacher:
 
     @torch.no_grad()
     def ask(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """E*(x) and the logits for a batch of examples with these indices."""
+        """E*(x) and the logits for a batch of examples with these indices.
+
+        With room, E*(x) of each example is computed from that example alone and the rest from it: so no bit
+        depends on what was kept before, and a resumed run, which begins with nothing, ends as it would have.
+        """
         lengths = batch["attention_mask"].sum(1).tolist()
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if any(index not in self.kept for index in indices):
+        if not self.room and not self.kept:
             with entering(self.block) as seen:
                 logits = self.model(**inputs).logits
-            for row, index in enumerate(indices):
-                self._keep(index, seen[0][row, : lengths[row]])
             return seen[0], logits
         width = batch["input_ids"].shape[1]
-        rows = [F.pad(self.kept[index], (0, 0, 0, width - len(self.kept[index]))) for index in indices]
+        rows = []
+        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            alone = {name: value[row : row + 1, :length] for name, value in inputs.items()}
+            rows.append(F.pad(self._of(index, alone), (0, 0, 0, width - length)))
         hidden = torch.stack(rows)
         with entering(self.tail_block, hidden):
             return hidden, self.tail(**inputs).logits
 
-    def _keep(self, index: int, hidden: Tensor) -> None:
-        if index not in self.kept and hidden.nbytes <= self.room:
-            self.kept[index] = hidden.clone()
+    def _of(self, index: int, alone: Mapping[str, Tensor]) -> Tensor:
+        """E*(x) of one example, (tokens, width)."""
+        if index in self.kept:
+            return self.kept[index]
+        with entering(self.block) as seen:
+            self.model(**alone)
+        hidden = seen[0][0].clone()
+        if hidden.nbytes <= self.room:
+            self.kept[index] = hidden
             self.room -= hidden.nbytes
+        return hidden
 
     def forget(self) -> None:
         """Drops what was kept: what stands before E* has changed."""

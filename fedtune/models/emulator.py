@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
-from fedtune.models.folders import first_line
+from fedtune.models.boundary import first_line
 from fedtune.models.load import quiet
 from fedtune.models.per_layer import Signature, require_same, signatures, with_blocks
 from fedtune.models.pruning import largest_channels, prune_mlp

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedtune.data.places import require_hub_name, say_asking
 from fedtune.errors import InputError
+from fedtune.models.boundary import first_line
 
 BUNDLED = "bundled"
 CONFIG = "config.json"
@@ -38,6 +39,11 @@ SETTINGS_FILES = (
     "tokenizer_config.json",
 )
 ADAPTER = "adapter_config.json"
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions"),
+)
 
 
 def model_folder(name: str, base: Path, *, weights: bool) -> Path:
@@ -86,18 +92,47 @@ def local_folder(name: str) -> Path | None:
 
 
 def require_config(name: str, folder: Path) -> None:
-    """Raises InputError unless the folder holds a model's config.json, and no adapter beside it."""
+    """Raises InputError unless the folder holds a model's config.json, with sizes that a model can have.
+
+    Nor may an adapter lie beside it.
+    """
     if (folder / CONFIG).is_file():
         if (folder / ADAPTER).exists():
             raise InputError(
                 f"model {name}: {folder} has an adapter ({ADAPTER}) beside the model, which would be loaded "
                 "with it unasked. Merge it into the weights, or move its files to a folder of their own."
             )
+        _check_sizes(name, folder / CONFIG)
         return
     hint = "Give a folder made by save_pretrained."
     if (folder / ADAPTER).is_file():
         hint = "It holds a PEFT adapter, not a model: give its base model."
     raise InputError(f"model {name}: no {CONFIG} in {folder}. {hint}")
+
+
+def _check_sizes(name: str, file: Path) -> None:
+    """Asked before transformers is, whose errors would not say which number it was."""
+    try:
+        whole = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model {name}: {file} is no configuration: {first_line(error)}") from error
+    if not isinstance(whole, dict):
+        raise InputError(f"model {name}: {file} is no configuration: it must hold one JSON object.")
+    for part in (whole, whole.get("text_config")):
+        about = part if isinstance(part, dict) else {}
+        sizes = {key: about[key] for key in SIZES if isinstance(about.get(key), int | float)}
+        for key, size in sizes.items():
+            if isinstance(size, float) or size < 1:
+                raise InputError(
+                    f"model {name}: {file} is no configuration: {key} must be a whole number of 1 or more, "
+                    f"got {size}."
+                )
+        heads, groups = sizes.get("num_attention_heads", 1), sizes.get("num_key_value_heads", 1)
+        if heads % groups:
+            raise InputError(
+                f"model {name}: {file} is no configuration: num_key_value_heads {groups} must divide "
+                f"num_attention_heads {heads}."
+            )
 
 
 def require_tokenizer(name: str, folder: Path) -> None:
@@ -215,9 +250,3 @@ def files_sha256(name: str, files: list[Path]) -> str:
                 f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."
             ) from error
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, as a sentence."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith(".") else f"{text}."

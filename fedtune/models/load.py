@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,10 +27,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from fedtune.errors import InputError, nearest
+from fedtune.models.boundary import usable
 from fedtune.models.folders import (
     CONFIG,
     files_sha256,
-    first_line,
     has_weights,
     model_folder,
     require_config,
@@ -54,7 +53,14 @@ ARCHITECTURES = {
 }
 # transformers also gives these a causal form, meant for the decoder half of an encoder-decoder: their weights
 # were trained to look both ways and generate nothing of use.
-ENCODERS = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
+# XLNet's and XLM's also take their loss without a shift: a token would be asked for that the model sees.
+ENCODERS = frozenset(
+    {
+        *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+        *("roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet"),
+        "xmod",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,14 @@ def load_model(
     tokenizer = _tokenizer(name, folder)
     with seeded(seed), quiet():
         if initial == "scratch":
-            model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
+            with usable(f"model {name}: no model can be made from {folder / CONFIG}"):
+                model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
             digest = _state_sha256(model)
         else:
             digest = files_sha256(name, weight_files(name, folder))
             model = _pretrained(name, folder, config, task, DTYPES[dtype])
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    with usable(f"model {name}: it has no input embeddings that fedtune can use"):
+        vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise InputError(
             f"model {name}: its tokenizer has {len(tokenizer)} tokens, but its weights have embeddings for "
@@ -172,7 +180,8 @@ def meta_model(
     _check(dtype, DTYPES, "model.dtype")
     folder = model_folder(name, base, weights=False)
     config = _config(name, folder, task, num_labels)
-    with torch.device("meta"), seeded(0), quiet():
+    built = usable(f"model {name}: no model can be made from {CONFIG}")
+    with built, torch.device("meta"), seeded(0), quiet():
         model: PreTrainedModel = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
     if initial == "pretrained" and task == "classification" and has_weights(folder):
         mark_drawn(model, lacking_poolers(model, tensor_shapes(name, weight_files(name, folder))))
@@ -226,15 +235,15 @@ def _name(model: PreTrainedModel, name: str) -> None:
 def _config(name: str, folder: Path, task: str, num_labels: int | None) -> PretrainedConfig:
     _check(task, TASKS, "task")
     require_config(name, folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"model {name}: {folder / CONFIG} is no configuration: {first_line(error)}"
-        ) from error
+    config = _read_config(name, folder)
     kind = config.model_type
     if task == "causal-lm" and kind in ENCODERS:
         raise InputError(f'model {name}: "{kind}" is an encoder and cannot generate. Use it to classify.')
+    if task == "classification" and config.is_encoder_decoder:
+        raise InputError(
+            f'model {name}: "{kind}" is an encoder-decoder, whose class depends on a text of its own. Use an '
+            "encoder (BERT, RoBERTa) or a decoder to classify."
+        )
     if kind not in ARCHITECTURES[task]:
         raise InputError(f'model {name}: transformers has no {task} model of type "{kind}".')
     if num_labels is not None:
@@ -244,15 +253,18 @@ def _config(name: str, folder: Path, task: str, num_labels: int | None) -> Pretr
     return config
 
 
+def _read_config(name: str, folder: Path) -> PretrainedConfig:
+    with usable(f"model {name}: {folder / CONFIG} is no configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
 def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     require_tokenizer(name, folder)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for a malformed file
-        raise InputError(
-            f"model {name}: the tokenizer in {folder} cannot be read: {first_line(error)}"
-        ) from error
+    if (folder / CONFIG).is_file():  # a tokenizer's class depends on it: what is wrong with it is said of it
+        require_config(name, folder)
+        _read_config(name, folder)
+    with usable(f"model {name}: the tokenizer in {folder} cannot be read"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -266,7 +278,7 @@ def _pretrained(
     name: str, folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype
 ) -> PreTrainedModel:
     model: PreTrainedModel
-    try:
+    with usable(f"model {name}: the weights in {folder} cannot be loaded"):
         model, info = TASKS[task].from_pretrained(
             folder,
             config=config,
@@ -277,10 +289,6 @@ def _pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported in `info`: only a head may differ, checked below
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(
-            f"model {name}: the weights in {folder} cannot be loaded: {first_line(error)}"
-        ) from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     absent = sorted(set(info["missing_keys"]) | mismatched)
     if task == "classification":

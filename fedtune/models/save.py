@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
+from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import (
     BUNDLED,
     CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
-    first_line,
     local_folder,
     weight_files,
 )
@@ -253,14 +253,12 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
     saved = _read_tensors(folder / PEFT_WEIGHTS)
     loaded = base_model_loader(name)
     float32_heads(loaded.model)
-    try:
+    with usable(f"{folder} does not fit its base model {name}"):
         config = PeftConfig.from_pretrained(str(folder))
         with seeded(0), quiet():  # it draws values first, which those of the file replace
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
         if config.is_prompt_learning:
             mend_generation(model)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} does not fit its base model {name}: {first_line(error)}") from error
     # PEFT only warns when tensors are left over or missing, as they are on a base of another depth.
     present = get_peft_model_state_dict(model, save_embedding_layers=False)
     _require_same(folder, saved, present)

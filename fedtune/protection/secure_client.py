@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,25 @@ class SecureClient:
         self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
     ) -> tuple[Payload, Payload | None]:
         """The reply to an order of any phase but `masked`, and what the client keeps after it."""
-        return answer(phase, order, kept, client=client, round=round)
+        with _fits():
+            return answer(phase, order, kept, client=client, round=round)
 
     def mask(
         self, result: ClientResult, order: Payload, kept: Payload | None, *, client: int, round: int
     ) -> tuple[Payload, Payload]:
         """The reply to an order of phase `masked`, in place of what the method's step gave."""
         kept = of_phase("masked", kept, round)
-        return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
+        with _fits():
+            return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
+
+
+@contextmanager
+def _fits() -> Iterator[None]:
+    """Another client's key that is none, or an update that is too large, leaves this one out of the round."""
+    try:
+        yield
+    except ValueError as error:
+        raise ClientError(str(error)) from error
 
 
 def answer(

@@ -23,9 +23,9 @@ class Display:
     """Shows rounds, clients and scores as they come. Use as a context manager."""
 
     def __init__(self, label: str = "") -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False)  # names are no markup
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -52,7 +52,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def begin(self, rounds: int, name: str) -> None:
         """The rounds begin."""

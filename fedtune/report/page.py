@@ -194,7 +194,7 @@ def _curves(runs: Sequence[RunData]) -> Iterator[str]:
 
         def by_round(axis: Axes, curves: Mapping[str, Mapping[int, float]] = curves) -> None:
             for name, curve in curves.items():
-                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
+                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=_drawn(name))
             axis.set_xlabel("round")
 
         def by_bytes(axis: Axes, curves: Mapping[str, Mapping[int, float]] = curves) -> None:
@@ -216,7 +216,7 @@ def _curves(runs: Sequence[RunData]) -> Iterator[str]:
 
         def training(axis: Axes) -> None:
             for name, curve in losses.items():
-                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
+                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=_drawn(name))
             axis.set_xlabel("round")
 
         yield _figure("training loss, mean over the clients of a round", [training])
@@ -231,7 +231,7 @@ def _figure(title: str, draws: Sequence[Callable[[Axes], None]]) -> str:
     for axis, draw in zip(axes, draws, strict=True):
         draw(axis)
         axis.grid(alpha=0.3)
-    axes[0].set_title(title, fontsize=10, loc="left")
+    axes[0].set_title(_drawn(title), fontsize=10, loc="left")
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
@@ -240,6 +240,12 @@ def _figure(title: str, draws: Sequence[Callable[[Axes], None]]) -> str:
         figure.savefig(svg, format="svg", metadata={"Date": None})
     text = base64.b64encode(svg.getvalue()).decode()
     return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{text}">'
+
+
+def _drawn(name: str) -> str:
+    """A name as text in a figure: without mathematics, and with a legend's entry if it begins with _."""
+    plain = name.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def _left_out(runs: Sequence[RunData]) -> str:

@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fedtune.evaluation.bootstrap import metrics_of
+from fedtune.federation.left_out import counted
 
 WIDEST = 400  # characters; no table here needs more
 
@@ -49,6 +50,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     payload, framed, peak = summary["payload_bytes"], summary["framed_bytes"], summary["peak_memory_bytes"]
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     cost.add_row("rounds x clients", f"{summary['rounds']} x {summary['clients']}")
+    if left_out := counted(summary):
+        cost.add_row("left out, of rounds", left_out)
     cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")
     cost.add_row("payload down, up", f"{size(payload['down'])}, {size(payload['up'])}")
     cost.add_row("on the wire down, up", f"{size(framed['down'])}, {size(framed['up'])}")
@@ -183,8 +186,8 @@ def _difference(
 
 def print_whole(tables: Sequence[Table]) -> None:
     """Prints tables on stdout without cutting a cell, however narrow the terminal or file is said to be."""
-    console = Console()
+    console = Console(markup=False)  # a run, a client or a category may be named "x[/red]"
     for table in tables:
         wide = console.options.update(width=WIDEST)
         needed = Measurement.get(console, wide, table).maximum
-        Console(width=max(console.width, needed)).print(table)
+        Console(width=max(console.width, needed), markup=False).print(table)

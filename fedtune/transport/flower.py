@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,28 +20,7 @@ from typing import Any
 
 from fedtune.errors import FederationError
 from fedtune.transport.messages import Message, connect, fault, receive, send
-
-QUIET = {  # no telemetry, no look for newer versions, and no installing of packages while a run begins
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # s; its default of 1 s is waited for in every message
-}
-
-
-@contextmanager
-def quiet_environment() -> Iterator[None]:
-    """Inside, environment variables keep Flower and Ray to their work; those set already stay."""
-    new = {name: value for name, value in QUIET.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
+from fedtune.transport.quiet import quiet_environment, quiet_logs
 
 with quiet_environment():  # read when it is imported
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
@@ -82,7 +59,8 @@ class GridChannel:
             elif carrier.error.code in LOST:
                 yield name, Message({"fault": LOST[carrier.error.code], "lost": True})
             else:
-                yield name, fault(f"Flower reports error {carrier.error.code}: {carrier.error.reason}")
+                said = f"Flower reports error {carrier.error.code}: {carrier.error.reason}"
+                yield name, Message({"fault": said, "died": True})
 
 
 # Of flwr.common.constant.ErrorCode: those that say nothing of what the client did.
@@ -153,10 +131,6 @@ def simulation(
     """
     from flwr.simulation import run_simulation
 
-    levels = {"flwr": logging.CRITICAL, "ray": logging.ERROR}
-    before = {name: logging.getLogger(name).level for name in levels}
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
     came: queue.Queue[Grid | BaseException] = queue.Queue()
     over = threading.Event()
     app = ServerApp()
@@ -187,7 +161,7 @@ def simulation(
             came.put(error)
 
     thread = threading.Thread(target=_run, name="flower-simulation", daemon=True)
-    with quiet_environment():
+    with quiet_environment(), quiet_logs():
         thread.start()
         try:
             grid = came.get()
@@ -197,8 +171,6 @@ def simulation(
         finally:
             over.set()
             thread.join(60)
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
 
 
 def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridChannel:

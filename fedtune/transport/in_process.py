@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedtune.core.client import ClientRunner
+from fedtune.core.faults import LEFT_OUT
 from fedtune.core.seeds import numpy_generator
 from fedtune.core.types import Arrival
 from fedtune.core.wire import meta_of
@@ -90,7 +91,11 @@ class InProcess:
     def exchange(
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
-        """Runs each client when its turn comes; a client that drops out or is late does not run at all."""
+        """Runs each client when its turn comes; a client that drops out or is late does not run at all.
+
+        Raises:
+            ProgramError: A client broke in a way in which any would.
+        """
         for client, frame in self._faults.in_order(round, frames, in_plan_order=in_plan_order):
             fault = self._faults.fault(round, client, frame)
             yield Arrival(client, fault=fault) if fault else self._run(client, frame)
@@ -99,6 +104,6 @@ class InProcess:
         try:
             with self._clock.part("training"):
                 return Arrival(client, self._runner.handle(client, frame))
-        except Exception as error:  # a process boundary: whatever breaks a client must not break the round
+        except LEFT_OUT as error:
             log.debug("client %d failed", client, exc_info=True)
             return Arrival(client, fault=f"it failed: {type(error).__name__}: {error}")

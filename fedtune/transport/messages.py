@@ -60,6 +60,16 @@ def fault(reason: str) -> Message:
     return Message({"fault": reason})
 
 
+def broken(reason: str, traceback: str) -> Message:
+    """An answer of a process of the run's own that cannot go on, nor could any other: the run has to end.
+
+    Args:
+        reason: One sentence.
+        traceback: Where it came from, as Python shows it.
+    """
+    return Message({"broken": reason, "traceback": traceback})
+
+
 def send(connection: Connection, message: Message) -> None:
     """Hands a message to the process at the other end."""
     connection.send_bytes(json.dumps(dict(message.fields)).encode())

@@ -9,7 +9,6 @@ from its checkpoint), and what the client was sent to hold.
 from __future__ import annotations
 
 import json
-import logging
 import mmap
 import os
 import re
@@ -21,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.client import ClientRunner
+from fedtune.core.faults import faults
 from fedtune.core.store import Store, digests_in
 from fedtune.core.types import ClientError, Payload
 from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode
-from fedtune.errors import InputError
+from fedtune.errors import InputError, ProgramError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
 from fedtune.transport.messages import PART_BYTES, Field, Message, fault
 
-log = logging.getLogger("fedtune")
 KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
 
 
@@ -85,6 +84,7 @@ class Worker:
         log_line: Callable[[str], None],
     ) -> None:
         self._join, self._acceptance, self._folder, self._log_line = join, acceptance, folder, log_line
+        self.broken: ProgramError | None = None  # whoever runs it ends with it, once the answer is sent
         self._run, self._client = "", -1
         self.joined: JoinedRun | None = None
         self._incoming: _Incoming | None = None
@@ -94,23 +94,25 @@ class Worker:
         """The answer to a message. Whatever goes wrong becomes an answer that says so.
 
         What this machine's own files say stays here: of errors that may name them only the kind is told.
+        After a fault of the program or the machine `broken` is set: the next order would end in the same way.
         """
         try:
-            do = message.text("do")
-            if do == "join":
-                return self._invited(message.fields)
-            if not self._knows(message.text("run")):
-                return Message({"unknown": True})
-            return self._order(message) if do == "order" else self._fetch(message)
-        except (NotAccepted, ClientError, FrameError, ValueError) as error:
+            with faults("answering the server", passing=(NotAccepted, ClientError, ValueError)):
+                do = message.text("do")
+                if do == "join":
+                    return self._invited(message.fields)
+                if not self._knows(message.text("run")):
+                    return Message({"unknown": True})
+                return self._order(message) if do == "order" else self._fetch(message)
+        except (NotAccepted, ClientError, ValueError) as error:  # a FrameError is one
             self._log_line(f"left out: {error}")
             return fault(str(error))
         except InputError as error:
             self._log_line(str(error))
             return fault("it cannot take part as it is set up; its own log says why")
-        except Exception as error:  # a process boundary: whatever breaks here must not end the worker
-            log.exception("an order failed")
-            return fault(f"it failed: {type(error).__name__}; its own log says more")
+        except ProgramError as error:
+            self.broken = error
+            return fault(f"it failed: {type(error.__cause__ or error).__name__}; its own log says more")
 
     def _invited(self, fields: Mapping[str, Field]) -> Message:
         self._take(fields)
@@ -144,7 +146,8 @@ class Worker:
             raise ValueError("a run's name must be hexadecimal")  # it becomes a folder's name
         if self.joined is None or (run, client) != (self._run, self._client):
             self.joined = None  # frees the model of the run before
-        self.joined = self._join(fields)
+        with faults("joining the run", passing=(NotAccepted, ValueError)):
+            self.joined = self._join(fields)
         for old in self._folder.glob("*/"):
             if old.name != run and re.fullmatch(r"[0-9a-f]{1,64}", old.name):
                 shutil.rmtree(old)  # of a run before this one
@@ -158,7 +161,10 @@ class Worker:
             check_bytes(self._acceptance, size, "order")
             if self._done is not None and self._done.round != round:
                 self._done = None  # a long reply is not kept beside a long order
-            self._incoming = _Incoming(round, empty_frame(size))
+            try:
+                self._incoming = _Incoming(round, empty_frame(size))
+            except (MemoryError, OSError, OverflowError):  # what the server says is not this machine's fault
+                raise ValueError(f"it has no room for an order of {size:,} bytes") from None
         incoming, end = self._incoming, at + len(message.body)
         if incoming is None and self._done is not None and self._done.round == round and end == size:
             return self._answer(self._done)  # the last part, once more: its answer was lost

@@ -43,6 +43,7 @@ from fedtune.core.types import (
     Summed,
     TensorSpec,
 )
+from fedtune.core.wire import FrameError
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
 from fedtune.methods.local_training import Training, train
@@ -349,9 +350,16 @@ class FedAvg:
 
 
 def load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copies values into parameters of the same names."""
+    """Copies values into parameters of the same names.
+
+    Raises:
+        FrameError: A value is for a parameter that is not there, or has another shape.
+    """
     with torch.no_grad():
         for name, value in values.items():
+            there = tuple(parameters[name].shape) if name in parameters else None
+            if there != tuple(value.shape):
+                raise FrameError(f"weights {name} {tuple(value.shape)} were sent, the model here has {there}")
             parameters[name].copy_(value)
 
 

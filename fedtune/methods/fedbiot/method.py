@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.faults import faults
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import (
     MODEL,
@@ -54,6 +55,7 @@ from fedtune.methods.fedbiot.settings import Config, State
 from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
 from fedtune.models.blocks import find_blocks
+from fedtune.models.boundary import usable
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, submodel, take
 from fedtune.models.heads import is_classifier
 from fedtune.models.proximal import moved_squared
@@ -92,6 +94,7 @@ class FedBiOT:
             server.refuse_public(f"{self.config.name} without alignment")
         self._env = server
 
+    @usable("the model cannot be divided into adapter and emulator")
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The server's model, AdapFu: the whole of it with LoRA on the adapter's blocks."""
         model = cast(PreTrainedModel, build())
@@ -279,21 +282,23 @@ class FedBiOT:
         batches = endless_batches(
             len(env.public), alignment.batch_size, torch_generator(self._seed, "alignment", when)
         )
-        loss = align(
-            student.eval(),
-            find_blocks(student).modules[places.back[0]],
-            list(parameters.values()),
-            teacher,
-            batches,
-            env.public,
-            pad_id=env.pad_id,
-            device=env.device,
-            steps=steps,
-            lr=alignment.lr,
-            betas=(self.config.betas[0], self.config.betas[1]),
-            distill_weight=self.config.distill_weight,
-            form=alignment.form,
-        )
+        part = f"alignment {'before round 1' if when == 'before' else f'after round {when}'}"
+        with faults(part, lambda: alignment.batch(env.public)):
+            loss = align(
+                student.eval(),
+                find_blocks(student).modules[places.back[0]],
+                list(parameters.values()),
+                teacher,
+                batches,
+                env.public,
+                pad_id=env.pad_id,
+                device=env.device,
+                steps=steps,
+                lr=alignment.lr,
+                betas=(self.config.betas[0], self.config.betas[1]),
+                distill_weight=self.config.distill_weight,
+                form=alignment.form,
+            )
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
         return copied(parameters)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fedtune.core.settings import Settings
+from fedtune.data.encode import Encoded
 from fedtune.methods.local_training import Training
 from fedtune.methods.tuning import Lora
 
@@ -22,6 +24,14 @@ class Alignment(Settings):
     lr: float = Field(1e-4, gt=0)  # constant
     form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
     keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
+
+    def batch(self, public: Sequence[Encoded]) -> str:
+        """A step's batch, and what makes it smaller, for a server whose memory is too small."""
+        size, longest = min(self.batch_size, len(public)), max(len(item.input_ids) for item in public)
+        return (
+            f"Its batches have up to {size} public examples x {longest} tokens: lower "
+            "method.alignment.batch_size, method.alignment.keep_mb or data.max_length."
+        )
 
 
 class Config(Training):

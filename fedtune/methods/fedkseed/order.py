@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.types import Scalar
+from fedtune.core.wire import FrameError
 from fedtune.models.tuning import trainable
 
 _SHOWN = 16  # hexadecimal digits of a hash in a message
@@ -56,14 +57,14 @@ class Origin:
         """The origin that an order names.
 
         Raises:
-            ValueError: It is no such tensor.
+            FrameError: It is no such tensor.
         """
         data = tensor.numpy().tobytes()
         try:
             w0, pool, last, version = _PACKED.unpack_from(data)
             return Origin(w0.hex(), pool, last + 1, data[_PACKED.size :].decode("ascii"), version)
         except (struct.error, UnicodeDecodeError) as error:
-            raise ValueError(f"the order does not say what it belongs to: {error}") from None
+            raise FrameError(f"the order does not say what it belongs to: {error}") from None
 
     def against(self, mine: Mapping[str, Scalar]) -> str:
         """Why what is of this origin cannot be used where `mine` is; empty if it can."""
@@ -122,11 +123,11 @@ def with_changes(before: Tensor, sent: Mapping[str, Tensor]) -> Tensor:
     """The accumulator after the changes that were `sent`.
 
     Raises:
-        ValueError: They belong to an accumulator of another length.
+        FrameError: They belong to an accumulator of another length.
     """
     bits, size = sent["changed"].numpy(), before.numel()
     if bits.size != -(-size // 8):
-        raise ValueError(f"it was sent changes of about {8 * bits.size} seeds, but holds {size}")
+        raise FrameError(f"it was sent changes of about {8 * bits.size} seeds, but holds {size}")
     changed = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool))
     after = before.clone()
     after[changed] = sent["value"]
