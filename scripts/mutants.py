@@ -191,25 +191,30 @@ def write_map(coverage: str, junit: str, result: str) -> None:
     for case in ElementTree.parse(junit).getroot().iter("testcase"):
         path = case.attrib["classname"].replace(".", "/") + ".py"
         seconds[f"{path}::{case.attrib['name']}"] = float(case.attrib["time"])
-    base = sqlite3.connect(coverage)
-    rows = base.execute(
+    rows = sqlite3.connect(coverage).execute(
         "select path, context, numbits from line_bits"
         " join file on file.id = file_id join context on context.id = context_id"
     )
-    lines: dict[str, dict[int, set[str]]] = {}
+    reached: dict[str, dict[int, set[str]]] = {}
+    by_file: dict[str, set[str]] = {}
+    shared: list[
+        tuple[str, int, str]
+    ] = []  # what a fixture ran for one test may serve the others of its file
     for path, context, bits in rows:
         test, _, phase = context.rpartition("|")
-        if test not in seconds:
+        if not test:  # imports
             continue
-        # what a fixture runs for one test may serve the others of its file
-        tests = [t for t in seconds if phase == "setup" and t.split("::")[0] == test.split("::")[0]] or [test]
-        for number in (
-            8 * place + bit for place, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1
-        ):
-            lines.setdefault("fedtune/" + path.split("/fedtune/")[-1], {}).setdefault(number, set()).update(
-                tests
-            )
-    told = {path: {n: sorted(tests) for n, tests in found.items()} for path, found in lines.items()}
+        by_file.setdefault(test.split("::")[0], set()).add(test)
+        of_file = reached.setdefault("fedtune/" + path.split("/fedtune/")[-1], {})
+        for line in (8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1):
+            of_file.setdefault(line, set()).add(test)
+            if phase == "setup":
+                shared.append(("fedtune/" + path.split("/fedtune/")[-1], line, test.split("::")[0]))
+    for path, line, file in shared:
+        reached[path][line] |= by_file[file]
+    for tests in by_file.values():
+        seconds = dict.fromkeys(tests, 1.0) | seconds  # a second where no time is known
+    told = {path: {n: sorted(tests) for n, tests in found.items()} for path, found in reached.items()}
     Path(result).write_text(json.dumps({"seconds": seconds, "lines": told}), encoding="utf-8")
 
 
@@ -232,6 +237,13 @@ def tests_of(known: dict, path: str, line: int, source: str, budget: float) -> l
         if total < budget or not chosen:
             chosen.append(test)
     return chosen
+
+
+def name_of(drawn: tuple[str, Edit, str]) -> str:
+    """A mistake as the results name it: place, line as it was, line as it is."""
+    path, (line, *_), mutant = drawn
+    was = (ROOT / path).read_text(encoding="utf-8").splitlines()[line - 1].strip()
+    return f"{path}:{line}: {was} -> {mutant.splitlines()[line - 1].strip()}"
 
 
 def start(copy: Path, tests: list[str], log: Path) -> int:
@@ -269,7 +281,12 @@ def run(args: argparse.Namespace) -> None:
             shutil.copy2(ROOT / name, copy / name)
     results: list[dict] = []
     running: dict[int, tuple[Path, dict, float]] = {}
-    waiting = iter(list(draw(args.seed, args.count)))
+    names = (
+        {e["mistake"] for e in json.loads(args.again.read_text()) if e["outcome"] == "survived"}
+        if args.again
+        else ()
+    )
+    waiting = iter([each for each in draw(args.seed, args.count) if not args.again or name_of(each) in names])
 
     def ended(pid: int, outcome: str) -> None:
         copy, entry, _ = running.pop(pid)
@@ -286,10 +303,9 @@ def run(args: argparse.Namespace) -> None:
         while free and (drawn := next(waiting, None)):
             path, edit, mutant = drawn
             source = (ROOT / path).read_text(encoding="utf-8")
-            was, now = source.splitlines()[edit[0] - 1].strip(), mutant.splitlines()[edit[0] - 1].strip()
             tests = tests_of(known, path, edit[0], source, args.budget)
             tests = [test for test in tests if (ROOT / test.split("::")[0]).is_file()] + args.also
-            entry = {"mistake": f"{path}:{edit[0]}: {was} -> {now}", "file": path, "tests": len(tests)}
+            entry = {"mistake": name_of(drawn), "file": path, "tests": len(tests)}
             copy = free.pop()
             (copy / path).write_text(mutant, encoding="utf-8")
             limit = 60 + 4 * sum(known["seconds"].get(test, 1.0) for test in tests)
