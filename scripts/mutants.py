@@ -132,10 +132,9 @@ def edits(source: str) -> Iterator[Edit]:
         """An argument less, or two in the other order."""
         plain = call.args
         for first, second in pairwise(plain):
-            if first.lineno == second.end_lineno:
+            if first.lineno == second.end_lineno and type(first) is type(second):
                 swapped = f"{ast.unparse(second)}, {ast.unparse(first)}"
                 yield first.lineno, first.col_offset, second.end_col_offset, swapped
-        yield instead(plain[-1], "*()") if len(plain) > 1 else None
         yield from (instead(word, "**{}") for word in call.keywords if word.arg not in WITHOUT_EFFECT)
 
     for node in ast.walk(
@@ -180,9 +179,11 @@ def draw(seed: int, count: int) -> Iterator[tuple[str, Edit, str]]:
             changed = ast.dump(ast.parse(mutant := planted(source, edit))) != ast.dump(ast.parse(source))
         except SyntaxError:
             continue
-        if changed and count > 0:
-            count -= 1
+        if changed:
             yield place[0], edit, mutant
+            count -= 1
+            if not count:
+                return
 
 
 def write_map(coverage: str, junit: str, result: str) -> None:
@@ -227,8 +228,10 @@ def tests_of(known: dict, path: str, line: int, source: str, budget: float) -> l
         if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)
     ]
     inside = any(isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line for node in around)
-    narrow = max(around, key=lambda node: node.lineno)
-    span = [line, *range(narrow.lineno, (narrow.end_lineno or line) + 1)] if inside else map(int, found)
+    span = map(int, found)
+    if inside:
+        narrow = max(around, key=lambda node: node.lineno)
+        span = [line, *range(narrow.lineno, (narrow.end_lineno or line) + 1)]
     chosen, total = [], 0.0
     for test in sorted(
         {t for n in span for t in found.get(str(n), [])}, key=lambda test: (seconds[test], test)
@@ -290,9 +293,9 @@ def run(args: argparse.Namespace) -> None:
 
     def ended(pid: int, outcome: str) -> None:
         copy, entry, _ = running.pop(pid)
-        entry |= {
-            "outcome": "equivalent" if outcome == "survived" and entry["mistake"] in judged else outcome
-        }
+        harmless = outcome == "survived" and entry["mistake"] in judged
+        entry |= {"outcome": "equivalent" if harmless else outcome}
+        entry |= {"seconds": round(time.monotonic() - entry["seconds"], 1)}
         shutil.copy2(ROOT / entry["file"], copy / entry["file"])
         free.append(copy)
         results.append(entry)
@@ -305,7 +308,12 @@ def run(args: argparse.Namespace) -> None:
             source = (ROOT / path).read_text(encoding="utf-8")
             tests = tests_of(known, path, edit[0], source, args.budget)
             tests = [test for test in tests if (ROOT / test.split("::")[0]).is_file()] + args.also
-            entry = {"mistake": name_of(drawn), "file": path, "tests": len(tests)}
+            entry = {
+                "mistake": name_of(drawn),
+                "file": path,
+                "tests": len(tests),
+                "seconds": time.monotonic(),
+            }
             copy = free.pop()
             (copy / path).write_text(mutant, encoding="utf-8")
             limit = 60 + 4 * sum(known["seconds"].get(test, 1.0) for test in tests)
@@ -344,6 +352,7 @@ def main() -> None:
     running.add_argument("--count", type=int, default=100)
     running.add_argument("--budget", type=float, default=120.0, help="seconds of tests for one mistake")
     running.add_argument("--judged", type=Path, help="mistakes without effect, by name")
+    running.add_argument("--again", type=Path, help="results: only the mistakes that survived there")
     running.add_argument(
         "--also", nargs="*", default=[], help="tests to run for each mistake beside the map's"
     )
