@@ -18,6 +18,7 @@ from fedtune.core.types import Payload
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import architecture, assemble, check_drop, choose_blocks, kept_of
+from fedtune.models.emulator import ARCHITECTURE
 from fedtune.models.parts import find_parts
 from fedtune.models.pruning import best, find_attention, find_mlp, group_scores, prune_groups
 
@@ -208,3 +209,19 @@ def test_a_score_that_is_negative_is_refused() -> None:
         {n: -t if n.startswith("heads:") else t for n, t in reply.tensors.items()}
     )
     assert "below 0" in federation.round(1, quorum=0.5).left_out[1]
+
+
+def test_a_clients_model_keeps_no_keys_and_values() -> None:
+    federation = bench(2, blocks=3, compression="layer-drop")
+    spy = Spy(federation)
+    federation.round(1)
+    _, order = spy.orders[0]
+    path = str(order.scalars["path"])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in order.tensors.items():
+        part, colon, inner = name.partition(":")
+        if colon:
+            parts.setdefault(part, {})[inner] = tensor
+    model = assemble(order.tensors[ARCHITECTURE], path, parts)
+    assert model.config.use_cache is False and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())

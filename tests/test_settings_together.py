@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
-from fedtune.core.types import SumMethod
+from fedtune.core.types import ServerEnv, SumMethod
+from fedtune.data.encode import Encoded
+from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.local_training import Training
 
@@ -152,3 +155,34 @@ def test_what_can_be_summed_without_being_seen(
     assert isinstance(method, SumMethod)
     refusal = method.sum_refusal(privacy=privacy)
     assert refusal is None if why is None else why in str(refusal)
+
+
+PUBLIC = ServerEnv((Encoded((3, 4), (3, 4)),), 0, torch.device("cpu"))
+NOBODYS = ServerEnv((), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", list(registry.METHODS))
+def test_public_examples_are_refused_where_nothing_uses_them_and_needed_where_something_does(
+    name: str,
+) -> None:
+    config = registry.config_class(name)
+    aligns = name in ("fedbiot", "fedot", "offsite-tuning")
+    with pytest.raises(
+        InputError, match="there is none; set data.public" if aligns else f"but {name} trains nothing"
+    ):
+        registry.build(config(), 0).prepare(NOBODYS if aligns else PUBLIC)
+    registry.build(config(), 0).prepare(PUBLIC if aligns else NOBODYS)
+    if not aligns:
+        return
+    for settings, public in (
+        ({"layer_dropout": 0.0}, False),
+        ({"alignment": {"steps_before": 0, "steps": 0}}, False),
+        ({"alignment": {"steps_before": 1, "steps": 0}}, True),
+        ({"alignment": {"steps_before": 0, "steps": 1}}, True),
+    ):
+        method = registry.build(config.model_validate(settings), 0)
+        method.prepare(PUBLIC if public else NOBODYS)
+        with pytest.raises(
+            InputError, match="data.public" if public else f"{name} without alignment trains nothing"
+        ):
+            method.prepare(NOBODYS if public else PUBLIC)

@@ -1,4 +1,4 @@
-"""A method with two results, or with one a client: each is scored by itself, and no score takes another's place."""
+"""Two results of a method, or one a client: each is scored by itself, and no score takes another's place."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def scored(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, float]) -> scor
         assert not model.training
         value = by_model[id(model)]
         note = ("said of all",) if value < 9 else ("said of all", "said of one")
-        outcome = Outcome({"loss": Scored([value] * 2, lower_is_better=True)}, notes=note, details=[{"answer": value}])
+        found = {"loss": Scored([value] * 2, lower_is_better=True)}
+        outcome = Outcome(found, notes=note, details=[{"answer": value}])
         return {"loss": outcome, "quiet": Outcome({"loss": Scored([value], lower_is_better=True)})}
 
     monkeypatch.setattr(scoring, "score", score)
