@@ -228,14 +228,13 @@ def tests_of(known: dict, path: str, line: int, source: str, budget: float) -> l
         if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)
     ]
     inside = any(isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line for node in around)
-    span = map(int, found)
+    reached = {test for tests in found.values() for test in tests}
     if inside:
         narrow = max(around, key=lambda node: node.lineno)
         span = [line, *range(narrow.lineno, (narrow.end_lineno or line) + 1)]
+        reached = {test for number in span for test in found.get(str(number), [])} or reached
     chosen, total = [], 0.0
-    for test in sorted(
-        {t for n in span for t in found.get(str(n), [])}, key=lambda test: (seconds[test], test)
-    ):
+    for test in sorted(reached, key=lambda test: (seconds[test], test)):
         total += seconds[test] + 0.02
         if total < budget or not chosen:
             chosen.append(test)

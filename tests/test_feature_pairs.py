@@ -21,6 +21,7 @@ from fedtune.core.types import Reply
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import CONTROL, Config, FedAvg
+from fedtune.methods.fedcybgd.settings import Config as CycleConfig
 from fedtune.methods.fedcybgd.settings import FedBAvgConfig
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config as KSeedConfig
@@ -354,3 +355,29 @@ def test_two_perturbations_of_a_step_are_taken_at_the_same_weights() -> None:
     )
     for _, model in b.method.export(b.state, b.model):
         assert float(model.w.detach()) == pytest.approx(1.0 - 0.25 * moved, rel=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_in_bfloat16_a_block_that_is_visited_again_goes_on_from_its_float32_value(together: bool) -> None:
+    """Changes of a rate so small that a bfloat16 weight alone would lose most of them."""
+    kind = FedBAvgConfig if together else CycleConfig
+    rounds = 4 if together else 2
+    b = bench(2, blocks=2, dtype=torch.bfloat16, config=kind, rounds=rounds, local_epochs=1, lr=2e-4)
+    spy = Spy(b)
+    exact = {name: weight.double() for name, weight in b.state.weights.items()}
+    start = {name: weight.clone() for name, weight in b.state.weights.items()}
+    for round in range(1, rounds + 1):
+        before = len(spy.replies)
+        b.round(round)
+        came = list(zip((c for c, _ in spy.orders[before:]), spy.replies[before:], strict=True))
+        for client, reply in came:
+            for name, change in reply.tensors.items():
+                share = (2 + client) / 5 if together else 1.0
+                exact[name] = exact[name] + share * change.double()
+    lost = 0
+    for name, weight in b.state.weights.items():
+        assert weight.dtype == torch.bfloat16 and b.state.masters[name].dtype == torch.float32
+        assert_close(b.state.masters[name].double(), exact[name], rtol=0, atol=1e-6)
+        assert torch.equal(weight, b.state.masters[name].to(torch.bfloat16))
+        lost += int(((b.state.masters[name] != start[name].float()) & (weight == start[name])).sum())
+    assert lost > 100

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import SIZES, Federation
+from contract import LORA, SIZES, Federation
 from fedcybgd_bench import Spy, bench, part_of
 from model_families import build
 from toy import Bench
@@ -20,6 +20,7 @@ from fedtune.data.encode import Encoded
 from fedtune.methods.fedcybgd.badam import BAdam
 from fedtune.methods.fedcybgd.badam import Config as BAdamConfig
 from fedtune.methods.fedcybgd.order import turn
+from fedtune.models.tuning import attach_lora
 
 SEED = 5
 AGAIN = {
@@ -159,3 +160,32 @@ def test_a_seed_gives_these_cohorts() -> None:
     assert drawn == [(0, 2, 3), (0, 2, 5), (1, 3, 5)]
     known = seeds.derive_seed(0, "cohort", 1), seeds.derive_seed(7, "client", 2, 3), seeds.derive_seed(0)
     assert known == (5609851646329409881, 2080490863703637867, 6711488920161924273)
+
+
+def test_what_is_attached_starts_alike_in_every_method_and_unlike_with_another_seed() -> None:
+    """So that a comparison's rows begin at one point."""
+
+    def start(name: str, label: str, seed: int) -> dict[str, torch.Tensor]:
+        changes = {**LORA, "local_epochs": 1, "trainable": "lora"} if name == "centralized" else {}
+        form = Federation(name, "full" if changes else label, seed=seed, **changes)
+        return {n: p.detach().clone() for n, p in form.model.named_parameters() if "lora_A" in n}
+
+    first = start("fedavg", "lora", SEED)
+    assert first
+    for name, label in (("standalone", "lora"), ("centralized", "lora"), ("fedavg", "freeze-a")):
+        again = start(name, label, SEED)
+        assert again.keys() == first.keys() and all(torch.equal(again[n], first[n]) for n in first), name
+        other = start(name, label, SEED + 1)
+        assert not any(torch.equal(other[n], first[n]) for n in first), name
+    blocks = {n: p for n, p in start("fedcybgd", "lora", SEED).items() if n in first}
+    drawn = derive_of_lora(SEED)
+    assert blocks and all(torch.equal(blocks[n], drawn[n]) for n in blocks)
+
+
+def derive_of_lora(seed: int) -> dict[str, torch.Tensor]:
+    """LoRA's A on a model of three blocks, attached by hand with the seed of its purpose."""
+    base = build("llama", blocks=3)
+    model = attach_lora(
+        base, rank=2, alpha=4.0, dropout=0.0, targets=None, seed=seeds.derive_seed(seed, "adapter")
+    )
+    return {n: p.detach() for n, p in model.named_parameters() if "lora_A" in n}
