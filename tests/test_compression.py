@@ -13,8 +13,9 @@ from model_families import FAMILIES, batch, build
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedtune.core.seeds import torch_generator
+from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import Payload
+from fedtune.data.batches import collate
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import architecture, assemble, check_drop, choose_blocks, kept_of
@@ -225,3 +226,26 @@ def test_a_clients_model_keeps_no_keys_and_values() -> None:
     model = assemble(order.tensors[ARCHITECTURE], path, parts)
     assert model.config.use_cache is False and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("wanted", "of_each"), [(1, [1, 1, 1]), (3, [2, 3, 3]), (10, [2, 3, 4])])
+def test_importance_comes_from_some_own_examples_one_by_one(
+    wanted: int, of_each: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+
+    def noted(items: Any, pad_id: int) -> Any:
+        looked.append(list(items))
+        return collate(items, pad_id)
+
+    monkeypatch.setattr("fedtune.methods.fedcybgd.client.collate", noted)
+    federation = bench(3, compression="hybrid", importance_examples=wanted, local_epochs=1)
+    spy = Spy(federation)
+    federation.round(1)
+    for client, _ in spy.orders:
+        mine, looked = looked[: of_each[client]], looked[of_each[client] :]
+        own = federation.data[client]
+        drawn = torch_generator(derive_seed(0, "client", client, 1), "importance")
+        order = torch.randperm(len(own), generator=drawn).tolist()[: of_each[client]]
+        assert mine == [[own[at]] for at in order]
+    assert looked == []

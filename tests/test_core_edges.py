@@ -146,6 +146,7 @@ def test_a_ledgers_mean_is_over_clients_and_rounds_that_sent_something() -> None
             payload_bytes=size,
             framed_bytes=size + 1,
         )
+    assert ledger.peak_memory_bytes == {"client": 0, "server": 0}
     for where, peak in (("client", 5), ("client", 3), ("server", 9)):
         ledger.memory(round=1, where=where, client=0, peak_bytes=peak, how="counted")
     again = Ledger(wire.append, memory.append)

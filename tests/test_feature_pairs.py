@@ -381,3 +381,12 @@ def test_in_bfloat16_a_block_that_is_visited_again_goes_on_from_its_float32_valu
         assert torch.equal(weight, b.state.masters[name].to(torch.bfloat16))
         lost += int(((b.state.masters[name] != start[name].float()) & (weight == start[name])).sum())
     assert lost > 100
+
+
+def test_of_clients_in_turn_each_turn_is_told_with_the_state_after_it() -> None:
+    b = bench(3, blocks=3)
+    spy = Spy(b)
+    spy.fail = {1}
+    outcome = b.round(1, quorum=2)
+    assert sorted(outcome.clients) == [0, 2] and [state.turns for state in b.states_on_the_way] == [1, 2, 3]
+    assert b.states_on_the_way[-1] is b.state
