@@ -4,10 +4,10 @@
     python scripts/mutants.py map w/cov w/junit.xml w/map.json
     python scripts/mutants.py run w/map.json w/result.json --seed 1 --count 100
 
-The first line needs pytest-cov. The map says which tests run which line, and how long they take. `run` works on
-copies of the tree, two mistakes at a time, so that the files here stay as they are; for each mistake it runs the
-tests that reach its line, the quickest first, until one fails. `--judged FILE` (JSON, mistake: reason) names
-mistakes that change nothing.
+The first line needs pytest-cov. The map says which tests run which line, and how long they take. `run` works
+on copies of the tree, two mistakes at a time, so that the files here stay as they are; for each mistake it
+runs the tests that reach its line, the quickest first, until one fails. `--judged FILE` (JSON, mistake:
+reason) names mistakes that change nothing.
 """
 
 from __future__ import annotations
@@ -31,30 +31,15 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("core", "methods", "models", "data", "protection")
-PRELOADED = (
-    "torch",
-    "transformers",
-    "peft",
-    "numba",
-    "hypothesis",
-    "pytest",
-)  # by the parent, for all its children
+PRELOADED = ("torch", "transformers", "peft", "numba", "hypothesis", "pytest")  # once, for all children
 OPERATORS = {
     ast.Lt: "<= >", ast.LtE: "< >=", ast.Gt: ">= <", ast.GtE: "> <=", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is_not", ast.IsNot: "is", ast.In: "not_in", ast.NotIn: "in",
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/ +", ast.Div: "* //", ast.FloorDiv: "/", ast.Mod: "//",
     ast.Pow: "*", ast.BitOr: "&", ast.BitAnd: "|",
 }  # fmt: skip
-OTHER_NAMES = {
-    "min": "max",
-    "max": "min",
-    "any": "all",
-    "all": "any",
-    "sorted": "list",
-    "reversed": "list",
-    "sum": "max",
-}
-
+OTHER_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "sum": "max"}
+OUTCOMES = {0: "survived", 4: "not run", 5: "not run"}  # by pytest's status: no such test, or none
 WITHOUT_EFFECT = ("strict", "encoding", "errors", "separators")  # arguments that say what holds anyway
 
 Edit = tuple[int, int, int, str]  # line, first and last column in bytes, new text
@@ -75,11 +60,8 @@ def edits(source: str) -> Iterator[Edit]:
         return right.lineno, at, at + len(sign), text.replace("_", " ")
 
     def instead(node: ast.AST, text: str) -> Edit | None:
-        return (
-            (node.lineno, node.col_offset, node.end_col_offset, text)
-            if node.lineno == node.end_lineno
-            else None
-        )
+        one_line = node.lineno == node.end_lineno
+        return (node.lineno, node.col_offset, node.end_col_offset, text) if one_line else None
 
     def of(node: ast.AST) -> Iterator[Edit | None]:
         match node:
@@ -105,7 +87,7 @@ def edits(source: str) -> Iterator[Edit]:
                 yield instead(node, str(not value))
             case ast.Constant(value=int(value)):
                 yield from (
-                    instead(node, f"{value + more}" if value + more >= 0 else "(-1)") for more in (1, -1)
+                    instead(node, str(other) if other >= 0 else "(-1)") for other in (value + 1, value - 1)
                 )
             case ast.Constant(value=float(value)):
                 yield from (instead(node, repr(value * times + (not value))) for times in (0.5, 2.0))
@@ -137,18 +119,17 @@ def edits(source: str) -> Iterator[Edit]:
                 yield first.lineno, first.col_offset, second.end_col_offset, swapped
         yield from (instead(word, "**{}") for word in call.keywords if word.arg not in WITHOUT_EFFECT)
 
-    for node in ast.walk(
-        tree := ast.parse(source)
-    ):  # messages, annotations and what only the type checker runs
+    tree = ast.parse(source)
+    for node in ast.walk(tree):  # messages, annotations and what only the type checker runs
         kinds = getattr(node, "annotation", None), getattr(node, "returns", None)
-        silent = isinstance(node, ast.Raise) or (
-            isinstance(node, ast.Call) and ast.unparse(node.func) in ("cast", "TypeVar")
-        )
-        checked = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        said = isinstance(node, ast.JoinedStr) or (
-            isinstance(node, ast.keyword) and node.arg in WITHOUT_EFFECT
-        )
-        for part in (*kinds, node if silent or checked or said else None):
+        match node:
+            case ast.Raise() | ast.JoinedStr() | ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                silent = True
+            case ast.Call(func=ast.Name(id=name)):
+                silent = name in ("cast", "TypeVar")
+            case _:
+                silent = isinstance(node, ast.keyword) and node.arg in WITHOUT_EFFECT
+        for part in (*kinds, node if silent else None):
             skipped.update(ast.walk(part) if part else ())
     for node in ast.walk(tree):
         if node not in skipped:
@@ -198,9 +179,7 @@ def write_map(coverage: str, junit: str, result: str) -> None:
     )
     reached: dict[str, dict[int, set[str]]] = {}
     by_file: dict[str, set[str]] = {}
-    shared: list[
-        tuple[str, int, str]
-    ] = []  # what a fixture ran for one test may serve the others of its file
+    shared: list[tuple[str, int, str]] = []  # what a fixture ran for a test serves the others of its file
     for path, context, bits in rows:
         test, _, phase = context.rpartition("|")
         if not test:  # imports
@@ -222,11 +201,8 @@ def write_map(coverage: str, junit: str, result: str) -> None:
 def tests_of(known: dict, path: str, line: int, source: str, budget: float) -> list[str]:
     """Tests that reach a line's statement, or its module where only imports run it: the quickest first."""
     found, seconds = known["lines"].get(path, {}), known["seconds"]
-    around = [
-        n
-        for n in ast.walk(ast.parse(source))
-        if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)
-    ]
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    around = [node for node in statements if node.lineno <= line <= (node.end_lineno or 0)]
     inside = any(isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line for node in around)
     reached = {test for tests in found.values() for test in tests}
     if inside:
@@ -275,20 +251,19 @@ def run(args: argparse.Namespace) -> None:
     work = args.result.with_suffix(".copies").resolve()
     shutil.rmtree(work, ignore_errors=True)
     free = [work / str(number) / "tree" for number in range(2)]
+    listed = ["git", "ls-files", "-co", "--exclude-standard"]
     for copy in free:
-        for name in subprocess.check_output(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True
-        ).splitlines():
+        for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     results: list[dict] = []
     running: dict[int, tuple[Path, dict, float]] = {}
-    names = (
-        {e["mistake"] for e in json.loads(args.again.read_text()) if e["outcome"] == "survived"}
-        if args.again
-        else ()
-    )
-    waiting = iter([each for each in draw(args.seed, args.count) if not args.again or name_of(each) in names])
+    mistakes = list(draw(args.seed, args.count))
+    if args.again:
+        before = json.loads(args.again.read_text(encoding="utf-8"))
+        left = {entry["mistake"] for entry in before if entry["outcome"] == "survived"}
+        mistakes = [drawn for drawn in mistakes if name_of(drawn) in left]
+    waiting = iter(mistakes)
 
     def ended(pid: int, outcome: str) -> None:
         copy, entry, _ = running.pop(pid)
@@ -315,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
             }
             copy = free.pop()
             (copy / path).write_text(mutant, encoding="utf-8")
-            limit = 60 + 4 * sum(known["seconds"].get(test, 1.0) for test in tests)
+            limit = 120 + 20 * sum(known["seconds"].get(test, 1.0) for test in tests)
             pid = start(copy, tests, copy.parent / "log") if tests else -len(results) - 1
             running[pid] = copy, entry, time.monotonic() + limit
             if not tests:
@@ -327,11 +302,11 @@ def run(args: argparse.Namespace) -> None:
             if done:
                 last = (copy.parent / "log").read_text(errors="replace").strip().splitlines()[-3:]
                 entry["said"] = last
-                ended(pid, "survived" if os.waitstatus_to_exitcode(status) == 0 else "caught")
+                ended(pid, OUTCOMES.get(os.waitstatus_to_exitcode(status), "caught"))
             elif time.monotonic() > end:
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                ended(pid, "caught")  # by the clock: it does not end any more
+                ended(pid, "endless")  # which counts as caught
         time.sleep(0.05)
     shutil.rmtree(work)
     print(dict(Counter(entry["outcome"] for entry in results)))

@@ -1,4 +1,4 @@
-"""What a method says that a client or the server holds while it computes: the bytes of it, added up by hand."""
+"""What a method says that a client holds while it computes: its bytes, added up by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tensors(thing: Any) -> Iterator[Tensor]:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes that each step is told of, shared memory once, and scalars (an optimiser's count of steps) left out."""
+    """Bytes that each step is told of, shared memory once, without an optimiser's counts of steps."""
     found: list[int] = []
     step = MemoryMeter.step
 
@@ -92,5 +92,5 @@ def test_a_client_of_fedcybgd(held: list[int]) -> None:
     model = bytes_of(b.model)
     own = sum(w.nbytes for name, w in b.state.weights.items() if name.startswith("0:"))
     b.round(1)
-    # the model, its own block as it came, in memory where there is no disk, and from the second step two moments
+    # its own block as it came, in memory where there is no disk; from the second step two moments of it
     assert [size - model for size in held] == [own, 3 * own]
