@@ -122,6 +122,11 @@ def test_a_sum_holds_what_fits_and_nothing_beyond() -> None:
             WeightedSum.empty(3).add({"a": torch.tensor([value])}, 1)
     with pytest.raises(ValueError, match="a cohort without examples"):
         WeightedSum.empty(0)
+    given = {"a": torch.tensor([0.5], dtype=torch.float64)}
+    first = WeightedSum.empty(4).add(given, 2)
+    assert given["a"].tolist() == [0.5] and first.add(given, 2).mean("a").tolist() == [
+        0.5
+    ]  # what is added stays
     half = WeightedSum.empty(4).add({"a": torch.tensor([2.0])}, 1)
     assert half.sums["a"].tolist() == [2**FRACTION_BITS // 2] and half.scaled("a", 3.0).tolist() == [1.5]
 
