@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 from toy import Toy
 
+from fedtune.core import wire
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum, round_half_up, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.types import Payload, TensorSpec
-from fedtune.core.wire import FrameError, check
+from fedtune.core.wire import Content, FrameError, check, decode, encode
+from fedtune.data.sources import part_of_task
+from fedtune.data.split import checked
+from fedtune.errors import InputError
 from fedtune.methods.fedkseed import order
 from fedtune.protection.share import CohortShare, flatten, unflatten
 
@@ -189,3 +194,45 @@ def test_a_models_fingerprint_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> 
     fingerprint, one, other = order.Fingerprint(), Toy(), Toy(w=2.0)
     assert fingerprint.of(one) == fingerprint.of(one) != fingerprint.of(other) == fingerprint.of(other)
     assert looked == [one, other]
+
+
+def test_a_long_frame_is_read_from_a_map_that_is_given_back_on_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = {name: torch.arange(3000.0) + at for at, name in enumerate("abc")} | {"n": torch.arange(5)}
+    frame = encode(Content(Payload(tensors, {"x": 1.5}), {"round": 2}))
+    assert isinstance(wire.empty_frame(len(frame)), bytearray)
+    monkeypatch.setattr(wire, "LONG", 1000)
+    assert isinstance(wire.empty_frame(1000), bytearray)
+    given: list[tuple[int, int]] = []
+
+    class Map(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0) -> None:
+            assert option == mmap.MADV_DONTNEED
+            given.append((start, length))
+
+    assert isinstance(wire.empty_frame(len(frame)), mmap.mmap)
+    long = Map(-1, len(frame))
+    long.write(frame)
+    content = decode(long)
+    assert content.payload.scalars == {"x": 1.5} and content.meta == {"round": 2}
+    assert all(torch.equal(content.payload.tensors[name], tensor) for name, tensor in tensors.items())
+    head = len(frame) - sum(tensor.nbytes for tensor in tensors.values())
+    ends = [head + 40, head + 40 + 12000, head + 40 + 24000, head + 40 + 36000]  # int64 comes first
+    whole = [end // mmap.PAGESIZE * mmap.PAGESIZE for end in ends]
+    assert given == [(0, pages) for pages in whole if pages] and given[-1][1] > len(frame) - mmap.PAGESIZE
+
+
+def test_a_part_of_a_task_and_the_examples_that_a_message_shows() -> None:
+    taken = [part_of_task(*part) for part in (("task001", 12, 25.0), ("task002", 12, 25.0), ("a", 3, 1.0))]
+    assert taken == [[2, 8, 10], [8, 9, 11], [1]]  # as in earlier versions
+    with pytest.raises(InputError, match=r"5 examples are given more than once: 0, 1, 2, 3, 4$"):
+        checked([range(5), range(5)], 5, 2, "a split")
+    with pytest.raises(InputError, match=r"6 examples are given more than once: 0, 1, 2, 3, 4, \.\.\.$"):
+        checked([range(6), range(6)], 6, 2, "a split")
+    with pytest.raises(InputError, match=r"2 of 4 training examples belong to nobody: 1, 3\. Give"):
+        checked([[0], [2]], 4, 2, "a split")
+    assert [part.tolist() for part in checked({"b": [2, 0], "a": [1]}, 3, None, "a split").parts] == [
+        [0, 2],
+        [1],
+    ]

@@ -381,3 +381,14 @@ def test_each_arrival_is_told_whatever_the_server_sees_of_it(secure: bool, priva
     assert outcome.clients == [0, 1, 3] and set(outcome.left_out) == {2}
     assert [state is before for state in bench.states_on_the_way] == [True] * 3
     assert (outcome.mean("train_loss") is None) == privacy
+
+
+def test_replies_that_come_in_another_order_than_they_were_asked_for_give_the_same_bits() -> None:
+    slow = Simulation(delay_s=10.0)
+    (plain, _), (masked, transport) = federation(simulation=slow), federation(SECURE, simulation=slow)
+    for round in (1, 2):
+        arrived = plain.round(round).clients
+        assert sorted(masked.round(round).clients) == sorted(arrived) == [0, 1, 2, 3]
+    came = [client for phase, client, _ in transport.seen if phase == "keys"]
+    assert came != sorted(came[:4]) * 2
+    assert equal(plain, masked)

@@ -186,3 +186,19 @@ def test_public_examples_are_refused_where_nothing_uses_them_and_needed_where_so
             InputError, match="data.public" if public else f"{name} without alignment trains nothing"
         ):
             method.prepare(NOBODYS if public else PUBLIC)
+
+
+NEVER_SENT = {"badam", "standalone", "centralized", "zero-shot"}
+SENT_THE_MODEL = {"fedbiot", "fedot", "offsite-tuning", "fedcybgd", "fedbavg"}
+IN_ONE_PLACE = {"badam", "centralized", "offsite-tuning"}
+
+
+@pytest.mark.parametrize("name", list(registry.METHODS))
+def test_what_a_method_says_of_itself(name: str) -> None:
+    method = registry.build(registry.config_class(name)(), 0)
+    assert method.uses_wire == (name not in NEVER_SENT)
+    assert method.sends_model == (name in SENT_THE_MODEL)
+    assert method.pools_data == (name in IN_ONE_PLACE)
+    assert not method.saves_merged
+    once = {"badam": 1, "standalone": 1, "centralized": 1, "zero-shot": 0}
+    assert method.rounds == once.get(name, getattr(method.config, "rounds", None)) is not None
