@@ -94,3 +94,27 @@ def test_a_client_of_fedcybgd(held: list[int]) -> None:
     b.round(1)
     # its own block as it came, in memory where there is no disk; from the second step two moments of it
     assert [size - model for size in held] == [own, 3 * own]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedcybgd"])
+def test_a_step_is_as_large_as_the_largest_of_its_batches(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which the meter chooses the steps that it follows: tokens of a batch, padding included."""
+    sizes: list[int] = []
+    step = MemoryMeter.step
+
+    def noted(self: MemoryMeter, size: int, resident: Any = ()) -> Any:
+        sizes.append(size)
+        return step(self, size, resident)
+
+    monkeypatch.setattr(MemoryMeter, "step", noted)
+    common = {"batch_size": 1, "gradient_accumulation": 3, "lr": 1e-3}
+    rows = [Encoded((3,) * n, (3,) * n) for n in (2, 7, 4)]
+    if method == "fedavg":
+        one = Bench(FedAvg(Config(trainable="full", **common), seed=0), build("llama"), {0: rows})
+    else:
+        one = bench(1, blocks=2, local_epochs=1, **common)
+        one.data[0][:] = rows  # type: ignore[index]
+    one.round(1)
+    assert sizes == [7]

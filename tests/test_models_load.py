@@ -268,3 +268,28 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_talkative_as_they_were(fol
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, known):
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class Own(LlamaConfig):\n    pass\n\nclass Model(LlamaForCausalLM):\n    config_class = Own\n"
+    (folder / "own.py").write_text(code)
+    places = {
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Own", None],
+    }
+    edit_json(folder / "config.json", auto_map=places, **({} if known else {"model_type": "unheard-of"}))
+    edit_json(folder / "tokenizer_config.json", auto_map=places)
+    if known:  # transformers' own class of that type
+        assert type(load_model("model", **PRETRAINED, base=tmp_path).model).__module__.startswith(
+            "transformers"
+        )
+        load_model("model", **SCRATCH, base=tmp_path)
+        meta_model("model", base=tmp_path)
+    else:
+        refused("contains custom code which must be executed", tmp_path)
+    load_tokenizer("model", tmp_path)
+    assert not ran.exists()
