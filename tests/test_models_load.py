@@ -260,6 +260,7 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_talkative_as_they_were(fol
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
         with quiet():
             assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == bars
         with pytest.raises(KeyError), quiet():
             raise KeyError
         load_model(str(folder), **PRETRAINED, base=tmp_path)
