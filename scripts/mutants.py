@@ -302,7 +302,9 @@ def run(args: argparse.Namespace) -> None:
             if done:
                 last = (copy.parent / "log").read_text(errors="replace").strip().splitlines()[-3:]
                 entry["said"] = last
-                ended(pid, OUTCOMES.get(os.waitstatus_to_exitcode(status), "caught"))
+                outcome = OUTCOMES.get(os.waitstatus_to_exitcode(status), "caught")
+                broken = outcome == "not run" and "ERROR collecting" in (copy.parent / "log").read_text()
+                ended(pid, "caught" if broken else outcome)  # a test file that cannot be imported any more
             elif time.monotonic() > end:
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
