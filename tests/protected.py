@@ -99,6 +99,7 @@ def federation(
     method: Any = None,
     simulation: Simulation = Simulation(),  # noqa: B008
     data: Any = None,
+    model: nn.Module | None = None,
     rows: int = 7,
     **settings: Any,
 ) -> tuple[Bench, Bent]:
@@ -106,7 +107,7 @@ def federation(
     defaults = {"trainable": "full", "rounds": 9, "optimizer": "sgd", "lr": 0.03, "batch_size": 1}
     method = method or FedAvg(Config(**{**defaults, **settings}), seed=0)
     data = data or DATA
-    bench, device = Bench(method, Wide(rows), data), torch.device("cpu")
+    bench, device = Bench(method, model or Wide(rows), data), torch.device("cpu")
     guard = SecureClient(method, secure.bits, privacy) if secure else None
     bench.runner = ClientRunner(method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard)
     clock = Clock()

@@ -16,6 +16,7 @@ from fedtune.config.file import parse_config
 from fedtune.errors import InputError
 from fedtune.federation.compare import Candidate, compare, reference_candidates, table
 from fedtune.federation.progress import Silent
+from fedtune.report.tables import compare_rows
 
 
 def base(**method: Any) -> dict[str, Any]:
@@ -253,3 +254,37 @@ def test_a_comparison_of_another_folder_is_refused(tmp_path: Path) -> None:
     other = candidate("a", method={"name": "fedavg", "lr": 0.5})
     with pytest.raises(InputError, match="started with another configuration"):
         compare([other], [0], tmp_path / "out", Silent(), references=False)
+
+
+def _interval(seed: int, low: float | None, high: float | None, worst: float | None) -> dict[str, Any]:
+    row = _row("a", seed, {"accuracy": {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high}})
+    return row | {
+        "per_client": {"accuracy": {"accuracy": {"worst": worst, "sd": 0.1 * seed, "worst_client": 3}}}
+    }
+
+
+def test_an_end_that_is_not_a_number_leaves_none_and_is_not_read_as_zero() -> None:
+    (entry,) = table([_interval(1, 0.2, 0.6, 0.4), _interval(2, 0.4, None, 0.2)])
+    found = entry["metrics"]["accuracy.accuracy"]
+    assert found["low"] == pytest.approx(0.3) and math.isnan(found["high"])
+    assert found["worst"] == pytest.approx(0.3) and found["client_sd"] == pytest.approx(0.15)
+    document = {"table": [entry], "rows": []}
+    header, ((_, score, ends, worst, against, *_),) = compare_rows(document, ["accuracy.accuracy"])
+    assert header[:5] == [
+        "configuration",
+        "accuracy",
+        "95 % over examples",
+        "worst client",
+        "against the first",
+    ]
+    assert (score, ends, worst, against) == ("0.5000 ± 0.0000", "0.3000 to -", "0.3000", "")
+    (entry,) = table([_interval(1, None, None, None)])
+    _, ((_, score, ends, worst, *_),) = compare_rows({"table": [entry], "rows": []}, ["accuracy.accuracy"])
+    assert (score, ends, worst) == ("0.5000", "- to -", "-")
+
+
+def test_a_row_without_intervals_has_none_beside_rows_that_have_them() -> None:
+    entries = table([_interval(1, 0.2, 0.6, 0.4), _row("b", 1, {"accuracy": {"accuracy": 0.7}})])
+    assert set(entries[1]["metrics"]["accuracy.accuracy"]) == {"mean", "sd", "difference", "difference_sd"}
+    _, rows = compare_rows({"table": entries, "rows": []}, ["accuracy.accuracy"])
+    assert rows[1][1:5] == ["0.7000", "", "", "+0.2000"]

@@ -13,11 +13,13 @@ from model_families import FAMILIES, batch, build
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedtune.core.seeds import torch_generator
+from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import Payload
+from fedtune.data.batches import collate
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import architecture, assemble, check_drop, choose_blocks, kept_of
+from fedtune.models.emulator import ARCHITECTURE
 from fedtune.models.parts import find_parts
 from fedtune.models.pruning import best, find_attention, find_mlp, group_scores, prune_groups
 
@@ -208,3 +210,42 @@ def test_a_score_that_is_negative_is_refused() -> None:
         {n: -t if n.startswith("heads:") else t for n, t in reply.tensors.items()}
     )
     assert "below 0" in federation.round(1, quorum=0.5).left_out[1]
+
+
+def test_a_clients_model_keeps_no_keys_and_values() -> None:
+    federation = bench(2, blocks=3, compression="layer-drop")
+    spy = Spy(federation)
+    federation.round(1)
+    _, order = spy.orders[0]
+    path = str(order.scalars["path"])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in order.tensors.items():
+        part, colon, inner = name.partition(":")
+        if colon:
+            parts.setdefault(part, {})[inner] = tensor
+    model = assemble(order.tensors[ARCHITECTURE], path, parts)
+    assert model.config.use_cache is False and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("wanted", "of_each"), [(1, [1, 1, 1]), (3, [2, 3, 3]), (10, [2, 3, 4])])
+def test_importance_comes_from_some_own_examples_one_by_one(
+    wanted: int, of_each: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+
+    def noted(items: Any, pad_id: int) -> Any:
+        looked.append(list(items))
+        return collate(items, pad_id)
+
+    monkeypatch.setattr("fedtune.methods.fedcybgd.client.collate", noted)
+    federation = bench(3, compression="hybrid", importance_examples=wanted, local_epochs=1)
+    spy = Spy(federation)
+    federation.round(1)
+    for client, _ in spy.orders:
+        mine, looked = looked[: of_each[client]], looked[of_each[client] :]
+        own = federation.data[client]
+        drawn = torch_generator(derive_seed(0, "client", client, 1), "importance")
+        order = torch.randperm(len(own), generator=drawn).tolist()[: of_each[client]]
+        assert mine == [[own[at]] for at in order]
+    assert looked == []

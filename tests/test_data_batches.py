@@ -57,3 +57,9 @@ def test_nothing_to_batch() -> None:
         next(endless_batches(0, 4, generator(0)))
     with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
         next(epoch_batches(4, 0, generator(0)))
+
+
+def test_a_seed_gives_these_batches() -> None:
+    assert list(epoch_batches(5, 2, generator(3))) == [[1, 0], [3, 4], [2]]
+    assert list(epoch_batches(1, 1, generator(3))) == [[0]]
+    assert next(endless_batches(1, 1, generator(3))) == [0]

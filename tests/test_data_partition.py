@@ -203,6 +203,57 @@ def test_by_field_more_clients_share_values_evenly() -> None:
     check_partition(parts, 12, 5)
 
 
+def test_by_field_shares_shuffled_examples_and_no_others() -> None:
+    values = ["b", "a", "a", "b", "a", "a", "a", "b", "a", "a"]
+    parts = by_field(values, 3, rng(3))
+    assert parts[1].tolist() == [0, 3, 7]  # whole: nothing is drawn
+    shuffled = rng(3).permutation([1, 2, 4, 5, 6, 8, 9])
+    assert [parts[0].tolist(), parts[2].tolist()] == [
+        sorted(shuffled[:4].tolist()),
+        sorted(shuffled[4:].tolist()),
+    ]
+    assert parts[0].tolist() != [1, 2, 4, 5] != sorted(by_field(values, 3, rng(4))[0].tolist())
+
+
+def test_by_field_as_many_clients_as_a_value_has_examples_is_the_most() -> None:
+    assert sorted(part.tolist() for part in by_field(["a", "a", "a"], 3, rng())) == [[0], [1], [2]]
+    with pytest.raises(InputError, match=r"lower data\.clients from 4"):
+        by_field(["a", "b", "b", "b"], 4, rng())
+
+
+def test_a_seed_gives_these_examples_to_these_clients() -> None:
+    """As in earlier versions: another version's run goes on with the split that it began with."""
+    letters = list("abacabadab")
+    found = {
+        "iid": iid(10, 3, rng(7)),
+        "dirichlet": dirichlet(letters, 3, 1.0, 1, rng(7)),
+        "by-field": by_field(["a"] * 5 + ["b"] * 3, 3, rng(7)),
+        "shards": shards(letters, 2, 2, rng(7)),
+        "alpha": quantity(10, 3, rng(7), alpha=2.0),
+        "fractions": quantity(10, 3, rng(7), fractions=[0.5, 0.3, 0.2]),
+    }
+    assert {name: [part.tolist() for part in parts] for name, parts in found.items()} == {
+        "iid": [[0, 1, 7, 8], [2, 3, 6], [4, 5, 9]],
+        "dirichlet": [[2, 9], [0, 3, 7, 8], [1, 4, 5, 6]],
+        "by-field": [[0, 2, 4], [5, 6, 7], [1, 3]],
+        "shards": [[0, 3, 4, 7, 8], [1, 2, 5, 6, 9]],
+        "alpha": [[0, 3, 4, 5], [6, 8, 9], [1, 2, 7]],
+        "fractions": [[0, 1, 3, 7, 8], [2, 4, 6], [5, 9]],
+    }
+
+
+def test_the_least_that_is_allowed_is_allowed() -> None:
+    for parts in (
+        iid(3, 3, rng()),
+        dirichlet(["a", "b", "c", "c"], 2, 5.0, 2, rng()),
+        shards(["a", "b"], 2, 1, rng()),
+        quantity(2, 1, rng(), fractions=[1.0], minimum=2),
+        quantity(4, 2, rng(), alpha=9.0, minimum=2),
+        dirichlet(["a", "b"], 1, 1.0, 1, rng(), max_redraws=1),
+    ):
+        check_partition(parts, sum(map(len, parts)), len(parts))
+
+
 # --- shards and quantity ------------------------------------------------------------------------------------
 
 

@@ -279,6 +279,16 @@ def test_the_largest_channels_are_kept() -> None:
     assert largest_channels(block, tensors, 0.93).tolist() == [3, 17, 40]  # ⌊0.07 · 48⌋ = 3
 
 
+def test_of_equal_channels_the_first_are_kept() -> None:
+    model = build("llama", blocks=2)
+    block = find_blocks(model).modules[0]
+    tensors = {name: torch.ones_like(t) for name, t in take(model, [0])[0].tensors.items()}
+    for dropout, kept in ((0.5, 24), (0.93, 3), (0.99, 1), (0.0, 48)):
+        assert largest_channels(block, tensors, dropout).tolist() == list(range(kept))
+    tensors[f"{find_mlp(block).down}.weight"][:, 40] = 2.0
+    assert largest_channels(block, tensors, 0.93).tolist() == [0, 1, 40]
+
+
 @pytest.mark.parametrize("what", ["missing", "foreign", "class"])
 def test_a_description_that_does_not_hold_is_refused(what: str) -> None:
     model = build("llama", blocks=2)

@@ -201,3 +201,52 @@ def test_a_client_whose_loss_is_nan_is_left_out_and_named() -> None:
     assert outcome.clients == [0, 2]
     assert "the loss became nan at step 1; lower method.lr" in outcome.left_out[1]
     assert b.state.weights["w"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_an_epoch_is_every_example_once_and_its_last_step_may_be_short(epochs: int) -> None:
+    b = bench({0: items(3, 4, 5, 6, 7)}, local_epochs=epochs, batch_size=2, gradient_accumulation=2)
+    kept: list[list[int]] = []
+    forward = b.model.forward
+    b.model.forward = lambda **batch: (kept.append(batch["input_ids"][:, 0].tolist()), forward(**batch))[1]
+    (entry,) = [b.round(1).metrics[0]]
+    assert entry["steps"] == 2 * epochs  # 3 batches: a step of two and one of one
+    assert [len(batch) for batch in kept] == [2, 2, 1] * epochs
+    seen = [[y for batch in kept[at : at + 3] for y in batch] for at in range(0, 3 * epochs, 3)]
+    assert all(sorted(epoch) == [3, 4, 5, 6, 7] for epoch in seen)
+    assert len({tuple(epoch) for epoch in seen}) == epochs  # in an order of its own
+
+
+def test_two_epochs_decay_the_rate_over_both() -> None:
+    b = bench({0: items(3)}, local_epochs=2, lr_schedule="linear")
+    b.round(1)
+    assert b.state.weights["w"].tolist() == [2.25]  # as two steps do, above
+
+
+def test_counted_steps_go_on_into_the_next_epoch() -> None:
+    b = bench({0: items(3, 5, 7)}, local_steps=4, batch_size=2)
+    kept: list[list[int]] = []
+    forward = b.model.forward
+    b.model.forward = lambda **batch: (kept.append(batch["input_ids"][:, 0].tolist()), forward(**batch))[1]
+    b.round(1)
+    assert [len(batch) for batch in kept] == [2, 1, 2, 1]
+    assert sorted(kept[0] + kept[1]) == sorted(kept[2] + kept[3]) == [3, 5, 7]
+
+
+def test_in_bfloat16_each_term_of_a_step_works_on_the_master() -> None:
+    """A weight of 1 has bfloat16 neighbours 1/128 apart; moves of less are kept until they add up."""
+    pulled = bench({0: items(3)}, dtype=torch.bfloat16, lr=2.0**-10, local_steps=2, proximal=512.0)
+    pulled.round(1)
+    # step 1: 1 + 2/1024; step 2: gradient (as bfloat16) -2 + 512 · 2/1024 = -1, → 1 + 3/1024
+    assert pulled.state.weights["w"].tolist() == [1 + 3 * 2.0**-10]
+    settings = {"control_variates": True, "local_steps": 2, "lr": 2.0**-10}
+    corrected = bench({0: items(3), 1: items(1)}, dtype=torch.bfloat16, **settings)
+    corrected.round(1)
+    # client 0: 1 + 4/1024 (its weight stays 1 in bfloat16); client 1: 1; the mean is halved
+    assert corrected.state.weights["w"].tolist() == [1 + 2 * 2.0**-10]
+    # c_i = −Δ_i / Σ rates: −2 and 0
+    assert [corrected.runner.states[c].tensors["w"].tolist() for c in (0, 1)] == [[-2.0], [0.0]]
+    assert corrected.state.control["w"].tolist() == [-1.0]
+    clipped = bench({0: items(3)}, dtype=torch.bfloat16, lr=2.0**-10, max_grad_norm=0.5, local_steps=2)
+    clipped.round(1)
+    assert clipped.state.weights["w"].tolist() == [pytest.approx(1 + 2.0**-10, abs=1e-7)]

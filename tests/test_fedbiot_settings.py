@@ -81,9 +81,12 @@ def test_a_reply_that_is_not_what_was_asked_is_refused_and_named(change: Any, sa
             r"method.layer_dropout: 0.8 of 5 blocks leaves 1; an emulator needs at least 2",
         ),
         ({"adapter_layers": 3, "both_ends": True}, "both ends get half of it; got 3, not even"),
-        (
-            {"emulator": "channel-pruning", "lora": {"targets": ["q_proj", "up_proj"]}},
-            "leave mlp.gate_proj, mlp.up_proj, mlp.down_proj out of method.lora.targets",
+        *(
+            (
+                {"emulator": "channel-pruning", "lora": {"targets": targets}},
+                "leave mlp.gate_proj, mlp.up_proj, mlp.down_proj out of method.lora.targets",
+            )
+            for targets in (["q_proj", "up_proj"], ["gate_proj"], ["down_proj"], ["down_proj", "o_proj"])
         ),
         ({"lora": {"targets": ["nonsense"]}}, 'no linear layer of the blocks is named "nonsense"'),
     ],

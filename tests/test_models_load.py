@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.errors import InputError
 from fedtune.models import folders
-from fedtune.models.load import load_model, load_tokenizer, meta_model
+from fedtune.models.load import load_model, load_tokenizer, meta_model, quiet
 
 PRETRAINED = {"dtype": "float32", "initial": "pretrained", "seed": 0}
 SCRATCH = {**PRETRAINED, "initial": "scratch"}
@@ -289,3 +289,65 @@ def test_real_models(shared_models, name):
     with torch.no_grad():
         untrained = scratch.model(input_ids=ids, labels=ids).loss
     assert loss < 0.6 * untrained
+
+
+def test_a_hub_model_is_asked_for_without_subfolders_and_second_copies(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, **patterns):
+        asked.append((name, patterns))
+        return str(folder)
+
+    monkeypatch.setattr(folders, "snapshot_download", download)
+    load_model("owner/model", **PRETRAINED, base=tmp_path)
+    load_tokenizer("owner/model", tmp_path)
+    text, ignored = ["*.json", "*.model", "*.txt"], ["*/*", "consolidated*"]
+    assert {name for name, _ in asked} == {"owner/model"}
+    assert {"allow_patterns": [*text, "*.safetensors"], "ignore_patterns": ignored} in [p for _, p in asked]
+    assert asked[-1][1] == {"allow_patterns": text, "ignore_patterns": ignored}
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_loading_is_quiet_and_leaves_the_libraries_as_talkative_as_they_were(folder, tmp_path, bars, capfd):
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_info()
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        with quiet():
+            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == bars
+        with pytest.raises(KeyError), quiet():
+            raise KeyError
+        load_model(str(folder), **PRETRAINED, base=tmp_path)
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == bars
+        assert capfd.readouterr().err == ""
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, known):
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class Own(LlamaConfig):\n    pass\n\nclass Model(LlamaForCausalLM):\n    config_class = Own\n"
+    (folder / "own.py").write_text(code)
+    places = {
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Own", None],
+    }
+    edit_json(folder / "config.json", auto_map=places, **({} if known else {"model_type": "unheard-of"}))
+    edit_json(folder / "tokenizer_config.json", auto_map=places)
+    if known:  # transformers' own class of that type
+        assert type(load_model("model", **PRETRAINED, base=tmp_path).model).__module__.startswith(
+            "transformers"
+        )
+        load_model("model", **SCRATCH, base=tmp_path)
+        meta_model("model", base=tmp_path)
+    else:
+        refused("contains custom code which must be executed", tmp_path)
+    load_tokenizer("model", tmp_path)
+    assert not ran.exists()

@@ -26,7 +26,7 @@ from fedtune.federation.journal import Journal
 from fedtune.federation.progress import Silent
 from fedtune.measure.clock import Clock
 from fedtune.protection import masking
-from fedtune.protection.settings import SecureAggregation, threshold_of
+from fedtune.protection.settings import Privacy, SecureAggregation, threshold_of
 from fedtune.transport.in_process import InProcess, Simulation
 
 # Exact sums
@@ -380,3 +380,33 @@ def test_the_journal_gives_back_what_a_client_kept_between_phases(tmp_path: Path
     again.runner.handle = lambda client, frame: pytest.fail("it was answered before")  # type: ignore[method-assign]
     again.round(1)
     assert all(torch.equal(first[name], tensor) for name, tensor in bits_of(again).items())
+
+
+@pytest.mark.parametrize(("secure", "privacy"), [(False, False), (True, False), (False, True), (True, True)])
+def test_each_arrival_is_told_whatever_the_server_sees_of_it(secure: bool, privacy: bool) -> None:
+    bench, _ = federation(
+        SECURE if secure else None, Privacy(clip=1.0, noise_multiplier=0.0) if privacy else None
+    )
+    before, step = bench.state, bench.method.client_step
+
+    def without_one(job: Any, env: Any) -> Any:
+        if env.client == 2:
+            raise OSError("gone")
+        return step(job, env)
+
+    bench.method.client_step = without_one
+    outcome = bench.round(1, quorum=0.75)
+    assert outcome.clients == [0, 1, 3] and set(outcome.left_out) == {2}
+    assert [state is before for state in bench.states_on_the_way] == [True] * 3
+    assert (outcome.mean("train_loss") is None) == privacy
+
+
+def test_replies_that_come_in_another_order_than_they_were_asked_for_give_the_same_bits() -> None:
+    slow = Simulation(delay_s=10.0)
+    (plain, _), (masked, transport) = federation(simulation=slow), federation(SECURE, simulation=slow)
+    for round in (1, 2):
+        arrived = plain.round(round).clients
+        assert sorted(masked.round(round).clients) == sorted(arrived) == [0, 1, 2, 3]
+    came = [client for phase, client, _ in transport.seen if phase == "keys"]
+    assert came != sorted(came[:4]) * 2
+    assert equal(plain, masked)

@@ -65,7 +65,8 @@ def largest_channels(block: nn.Module, tensors: Mapping[str, Tensor], dropout: f
     for path in (*mlp.ups, mlp.down):
         weight = tensors[f"{path}.weight"]
         score += weight.double().square().sum(1 - _channel_dim(block, path, mlp))
-    return score.topk(kept_channels(mlp.width, dropout)).indices.sort().values
+    order = score.argsort(descending=True, stable=True)  # of equals the first
+    return order[: kept_channels(mlp.width, dropout)].sort().values
 
 
 def prune_mlp(block: nn.Module, tensors: Mapping[str, Tensor], channels: Tensor) -> dict[str, Tensor]:
