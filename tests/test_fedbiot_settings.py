@@ -121,7 +121,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.alignment.steps_before, config.alignment.steps, config.alignment.form) == (
         500,
         10,
-        "paper",
+        "mean",
     )
     for name in ("fedot", "offsite-tuning"):
         offsite = registry.config_class(name).model_validate({"alignment": {"steps_before": 7}})

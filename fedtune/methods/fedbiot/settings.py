@@ -20,7 +20,7 @@ class Alignment(Settings):
     steps: int = Field(10, ge=0)  # after each round
     batch_size: int = Field(10, ge=1)  # public examples a step
     lr: float = Field(1e-4, gt=0)  # constant
-    form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
+    form: Literal["mean", "paper", "rms-normalized"] = "mean"  # of the first term, see fedbiot.md
     keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
 
 
