@@ -108,12 +108,13 @@ def test_which_tokens_count(form: Any) -> None:
         logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     answers = [(0, 1), (0, 2), (1, 0)]  # what predicts tokens 2 and 3 of the first, token 1 of the second
     real = [*((0, k) for k in range(4)), (1, 0), (1, 1)]
+    counted = real if form == "rms-normalized" else answers
     for row in range(2):
         for token in range(4):
             hidden = seen[0].clone()
             hidden[row, token] += 1
             loss = alignment_loss(student, block, batch, hidden, logits, 0.0, form)
-            assert (float(loss.detach()) > 1e-4) == ((row, token) in (real if form == "rms-normalized" else answers))
+            assert (float(loss.detach()) > 1e-4) == ((row, token) in counted)
             other = logits.clone()
             other[row, token, 3] += 5
             loss = alignment_loss(student, block, batch, seen[0], other, 1.0, form)
