@@ -212,9 +212,7 @@ def test_auto_without_a_scale_or_an_order_that_says_it() -> None:
     flat = tiny()
     for parameter in flat.parameters():
         parameter.data.zero_()
-    with pytest.raises(
-        InputError, match=r"no scale at which the model, held as float32, has slopes"
-    ):
+    with pytest.raises(InputError, match=r"no scale at which the model, held as float32, has slopes"):
         Bench(FedKSeed(Config(**SMALL, epsilon="auto"), seed=0), flat, text())
     b = bench(epsilon="auto")
     altered(b, 1, lambda order: order.scalars.pop("epsilon"), order=True)

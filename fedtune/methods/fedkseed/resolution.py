@@ -240,7 +240,7 @@ def _made_up(model: nn.Module, generator: torch.Generator) -> Iterator[Encoded]:
         raise InputError("method.epsilon: auto needs a language model; set a number")
     room = getattr(config, "max_position_embeddings", None) or TOKENS
     classes = config.num_labels if type(model).__name__.endswith("ForSequenceClassification") else 0
-    for _ in range(DRAWS):
+    for _ in range(DRAWS // 2):
         ids = torch.randint(config.vocab_size, (min(TOKENS, room),), generator=generator).tolist()
         label = torch.randint(max(classes, 1), (1,), generator=generator).tolist()
         yield Encoded(tuple(ids), tuple(label if classes else ids))
