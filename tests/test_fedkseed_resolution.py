@@ -27,6 +27,7 @@ from fedtune.methods.fedkseed.settings import Config, ProConfig, State
 from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.load import load_model
 from fedtune.models.tuning import train_all
+from fedtune.planning.plan import plan
 from fedtune.zeroth import SeedPool
 
 MODELS = Path(__file__).resolve().parents[2] / "shared/models"
@@ -236,6 +237,18 @@ def test_float16_runs(noise: str) -> None:
     assert float(torch.corrcoef(torch.stack([one, two]))[0, 1]) > 0.9
 
 
+def test_a_plan_has_the_four_bytes_of_an_epsilon_that_travels() -> None:
+    def down(name: str, **settings: Any) -> int:
+        method = {"name": name, "rounds": 1, "local_steps": 2, **settings}
+        dtype = "float32" if name == "infinite-pool" else "float16"
+        data = {"clients": 2, "max_examples": 20}
+        config = parse_config({"model": {"dtype": dtype}, "data": data, "method": method}, "test")
+        return int(plan(config, steps=False).document["payload_bytes"]["down_per_client_round"])
+
+    for name in ("fedkseed", "fedkseed-pro", "infinite-pool"):
+        assert down(name, epsilon="auto") == down(name) + 4
+
+
 def test_float16_that_overflows_is_an_error_of_its_client() -> None:
     method = FedKSeed(Config(**SMALL, epsilon=0.01), seed=0)
     b = Bench(method, Toy(w=300.0, dtype=torch.float16), {0: items(3)})  # (300 − 3)² is over 65,504
@@ -248,8 +261,8 @@ def test_float16_is_for_forward_passes_alone() -> None:
     for name in ("fedkseed", "fedkseed-pro", "zero-shot"):
         document = {"model": {"dtype": "float16"}, "method": {"name": name}}
         assert parse_config(document, "test").model.dtype == "float16"
-    for name in ("fedavg", "fedbiot", "fedcybgd", "badam", "standalone", "centralized"):
-        with pytest.raises(InputError, match=rf"float16 is for .* gradients of {name} would underflow"):
+    for name in ("fedavg", "fedbiot", "fedcybgd", "badam", "standalone", "centralized", "infinite-pool"):
+        with pytest.raises(InputError, match=rf"float16 is for .* {name} would lose small gradients"):
             parse_config({"model": {"dtype": "float16"}, "method": {"name": name}}, "test")
     loaded = load_model("bundled", dtype="float16", initial="pretrained", seed=0, base=Path("."))
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float16}

@@ -241,8 +241,9 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if self.model.dtype == "float16" and not self.method.float16:
             raise ValueError(
-                "model.dtype: float16 is for methods of forward passes alone, such as fedkseed; gradients of "
-                f"{self.method_name} would underflow in it. Set model.dtype: bfloat16 or float32"
+                "model.dtype: float16 is for methods that move no weights in it, such as fedkseed; "
+                f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
+                "float32"
             )
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
