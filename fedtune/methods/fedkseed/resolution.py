@@ -81,6 +81,8 @@ def find(slopes: Slopes, largest: float) -> Found:
         slopes: S of some draws by ε, float64 (draws).
         largest: The ε to begin below.
     """
+    if not largest > 0:  # weights that are all zero, or no numbers
+        return Found(largest, math.inf)
     coarse, tried = slopes(largest), []
     for rung in range(1, RUNGS + 1):
         epsilon = largest / 2**rung
