@@ -5,10 +5,11 @@ back of it is (before − after) / (before − whole model): 100 % would be an e
 
 Table:   forms, λ and rates of the alignment on two models; docs/fedbiot.md, block alignment-gap
 Command: python reproduce/fedbiot_alignment.py alignment-gap
-Time:    30 minutes
+Time:    6 minutes
 Needs:   ../shared/models/instruct-7m, ../shared/models/stories260K-hf, ../shared/data/dolly15k,
          ../shared/data/alpaca, ../shared/data/tinystories
-Result:  none yet
+Result:  the paper's sum with λ = 1 and a rate of 1e-4 wins back -4.1 ± 0.4 and 1.3 ± 0.2 %; `mean` with
+         λ = 100 and 0.003 19.3 ± 3.3 and 24.1 ± 2.0 %
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LAYERS = {
     "instruct-7m": 2,
     "stories260K-hf": 1,
 }  # of the adapter; 6 and 4 blocks are left, β = 0.2 of them go
-CELLS = (  # form, λ, rate; the first of them were the settings' defaults until the form `mean` was there
+CELLS = (  # form, λ, rate; the first were the defaults before the form `mean`
     ("paper", 1.0, 1e-4),
     ("paper", 1000.0, 3e-3),
     ("mean", 1.0, 1e-3),
