@@ -103,7 +103,7 @@ FORMS: dict[str, dict[str, Form]] = {
         "gaussian-twice-a-step": Form({**SEEDS, **TWO, "noise": "gaussian", "perturbations": 2}),
         "binomial32-dense": Form({**SEEDS, **TWO, "noise": "binomial32", "seeds": 4}),
         "rademacher-bfloat16": Form({**SEEDS, **TWO, "noise": "rademacher", "lr": 1.0}, dtype="bfloat16"),
-        "auto-float16": Form({**SEEDS, **TWO, "lr": 1.0, "epsilon": "auto"}, dtype="float16"),
+        "auto-float16": Form({**SEEDS, **TWO, "epsilon": "auto"}, dtype="float16"),
         "many-seeds": Form({**SEEDS, **TWO, "seeds": 40_000}),
         "clipped-trimmed": Form(
             {**SEEDS, **TWO, "seeds": 4, "clip": 0.5, "aggregation": "trimmed-mean", "trim": 0.4}

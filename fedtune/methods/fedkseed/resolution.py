@@ -157,7 +157,7 @@ def warn_where_rounded(
         env: The client's.
         pool: Directions.
         accumulator: a, float32 (K), of the weights that its steps begin with.
-        config: Has the `lr` and `batch_size` of the method.
+        config: The method's, of which `lr`, `batch_size` and `epsilon` are used.
         epsilon: ε.
     """
     order = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
@@ -168,7 +168,7 @@ def warn_where_rounded(
     with step_weights(env.model, pool, accumulator, config.lr) as weights:
         said = advice(env.model, _of(weights, batches, draws), epsilon)
     if said:
-        log.warning("client %d: %s", env.client, said)
+        log.warning("client %d: %s%s", env.client, said, "" if config.epsilon == "auto" else ", or auto")
 
 
 def not_finite(plus: float, minus: float, step: int, model: nn.Module) -> ClientError:
@@ -210,7 +210,7 @@ def advice(model: nn.Module, slopes: Slopes, epsilon: float) -> str:
         )
     return (
         f"with epsilon {epsilon:g} and {_dtype(model)} weights {seen}; take method.epsilon={found.epsilon:g} "
-        f"(about {correlation(found.doubt):.2f}), or auto"
+        f"(about {correlation(found.doubt):.2f})"
     )
 
 
