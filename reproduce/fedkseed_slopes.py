@@ -4,8 +4,8 @@ Table:   correlation with slopes of float32, and what is foretold of it; docs/fe
 Command: python reproduce/fedkseed_slopes.py slopes
 Time:    3 minutes
 Needs:   nothing; the rows of instruct-7m that model and ../shared/data/dolly15k
-Result:  in bfloat16 0.773 (bundled) and 0.874 (instruct-7m) at the paper's 0.0005; 0.970 and 0.991 at the 0.002
-         of `auto`
+Result:  in bfloat16 0.773 (bundled) and 0.874 (instruct-7m) at the paper's 0.0005; 0.970 and 0.991 at
+         the 0.002 of `auto`
 """
 
 from __future__ import annotations
