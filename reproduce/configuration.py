@@ -48,7 +48,7 @@ without weights or data, and each run folder holds the whole resolved configurat
 MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "RunConfig.seed": "every random choice of the run is drawn from it",
     "RunConfig.method": "the method and its settings, by `name`; see the sections that start with `method`",
-    "ModelSettings.dtype": "of the base model; what is added to it is always float32",
+    "ModelSettings.dtype": "of the base model; what is added is float32. float16: methods without gradients",
     "ModelSettings.initial": "`scratch`: the same architecture with random weights",
     "ModelSettings.task": "`classification`: RoBERTa or BERT; classes are the outputs in the training data",
     "ModelSettings.device": "`auto`: the GPU if there is one",

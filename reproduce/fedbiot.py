@@ -1,7 +1,8 @@
 """FedBiOT's tables: beside FedOT and Offsite-tuning, the rates that were tried, a client's step.
 
 `fedtune compare` shows one model a run, AdapFu; here AdapEmu stands beside it, and both references are taken
-from each run with the same seed.
+from each run with the same seed. What comparisons came to is with `alignment.form: paper` and
+`distill_weight: 1`, the defaults then.
 
 Table:   rates on the bundled model; docs/results.md, block fedbiot-sweep
 Command: python reproduce/fedbiot.py fedbiot-sweep
@@ -137,6 +138,7 @@ def comparison(folder: Path) -> str:
 
 TRIED = RESULTS / "fedbiot-sweep"
 SHORT = ("seed=7", "evaluation.bootstrap=0")  # no comparison has the seed
+AS_THEN = ("method.alignment.form=paper", "method.distill_weight=1")
 RATES = (  # lr, alignment.lr, steps before, proximal, distill weight
     ("3e-3", "1e-3", "60", "0", "1"),
     ("1e-2", "1e-3", "60", "0", "1"),
@@ -169,6 +171,7 @@ def tried() -> dict[Path, Step]:
             f"method.alignment.steps_before={before}",
             f"method.proximal={proximal}",
             f"method.distill_weight={distill}",
+            AS_THEN[0],
         )
     for lr in ("1e-2", "3e-2"):
         out = TRIED / f"fedavg-{lr}"
@@ -182,7 +185,7 @@ def tried_on_dolly() -> dict[Path, Step]:
     found = {}
     for lr, align in (("1e-2", "1e-3"), ("3e-2", "3e-3")):
         out = TRIED / f"dolly-{lr}"
-        own = (f"method.lr={lr}", f"method.alignment.lr={align}")
+        own = (f"method.lr={lr}", f"method.alignment.lr={align}", *AS_THEN)
         found[out] = run_one(
             "fedbiot_dolly_0.2", out, *SHORT, "method.rounds=3", "evaluation.max_examples=100", *own
         )

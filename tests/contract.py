@@ -103,15 +103,20 @@ FORMS: dict[str, dict[str, Form]] = {
         "gaussian-twice-a-step": Form({**SEEDS, **TWO, "noise": "gaussian", "perturbations": 2}),
         "binomial32-dense": Form({**SEEDS, **TWO, "noise": "binomial32", "seeds": 4}),
         "rademacher-bfloat16": Form({**SEEDS, **TWO, "noise": "rademacher", "lr": 1.0}, dtype="bfloat16"),
+        "auto-float16": Form({**SEEDS, **TWO, "epsilon": "auto"}, dtype="float16"),
         "many-seeds": Form({**SEEDS, **TWO, "seeds": 40_000}),
         "clipped-trimmed": Form(
             {**SEEDS, **TWO, "seeds": 4, "clip": 0.5, "aggregation": "trimmed-mean", "trim": 0.4}
         ),
         "median-of-means": Form({**SEEDS, **TWO, "seeds": 4, "aggregation": "median-of-means", "groups": 2}),
     },
-    "fedkseed-pro": {"hadamard4": Form({**SEEDS, **TWO})},
+    "fedkseed-pro": {
+        "hadamard4": Form({**SEEDS, **TWO}),
+        "auto-classifier": Form({**SEEDS, **TWO, "epsilon": "auto"}, family="roberta"),
+    },
     "infinite-pool": {
         "steps": Form({**UNLIMITED, **TWO}),
+        "steps-auto": Form({**UNLIMITED, **TWO, "epsilon": "auto", "noise": "gaussian"}),
         "model-rademacher": Form({**UNLIMITED, **TWO, "download": "model", "noise": "rademacher"}),
         "steps-classifier": Form({**UNLIMITED, **TWO}, family="roberta"),
     },

@@ -24,7 +24,7 @@ from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import build as build_from
 from fedtune.models.emulator import submodel, take
 
-FORMS = ("paper", "rms-normalized")
+FORMS = ("mean", "paper", "rms-normalized")
 
 
 def examples(count: int = 6, seed: int = 1) -> list[Encoded]:
@@ -71,17 +71,33 @@ def test_terms_by_hand() -> None:
     teacher, student = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.tensor([[0.0, 2.0], [2.0, 1.0]])
     # squared distances of the two tokens: 1 and 9
     assert float(representation_loss(student, teacher, "paper")) == 5.0
-    # mean square 10 / 4 over the root of 25 / 4
-    assert float(representation_loss(student, teacher, "rms-normalized")) == 1.0
+    assert float(representation_loss(student, teacher, "mean")) == 2.5
+    # the differences over the root of 25 / 4 are 0.4, 0, 0 and 1.2; their squares 0.16 and 1.44
+    assert float(representation_loss(student, teacher, "rms-normalized")) == pytest.approx(0.4, rel=1e-6)
     # KL((¾, ¼) ‖ (½, ½)) and KL of equals, the mean of the two tokens
     logits = torch.tensor([[math.log(3.0), 0.0], [1.0, 1.0]])
     wanted = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
     assert float(distillation_loss(torch.zeros(2, 2), logits)) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1.0, 3.0, 100.0])
+def test_how_the_forms_grow_with_the_hidden_states(scale: float) -> None:
+    """The authors' (t − s) / std, std² = mean of t², has no unit; the other two have that of t²."""
+    t = [[3.0, -1.0, 2.0], [0.0, 1.0, -3.0]]
+    s = [[1.0, -1.0, 3.0], [2.0, 1.0, -2.0]]  # differences 2, 0, −1, −2, 0, −1: squares 4, 0, 1, 4, 0, 1
+    teacher, student = scale * torch.tensor(t), scale * torch.tensor(s)
+    wanted = {"mean": scale**2 * 10 / 6, "paper": scale**2 * 10 / 2, "rms-normalized": 10 / 24}
+    for form, value in wanted.items():  # Σ t² = 24
+        assert float(representation_loss(student, teacher, form)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
+    # what the teacher's tokens are divided by is the teacher's alone
+    far = representation_loss(10 * student, teacher, "rms-normalized")
+    squares = sum((a - 10 * b) ** 2 for x, y in zip(t, s, strict=True) for a, b in zip(x, y, strict=True))
+    assert float(far) == pytest.approx(squares / 24, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_which_tokens_count(form: Any) -> None:
-    """Answer tokens in the paper's form, all but padding in the other; the tokens are those that predict."""
+    """Answer tokens, in the authors' form all but padding; the tokens are those that predict."""
     _, full = method()
     student, items = (
         full.eval(),
@@ -92,12 +108,13 @@ def test_which_tokens_count(form: Any) -> None:
         logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     answers = [(0, 1), (0, 2), (1, 0)]  # what predicts tokens 2 and 3 of the first, token 1 of the second
     real = [*((0, k) for k in range(4)), (1, 0), (1, 1)]
+    counted = real if form == "rms-normalized" else answers
     for row in range(2):
         for token in range(4):
             hidden = seen[0].clone()
             hidden[row, token] += 1
             loss = alignment_loss(student, block, batch, hidden, logits, 0.0, form)
-            assert (float(loss.detach()) > 1e-4) == ((row, token) in (answers if form == "paper" else real))
+            assert (float(loss.detach()) > 1e-4) == ((row, token) in counted)
             other = logits.clone()
             other[row, token, 3] += 5
             loss = alignment_loss(student, block, batch, seen[0], other, 1.0, form)

@@ -25,7 +25,7 @@ from fedtune.errors import FederationError, InputError
 from fedtune.federation import checkpoint
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config, ProConfig, State
-from fedtune.methods.fedkseed.step import epsilon_to_try, step_weights
+from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import trainable
 from fedtune.zeroth.pool import SeedPool
 
@@ -178,25 +178,10 @@ def test_a_loss_that_is_no_number_stops_its_client_alone() -> None:
     assert b.state.accumulator.count_nonzero() == 0 and b.model.w.tolist() == [1.0]
 
 
-def test_losses_that_are_equal_warn_with_an_epsilon(caplog: pytest.LogCaptureFixture) -> None:
-    b = toy({0: items(3)}, epsilon=1e-30, local_steps=3)
-    b.round(1)
-    # cube root of 2^-23, times the weight's 1
-    assert (
-        "both losses were equal in 3 of 3 steps: epsilon 1e-30 is too small for torch.float32" in caplog.text
-    )
-    assert "try method.epsilon=0.005" in caplog.text
-    caplog.clear()
-    toy({0: items(3)}, epsilon=0.005, local_steps=3, noise="gaussian").round(1)
-    assert "too small" not in caplog.text
-    assert epsilon_to_try(Toy(w=-4.0, dtype=torch.bfloat16), 1e-9) == pytest.approx(4 * (2**-7) ** (1 / 3))
-    assert epsilon_to_try(Toy(), 0.1) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize(
     "values",
-    [{"epsilon": 0.0}, {"lr": -1.0}, {"noise": "white"}, {"clip": 0.0}, {"groups": 0},
-     {"aggregation": "trimmed-mean", "trim": 0.5}],
+    [{"epsilon": 0.0}, {"epsilon": "none"}, {"epsilon": True}, {"lr": -1.0}, {"noise": "white"},
+     {"clip": 0.0}, {"groups": 0}, {"aggregation": "trimmed-mean", "trim": 0.5}],
 )  # fmt: skip
 def test_settings_out_of_range(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -31,7 +31,7 @@ class ModelSettings(Settings):
     """Which model, and how it is held."""
 
     name: str = "bundled"  # bundled, a Hugging Face model folder, or a hub name
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     initial: Literal["pretrained", "scratch"] = "pretrained"
     task: Literal["causal-lm", "classification"] = "causal-lm"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -239,6 +239,12 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.model.dtype == "float16" and not self.method.float16:
+            raise ValueError(
+                "model.dtype: float16 is for methods that move no weights in it, such as fedkseed; "
+                f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
+                "float32"
+            )
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         for name in ("secure_aggregation", "privacy"):

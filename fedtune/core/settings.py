@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -9,3 +11,6 @@ class Settings(BaseModel):
     """A block of the configuration. An unknown key or a value of another type is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    float16: ClassVar[bool] = False
+    """Of a method's settings: whether the model may be float16, in which gradients underflow."""

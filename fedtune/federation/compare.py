@@ -214,6 +214,8 @@ def reference_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
                 c.config.method_name == name and c.config.model == source.config.model for c in candidates
             ):
                 document = {**source.config.resolved(), "method": {"name": name, **settings}}
+                if source.config.model.dtype == "float16":  # which has no room for their gradients
+                    document["model"] = {**document["model"], "dtype": "bfloat16"}
                 document["evaluation"] = {**document["evaluation"], "arrivals": False}
                 document["data"] = {**document["data"], "public": None}  # they train nothing on the server
                 protection = {"secure_aggregation": None, "privacy": None}  # and send nothing

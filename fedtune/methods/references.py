@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ from fedtune.models.tuning import trainable
 
 class ZeroShotConfig(Settings):
     """Settings of `method.name: zero-shot`."""
+
+    float16: ClassVar[bool] = True
 
     name: Literal["zero-shot"] = "zero-shot"
 

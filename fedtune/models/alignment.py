@@ -5,9 +5,15 @@ Wu et al., FedBiOT (KDD 2024), section 3.1 step 3 and Eq. 7: for the tokens of t
     ‖E(x) − E*(x)‖² + λ · KL(M(x; A, E*) ‖ M(x; A, E))
 
 E(x) is what enters the adapter's blocks behind the emulator. The paper leaves open how tokens are combined:
-here both terms are means over the answer's tokens. `rms-normalized` is the form of the authors' code: the
-mean square difference over all tokens and features, divided by the teacher's root mean square. That code
-counts padding too; here padding never counts, so that a loss does not depend on what shares a batch.
+here both terms are means over the answer's tokens. With t = E*(x) and s = E(x) the first term is one of
+
+    mean              mean of (t − s)² over tokens and features
+    paper             Eq. 7 as printed: its sum over the features, the mean over tokens; width · `mean`
+    rms-normalized    mean of ((t − s) / r)², r the root mean square of t: mean square / mean square of t
+
+The last is that of the authors' code, and of Offsite-tuning's before it; both its means are over all tokens,
+of prompts too. That code counts padding as well, in both terms; here padding never counts, so that a loss
+does not depend on what shares a batch, and the KL is over the answer's tokens in every form.
 
 E* is frozen, so what it makes of a public example is computed once and kept; only the adapter behind it has
 to be run again when the adapter has changed. Where blocks of the adapter stand before E* too, what they give
@@ -30,7 +36,7 @@ from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
 
-Form = Literal["paper", "rms-normalized"]
+Form = Literal["mean", "paper", "rms-normalized"]
 
 
 @contextmanager
@@ -61,9 +67,10 @@ def representation_loss(student: Tensor, teacher: Tensor, form: Form) -> Tensor:
         form: See the module's text.
     """
     student, teacher = student.float(), teacher.float()
+    distance = (student - teacher).square()
     if form == "paper":
-        return (student - teacher).square().sum(-1).mean()
-    return F.mse_loss(student, teacher) / teacher.square().mean().sqrt()
+        return distance.sum(-1).mean()
+    return distance.mean() if form == "mean" else distance.mean() / teacher.square().mean()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -205,7 +212,7 @@ def alignment_loss(
     with entering(block) as seen:
         own = student(**{name: value for name, value in batch.items() if name != "labels"}).logits
     answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # a token's output predicts the next one
-    counted = answer if form == "paper" else batch["attention_mask"].bool()
+    counted = batch["attention_mask"].bool() if form == "rms-normalized" else answer
     loss = representation_loss(seen[0][counted], hidden[counted], form)
     if distill_weight:
         loss = loss + distill_weight * distillation_loss(own[answer], logits[answer])

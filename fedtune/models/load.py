@@ -41,7 +41,7 @@ from fedtune.models.folders import (
 )
 from fedtune.models.heads import lacking_poolers, mark_drawn, outside_body, pooler_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INITIALS = ("pretrained", "scratch")
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -120,7 +120,7 @@ def load_model(
 
     Args:
         name: "bundled", a folder (relative to `base`) or a hub name.
-        dtype: Of the parameters, "float32" or "bfloat16", whatever dtype the weights are stored in.
+        dtype: Of the parameters, a name in `DTYPES`, whatever dtype the weights are stored in.
         initial: "pretrained", or "scratch" for the same architecture with random weights drawn from `seed`.
         task: "causal-lm" or "classification".
         num_labels: Classes of a classifier; None takes the number in config.json. A head that the weights

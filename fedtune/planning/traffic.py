@@ -101,6 +101,9 @@ def first_state(method: Any, model: nn.Module) -> Any:
         method = copy(method)
         untrained = config.alignment.model_copy(update={"steps_before": 0})
         method.config = config.model_copy(update={"alignment": untrained})
+    if getattr(config, "epsilon", None) == "auto":  # measured on weights, which planning has none of
+        method = copy(method)
+        method.config = config.model_copy(update={"epsilon": 1.0})
     # FedKSeed's K numbers stand for any model, but it is told by the hash of what it holds
     return method.init(nn.Linear(1, 1) if config.name in DRAWING else model)
 

@@ -21,8 +21,8 @@ class Alignment(Settings):
     steps_before: int = Field(500, ge=0)  # before the first round
     steps: int = Field(10, ge=0)  # after each round
     batch_size: int = Field(10, ge=1)  # public examples a step
-    lr: float = Field(1e-4, gt=0)  # constant
-    form: Literal["paper", "rms-normalized"] = "paper"  # of the first term, see fedbiot.md
+    lr: float = Field(3e-3, gt=0)  # constant; for a model of billions the paper's 1e-5 to 1e-4
+    form: Literal["mean", "paper", "rms-normalized"] = "mean"  # of the first term, see fedbiot.md
     keep_mb: int = Field(1024, ge=0)  # of what the model makes of public examples, kept to be used again
 
     def batch(self, public: Sequence[Encoded]) -> str:
@@ -44,7 +44,7 @@ class Config(Training):
     emulator: Literal["layer-dropout", "channel-pruning"] = "layer-dropout"  # how E* is compressed
     layer_dropout: float = Field(0.2, ge=0, lt=1)  # β, the share of E* (blocks, or channels) that is left out
     proximal: float = Field(0.0, ge=0)  # ε, of the distance from the round's start, in reconstructed weights
-    distill_weight: float = Field(1.0, ge=0)  # λ
+    distill_weight: float = Field(100.0, ge=0)  # λ
     lora: Lora = Lora(rank=8, alpha=16.0)  # of adapter and emulator; no dropout
     alignment: Alignment = Alignment()
     batch_size: int = Field(10, ge=1)  # examples a batch

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,21 +25,24 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import LIMIT
 from fedtune.core.cohort import Cohort
+from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
 from fedtune.core.types import (
     ArrivalOrder,
     ClientEnv,
-    ClientError,
     ClientResult,
     Order,
     Payload,
     Reply,
+    Scalar,
     ServerEnv,
     TensorSpec,
 )
 from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
 from fedtune.methods.fedavg.method import load
+from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
+from fedtune.methods.fedkseed.settings import Epsilon
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -55,7 +58,7 @@ class Config(Settings):
     rounds: int = Field(40, ge=1)  # communication rounds
     download: Literal["steps", "model"] = "steps"  # how a client gets to the newest model
     noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
-    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
+    epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
     lr: float = Field(3e-7, gt=0)  # η, constant
     local_steps: int = Field(200, ge=1)  # τ, a client and round
     batch_size: int = Field(1, ge=1)  # examples a step
@@ -69,12 +72,14 @@ class State:
         seeds, scalars: All steps so far, int32 and float32; a scalar is c_i ĝ.
         known: How many of them each client has (download: steps).
         weights: The model (download: model).
+        epsilon: ε, the same for all clients in all rounds.
     """
 
     seeds: Tensor
     scalars: Tensor
     known: dict[str, int] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    epsilon: float = 0.0  # in the checkpoints of older runs, which have a number in their settings
 
 
 class InfinitePool:
@@ -89,6 +94,9 @@ class InfinitePool:
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
         self.rounds = config.rounds
+        # directions of which slopes are looked at; no step is taken along them
+        self._pool = SeedPool(derive_seed(seed, "pool") & 0x7FFFFFFF, 1024, config.noise)
+        self._seen = False  # whether slopes were looked at in this process
 
     def prepare(self, server: ServerEnv) -> None:
         """The server needs nothing besides its state."""
@@ -112,6 +120,7 @@ class InfinitePool:
             torch.zeros(0, dtype=torch.int32),
             torch.zeros(0),
             weights=weights if self.config.download == "model" else {},
+            epsilon=scale_of(self.config.epsilon, model, self._pool),
         )
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
@@ -121,14 +130,15 @@ class InfinitePool:
             "seeds": TensorSpec(torch.int32, (count,), SEEDS, at_least=0),
             "scalars": TensorSpec(torch.float32, (count,), LIMIT),
         }
-        whole = Payload(state.weights)
+        scalars: dict[str, Scalar] = {"epsilon": state.epsilon} if self.config.epsilon == "auto" else {}
+        whole = Payload(state.weights, scalars)
         for client in cohort.clients:
             if self.config.download == "model":
                 yield Order(client, whole, expects)
             else:
                 known = state.known.get(str(client), 0)
                 missing = {"seeds": state.seeds[known:], "scalars": state.scalars[known:]}
-                yield Order(client, Payload(missing), expects)
+                yield Order(client, Payload(missing, scalars), expects)
 
     def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
         """Gets to the newest model, then τ local steps from there; sends seeds and scalars."""
@@ -136,7 +146,7 @@ class InfinitePool:
         weights = {name: parameter.data for name, parameter in parameters.items()}
         if self.config.download == "model":
             load(parameters, job.tensors)
-            return self._steps(weights, env, None)
+            return self._steps(weights, env, None, given(self.config.epsilon, job))
         known = env.state.tensors if env.state else {}
         history = {
             name: torch.cat([known[name], job.tensors[name]]) if known else job.tensors[name]
@@ -144,7 +154,7 @@ class InfinitePool:
         }
         with kept_on_disk(parameters):
             self._replay(weights, history["seeds"], history["scalars"])
-            return self._steps(weights, env, Payload(history))
+            return self._steps(weights, env, Payload(history), given(self.config.epsilon, job))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Appends the steps of a round, by client; with `download: model` also takes them."""
@@ -160,10 +170,15 @@ class InfinitePool:
         if self.config.download == "model":
             weights = {name: weight.clone() for name, weight in state.weights.items()}
             self._replay(weights, seeds, scalars)
-            return State(state.seeds, state.scalars, weights=weights)
+            return replace(state, weights=weights)
         before = len(state.seeds)  # who replied had all of them
         known = state.known | {str(client): before for client in sorted(got)}
-        return State(torch.cat([state.seeds, seeds]), torch.cat([state.scalars, scalars]), known)
+        return replace(
+            state,
+            seeds=torch.cat([state.seeds, seeds]),
+            scalars=torch.cat([state.scalars, scalars]),
+            known=known,
+        )
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The newest model; afterwards `model` holds what it held before."""
@@ -176,8 +191,13 @@ class InfinitePool:
                 self._replay(weights, state.seeds, state.scalars)
             yield "global", model
 
-    def _steps(self, weights: Mapping[str, Tensor], env: ClientEnv, kept: Payload | None) -> ClientResult:
+    def _steps(
+        self, weights: Mapping[str, Tensor], env: ClientEnv, kept: Payload | None, epsilon: float
+    ) -> ClientResult:
         config = self.config
+        if not self._seen:
+            self._seen = True
+            warn_where_rounded(env, self._pool, torch.zeros(self._pool.size), config, epsilon)
         drawn = torch.randint(SEEDS, (config.local_steps,), generator=env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
         scalars, loss = list[float](), TokenMean()
@@ -188,16 +208,14 @@ class InfinitePool:
                 scalars.append(0.0)
                 continue
             with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
-                self._move(weights, seed, config.epsilon)
+                self._move(weights, seed, epsilon)
                 plus = float(env.model(**batch).loss)
-                self._move(weights, seed, -2 * config.epsilon)
+                self._move(weights, seed, -2 * epsilon)
                 minus = float(env.model(**batch).loss)
-                scalar = (plus - minus) / (2 * config.epsilon)
+                scalar = (plus - minus) / (2 * epsilon)
                 if not math.isfinite(scalar):
-                    raise ClientError(
-                        f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
-                    )
-                self._move(weights, seed, config.epsilon - config.lr * scalar)
+                    raise not_finite(plus, minus, step, env.model)
+                self._move(weights, seed, epsilon - config.lr * scalar)
             scalars.append(scalar)
             loss.add((plus + minus) / 2, tokens)
         up = Payload({"seeds": drawn.to(torch.int32), "scalars": torch.tensor(scalars)})

@@ -45,6 +45,7 @@ from fedtune.core.types import (
     Order,
     Payload,
     Reply,
+    Scalar,
     ServerEnv,
     Summed,
     TensorSpec,
@@ -62,8 +63,9 @@ from fedtune.methods.fedkseed.aggregation import (
     units,
 )
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
+from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import Config, State
-from fedtune.methods.fedkseed.step import coefficients, epsilon_to_try, step_weights
+from fedtune.methods.fedkseed.step import coefficients, step_weights
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -92,6 +94,8 @@ class FedKSeed:
         # indices are signed on the wire; the paper takes 4 bytes for each
         self._index = torch.int16 if config.seeds <= 2**15 else torch.int32
 
+        self._seen = False  # whether slopes were looked at in this process
+
     def prepare(self, server: ServerEnv) -> None:
         """The server needs nothing besides its state."""
         server.refuse_public(self.config.name)
@@ -102,17 +106,20 @@ class FedKSeed:
         return model.eval()
 
     def init(self, model: nn.Module) -> State:
-        """An accumulator of zeros: the model is w0."""
+        """An accumulator of zeros: the model is w0, on which `epsilon: auto` is measured."""
         zeros = torch.zeros(self.config.seeds)
         origin = self._origin(model).as_mapping()
-        return State(origin, zeros, zeros, zeros.double(), zeros.to(torch.int64))
+        epsilon = scale_of(self.config.epsilon, model, self._pool())
+        return State(origin, zeros, zeros, zeros.double(), zeros.to(torch.int64), epsilon=epsilon)
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """The accumulator whole, or what changed in it for those who hold the one before."""
         fixed = {"origin": Origin(**state.origin).as_tensor()}  # type: ignore[arg-type]
         if self.pro:
             fixed["probability"] = self.probabilities(state)
-        scalars = {"crc32": checksum(state.accumulator)}
+        scalars: dict[str, Scalar] = {"crc32": checksum(state.accumulator)}
+        if self.config.epsilon == "auto":
+            scalars["epsilon"] = state.epsilon
         whole = Payload({**fixed, "accumulator": state.accumulator}, scalars)
         changed = changes(state.before, state.accumulator)
         part = whole if changed is None else Payload({**fixed, **changed}, scalars)
@@ -126,47 +133,35 @@ class FedKSeed:
         if refused:
             raise ClientError(f"the order is for {refused}")
         received = self._received(job, env)
-        pool = SeedPool(self.pool_key, config.seeds, config.noise)
+        pool, epsilon = self._pool(), given(config.epsilon, job)
+        if not self._seen:
+            self._seen = True
+            warn_where_rounded(env, pool, received, config, epsilon)
         draws = self.draw(job, env.generator("seeds"))
         batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
-        scalars, loss, untrained = list[float](), TokenMean(), 0
+        scalars, loss = list[float](), TokenMean()
         with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
                 batch = collate([env.items[i] for i in next(batches)], env.pad_id)
                 tokens = trained_tokens(env.model, batch)
                 if not tokens:  # no loss to compare: the slope is 0
                     scalars += [0.0] * config.perturbations
-                    untrained += config.perturbations
                     continue
                 on_device = {key: value.to(env.device) for key, value in batch.items()}
                 estimates, around = [], 0.0
                 with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
-                        plus = weights.loss(on_device, j, config.epsilon)
-                        minus = weights.loss(on_device, j, -config.epsilon)
-                        scalar = (plus - minus) / (2 * config.epsilon)  # line 15
+                        plus = weights.loss(on_device, j, epsilon)
+                        minus = weights.loss(on_device, j, -epsilon)
+                        scalar = (plus - minus) / (2 * epsilon)  # line 15
                         scalar = float(np.float32(scalar))  # as it is sent
                         if not math.isfinite(scalar):
-                            raise ClientError(
-                                f"the losses became {plus} and {minus} at step {step + 1}; lower method.lr"
-                            )
+                            raise not_finite(plus, minus, step, env.model)
                         estimates.append((j, scalar))
                         around += (plus + minus) / 2
                     weights.update([(j, g / config.perturbations) for j, g in estimates])  # line 16
                 scalars += [g for _, g in estimates]
                 loss.add(around / config.perturbations, tokens)
-        equal, compared = scalars.count(0.0) - untrained, len(scalars) - untrained
-        if 2 * equal > compared:
-            log.warning(
-                "client %d: both losses were equal in %d of %d steps: epsilon %g is too small for %s "
-                "weights; try method.epsilon=%.1g",
-                env.client,
-                equal,
-                compared,
-                config.epsilon,
-                next(env.model.parameters()).dtype,
-                epsilon_to_try(env.model, config.epsilon),
-            )
         metrics = {name: round(value, 6) for name, value in loss.metrics.items()}
         metrics |= {"steps": config.local_steps}
         return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
@@ -252,8 +247,7 @@ class FedKSeed:
         refused = Origin(**state.origin).against(self._origin(model).as_mapping())  # type: ignore[arg-type]
         if refused:
             raise InputError(f"the run's state is for {refused}")
-        pool = SeedPool(self.pool_key, self.config.seeds, self.config.noise)
-        parameters = trainable(model)
+        pool, parameters = self._pool(), trainable(model)
         with kept_on_disk(parameters):
             weights = {name: parameter.data for name, parameter in parameters.items()}
             rebuild_all_(weights, weights, pool, coefficients(state.accumulator, self.config.lr))
@@ -269,6 +263,9 @@ class FedKSeed:
         spread = psi.max() - psi.min()
         normalized = (psi - psi.min()) / spread if spread > 0 else torch.zeros_like(psi)
         return normalized.softmax(0).float()
+
+    def _pool(self) -> SeedPool:
+        return SeedPool(self.pool_key, self.config.seeds, self.config.noise)
 
     def _origin(self, model: nn.Module) -> Origin:
         """What an accumulator of this method and model belongs to."""

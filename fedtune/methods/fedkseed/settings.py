@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from fedtune.core.settings import Settings
@@ -14,14 +15,27 @@ from fedtune.core.types import Scalar
 from fedtune.zeroth import MAX_SEEDS
 
 
+def _scale(value: object) -> object:
+    """A number above 0, or auto."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if value != "auto" and not number:
+        raise ValueError(f"must be a number above 0, or auto, got {value!r}")
+    return value
+
+
+Epsilon = Annotated[float | Literal["auto"], BeforeValidator(_scale)]
+
+
 class Config(Settings):
     """Settings of `method.name: fedkseed`."""
+
+    float16: ClassVar[bool] = True
 
     name: Literal["fedkseed", "fedkseed-pro"] = "fedkseed"  # the method
     rounds: int = Field(40, ge=1)  # communication rounds
     seeds: int = Field(4096, ge=1, le=MAX_SEEDS)  # K, the shared seeds
     noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
-    epsilon: float = Field(5e-4, gt=0)  # scale of a perturbation
+    epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
     lr: float = Field(3e-7, gt=0)  # η, constant
     local_steps: int = Field(200, ge=1)  # τ, a client and round
     batch_size: int = Field(1, ge=1)  # examples a step
@@ -59,6 +73,7 @@ class State:
         before: The accumulator that the last round began with.
         holders: Clients that replied in the last round, and so hold `before`.
         magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
+        epsilon: ε, the same for all clients in all rounds.
     """
 
     origin: Mapping[str, Scalar]
@@ -67,6 +82,7 @@ class State:
     magnitude: Tensor
     draws: Tensor
     holders: Mapping[str, bool] = field(default_factory=dict)
+    epsilon: float = 0.0  # in the checkpoints of older runs, which have a number in their settings
 
 
 def paper_bytes(config: Config) -> int:

@@ -10,7 +10,6 @@ in half precision, which would lose what is added: there they are formed anew, h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -120,14 +119,3 @@ def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: floa
         return
     with kept_on_disk(parameters):
         yield _InPlace(model, pool, a, lr)
-
-
-def epsilon_to_try(model: nn.Module, epsilon: float) -> float:
-    """The textbook choice for a two-point slope: the cube root of the dtype's resolution, times |w|.
-
-    |w| is the root mean square of the weights. At least ten times the `epsilon` that was too small.
-    """
-    parameters = list(trainable(model).values())
-    squares = sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) ** 2 for p in parameters)
-    scale = math.sqrt(squares / sum(p.numel() for p in parameters))
-    return max(10 * epsilon, torch.finfo(parameters[0].dtype).eps ** (1 / 3) * scale)
