@@ -8,6 +8,7 @@ bits of a run that was never killed.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,6 +90,8 @@ def run(
     with settings_kept(), torch_settings():
         with clock.part("setup"):
             assembly = Assembly.assemble(config, clock, objects)
+        for note in assembly.notes:
+            progress.note(note)
         if resume:
             assembly.refuse_other_inputs(path)
             if back_to is not None:
@@ -352,6 +355,7 @@ class _Federation:
             "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
             "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
+            "examples": {group: one and asdict(one) for group, one in self._assembly.counts.items()},
             "status": status,
         }
         if self._account is not None:
