@@ -166,14 +166,8 @@ def validate(
             config = fedtune.load(path)
             room = known_room(config)
             notes = shortening(config, room) if room else []
-            good.append(
-                {
-                    "config": str(path),
-                    "method": config.method_name,
-                    "model": config.model.name,
-                    "notes": notes,
-                }
-            )
+            about = {"config": str(path), "method": config.method_name, "model": config.model.name}
+            good.append({**about, "notes": notes} if notes else about)
         except InputError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     if problems:
@@ -183,7 +177,7 @@ def validate(
     else:
         for entry in good:
             print(f"{entry['config']}: {entry['method']} on {entry['model']}")
-            for note in entry["notes"]:
+            for note in entry.get("notes", ()):
                 print(f"  {note}")
 
 

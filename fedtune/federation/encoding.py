@@ -136,8 +136,8 @@ def encode_for(
     if examples and not found.items:
         raise InputError(
             f"{whose}: each of its {len(examples)} examples is longer than {max_length} tokens, and "
-            "data.too_long is drop, so none is left. Raise data.max_length, set data.too_long to cut, or leave "
-            "it out"
+            "data.too_long is drop, so none is left. Raise data.max_length, set data.too_long to cut, or "
+            "leave it out"
         )
     return found
 
