@@ -185,7 +185,7 @@ def test_real_text_has_the_tokens_it_always_had(tokenizer: Any, shared_data: Pat
     lines = (shared_data / "dolly15k" / "alpagasus_dolly_3k.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["output"] for line in lines[:300]]
     assert tokens(texts, tokenizer) == tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # also what has to be spelled out: the same text with a control token at its end begins with the same tokens
+    # also what has to be spelled out: with a control token at its end a text begins with the same tokens
     for text in texts[:40]:
         (ids,) = tokens([text + "\n\n" + tokenizer.all_special_tokens[0]], tokenizer)
         plain = tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]

@@ -99,9 +99,10 @@ class Assembly:
         data = {client: each.items for client, each in found.items()}
         counts = {
             "train": sum((each.counts for each in found.values()), Counts()) if found else None,
-            "public": public.counts,
             "held_out": held_out.counts,
         }
+        if config.data.public is not None:
+            counts["public"] = public.counts
         if not method.pools_data:
             for entry, each in zip(split.partition["clients"], found.values(), strict=True):
                 entry["encoded"] = asdict(each.counts)

@@ -75,7 +75,7 @@ def shortening(config: RunConfig, room: Room, *, lost: bool = False) -> list[str
         room: As `example_room` gives it.
         lost: Whether an example was cut or dropped.
     """
-    meant = "max_length" in config.data.model_fields_set
+    meant = config.data.max_length != type(config.data).model_fields["max_length"].default
     return [room.shortened] if room.shortened and (meant or lost) else []
 
 
@@ -155,7 +155,7 @@ def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
         if found.without_prompt:
             lost.append(f"{found.without_prompt:,} lost the whole prompt")
         if found.without_eos:
-            lost.append(f"{found.without_eos:,} the end of the answer, and are not taught to end")
+            lost.append(f"{found.without_eos:,} lost the end of the answer and have no end token")
         said = []
         if found.cut:
             more = f" ({', '.join(lost)})" if lost else ""
