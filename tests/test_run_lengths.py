@@ -154,8 +154,8 @@ def test_error_names_client_example_and_lengths(gpt2: Path, tmp_path: Path) -> N
     data = {"north": [SHORT], "south": [SHORT, LONG]}
     with pytest.raises(
         InputError,
-        match=r"client 1 \(south\): example 1 \('w8 w9.*'\) is too long: 41 tokens of prompt and 50 of answer, "
-        r"and 30 fit",
+        match=r"client 1 \(south\): example 1 \('w8 w9.*'\) is too long: 41 tokens of prompt and 50 of "
+        r"answer, and 30 fit",
     ):
         fedtune.run(config(gpt2, too_long="error"), out=tmp_path / "run", data=data, progress=False)
     with pytest.raises(InputError, match="the held-out examples: example 0"):
