@@ -12,8 +12,15 @@ from model_families import edit_json, save_folder, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedtune
-from fedtune.data.encode import Counts
+from fedtune.data.encode import IGNORED, Counts, encode_causal, encode_classification
+from fedtune.data.examples import Example
 from fedtune.errors import InputError
+from fedtune.federation.client import join
+from fedtune.federation.encoding import Room, known_room, shortening
+from fedtune.models.load import load_model
+from fedtune.transport.acceptance import Acceptance
+from fedtune.transport.messages import Message
+from fedtune.transport.worker import Worker
 
 POSITIONS = 32
 
@@ -197,3 +204,69 @@ def test_a_default_that_does_no_harm_is_not_warned_of(
 
 def test_counts_add_up() -> None:
     assert Counts(1, 2, 3, 4, 5, 6, 7) + Counts(cut=1) == Counts(1, 3, 3, 4, 5, 6, 7)
+
+
+def test_a_client_over_a_network_counts_its_own_file(gpt2: Path, tmp_path: Path) -> None:
+    document = config(gpt2)
+    document["data"] |= {"train": "clients", "clients": None}
+    document["transport"] = {"name": "flower"}
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(map(json.dumps, [LONG, LONG, SHORT, EMPTY])))
+    loaded = load_model(str(gpt2), dtype="float32", initial="pretrained", seed=0, base=Path("."))
+    joined = join(
+        {
+            "config": json.dumps(fedtune.load(document).resolved()),
+            "weights": loaded.weights_sha256,
+            "client": 0,
+        },
+        data=own,
+        fields={},
+        model=None,
+        device="cpu",
+        acceptance=Acceptance(),
+    )
+    assert joined.examples == 4
+    assert joined.notes == (
+        "of 4 training examples 2 are cut to 32 tokens (2 lost the end of the answer and have no end token), "
+        "1 repeat an earlier one of the same owner, 1 have an empty answer",
+    )
+    said: list[str] = []
+    worker = Worker(lambda fields: joined, Acceptance(), tmp_path / "state", said.append)
+    worker.answer(Message({"do": "join", "run": "a" * 16, "client": 0}))
+    assert said[-1] == joined.notes[0]
+
+
+@pytest.mark.parametrize("length", [128, 64])
+def test_validation_knows_the_model(gpt2: Path, length: int) -> None:
+    settings = fedtune.load(config(gpt2, "prompt", max_length=length))
+    assert shortening(settings, known_room(settings) or Room(0)) == [
+        f"data.max_length is {length}, but {gpt2} sees 32 tokens, of which the soft prompt takes 20: an "
+        "example has at most 12"
+    ]
+    assert shortening(settings, Room(32)) == []
+    elsewhere = fedtune.load(config(gpt2) | {"model": {"name": "owner/model"}})
+    assert known_room(elsewhere) is None  # nothing is downloaded to look
+
+
+def test_a_quarter_of_the_length_is_the_prompts() -> None:
+    """By hand: 40 tokens are room for 39; 50 of answer leave the prompt 9, and 20 leave it 18."""
+    made = tokenizer()
+    asked = Example(text(38), "", text(50)), Example(text(38), "", text(20)), Example(text(38), "", text(29))
+    found = encode_causal(asked, made, template="plain", loss_on="response", max_length=40)
+    trained = [[label for label in item.labels if label != IGNORED] for item in found.items]
+    assert [len(item.input_ids) for item in found.items] == [40, 40, 40]
+    assert [len(one) for one in trained] == [30, 21, 30]
+    # of 29 tokens the end token alone would be cut: it takes one more from the prompt
+    assert [one[-1] == 2 for one in trained] == [False, True, True]
+    assert found.counts == Counts(examples=3, cut=3, without_eos=1)
+
+
+def test_text_of_a_classifier_is_cut_dropped_or_refused() -> None:
+    made, rows = tokenizer(), [Example(text(9), text(4), "a"), Example(text(3), "", "b")]
+    kept = encode_classification(rows, made, labels=["a", "b"], max_length=8)
+    assert [len(item.input_ids) for item in kept.items] == [8, 3]
+    assert kept.counts == Counts(examples=2, cut=1)
+    left = encode_classification(rows, made, labels=["a", "b"], max_length=8, too_long="drop")
+    assert [item.labels for item in left.items] == [(1,)] and left.counts == Counts(examples=1, dropped=1)
+    with pytest.raises(InputError, match=r"example 0 \(.*\) is too long: 13 tokens, and 8 fit"):
+        encode_classification(rows, made, labels=["a", "b"], max_length=8, too_long="error")

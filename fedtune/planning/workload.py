@@ -69,7 +69,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             come from data that are not here.
     """
     data, notes = config.data, list[str]()
-    room = _room(config)
+    room = room_of(config)
     notes += shortening(config, room)
     sources = [] if objects else [data.train]
     sources += [data.holdout.source] if data.holdout.source else []
@@ -128,13 +128,14 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
     """Examples of `data.max_length` tokens, of which it is not known how many there are."""
-    room = _room(config)
+    room = room_of(config)
     notes = [f"every example is taken to have {_in_words(config, room)} tokens, and each client a full batch"]
     longest = _assumed(config, rows, room.tokens)
     return Workload(None, clients, longest, longest, None, tuple(notes))
 
 
-def _room(config: RunConfig) -> Room:
+def room_of(config: RunConfig) -> Room:
+    """How long the run's examples may be."""
     return example_room(config, model_config(config.model.name, base=Path("."), task=config.model.task))
 
 
