@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -67,32 +67,42 @@ class _Special:
     ids: dict[str, int]
     unknown: int | None  # the id that only says "not in the vocabulary"; None where it means more than that
 
-    @property
+    @cached_property
     def pattern(self) -> re.Pattern[str] | None:
         """Finds them in a text, the longest first, as tokenizers do; None where there are none."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if self.ids else None
 
-    @property
-    def controls(self) -> set[int]:
+    @cached_property
+    def controls(self) -> frozenset[int]:
         """Those that must not come from data."""
-        return set(self.ids.values()) - {self.unknown}
+        return frozenset(self.ids.values()) - {self.unknown}
+
+
+# Some tokenizers have thousands, and every example asks for them.
+_SPECIAL: WeakKeyDictionary[Any, tuple[tuple[Any, ...], _Special]] = WeakKeyDictionary()
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> _Special:
-    # what only looks like a tokenizer of transformers has no such lists, and then no special tokens
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {token.content: place for place, token in known.items() if token.special}
-    ids |= dict(
-        zip(
-            getattr(tokenizer, "all_special_tokens", ()),
-            getattr(tokenizer, "all_special_ids", ()),
-            strict=True,
-        )
-    )
-    roles = ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        return _Special({}, None)  # what only looks like a tokenizer of transformers has no such tokens
+    # what changes when a tokenizer is given more of them: its length and roles, which are read quickly
+    state = len(tokenizer), *(getattr(tokenizer, role, None) for role in _ROLES)
+    known = _SPECIAL.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _SPECIAL[tokenizer] = state, _read_special(tokenizer)
+    return known[1]
+
+
+def _read_special(tokenizer: PreTrainedTokenizerBase) -> _Special:
+    ids = {token.content: place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown in {getattr(tokenizer, role, None) for role in roles}:
+    more = {
+        getattr(tokenizer, f"{role}_id", None) for role in _ROLES if role not in ("unk_token", "pad_token")
+    }
+    if unknown in more:
         unknown = None
     return _Special({text: place for text, place in ids.items() if len(text) > 1}, unknown)
 
