@@ -45,7 +45,7 @@ def test_loss_on_the_response_alone() -> None:
     found = causal(10)
     assert found.items[0].input_ids == (BOS, A, B, C, ANSWER, D, E, F, EOS)
     assert found.items[0].labels == (IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, D, E, F, EOS)
-    assert found.truncated == 0
+    assert found.counts.cut == 0
 
 
 def test_loss_on_all() -> None:
@@ -66,8 +66,9 @@ def test_tokenizer_without_begin_token() -> None:
         (9, (BOS, A, B, C, ANSWER, D, E, F, EOS), 5),  # just fits
         (8, (BOS, B, C, ANSWER, D, E, F, EOS), 4),  # the prompt is cut from the left
         (6, (BOS, ANSWER, D, E, F, EOS), 2),
-        (5, (BOS, D, E, F, EOS), 1),  # the whole prompt is gone, the response still whole
-        (4, (BOS, D, E, F), 1),  # then the response loses its end, and with it the end token
+        (5, (BOS, D, E, F, EOS), 1),  # the end token alone would be cut: a whole response ends
+        (4, (BOS, ANSWER, D, E), 2),  # then the response loses its end, and with it the end token
+        (3, (BOS, ANSWER, D), 2),
         (2, (BOS, D), 1),
     ],
 )
@@ -75,13 +76,13 @@ def test_truncation(max_length: int, ids: tuple[int, ...], masked: int) -> None:
     found = causal(max_length)
     assert found.items[0].input_ids == ids
     assert found.items[0].labels == (IGNORED,) * masked + ids[masked:]
-    assert found.truncated == (max_length < 9)
+    assert found.counts.cut == (max_length < 9)
 
 
 def test_truncated_examples_are_counted() -> None:
     short, long = Example("a", "", "b"), Example("a b c d", "", "b")  # 5 and 8 tokens
-    assert causal(7, "response", short, long, EXAMPLE, short).truncated == 2
-    assert causal(9, "response", short, long, EXAMPLE, short).truncated == 0
+    assert causal(7, "response", short, long, EXAMPLE, short).counts.cut == 2
+    assert causal(9, "response", short, long, EXAMPLE, short).counts.cut == 0
 
 
 def test_empty_response_still_teaches_the_end() -> None:
@@ -120,7 +121,7 @@ def test_causal_properties(examples: list[Example], max_length: int, loss_on: st
             assert len(item.input_ids) == max_length
         if whole[0] != BOS:
             assert item.input_ids[0] != BOS
-    assert found.truncated == sum(
+    assert found.counts.cut == sum(
         len(prompt) + len(example.output.split()) + 1 > max_length
         for example, prompt in zip(examples, prompts, strict=True)
     )
@@ -147,7 +148,7 @@ def test_classification() -> None:
         (BOS, A, B, C, EOS, F, EOS),  # the longer text is cut
     ]
     assert [item.labels for item in found.items] == [(1,), (0,), (1,)]
-    assert found.truncated == 1
+    assert found.counts.cut == 1
 
 
 def test_classification_refuses() -> None:
@@ -196,5 +197,5 @@ def test_real_tokenizers_on_real_text(shared_data: Path, shared_models: Path, na
             assert list(item.input_ids) == prompt + answer
             text = str(tokenizer.decode(answer[:-1], clean_up_tokenization_spaces=False))
             assert text.strip() == example.output.strip() and answer[-1] == tokenizer.eos_token_id
-    assert found.truncated == sum(length > 256 for length in lengths)
-    assert 0 < found.truncated < len(examples)
+    assert found.counts.cut == sum(length > 256 for length in lengths)
+    assert 0 < found.counts.cut < len(examples)

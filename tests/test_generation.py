@@ -27,7 +27,8 @@ from transformers import (
 
 from fedtune.bench.generation import measure
 from fedtune.errors import InputError
-from fedtune.evaluation.generation import Sampling, context_length, evaluating, generate, generate_ids
+from fedtune.evaluation.generation import Sampling, evaluating, generate, generate_ids
+from fedtune.models.context import context_length
 from fedtune.models.tuning import attach_lora, attach_prompt
 
 

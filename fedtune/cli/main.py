@@ -189,13 +189,18 @@ def validate(
 
     Example: fedtune validate configs/*.yaml
     """
+    from fedtune.federation.encoding import known_room, shortening
+
     problems, good = [], []
     for path in configs:
         try:
             config = fedtune.load(path)
-            good.append({"config": str(path), "method": config.method_name, "model": config.model.name})
+            room = known_room(config)
+            notes = shortening(config, room) if room else []
+            about = {"config": str(path), "method": config.method_name, "model": config.model.name}
+            good.append({**about, "notes": notes} if notes else about)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     if problems:
         raise InputError("\n".join(problems))
     if as_json:
@@ -203,6 +208,8 @@ def validate(
     else:
         for entry in good:
             print(f"{entry['config']}: {entry['method']} on {entry['model']}")
+            for note in entry.get("notes", ()):
+                print(f"  {note}")
 
 
 app.command(no_args_is_help=True)(plan)

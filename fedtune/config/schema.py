@@ -91,7 +91,8 @@ class DataSettings(Settings):
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
     template: str = "alpaca"
     loss_on: Literal["response", "all"] = "response"
-    max_length: int = Field(512, ge=8)  # tokens of prompt and response together
+    max_length: int = Field(512, ge=8)  # tokens of prompt and response together; at most what the model sees
+    too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
     clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
     partition: SerializeAsAny[Settings] = Iid()

@@ -2,15 +2,18 @@
 
 Prompt and answer are tokenised apart and joined, so that a prompt has the same tokens in training, where the
 answer follows, and in generation, where it does not. Joined text can merge tokens across the seam.
+
+What users write is text, whatever it looks like; see `fedtune.data.control`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from fedtune.data import templates
+from fedtune.data.control import Marked, marked, pair_tokens, tokens
 from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
 
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 LOSS_ON = ("response", "all")
+TOO_LONG = ("cut", "drop", "error")
+_REMEDY = (
+    "Raise data.max_length as far as the model sees, shorten the example, or set data.too_long to cut or drop"
+)
+PROMPT_SHARE = 4  # a long answer leaves its prompt one token in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +50,37 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of examples when they were encoded; each may count in several of these.
+
+    Attributes:
+        examples: Those encoded.
+        cut: Of them, longer than the maximum length.
+        without_prompt: Of those cut, with no token of their prompt left.
+        without_eos: Of those cut, with the end of their answer gone, and so without the end token.
+        empty: With an answer of no text: the end token alone is trained.
+        duplicates: Equal to an earlier one in instruction, input and output.
+        dropped: Too long and left out; these are not among `examples`.
+    """
+
+    examples: int = 0
+    cut: int = 0
+    without_prompt: int = 0
+    without_eos: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedSet:
-    """Encoded examples in the order given, and how many of them were cut to the maximum length."""
+    """Encoded examples in the order given, and what was cut, dropped or odd."""
 
     items: list[Encoded]
-    truncated: int
+    counts: Counts
 
 
 def encode_causal(
@@ -56,11 +90,13 @@ def encode_causal(
     template: str,
     loss_on: str,
     max_length: int,
+    too_long: str = "cut",
 ) -> EncodedSet:
     """Encodes examples as: begin token (if the tokenizer has one), prompt, response, end token.
 
-    What is too long loses the start of its prompt; only where the response alone is too long does it lose its
-    own end (and then the end token, for the text does not end there).
+    What is too long loses the start of its prompt, down to a quarter of the length (PROMPT_SHARE): an answer
+    to nothing teaches nothing. Then it loses the end of its response, and with it the end token, for the text
+    does not end there. A response that is whole has its end token.
 
     Args:
         examples: What to encode.
@@ -69,15 +105,14 @@ def encode_causal(
         loss_on: "response" (response and end token) or "all" (the prompt too). The begin token never carries
             loss.
         max_length: The most tokens of an example.
+        too_long: "cut", "drop" (such an example is left out) or "error", with what is longer.
 
     Raises:
-        InputError: An unknown template or `loss_on`, a `max_length` under 2, or a tokenizer without end
-            token.
+        InputError: An unknown template, `loss_on` or `too_long`, a `max_length` under 2, a tokenizer without
+            end token, a text that it cannot read as text, or with `too_long` "error" an example that is.
     """
-    if loss_on not in LOSS_ON:
-        raise InputError(
-            f'data.loss_on must be one of {", ".join(LOSS_ON)}, got "{loss_on}".{nearest(loss_on, LOSS_ON)}'
-        )
+    _one_of(loss_on, LOSS_ON, "data.loss_on")
+    _one_of(too_long, TOO_LONG, "data.too_long")
     _check_length(max_length)
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -86,19 +121,59 @@ def encode_causal(
             "set eos_token in its tokenizer_config.json."
         )
     begin = _begin(tokenizer)
-    prompts = _tokens([templates.prompt(example, template) for example in examples], tokenizer)
-    responses = _tokens([templates.response(example, template) for example in examples], tokenizer)
-    items, truncated = [], 0
-    for whole_prompt, response in zip(prompts, responses, strict=True):
-        answer = [*response, end][: max_length - len(begin)]
-        prompt = _tail(whole_prompt, max_length - len(begin) - len(answer))
-        truncated += len(prompt) + len(answer) < len(whole_prompt) + len(response) + 1
+    prompts = tokens([prompt_text(example, template, tokenizer) for example in examples], tokenizer)
+    responses = tokens([response_text(example, template, tokenizer) for example in examples], tokenizer)
+    items, kept, counts = [], list[Example](), Counts()
+    room = max_length - len(begin)
+    for place, (whole_prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        over = len(whole_prompt) + len(response) + 1 > room
+        if over and too_long == "error":
+            raise InputError(
+                f"example {place} ({examples[place].instruction[:40]!r}) is too long: {len(whole_prompt)} "
+                f"tokens of prompt and {len(response)} of answer, and {room - 1} fit beside the begin and "
+                f"end tokens. {_REMEDY}"
+            )
+        if over and too_long == "drop":
+            counts += Counts(dropped=1)
+            continue
+        prompt, answer = _fitted(whole_prompt, [*response, end], room)
+        counts += Counts(
+            examples=1,
+            cut=over,
+            without_prompt=bool(whole_prompt) and not prompt,
+            without_eos=len(answer) <= len(response),
+            empty=not examples[place].output.strip(),
+        )
+        kept.append(examples[place])
         prompt_labels = prompt if loss_on == "all" else [IGNORED] * len(prompt)
         labels = [IGNORED] * len(begin) + prompt_labels + answer
         if len(labels) == 1:  # no token comes before the only one; and its label would look like a class
             labels = [IGNORED]
         items.append(Encoded(tuple(begin + prompt + answer), tuple(labels)))
-    return EncodedSet(items, truncated)
+    return EncodedSet(items, counts + Counts(duplicates=_duplicates(kept)))
+
+
+def _fitted(prompt: list[int], answer: list[int], room: int) -> tuple[list[int], list[int]]:
+    """What of a prompt and of an answer with its end token is kept in `room` tokens."""
+    share = min(len(prompt), max(1, room // PROMPT_SHARE), room - 1)  # of the prompt, however long the answer
+    share = min(len(prompt), max(share, room - len(answer)))
+    if share and room - share == len(answer) - 1:
+        share -= 1  # the end token alone would be cut, and a whole answer ends
+    return _tail(prompt, share), answer[: room - share]
+
+
+def prompt_text(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> Marked:
+    """An example's text before the answer, in which the template's own control tokens are marked."""
+    return marked(lambda texts: templates.prompt(Example(*texts), template), _fields(example), tokenizer)
+
+
+def response_text(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> Marked:
+    """The answer's text as it follows the prompt, likewise."""
+    return marked(lambda texts: templates.response(Example(*texts), template), _fields(example), tokenizer)
+
+
+def _fields(example: Example) -> tuple[str, ...]:
+    return example.instruction, example.input, example.output, example.category
 
 
 def encode_prompts(
@@ -107,7 +182,7 @@ def encode_prompts(
     """Encodes prompts for generation: begin token (if any) and prompt, cut from the left to `max_length`.
 
     Args:
-        prompts: Texts, as `templates.prompt` makes them.
+        prompts: Texts, as `prompt_text` makes them: of others all is data, and none of it a control token.
         tokenizer: A Hugging Face tokenizer.
         max_length: The most tokens of a prompt; None: no limit.
 
@@ -115,18 +190,23 @@ def encode_prompts(
         Token ids, and how many prompts were cut.
 
     Raises:
-        InputError: A `max_length` under 2.
+        InputError: A `max_length` under 2, or a text that the tokenizer cannot read as text.
     """
     if max_length is not None:
         _check_length(max_length)
-    begin, whole = _begin(tokenizer), _tokens(list(prompts), tokenizer)
+    begin, whole = _begin(tokenizer), tokens(prompts, tokenizer)
     kept = [ids if max_length is None else _tail(ids, max_length - len(begin)) for ids in whole]
     cut = sum(len(short) < len(long) for short, long in zip(kept, whole, strict=True))
     return [begin + ids for ids in kept], cut
 
 
 def encode_classification(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: Sequence[str],
+    max_length: int,
+    too_long: str = "cut",
 ) -> EncodedSet:
     """Encodes instruction, and input where there is one, as a text or a pair; the output is the class.
 
@@ -137,53 +217,45 @@ def encode_classification(
         tokenizer: A Hugging Face tokenizer.
         labels: The classes' names, in the order of the head's outputs.
         max_length: The most tokens of an example.
+        too_long: As of `encode_causal`.
 
     Raises:
-        InputError: An output that is not among `labels`, labels that repeat, or a `max_length` too short for
-            one token of text beside the special ones.
+        InputError: An output that is not among `labels`, labels that repeat, a `max_length` too short for
+            one token of text beside the special ones, or as `encode_causal`.
     """
     classes = {label: index for index, label in enumerate(labels)}
     if len(classes) != len(labels) or len(labels) < 2:
         raise InputError(f"labels of a classification must be two or more and differ, got {list(labels)}.")
+    _one_of(too_long, TOO_LONG, "data.too_long")
     special = tokenizer.num_special_tokens_to_add(pair=any(example.input for example in examples))
     _check_length(max_length, least=special + 2)
-    items, truncated = [], 0
-    for number, (example, ids) in enumerate(zip(examples, _pair_tokens(examples, tokenizer), strict=True)):
+    items, kept, counts = [], list[Example](), Counts()
+    rows = [[e.instruction, e.input] if e.input else [e.instruction] for e in examples]
+    for number, (example, ids) in enumerate(zip(examples, pair_tokens(rows, tokenizer), strict=True)):
         if example.output not in classes:
             raise InputError(
                 f'example {number} has the label "{example.output}", which is not among the labels '
                 f"{', '.join(labels)}.{nearest(example.output, labels)}"
             )
-        if len(ids) > max_length:
-            truncated += 1
-            texts = [example.instruction, example.input] if example.input else [example.instruction]
-            ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
-        items.append(Encoded(tuple(ids), (classes[example.output],)))
-    return EncodedSet(items, truncated)
-
-
-def _pair_tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Whole sequences with special tokens."""
-    # one call for texts and one for pairs, since a tokenizer's batch is all of a kind
-    ids: list[list[int]] = [[] for _ in examples]
-    for paired in (False, True):
-        places = [place for place, example in enumerate(examples) if bool(example.input) == paired]
-        if not places:
+        over = len(ids) > max_length
+        if over and too_long == "error":
+            raise InputError(
+                f"example {number} ({example.instruction[:40]!r}) is too long: {len(ids)} tokens, and "
+                f"{max_length} fit. {_REMEDY}"
+            )
+        if over and too_long == "drop":
+            counts += Counts(dropped=1)
             continue
-        columns = [[examples[place].instruction for place in places]]
-        if paired:
-            columns.append([examples[place].input for place in places])
-        for place, tokens in zip(places, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
-            ids[place] = tokens
-    return ids
+        if over:
+            (ids,) = pair_tokens([rows[number]], tokenizer, max_length=max_length)
+        counts += Counts(examples=1, cut=over)
+        kept.append(example)
+        items.append(Encoded(tuple(ids), (classes[example.output],)))
+    return EncodedSet(items, counts + Counts(duplicates=_duplicates(kept)))
 
 
-def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: what is longer than the model's context is cut here, so a warning about it would mislead
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _duplicates(examples: Sequence[Example]) -> int:
+    return len(examples) - len({(e.instruction, e.input, e.output) for e in examples})
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -192,6 +264,13 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _tail(ids: list[int], count: int) -> list[int]:
     return ids[max(0, len(ids) - count) :]
+
+
+def _one_of(value: str, allowed: Sequence[str], setting: str) -> None:
+    if value not in allowed:
+        raise InputError(
+            f'{setting} must be one of {", ".join(allowed)}, got "{value}".{nearest(value, allowed)}'
+        )
 
 
 def _check_length(max_length: int, least: int = 2) -> None:

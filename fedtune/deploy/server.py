@@ -97,7 +97,9 @@ class Server:
             FederationError: Flower does not start, or too few clients take part.
         """
         run = str(known["run"]) if known else secrets.token_hex(8)
-        config = json.dumps(self._config.resolved(), separators=(",", ":"))
+        document = self._config.resolved()
+        document["data"]["max_length"] = assembly.max_length  # clients may not have the model to ask
+        config = json.dumps(document, separators=(",", ":"))
         self._invitation = Invitation(run, config, assembly.loaded.weights_sha256)
         self._channel = self.start()
         if known:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fedtune.errors import InputError
+from fedtune.models.context import context_length, virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,36 +245,24 @@ def _end_tokens(model: Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return frozenset(token for token in [tokenizer.eos_token_id, *listed] if isinstance(token, int))
 
 
-def prompt_room(model: Module, max_new_tokens: int) -> int | None:
+def prompt_room(model: Module, max_new_tokens: int, *, reserved: int = 0) -> int | None:
     """Tokens of a prompt that fit before an answer; None where there is no limit.
+
+    Args:
+        model: Who answers.
+        max_new_tokens: The most tokens of an answer.
+        reserved: As of `context_length`.
 
     Raises:
         InputError: There is no room for a prompt.
     """
-    context = context_length(model)
+    context = context_length(model, reserved=reserved)
     if context is not None and context - max_new_tokens < 2:  # a begin token and one of text
         raise InputError(
             f"evaluation.max_new_tokens must be at most {context - 2}, since the model sees {context} tokens "
             f"of text, got {max_new_tokens}."
         )
     return None if context is None else context - max_new_tokens
-
-
-def context_length(model: Module) -> int | None:
-    """Tokens of text that the model can see at once; None where there is no limit (BLOOM)."""
-    inner = _inner(model)
-    limit = getattr(inner.config, "max_position_embeddings", None)
-    if limit is None or limit < 1:  # XLNet, whose positions are relative, says -1
-        return None
-    if inner.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        limit -= inner.config.pad_token_id + 1  # their positions start after the padding's
-    return int(limit) - virtual_tokens(model)
-
-
-def virtual_tokens(model: Module) -> int:
-    """Tokens of a soft prompt before the text; 0 without one."""
-    config: Any = getattr(model, "active_peft_config", None)
-    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
 
 def _inner(model: Any) -> Any:

@@ -28,10 +28,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from fedtune.data.control import tokens
 from fedtune.errors import InputError
-from fedtune.evaluation.generation import Sampling, context_length, generate
+from fedtune.evaluation.generation import Sampling, generate
 from fedtune.evaluation.harness_names import LOCAL_TASKS
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored
+from fedtune.models.context import context_length
 
 FEW_SHOT_SEED = 1234  # the harness's default, so that its command line draws the same solved examples
 
@@ -209,10 +211,31 @@ class _Model(HFLM):
             pretrained=env.model,
             tokenizer=tokenizer,
             batch_size=env.settings.batch_size,
-            max_length=context_length(env.model),
+            max_length=context_length(env.model, reserved=env.settings.reserved),
         )
+        if self.max_length < 1:  # XLNet's word for no limit
+            self._max_length = self._DEFAULT_MAX_LENGTH
         self.truncated = 0
         self._env = env
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """As the harness, but a task's texts are data: what reads like a control token is none."""
+        plain: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        (text,) = tokens([string], self.tokenizer)
+        if text == plain:
+            whole: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+            return whole
+        around: list[int] = super().tok_encode("a", add_special_tokens)  # the same goes around any text
+        inner: list[int] = self.tokenizer.encode("a", add_special_tokens=False)
+        before = next(i for i in range(len(around)) if around[i : i + len(inner)] == inner)
+        whole = [*around[:before], *text, *around[before + len(inner) :]]
+        return whole[-left_truncate_len:] if left_truncate_len else whole
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the harness, without a progress bar."""

@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.data import templates
-from fedtune.data.examples import Example
+from fedtune.data.control import Marked, marked
 from fedtune.errors import InputError
 from fedtune.evaluation.answers import all_rows
 from fedtune.evaluation.endpoint import Endpoint, Unanswered, key_of
@@ -187,20 +186,27 @@ def answer(env: EvalEnv, questions: Sequence[Question]) -> list[list[str]]:
     return answers
 
 
-def conversation(env: EvalEnv, turns: Sequence[str], answers: Sequence[str]) -> str:
+def conversation(env: EvalEnv, turns: Sequence[str], answers: Sequence[str]) -> Marked:
     """The text before an answer, in the tokenizer's chat template or, without one, the run's template."""
     tokenizer: Any = env.tokenizer
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": turns[0]}]
-        for said, asked in zip(answers, turns[1:], strict=True):
-            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": asked}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return text.removeprefix(tokenizer.bos_token or "")  # generation puts one in front of any prompt
-    before = ""
+        spoken = [text for turn in zip(turns, answers, strict=False) for text in turn] + [turns[-1]]
+        text = marked(lambda texts: _chat(tokenizer, texts), spoken, tokenizer)
+        begin = tokenizer.bos_token or ""
+        # generation puts one in front of any prompt
+        return text.without_first(len(begin)) if begin and text.startswith(begin) else text
+    before = Marked("")
     for said, asked in zip(answers, turns, strict=False):
-        before += env.prompt(asked)
-        before += templates.response(Example(asked, output=said), env.settings.template) + "\n\n"
+        before += env.prompt(asked) + env.response(asked, said) + "\n\n"
     return before + env.prompt(turns[-1])
+
+
+def _chat(tokenizer: Any, texts: Sequence[str]) -> str:
+    """Texts of user and assistant in turn, in the tokenizer's chat template."""
+    messages = [
+        {"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)
+    ]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def judge(

@@ -41,7 +41,9 @@ def _loss(env: EvalEnv) -> Outcome:
         )
     scored = Scored(losses, weights=counts, lower_is_better=True)
     perplexity = math.exp(scored.value) if scored.value < 700 else math.inf
-    return Outcome({"loss": scored}, {"perplexity": perplexity, "tokens": sum(counts)})
+    cut = env.encoded.cut
+    notes = (f"{cut} of {len(losses)} examples are cut to {env.max_length} tokens",) if cut else ()
+    return Outcome({"loss": scored}, {"perplexity": perplexity, "tokens": sum(counts)}, notes)
 
 
 def _accuracy(env: EvalEnv) -> Outcome:

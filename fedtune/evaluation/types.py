@@ -18,15 +18,25 @@ from torch import Tensor
 
 from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
-from fedtune.data import templates
 from fedtune.data.batches import collate
-from fedtune.data.encode import IGNORED, Encoded, encode_causal, encode_classification, encode_prompts
+from fedtune.data.control import Marked
+from fedtune.data.encode import (
+    IGNORED,
+    Counts,
+    Encoded,
+    encode_causal,
+    encode_classification,
+    encode_prompts,
+    prompt_text,
+    response_text,
+)
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.endpoint import check_judge
-from fedtune.evaluation.generation import Sampling, context_length, generate, prompt_room
+from fedtune.evaluation.generation import Sampling, generate, prompt_room
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.models.context import context_length
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
@@ -78,6 +88,8 @@ class EvalSettings:
         code: How programs that the model wrote are run.
         bootstrap: Resamples of an interval; 0: no intervals.
         seed: What draws and resamples are derived from.
+        reserved: Tokens of the model's context that are kept free for the soft prompt which a run trains, so
+            that models with and without it are scored on the same tokens.
     """
 
     template: str
@@ -98,6 +110,7 @@ class EvalSettings:
     code: CodeSettings = field(default_factory=CodeSettings)
     bootstrap: int = 1000
     seed: int = 0
+    reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +175,7 @@ class EvalEnv:
     ) -> None:
         self.model, self.tokenizer, self.examples, self.settings = model, tokenizer, examples, settings
         self.truncated: int | None = None  # prompts that lost their start; None before any was answered
+        self.encoded = Counts()  # what became of the examples, once a loss or a class was asked for
 
     def file(self, task: str) -> Path:
         """The local data file given for a task. Raises InputError if there is none."""
@@ -182,9 +196,14 @@ class EvalEnv:
         """
         return read_rows(self.file(task), fields, limit=self.settings.limit, task=task)
 
-    def prompt(self, instruction: str, input: str = "") -> str:
-        """An instruction in the run's template."""
-        return templates.prompt(Example(instruction, input), self.settings.template)
+    def prompt(self, instruction: str, input: str = "") -> Marked:
+        """An instruction in the run's template, whose control tokens are marked."""
+        return prompt_text(Example(instruction, input), self.settings.template, self.tokenizer)
+
+    def response(self, instruction: str, output: str) -> Marked:
+        """An answer as it follows `prompt`, likewise."""
+        example = Example(instruction, output=output)
+        return response_text(example, self.settings.template, self.tokenizer)
 
     def max_new_tokens(self, default: int) -> int:
         """The most tokens of an answer: what was set, else a task's own number."""
@@ -204,8 +223,9 @@ class EvalEnv:
         """Answers prompts, in batches.
 
         Args:
-            prompts: What goes after the begin token. One that is too long for the context loses its start and
-                is counted in `truncated`.
+            prompts: What goes after the begin token. All is data and none of it a control token, but for
+                what `prompt` has marked; + keeps the marks. One that is too long for the context loses its
+                start and is counted in `truncated`.
             max_new_tokens: The most tokens of an answer.
             stop: An answer ends before the first of these.
             samples: Answers to each prompt.
@@ -219,7 +239,7 @@ class EvalEnv:
         Raises:
             InputError: A prompt without tokens, or no room for a prompt in the model's context.
         """
-        room = prompt_room(self.model, max_new_tokens)
+        room = prompt_room(self.model, max_new_tokens, reserved=self.settings.reserved)
         encoded, cut = encode_prompts(prompts, self.tokenizer, max_length=room)
         self.truncated = (self.truncated or 0) + cut
         if temperature == 0:
@@ -253,10 +273,10 @@ class EvalEnv:
     def _greedy(self) -> tuple[list[str], int]:
         """Answers to the examples, and how many prompts lost their start."""
         tokens, length = self.max_new_tokens(64), self.settings.max_length
-        room = prompt_room(self.model, tokens)
+        room = prompt_room(self.model, tokens, reserved=self.settings.reserved)
         # Cut here, where the begin token is kept, and not by the length of the context in generate.
         encoded, cut = encode_prompts(
-            [templates.prompt(example, self.settings.template) for example in self.examples],
+            [prompt_text(example, self.settings.template, self.tokenizer) for example in self.examples],
             self.tokenizer,
             max_length=length if room is None else min(length, room),
         )
@@ -280,13 +300,14 @@ class EvalEnv:
     @cached_property
     def token_losses(self) -> tuple[list[float], list[int]]:
         """Of each example the sum of its tokens' losses in nats, and how many tokens carry loss."""
-        encoded = encode_causal(
+        found = encode_causal(
             self.examples,
             self.tokenizer,
             template=self.settings.template,
             loss_on=self.settings.loss_on,
-            max_length=self._max_length,
-        ).items
+            max_length=self.max_length,
+        )
+        encoded, self.encoded = found.items, found.counts
         totals, counts = [0.0] * len(encoded), [0] * len(encoded)
         for places, logits, labels in self._forward(encoded):
             targets = labels[:, 1:]
@@ -302,9 +323,10 @@ class EvalEnv:
     def class_scores(self) -> tuple[list[float], list[int]]:
         """A classifier's loss on each example, and the class of its highest output."""
         assert self.settings.labels is not None
-        encoded = encode_classification(
-            self.examples, self.tokenizer, labels=self.settings.labels, max_length=self._max_length
-        ).items
+        found = encode_classification(
+            self.examples, self.tokenizer, labels=self.settings.labels, max_length=self.max_length
+        )
+        encoded, self.encoded = found.items, found.counts
         losses, classes = [0.0] * len(encoded), [0] * len(encoded)
         for places, logits, labels in self._forward(encoded):
             each = _losses(logits, labels).tolist()
@@ -313,8 +335,9 @@ class EvalEnv:
         return losses, classes
 
     @property
-    def _max_length(self) -> int:
-        context = context_length(self.model)
+    def max_length(self) -> int:
+        """The most tokens of an example that the model reads."""
+        context = context_length(self.model, reserved=self.settings.reserved)
         return self.settings.max_length if context is None else min(self.settings.max_length, context)
 
     def _forward(self, encoded: list[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor]]:

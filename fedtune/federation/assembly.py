@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,12 @@ from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
+from fedtune.data.encode import Counts, EncodedSet
+from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
-from fedtune.federation.data import Split, encode_for, prepare_data, public_examples
+from fedtune.federation.data import Split, prepare_data, public_examples
+from fedtune.federation.encoding import Room, describe, encode_for, example_room, shortening
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
@@ -40,6 +44,9 @@ class Assembly:
     runner: ClientRunner
     device: torch.device
     client_examples: dict[int, int]
+    max_length: int  # tokens of an example: data.max_length, as far as the model sees
+    counts: dict[str, Counts | None]  # what became of training, public and held-out examples; None: not here
+    notes: list[str]  # what a person should know of them
     environment: dict[str, Any]
     base_parameters: int
 
@@ -72,12 +79,39 @@ class Assembly:
         torch.nn.Module.to(loaded.model, device)
         name_classes(loaded.model.config, split.labels)
         with clock.part("encoding"):
-            data = {
-                c: encode_for(config, items, loaded.tokenizer, split.labels)
-                for c, items in split.clients.items()
-            }
-            public = encode_for(config, public_examples(config), loaded.tokenizer, split.labels)
-        method.prepare(ServerEnv(public, loaded.tokenizer.pad_token_id, device))
+            room = example_room(config, loaded.model.config)
+
+            def encoded(items: Sequence[Example], whose: str, too_long: str | None = None) -> EncodedSet:
+                return encode_for(
+                    config,
+                    items,
+                    loaded.tokenizer,
+                    split.labels,
+                    max_length=room.tokens,
+                    whose=whose,
+                    too_long=too_long,
+                )
+
+            found = {c: encoded(items, split.owner(c)) for c, items in split.clients.items()}
+            public = encoded(public_examples(config), "the server's public examples")
+            # all models are scored on all of them, so they are cut and none is dropped
+            held_out = encoded(
+                split.evaluation,
+                "the held-out examples",
+                "error" if config.data.too_long == "error" else "cut",
+            )
+        data = {client: each.items for client, each in found.items()}
+        counts = {
+            "train": sum((each.counts for each in found.values()), Counts()) if found else None,
+            "held_out": held_out.counts,
+        }
+        if config.data.public is not None:
+            counts["public"] = public.counts
+        if not method.pools_data:
+            for entry, each in zip(split.partition["clients"], found.values(), strict=True):
+                entry["encoded"] = asdict(each.counts)
+        split.partition["encoded"] = {group: one and asdict(one) for group, one in counts.items()}
+        method.prepare(ServerEnv(public.items, loaded.tokenizer.pad_token_id, device))
         runner = ClientRunner(
             method,
             loaded.model,
@@ -100,7 +134,20 @@ class Assembly:
         }
         sizes = {client: len(items) for client, items in data.items()}
         base = count_parameters(loaded.model)[0]
-        return Assembly(config, split, loaded, method, runner, device, sizes, about, base)
+        return Assembly(
+            config,
+            split,
+            loaded,
+            method,
+            runner,
+            device,
+            sizes,
+            max_length=room.tokens,
+            counts=counts,
+            notes=_notes(config, room, counts),
+            environment=about,
+            base_parameters=base,
+        )
 
     def refuse_other_inputs(self, path: Path) -> None:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
@@ -119,6 +166,18 @@ class Assembly:
         """Leaves a pooler frozen where the version that began the run in `path` did."""
         if "drawn" not in read_json(path / "environment.json")["model"]:
             mark_drawn(self.loaded.model, [])
+
+
+def _notes(config: RunConfig, room: Room, counts: Mapping[str, Counts | None]) -> list[str]:
+    """What a person should know of the examples, a line each."""
+    known = {group: one for group, one in counts.items() if one is not None}
+    notes = shortening(config, room, lost=any(one.cut or one.dropped for one in known.values()))
+    notes += describe(known, room.tokens)
+    if config.data.train == CLIENTS:
+        notes.append(
+            "what is cut or dropped of a client's file is counted there, and said on its own terminal"
+        )
+    return notes
 
 
 def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:

@@ -27,7 +27,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
-from fedtune.federation.data import encode_for
+from fedtune.federation.encoding import Room, describe, encode_for, example_room
 from fedtune.federation.plugins import load_again
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
@@ -120,6 +120,7 @@ def join(
     held: nn.Module
     if method.sends_model:  # this client never gets the server's model, and must not need it
         tokenizer, held = load_tokenizer(name, Path(".")), nn.Module()
+        room = Room(settings.max_length)  # as the server has cut it to what its model sees
     else:
         loaded = load_model(
             name,
@@ -136,18 +137,20 @@ def join(
                 f"server's ({message.text('weights')[:12]})"
             )
         torch.nn.Module.to(loaded.model, where)
+        room = example_room(config, loaded.model.config)
         tokenizer, held = loaded.tokenizer, method.client_model(lambda: loaded.model)
-    items = encode_for(config, examples, tokenizer, labels)
+    found = encode_for(config, examples, tokenizer, labels, max_length=room.tokens, whose=str(data))
     runner = ClientRunner(
         method,
         held,
-        {message.number("client"): items},
+        {message.number("client"): found.items},
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         device=where,
         protection=client_protection(config, method),
     )
-    return JoinedRun(runner, len(items), config.method_name)
+    notes = describe({"train": found.counts}, room.tokens)
+    return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 
 def local_steps(config: RunConfig, examples: int) -> int:

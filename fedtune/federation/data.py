@@ -1,4 +1,4 @@
-"""Examples of a run: loaded, held out, dealt to clients, encoded."""
+"""Examples of a run: loaded, held out, dealt to clients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.partitions import Given
 from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
-from fedtune.data.encode import Encoded, encode_causal, encode_classification
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.objects import ObjectData
@@ -54,6 +52,12 @@ class Split:
     def trained(self) -> list[Example]:
         """What clients train on."""
         return [example for part in self.clients.values() for example in part]
+
+    def owner(self, client: int) -> str:
+        """A client's number, and its name where it has one, for people."""
+        listed = self.partition["clients"]
+        name = listed[client].get("name") if client < len(listed) else None
+        return f"client {client} ({name})" if name else f"client {client}"
 
 
 def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None = None) -> Split:
@@ -209,24 +213,6 @@ def public_examples(config: RunConfig) -> list[Example]:
         chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
         examples = [examples[i] for i in sorted(chosen)]
     return examples
-
-
-def encode_for(
-    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
-) -> list[Encoded]:
-    """A client's examples as token ids."""
-    if config.model.task == "classification":
-        return list(
-            encode_classification(examples, tokenizer, labels=labels, max_length=config.data.max_length).items
-        )
-    encoded = encode_causal(
-        examples,
-        tokenizer,
-        template=config.data.template,
-        loss_on=config.data.loss_on,
-        max_length=config.data.max_length,
-    )
-    return list(encoded.items)
 
 
 def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -26,7 +26,7 @@ from fedtune.data.encode import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
-from fedtune.federation.data import encode_for
+from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.measure.clock import Clock
@@ -87,6 +87,8 @@ def diagnose(
     progress.stage("loading data and model")
     with torch_settings():
         assembly = Assembly.assemble(config, Clock(), objects)
+        for note in assembly.notes:
+            progress.note(note)
         everyone = {client: count for client, count in assembly.client_examples.items() if count}
         if not everyone:
             raise InputError(
@@ -167,14 +169,27 @@ def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | No
 
 def _encoded(config: RunConfig, assembly: Assembly, client: int) -> list[Encoded]:
     return encode_for(
-        config, assembly.split.clients[client], assembly.loaded.tokenizer, assembly.split.labels
-    )
+        config,
+        assembly.split.clients[client],
+        assembly.loaded.tokenizer,
+        assembly.split.labels,
+        max_length=assembly.max_length,
+        whose=assembly.split.owner(client),
+    ).items
 
 
 def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[Group]:
     """Held-out examples in groups, whose weighted mean is the loss of `compare`; `most` of them."""
     examples = assembly.split.evaluation[:most]
-    items = encode_for(config, examples, assembly.loaded.tokenizer, assembly.split.labels)
+    items = encode_for(
+        config,
+        examples,
+        assembly.loaded.tokenizer,
+        assembly.split.labels,
+        max_length=assembly.max_length,
+        whose="the held-out examples",
+        too_long="cut",
+    ).items
     groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
     return [Group(part, float(sum(item.trained for item in part))) for part in groups]
 

@@ -9,6 +9,9 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives what happens, in the order in which it happens."""
 
+    def note(self, text: str) -> None:
+        """One line that should stay in sight."""
+
     def stage(self, text: str) -> None:
         """Something that takes a while begins."""
 
@@ -57,6 +60,10 @@ class Named:
 
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress, self._name = progress, name
+
+    def note(self, text: str) -> None:
+        """With the run's own name, since others say the like."""
+        self._progress.note(f"{self._name}: {text}")
 
     def stage(self, text: str) -> None:
         """As it is."""

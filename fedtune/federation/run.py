@@ -8,6 +8,7 @@ bits of a run that was never killed.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,6 +97,8 @@ def run(
     with settings_kept(), torch_settings():
         with clock.part("setup"), faults("loading data and model"):
             assembly = Assembly.assemble(config, clock, objects)
+        for note in assembly.notes:
+            progress.note(note)
         if resume:
             assembly.refuse_other_inputs(path)
             assembly.train_as_begun(path)
@@ -372,6 +375,7 @@ class _Federation:
             "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
             "left_out": left_out(self._rounds, self._assembly.split.partition["clients"]),
             "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
+            "examples": {group: one and asdict(one) for group, one in self._assembly.counts.items()},
             "status": status,
         }
         if self._account is not None:

@@ -14,6 +14,7 @@ from fedtune.evaluation.clients import spread
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.data import Split
+from fedtune.federation.encoding import reserved_tokens
 
 Scores = dict[str, dict[str, float]]
 
@@ -91,6 +92,7 @@ def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
         max_length=data.max_length,
         labels=tuple(labels) or None,
         seed=config.seed,
+        reserved=reserved_tokens(config),
         judge=evaluation.judge,
         code=evaluation.code,
         **evaluation.model_dump(exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code"}),

@@ -160,6 +160,15 @@ def load_model(
     return Loaded(model, tokenizer, name, digest, settings_sha256(folder))
 
 
+def model_config(name: str, *, base: Path, task: str = "causal-lm") -> PretrainedConfig:
+    """Reads a model's config.json.
+
+    Raises:
+        InputError: As `load_model`, but weights and tokenizer are neither needed nor read.
+    """
+    return _config(name, model_folder(name, base, weights=False), task, None)
+
+
 def meta_model(
     name: str,
     *,

@@ -137,7 +137,7 @@ def judge(candidates: Sequence[Candidate], resources: ClientResources) -> dict[s
         "model_private": resources.model_private,
         "client_flops_per_second": resources.speed,
         "clients": first.data.clients,
-        "max_length": first.data.max_length,
+        "max_length": workload.room_of(first).tokens,
         "methods": rows,
         "pick": _pick([row for row in rows if row["fits"]]),
     }

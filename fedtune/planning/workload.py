@@ -2,7 +2,8 @@
 
 Local data and a tokenizer beside the config.json are read, and then these are the run's own numbers. Nothing
 is downloaded for a plan but a model's config.json and tokenizer: of data that are not here the plan takes
-`data.max_length` for every example, and says that it does not know how many there are.
+`data.max_length` for every example, as far as the model sees, and says that it does not know how many there
+are.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 
 from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
-from fedtune.data.encode import Encoded
+from fedtune.data.encode import Counts, Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
-from fedtune.federation.data import encode_for, prepare_data, public_examples
+from fedtune.federation.data import prepare_data, public_examples
+from fedtune.federation.encoding import Room, describe, encode_for, example_room, shortening
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
-from fedtune.models.load import load_tokenizer
+from fedtune.models.load import load_tokenizer, model_config
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         InputError: Local data are malformed or cannot be split as asked; or their number of clients is to
             come from data that are not here.
     """
-    data, notes = config.data, []
+    data, notes = config.data, list[str]()
+    room = room_of(config)
+    notes += shortening(config, room)
     sources = [] if objects else [data.train]
     sources += [data.holdout.source] if data.holdout.source else []
     here = all(map(_is_here, sources))
     tokenized = _has_tokenizer(config.model.name)
-    longest = _assumed(config, rows)
+    longest = _assumed(config, rows, room.tokens)
     public = longest if data.public is not None else ()
     if not here:
         clients = (
@@ -84,7 +88,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             )
         notes.append(
             f"{', '.join(s for s in sources if not _is_here(s))} is not on this machine: every example is "
-            f"taken to have data.max_length ({data.max_length}) tokens, and each client a full batch"
+            f"taken to have {_in_words(config, room)} tokens, and each client a full batch"
         )
         population = 1 if pooled else clients
         labels = len(data.labels) if data.labels else None
@@ -95,32 +99,55 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     if not tokenized:
         notes.append(
             f"model {config.model.name} has no tokenizer here: every example is taken to have "
-            f"data.max_length ({data.max_length}) tokens"
+            f"{_in_words(config, room)} tokens"
         )
         return Workload(counts, len(counts), longest, public, classes, tuple(notes))
     tokenizer = load_tokenizer(config.model.name, Path("."))
-    encoded = (
-        item
-        for items in split.clients.values()
-        for item in encode_for(config, items, tokenizer, split.labels)
-    )
-    longest = _longest(encoded, rows)
+    longest, each = (), dict[str, Counts]()
+    for client, items in split.clients.items():
+        found = encode_for(
+            config, items, tokenizer, split.labels, max_length=room.tokens, whose=split.owner(client)
+        )
+        each["train"] = each.get("train", Counts()) + found.counts
+        counts[client] = len(found.items)
+        longest = _longest([*longest, *found.items], rows)
     if data.public is not None and _is_here(data.public.source):
-        shared = public_examples(config)
-        public = _longest(encode_for(config, shared, tokenizer, split.labels), rows)
+        found = encode_for(
+            config,
+            public_examples(config),
+            tokenizer,
+            split.labels,
+            max_length=room.tokens,
+            whose="the server's public examples",
+        )
+        each["public"] = found.counts
+        public = _longest(found.items, rows)
+    notes += describe(each, room.tokens)
     return Workload(counts, len(counts), longest, public, classes, tuple(notes))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
     """Examples of `data.max_length` tokens, of which it is not known how many there are."""
-    note = f"every example is taken to have data.max_length ({config.data.max_length}) tokens"
-    longest = _assumed(config, rows)
-    return Workload(None, clients, longest, longest, None, (f"{note}, and each client a full batch",))
+    room = room_of(config)
+    notes = [f"every example is taken to have {_in_words(config, room)} tokens, and each client a full batch"]
+    longest = _assumed(config, rows, room.tokens)
+    return Workload(None, clients, longest, longest, None, tuple(notes))
 
 
-def _assumed(config: RunConfig, rows: int) -> tuple[Encoded, ...]:
+def room_of(config: RunConfig) -> Room:
+    """How long the run's examples may be."""
+    return example_room(config, model_config(config.model.name, base=Path("."), task=config.model.task))
+
+
+def _in_words(config: RunConfig, room: Room) -> str:
+    if room.shortened:
+        return f"the {room.tokens} that the model sees, of data.max_length ({config.data.max_length})"
+    return f"data.max_length ({room.tokens})"
+
+
+def _assumed(config: RunConfig, rows: int, length: int) -> tuple[Encoded, ...]:
     """Examples as long as allowed, of tokens that differ: so they cost most."""
-    length, wide = config.data.max_length, config.model.task == "causal-lm"
+    wide = config.model.task == "causal-lm"
     return tuple(
         Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1))
         for row in range(rows)

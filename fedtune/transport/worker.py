@@ -39,11 +39,13 @@ class JoinedRun:
         runner: Does its orders.
         examples: How many examples it trains on.
         method: The method's name, for the log.
+        notes: What else the log says: what was cut of its examples.
     """
 
     runner: ClientRunner
     examples: int
     method: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -121,6 +123,8 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "run.json", json.dumps(dict(fields)).encode())
         self._log_line(f"joined run {self._run} ({self.joined.method}) with {self.joined.examples} examples")
+        for note in self.joined.notes:
+            self._log_line(note)
         return Message({"examples": self.joined.examples})
 
     def _knows(self, run: str) -> bool:
