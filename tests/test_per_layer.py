@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from model_families import build as family
 from model_families import save_folder, tokenizer
 from per_layer_models import BASE, KINDS, LATENT, LLAMA4, MOE, NEO, logits, made, without
+from toy import Bench
 
 from fedtune.config.file import parse_config
+from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.fedbiot.settings import Config as FedBiOTConfig
@@ -116,6 +119,38 @@ def test_a_method_that_leaves_blocks_out_refuses_before_its_first_round(settings
     with pytest.raises(InputError, match="lambda_init"):
         method.client_model(lambda: made("diffllama", BASE))
     assert registry.build(settings, 0).client_model(lambda: made("gemma2", WINDOW)) is not None
+
+
+@pytest.mark.parametrize("name", ["one entry a block", "both", "first_k_dense_replace", "moe_layers"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedcybgd", "compression": "layer-drop", "local_steps": 1},
+        {
+            "name": "fedbiot", "layer_dropout": 0.5, "local_steps": 1,
+            "lora": {"rank": 2, "targets": ["o_proj"]}, "alignment": {"steps_before": 1, "steps": 1},
+        },
+    ],
+    ids=lambda method: method["name"],
+)  # fmt: skip
+def test_no_client_is_left_out(name: str, method: dict[str, Any]) -> None:
+    """Before, turns failed with "does not fit its architecture", and the run ended as a success."""
+    kind, settings = GO[name]
+    config = parse_config(
+        {
+            "method": method,
+            **({"data": {"public": {"source": "bundled"}}} if method["name"] == "fedbiot" else {}),
+        },
+        "test",
+    ).method
+    data = {client: [Encoded((1, 5 + client, 9), (1, 5 + client, 9))] * 2 for client in range(3)}
+    built = registry.build(config, 0)
+    if method["name"] == "fedbiot":  # the bench prepares a method without public examples
+        prepare = built.prepare
+        built.prepare = lambda server: prepare(replace(server, public=tuple(data[0])))  # type: ignore[method-assign]
+    federation = Bench(built, made(kind, settings), data)
+    outcome = federation.round(1)
+    assert sorted(outcome.clients) == [0, 1, 2] and not outcome.left_out
 
 
 @pytest.mark.parametrize(

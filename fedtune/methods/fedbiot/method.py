@@ -121,7 +121,7 @@ class FedBiOT:
                 )
         scaling = self.config.lora.alpha / self.config.lora.rank
         room = self.config.alignment.keep_mb * 1_000_000
-        self._server = Server(model, full, places, parts, self._attach, scaling, room)
+        self._server = Server(model, full, places, parts, self._attach, scaling, room, bool(pruned))
         return full
 
     def init(self, model: nn.Module) -> State:

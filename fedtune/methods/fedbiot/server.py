@@ -35,6 +35,7 @@ class Server:
         attach: Puts LoRA on some blocks of a model.
         scaling: alpha / rank.
         room: Bytes that the teacher may keep.
+        pruned: Whether the emulator's blocks have fewer channels than the model's.
     """
 
     base: PreTrainedModel
@@ -44,6 +45,7 @@ class Server:
     attach: Callable[[nn.Module, Sequence[int]], nn.Module]
     scaling: float
     room: int
+    pruned: bool
     emulated: nn.Module | None = None
     asked: Teacher | None = None
 
@@ -58,7 +60,7 @@ class Server:
         """What a client gets to hold: embeddings, adapter, emulator with `merged` in it, norm and head."""
         front, emulator, back = self.parts
         blocks = [self._merged(k, block, merged) for k, block in enumerate(emulator)]
-        if padded:
+        if padded and self.pruned:
             whole = find_blocks(self.full).modules
             blocks = [Block(b.origin, pad_mlp(whole[b.origin], b.tensors)) for b in blocks]
         return submodel(self.base, [*front, *blocks, *back])
