@@ -28,3 +28,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean "x"?' for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text for a message, with its middle left out where it is longer than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"

@@ -29,14 +29,13 @@ from fedtune.core.types import (
     ServerProtection,
     Transport,
 )
-from fedtune.core.wire import Content, FrameError, check, decode, encode
+from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
-MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensors asked for
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
@@ -203,7 +202,11 @@ class RoundLoop:
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         with self._clock.part("wire"):
-            content = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
+            content = decode(
+                arrival.frame,
+                max_bytes=_reply_limit(asked.expects),
+                max_manifest=manifest_bytes(asked.expects),
+            )
             sender = (content.meta.get("round"), content.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
@@ -260,7 +263,7 @@ class RoundLoop:
 
 
 def _reply_limit(expects: Mapping[str, Any]) -> int:
-    total = MANIFEST_ALLOWANCE
+    total = HEADER.size + manifest_bytes(expects)
     for spec in expects.values():
         if None in spec.shape:
             return OPEN_SHAPE_LIMIT

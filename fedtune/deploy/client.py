@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedtune.config.file import read_yaml
+from fedtune.config.yaml_text import read_yaml
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client
 from fedtune.errors import FederationError, FedtuneError, InputError
