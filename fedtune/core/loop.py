@@ -30,6 +30,7 @@ from fedtune.core.types import (
     Transport,
 )
 from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes
+from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
 
@@ -180,8 +181,9 @@ class RoundLoop:
                     raise FrameError(arrival.fault)
                 reply = self._reply(arrival, asked, cohort, outcome.round)
             except FrameError as error:
-                outcome.left_out[arrival.client] = str(error)
-                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, error)
+                reason = foreign(str(error))
+                outcome.left_out[arrival.client] = reason
+                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
                 continue
             outcome.clients.append(reply.client)
             outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
@@ -228,7 +230,7 @@ class RoundLoop:
                 where="client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop("peak_bytes", 0)),
-                how=str(content.meta.get("how", "not measured")),
+                how=foreign(str(content.meta.get("how", "not measured")), 60),
             )
         return Reply(arrival.client, content.payload, metrics, cohort)
 
