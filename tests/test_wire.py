@@ -124,7 +124,7 @@ def test_a_manifest_with_a_right_checksum_still_has_to_make_sense(document: obje
         (b'{"meta":{},"scalars":{},"tensors":[["x","F32",[-1]]]}', "name, dtype and shape"),
         (b'{"meta":{},"scalars":{},"tensors":[["x","PICKLE",[1]]]}', "name, dtype and shape"),
         (b'{"meta":{},"scalars":{},"tensors":[["x","F32",[0]],["x","F32",[0]]]}', "one name"),
-        (b'{"meta":{},"scalars":{"a":[1]},"tensors":[]}', "numbers, flags or text"),
+        (b'{"meta":{},"scalars":{"a":[1]},"tensors":[]}', "a number, a flag or text"),
         (b"[" * 100_000, "not JSON"),
         (b"\xff", "not JSON"),
     ],
