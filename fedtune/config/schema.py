@@ -24,7 +24,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
 from fedtune.evaluation.types import JudgeSettings
 from fedtune.methods import registry
-from fedtune.protection.settings import Privacy, SecureAggregation, refusal
+from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
 
 
 class ModelSettings(Settings):
@@ -246,6 +246,8 @@ class RunConfig(Settings):
                 reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
                 if reason:
                     raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
+        if self.federation.privacy is not None:
+            check_scale(self.federation.privacy, registry.build(self.method, self.seed).unit)
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         if self.model.task == "classification":

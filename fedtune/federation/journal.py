@@ -81,7 +81,11 @@ class Journal:
 
     def _write(self, round: int, turn: int, sent: int, arrival: Arrival) -> None:
         state = self._states.get(arrival.client)
-        parts = (foreign(arrival.fault).encode(), arrival.frame, encode(Content(state)) if state is not None else b"")
+        parts = (
+            foreign(arrival.fault).encode(),
+            arrival.frame,
+            encode(Content(state)) if state is not None else b"",
+        )
         with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
             crc = 0
             for part in parts:
@@ -118,7 +122,7 @@ class Journal:
                 yield sent, Arrival(client, body[lengths[0] : lengths[0] + lengths[1]], fault), kept
             if end < size:
                 log.warning(
-                    "round %d: the last %s bytes of %s were cut short or damaged; who sent them is asked again",
+                    "round %d: the last %s bytes of %s are cut short or damaged; their senders are asked again",
                     round,
                     f"{size - end:,}",
                     path.name,

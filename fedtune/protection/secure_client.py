@@ -20,13 +20,12 @@ from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
 from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
 from fedtune.protection.noise import add_noise_, clip_
-from fedtune.protection.settings import Privacy
+from fedtune.protection.settings import LARGEST_DEVIATIONS, Privacy
 from fedtune.protection.share import LOSS_UNIT, CohortShare, flatten
 
 SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
 BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}
 ONE_ITSELF, PAIRWISE = b"b", b"s"  # the two secrets: of a client's own mask, of its mask key
-_TAIL = 9.0  # deviations; no noise is further out
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def mask(
         bound = share.clip(privacy, method.unit)
         deviation = privacy.noise_multiplier * bound / math.sqrt(noise_shares)
         add_noise_(clip_(flat, bound), deviation)
-        largest = bound + _TAIL * deviation
+        largest = bound + LARGEST_DEVIATIONS * deviation
     else:
         loss = result.metrics["train_loss"] * share.weight / share.total / LOSS_UNIT
         flat = torch.cat([flat, torch.tensor([round(loss)])])
