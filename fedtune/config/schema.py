@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 
 from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.settings import Settings
+from fedtune.core.types import SumMethod
 from fedtune.data.sources import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
@@ -247,7 +248,9 @@ class RunConfig(Settings):
                 if reason:
                     raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
         if self.federation.privacy is not None:
-            check_scale(self.federation.privacy, registry.build(self.method, self.seed).unit)
+            check_scale(
+                self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
+            )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         if self.model.task == "classification":

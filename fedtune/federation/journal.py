@@ -122,7 +122,7 @@ class Journal:
                 yield sent, Arrival(client, body[lengths[0] : lengths[0] + lengths[1]], fault), kept
             if end < size:
                 log.warning(
-                    "round %d: the last %s bytes of %s are cut short or damaged; their senders are asked again",
+                    "round %d: the last %s bytes of %s are cut short or damaged; whose they are is asked",
                     round,
                     f"{size - end:,}",
                     path.name,

@@ -84,7 +84,7 @@ class PrivacyAccount:
 
     def spend(self, round: int, clients: Iterable[int]) -> dict[str, Any]:
         """Enters the sum of these clients in a round, for good; returns what rounds.jsonl says of it."""
-        entry = {"round": round, "clients": sorted(clients)}
+        entry: dict[str, Any] = {"round": round, "clients": sorted(clients)}
         with (self._folder / ACCOUNT).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
