@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config as KSeedConfig
+from fedtune.protection.identity import Identity
 from fedtune.protection.secure_client import SecureClient
 from fedtune.protection.settings import Privacy, SecureAggregation
 from fedtune.protection.summing import Summing
@@ -92,6 +94,19 @@ def own(payload: Payload) -> dict[str, Tensor]:
     return {n.removeprefix(SECURE): t for n, t in payload.tensors.items() if n.startswith(SECURE)}
 
 
+class Each:
+    """Clients that each have an identity of their own, in one runner."""
+
+    def __init__(self, guards: Sequence[SecureClient]) -> None:
+        self._guards = guards
+
+    def answer(self, *values: Any, client: int, **named: Any) -> Any:
+        return self._guards[client].answer(*values, client=client, **named)
+
+    def mask(self, *values: Any, client: int, **named: Any) -> Any:
+        return self._guards[client].mask(*values, client=client, **named)
+
+
 def federation(
     secure: SecureAggregation | None = None,
     privacy: Privacy | None = None,
@@ -101,6 +116,7 @@ def federation(
     data: Any = None,
     model: nn.Module | None = None,
     rows: int = 7,
+    identities: Sequence[Identity] = (),
     **settings: Any,
 ) -> tuple[Bench, Bent]:
     """Four clients of FedAvg, or of another method."""
@@ -108,7 +124,9 @@ def federation(
     method = method or FedAvg(Config(**{**defaults, **settings}), seed=0)
     data = data or DATA
     bench, device = Bench(method, model or Wide(rows), data), torch.device("cpu")
-    guard = SecureClient(method, secure.bits, privacy) if secure else None
+    guard: Any = SecureClient(method, secure.bits, privacy) if secure else None
+    if identities:
+        guard = Each([replace(guard, identity=identity) for identity in identities])
     bench.runner = ClientRunner(method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard)
     clock = Clock()
     inner = InProcess(bench.runner, simulation=simulation, deadline_s=None, seed=0, clock=clock)

@@ -87,7 +87,7 @@ WRONG = {
     "seed: 1\nseed: 2": "key 'seed' stands twice.*line 2",
     "data: {clients: 2, clients: 3}": "key 'clients' stands twice",
     "? [a, b]\n: 1": "a key must be a name",
-    "a: &a [*a]": "not valid YAML",
+    "a: &a [*a]": "blocks inside each other",
     "seed: !!python/object/apply:os.getcwd []": "not valid YAML",
     "\x00": "not valid YAML",
 }
@@ -222,3 +222,49 @@ def test_what_is_saved_is_read_back_equal(
     assert again == config
     assert again.sha256() == config.sha256()
     assert type(again.federation.clients_per_round) is type(config.federation.clients_per_round)
+
+
+def test_an_alias_bomb_costs_no_more_than_its_text(tmp_path: Path) -> None:
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 9)]  # 9^8 values and more
+    (tmp_path / "bomb.yaml").write_text("l0: &l0 [lol]\n" + "\n".join(levels))
+    with pytest.raises(InputError, match=r"bomb\.yaml: stands for more than 100,000 values, each alias"):
+        load_config(tmp_path / "bomb.yaml")
+    with pytest.raises(InputError, match=r"more than 100,000 values"):
+        apply_overrides({}, ["seed={a: &a [" + "1," * 400 + "], b: [" + "*a," * 400 + "]}"])
+
+
+HOSTILE = {
+    "a number of 5,000 digits": ("seed: " + "1" * 5000, "not valid YAML: Exceeds the limit"),
+    "a day that is none": ("seed: 2024-13-45", "not valid YAML: month must be in 1..12"),
+    "a number that is none": ('seed: !!int "x"', "not valid YAML: invalid literal"),
+    "a flag that is none": ('seed: !!bool "x"', "not valid YAML: 'x'"),
+    "a block inside itself": ("a: &a [*a]", "more than 50 blocks inside each other, or one inside itself"),
+    "deep blocks": ("[" * 200_000, "more than 50 blocks inside each other"),
+    "blocks just too deep": ("a: " + "[" * 51 + "]" * 51, "more than 50 blocks inside each other"),
+    "a long text": ("a: " + "x" * 300_000, "longer than the 262,144 characters"),
+    "a Python object": ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_yaml_is_refused_in_a_short_sentence(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert says in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_wrong_value_is_shown_in_short(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: [" + "1, " * 50_000 + "]\nmethod: " + "y" * 100_000)
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "yyy ... yyy" in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(InputError) as caught:
+        parse_config({"seed": ["1"] * 50_000}, "c")
+    assert "c: seed: input should be a valid integer" in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_anchor_used_twice_is_fine(tmp_path: Path) -> None:
+    text = "method: {name: fedavg, lr: &rate 1e-3}\nfederation: {quorum: *rate}"
+    (tmp_path / "c.yaml").write_text(text)
+    assert load_config(tmp_path / "c.yaml").federation.quorum == 1e-3

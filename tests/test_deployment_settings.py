@@ -12,6 +12,7 @@ import pytest
 from command import fedtune, write_config
 
 from fedtune.config.file import parse_config
+from fedtune.deploy.keys import make_keys, read_identity
 from fedtune.errors import InputError
 from fedtune.federation.data import prepare_data
 from fedtune.transport.acceptance import (
@@ -96,15 +97,17 @@ LIMITS = {"methods": ["fedavg"], "max_bytes": 1000, "max_local_steps": 10}
 
 def test_what_an_operator_accepts(tmp_path: Path) -> None:
     limits = read_acceptance({**LIMITS, "data_folder": str(tmp_path / "data")}, "accept.yaml")
-    check_run(limits, "fedavg", 10, secure=False)
+    check_run(limits, "fedavg", 10, secure=False, signed=True)
     with pytest.raises(NotAccepted, match="accepts fedavg, and the method is fedkseed"):
-        check_run(limits, "fedkseed", 1, secure=True)
+        check_run(limits, "fedkseed", 1, secure=True, signed=True)
     with pytest.raises(NotAccepted, match="take 11 local steps there, and its operator accepts 10"):
-        check_run(limits, "fedavg", 11, secure=False)
+        check_run(limits, "fedavg", 11, secure=False, signed=True)
     masked = read_acceptance({"secure_aggregation": True}, "accept.yaml")
-    check_run(masked, "fedavg", 10, secure=True)
+    check_run(masked, "fedavg", 10, secure=True, signed=True)
     with pytest.raises(NotAccepted, match="only runs with federation"):
-        check_run(masked, "fedavg", 10, secure=False)
+        check_run(masked, "fedavg", 10, secure=False, signed=True)
+    with pytest.raises(NotAccepted, match=r"without a clients\.json beside its key it cannot tell"):
+        check_run(masked, "fedavg", 10, secure=True, signed=False)
     check_bytes(limits, 1000, "order")
     with pytest.raises(NotAccepted, match="the reply has 1,001 bytes, and its operator accepts 1,000"):
         check_bytes(limits, 1001, "reply")
@@ -117,7 +120,7 @@ def test_what_an_operator_accepts(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is not in .*data, the data_folder"):
             check_data(limits, tmp_path / outside)
     anything = read_acceptance(None, "accept.yaml")
-    check_run(anything, "fedkseed", 10**9, secure=False)
+    check_run(anything, "fedkseed", 10**9, secure=False, signed=True)
     check_bytes(anything, 10**12, "order")
 
 
@@ -189,3 +192,28 @@ def test_an_expired_certificate_is_refused(made: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(keys.datetime, "datetime", Later)
     with pytest.raises(InputError, match=r"server.crt expired on \d{4}-\d\d-\d\d"):
         keys.check_server(made / "server")
+
+
+def test_clients_know_each_others_keys(tmp_path: Path) -> None:
+    federation = tmp_path / "federation"
+    make_keys(federation, ["localhost"], ["north", "south"], days=30)
+    north, south = (read_identity(federation / "clients" / name) for name in ("north", "south"))
+    assert north is not None and south is not None
+    assert (north.number(), south.number()) == (0, 1)
+    signature = north.sign(3, 0, b"keys")
+    assert len(signature) == 96 and south.vouches(3, 0, b"keys", signature)
+    others = [(2, 0, b"keys"), (3, 1, b"keys"), (3, 0, b"key"), (3, 2, b"keys"), (3, -1, b"keys")]
+    assert not any(south.vouches(*what, signature) for what in others)
+    assert not south.vouches(3, 0, b"keys", bytes(96))
+    make_keys(federation, [], ["west"], days=30)  # who comes later is in everyone's new list
+    again = read_identity(federation / "clients/north")
+    assert again is not None and len(again.known) == 3
+    (federation / "clients/south/clients.json").unlink()
+    assert read_identity(federation / "clients/south") is None
+    stranger = federation / "clients/west/clients.json"
+    stranger.write_text(json.dumps(dict(list(json.loads(stranger.read_text()).items())[:2])))
+    with pytest.raises(InputError, match=r"clients\.json does not have the key of .*client\.key"):
+        read_identity(federation / "clients/west")
+    stranger.write_text('{"north": "no key"}')
+    with pytest.raises(InputError, match=r"clients\.json: the key of north is none"):
+        read_identity(federation / "clients/west")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,16 +243,17 @@ def test_under_masks_the_one_that_took_part_most_often_counts(tmp_path: Path) ->
     """The server knows who takes part, so that not being asked hides nobody from it."""
     spending = account(tmp_path, per_round=2, secure=True)
     assert spending.cohort(dict.fromkeys(range(10), 1)) is None
-    found = [spending.spend(clients)["epsilon"] for clients in ([0, 1], [2, 3], [1, 4])]
+    found = [spending.spend(1, clients)["epsilon"] for clients in ([0, 1], [2, 3], [1, 4])]
     assert found == [epsilon(1.0, count, 1e-3) for count in (1, 1, 2)]
 
 
 def test_without_masks_sampling_makes_it_smaller(tmp_path: Path) -> None:
     spending = account(tmp_path, per_round=0.2)
-    found = [spending.spend(clients)["epsilon"] for clients in ([0, 1], [], [1, 4])]
+    found = [spending.spend(1, clients)["epsilon"] for clients in ([0, 1], [], [1, 4])]
     assert found == [epsilon(1.0, count, 1e-3, rate=0.2) for count in (1, 2, 3)]
+    (tmp_path / "other").mkdir()
     everyone = account(tmp_path / "other", per_round=1.0)
-    assert everyone.spend([0])["epsilon"] == epsilon(1.0, 1, 1e-3)
+    assert everyone.spend(1, [0])["epsilon"] == epsilon(1.0, 1, 1e-3)
 
 
 def test_whom_a_round_asks_is_not_in_the_configuration(tmp_path: Path) -> None:
@@ -260,15 +262,67 @@ def test_whom_a_round_asks_is_not_in_the_configuration(tmp_path: Path) -> None:
     first.mkdir(), second.mkdir()
     drawn = []
     for folder in (first, first, second):
+        (folder / "privacy.jsonl").unlink(missing_ok=True)
         spending = account(folder, per_round=5)
         drawn.append([spending.cohort(examples)])
-        for _ in range(20):  # used sums move the draw on; before, it is the same again
+        for number in range(20):  # used sums move the draw on; before, it is the same again
             assert spending.cohort(examples) == drawn[-1][-1]
-            spending.enter([{"clients": []}])
+            spending.spend(number + 1, [])
             drawn[-1].append(spending.cohort(examples))
     assert drawn[0] == drawn[1]  # continued
     assert drawn[0] != drawn[2]  # another run
     assert (first / "sampling.secret").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_what_was_spent_stays_spent(secure: bool, tmp_path: Path) -> None:
+    first = account(tmp_path, secure=secure)
+    for number in (1, 2, 3):
+        first.spend(number, [0, 1])
+    assert not first.ahead
+    again = account(tmp_path, secure=secure, done=2)  # the checkpoint of round 3 is gone
+    assert again.ahead
+    assert again.spend(3, [0, 1])["epsilon"] == epsilon(1.0, 4, 1e-3)
+    assert account(tmp_path, secure=secure, done=3).spent() == again.spent()
+    # a line that was not whole when the power went: nobody has seen that sum
+    path = tmp_path / "privacy.jsonl"
+    path.write_text(path.read_text() + '{"round": 4, "cli')
+    assert account(tmp_path, secure=secure, done=3).spent() == again.spent()
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "says"),
+    [
+        (None, 1, "has no entry of round 1"),
+        ('{"round": 1, "clients": [0]}\n{"round": 3, "clients": [0]}\n', 3, "has no entry of round 2"),
+        ('{"round": 1}\n', 0, "is damaged"),
+        ("[]\n", 0, "is damaged"),
+        ('{"round": 1, "clients": [0]}\nx\n{"round": 2, "clients": [0]}\n', 2, "is damaged"),
+        ('{"round": "1", "clients": [0]}\n', 0, "must be whole numbers"),
+    ],
+)
+def test_a_run_without_its_account_does_not_go_on(
+    text: str | None, done: int, says: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "privacy.jsonl").write_text(text)
+    with pytest.raises(InputError, match=says):
+        account(tmp_path, done=done)
+    assert text is None or (tmp_path / "privacy.jsonl").read_text() == text
+
+
+def test_a_clip_whose_noise_does_not_fit_64_bits_is_refused() -> None:
+    # 2^62 units of 2^-44 are 2^18; with ten times (1 + 9 z), z = 1, that is 26,214.4
+    def privacy(clip: float) -> dict[str, Any]:
+        return config(federation={"privacy": {"clip": clip, "noise_multiplier": 1.0, "delta": 1e-3}})
+
+    parse_config(privacy(26_214), "c")
+    with pytest.raises(InputError, match=r"the clip must be below 2\.621e\+04"):
+        parse_config(privacy(26_215), "c")
+    fedkseed = {"name": "fedkseed", "rounds": 1, "local_steps": 1, "seeds": 4}
+    with pytest.raises(InputError, match="64-bit numbers do not hold"):
+        parse_config(privacy(1e12) | {"method": fedkseed}, "c")
 
 
 # Whole runs
@@ -325,6 +379,21 @@ def test_epsilon_is_in_every_round_and_goes_on_after_a_kill_and_a_rollback(
     again = runs.run(back, tmp_path / "run", Silent(), resume=True)
     assert epsilons(tmp_path / "run") == [wanted[0], *(epsilon(1.0, rounds, 1e-3) for rounds in (4, 5))]
     assert again["privacy"]["epsilon"] == epsilon(1.0, 5, 1e-3)  # two rounds were thrown away, not given back
+
+
+def test_a_round_whose_checkpoint_was_lost_is_spent_twice(tmp_path: Path) -> None:
+    write_config(tmp_path / "c.yaml", config())
+    settings, run = load_config(tmp_path / "c.yaml"), tmp_path / "run"
+    runs.run(settings, run, Silent())
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints/round-0003")
+    summary = runs.run(settings, run, Silent(), resume=True)
+    assert epsilons(run) == [epsilon(1.0, count, 1e-3) for count in (1, 2, 4)]
+    assert summary["privacy"]["epsilon"] == epsilon(1.0, 4, 1e-3)
+    (run / "summary.json").unlink()
+    (run / "privacy.jsonl").unlink()
+    with pytest.raises(InputError, match=r"privacy\.jsonl has no entry of round 1"):
+        runs.run(settings, run, Silent(), resume=True)
 
 
 def test_both_settings_with_sampling_and_drop_out(tmp_path: Path) -> None:

@@ -229,10 +229,12 @@ def test_the_ledger_has_what_it_costs_under_its_own_kind(bits: int) -> None:
     bench.round(1)
     n, numbers = 4, 78 + 2  # the loss and its tokens go with the update
     shapes = len('{"w": [1], "more": [7, 11]}')
-    down = 2 * 32 * n + 8 * n + 8  # public keys, whose they are, the threshold
-    down += 60 * n + 64 * n + 8 * n + 24 + 8 + shapes  # sealed shares, commitments, share, noise shares
+    down = 2 * 32 * n + 96 * n + 8 * n + 8 * n + 4 * 8 + shapes  # keys, signatures, whose, weights, terms
+    down += 60 * n + 64 * n + 8 * n  # sealed shares, commitments, whose
     down += 8 * n + 8 * n  # whose sum, who is in it
-    up = 64 + 60 * n + 64 * n + 32 + n + 16 * n  # keys; shares, commitments; which opened; shares to unmask
+    up = (
+        96 + 64 + 60 * n + 64 * n + 32 + n + 16 * n
+    )  # signature, keys; shares, commitments; which opened; shares to unmask
     up += numbers * bits // 8 - 78 * 4
     for client in range(4):
         of = [e for e in bench.wire if e["client"] == client]

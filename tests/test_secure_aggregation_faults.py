@@ -77,7 +77,7 @@ def test_of_three_one_that_accuses_both_others_is_left_out_alone() -> None:
 def test_two_clients_with_one_key_are_both_left_out() -> None:
     bench, bent = federation(SecureAggregation(threshold=3), data={c: items(c, 1) for c in range(5)})
     bent.reply = lambda at, client, tensors: (
-        {"keys": bent.of("keys")[0]["keys"]} if (at, client) == ("keys", 4) else None
+        tensors | {"keys": bent.of("keys")[0]["keys"]} if (at, client) == ("keys", 4) else None
     )
     outcome = bench.round(1, quorum=0.5)
     assert sorted(outcome.clients) == [1, 2, 3]
@@ -145,8 +145,13 @@ def test_a_client_refuses_to_unmask_for_too_few() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("threshold", [2], "a threshold of 2 of 4 clients is not safe"),
-        ("threshold", [1], "a threshold of 1 of 4 clients is not safe"),
+        ("terms", [2, 3, 14, 4], "a threshold of 2 of 4 clients is not safe"),
+        ("terms", [1, 3, 14, 4], "a threshold of 1 of 4 clients is not safe"),
+        ("terms", [3, 0, 14, 4], "0 of 4 clients are said to make the whole noise"),
+        ("terms", [3, 5, 14, 4], "5 of 4 clients are said to make the whole noise"),
+        ("terms", [3, 3, 13, 4], r"weigh \(2, 3, 4, 5\) of 13; each must weigh at least 1"),
+        ("terms", [3, 3, 14], "the terms of the round are not as they must be"),
+        ("weights", [1, 2, 3], "the terms of the round are not as they must be"),
         ("clients", [0, 1, 2, 2], r"are said to be of clients \[0, 1, 2, 2\]"),
         ("clients", [5, 6, 7, 8], r"are said to be of clients \[5, 6, 7, 8\]"),
     ],

@@ -7,11 +7,12 @@ import zlib
 
 import pytest
 import torch
+from hostile_frames import EXPECTS, REPLY, cost, costly, framed, frames, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.core.types import Payload, TensorSpec
-from fedtune.core.wire import DTYPES, HEADER, Content, FrameError, check, decode, encode
+from fedtune.core.wire import DTYPES, HEADER, Content, FrameError, check, decode, encode, manifest_bytes
 
 EXAMPLE = Content(
     Payload(
@@ -123,7 +124,7 @@ def test_a_manifest_with_a_right_checksum_still_has_to_make_sense(document: obje
         (b'{"meta":{},"scalars":{},"tensors":[["x","F32",[-1]]]}', "name, dtype and shape"),
         (b'{"meta":{},"scalars":{},"tensors":[["x","PICKLE",[1]]]}', "name, dtype and shape"),
         (b'{"meta":{},"scalars":{},"tensors":[["x","F32",[0]],["x","F32",[0]]]}', "one name"),
-        (b'{"meta":{},"scalars":{"a":[1]},"tensors":[]}', "numbers, flags or text"),
+        (b'{"meta":{},"scalars":{"a":[1]},"tensors":[]}', "a number, a flag or text"),
         (b"[" * 100_000, "not JSON"),
         (b"\xff", "not JSON"),
     ],
@@ -202,3 +203,56 @@ def test_framing_of_a_lora_update_is_under_one_percent() -> None:
     payload = Payload(tensors)
     frame = encode(Content(payload, {"train_loss": 1.2345678901234, "steps": 60, "round": 1, "client": 7}))
     assert len(frame) - payload.nbytes < 0.01 * payload.nbytes
+
+
+FORGED = {
+    "a tensor whose strides pass 64 bits": b'{"meta":{},"scalars":{},"tensors":[["a","F32",[0,%d,%d]]]}'
+    % (2**47, 2**47),
+    "nine dimensions": b'{"meta":{},"scalars":{},"tensors":[["a","F32",[1,1,1,1,1,1,1,1,1]]]}',
+    "a tensor's name": b'{"meta":{},"scalars":{},"tensors":[["\\ud800","F32",[0]]]}',
+    "a metric of 400 digits": b'{"meta":{"train_loss":1' + b"0" * 400 + b'},"scalars":{},"tensors":[]}',
+    "a scalar that is no text": b'{"meta":{},"scalars":{"a":"\\ud800"},"tensors":[]}',
+    "a scalar's name": b'{"meta":{},"scalars":{"\\udfff":1},"tensors":[]}',
+    "an infinite measure": b'{"meta":{"peak_bytes":1e999},"scalars":{},"tensors":[]}',
+    "no number": b'{"meta":{"peak_bytes":NaN},"scalars":{},"tensors":[]}',
+    "null": b'{"meta":{"how":null},"scalars":{},"tensors":[]}',
+}
+
+
+@pytest.mark.parametrize("manifest", FORGED.values(), ids=FORGED)
+def test_hostile_content_under_a_right_checksum_is_refused(manifest: bytes) -> None:
+    with pytest.raises(FrameError) as caught:
+        decode(framed(manifest))
+    str(caught.value).encode()  # can be written to a log
+
+
+def test_a_hundred_thousand_hostile_frames_raise_frame_errors_alone() -> None:
+    taken = [frame for frame in frames(100_000) if not refused(frame)]
+    # what passes is an order's reply in form: no forged manifest names both tensors with their shapes by luck
+    for frame in taken:
+        assert set(decode(frame).payload.tensors) == set(EXPECTS)
+    assert len(taken) < 100
+    assert not refused(REPLY)
+
+
+@pytest.mark.parametrize("frame", [pytest.param(frame, id=name) for name, frame in costly()])
+def test_no_short_frame_costs_more_than_it_is_long(frame: bytes) -> None:
+    seconds, peak = cost(frame)  # of the processor's time, which other programs do not lengthen
+    assert seconds < 0.05 and peak < 10e6
+
+
+def test_a_manifest_is_as_long_as_the_order_needs_and_no_longer() -> None:
+    expects = {f"model.layers.{i}.ü.lora_A.weight": TensorSpec(torch.float64, (1,) * 8) for i in range(300)}
+    payload = Payload({name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in expects.items()})
+    frame = encode(Content(payload, {"round": 2**62, "client": 2**62, "train_loss": -1 / 3, "how": "x" * 60}))
+    limit = manifest_bytes(expects)
+    check(decode(frame, max_manifest=limit).payload, expects)
+    with pytest.raises(FrameError, match=r"longer than the 8,192 bytes"):
+        decode(frame, max_manifest=manifest_bytes({}))
+
+
+def test_names_that_deflate_too_well_travel_as_they_are() -> None:
+    names = [f"{'the same long name ' * 40}{i}" for i in range(500)]  # 380 kB that deflate to a few
+    frame = encode(Content(Payload({name: torch.zeros(0) for name in names})))
+    assert len(frame) > 380_000
+    assert list(decode(frame).payload.tensors) == sorted(names)

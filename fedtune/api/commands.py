@@ -35,8 +35,9 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
         InputError: The file is missing or not YAML, or a setting is unknown, of a wrong type or out of
             range. Names every such setting and, for an unknown one, the nearest known.
     """
-    from fedtune.config.file import apply_overrides, parse_config, read_yaml
+    from fedtune.config.file import apply_overrides, parse_config
     from fedtune.config.schema import RunConfig
+    from fedtune.config.yaml_text import read_yaml
     from fedtune.methods import registry
 
     if isinstance(source, RunConfig):

@@ -1,4 +1,4 @@
-"""Configuration files: YAML as people mean it, dotted overrides, and errors that name the setting."""
+"""Configuration files: dotted overrides, and errors that name the setting."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedtune.config.partitions import partition_class
 from fedtune.config.schema import RunConfig
+from fedtune.config.yaml_text import dump_yaml, load_yaml, read_yaml
 from fedtune.core.settings import Settings
 from fedtune.data.partition import PARTITIONERS
-from fedtune.errors import InputError, nearest
+from fedtune.errors import InputError, nearest, short
 from fedtune.methods import registry
 
 
@@ -32,25 +32,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(document, str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises InputError if it is missing, not YAML or no mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    document = _yaml(text, str(path))
-    if document is None:
-        document = {}
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: must map setting names to values, got {type(document).__name__}")
-    return document
-
-
 def dump_config(config: RunConfig) -> str:
     """The YAML of a resolved configuration, which `load_config` reads back as an equal one."""
-    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.resolved())
 
 
 def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
@@ -91,7 +75,9 @@ def _named(
         InputError: It is no block, or its name is missing or not known.
     """
     if not isinstance(block, dict):
-        raise InputError(f"{source}: {setting} must be a block of settings with a name, got {block!r}")
+        raise InputError(
+            f"{source}: {setting} must be a block of settings with a name, got {short(repr(block))}"
+        )
     if "name" not in block:
         raise InputError(f"{source}: {setting}.name is missing; known are {', '.join(known)}")
     try:
@@ -111,7 +97,7 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
     for problem in error.errors(include_url=False):
         path, known = _walk(cls, problem["loc"])
         name = ".".join([*prefix, *path]) or "the configuration"
-        got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+        got = "" if isinstance(problem["input"], dict) else f", got {short(repr(problem['input']))}"
         if problem["type"] == "extra_forbidden":
             lines.append(
                 f"{name} is not a known setting; here are known: {', '.join(known)}."
@@ -122,7 +108,7 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
         else:
             if problem["type"] == "literal_error" and isinstance(problem["input"], str):
                 got += "." + nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
-            text = problem["msg"].removeprefix("Value error, ")
+            text = short(problem["msg"].removeprefix("Value error, "), 600)
             lines.append(
                 f"{name}: {text[0].lower() + text[1:]}{'' if problem['type'] == 'value_error' else got}"
             )
@@ -161,46 +147,6 @@ def settings_blocks(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, and a key that stands twice is an error."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the text 1e-4, which `_Loader` would take for a number."""
-
-
-for _yaml_class in (_Loader, _Dumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str | int | float):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} stands twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
     """Sets `key=value` pairs with dotted keys in a document. Raises InputError for anything else."""
     for override in overrides:
@@ -209,15 +155,15 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _override(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    parts = key.split(".")
+    parts, shown = key.split("."), short(override)
     if not equals or not all(parts):
         raise InputError(
-            f"{override!r} is not an override; write key=value with a dotted key, as in method.lr=1e-4"
+            f"{shown!r} is not an override; write key=value with a dotted key, as in method.lr=1e-4"
         )
     block = document
     for part in parts[:-1]:
         inner = block.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise InputError(f"override {override!r}: {part} is {inner!r}, not a block of settings")
+            raise InputError(f"override {shown!r}: {part} is {short(repr(inner))}, not a block of settings")
         block = inner
-    block[parts[-1]] = _yaml(value, f"override {override!r}")
+    block[parts[-1]] = load_yaml(value, f"override {shown!r}")

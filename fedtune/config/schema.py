@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 
 from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.settings import Settings
+from fedtune.core.types import SumMethod
 from fedtune.data.sources import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
@@ -24,7 +25,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
 from fedtune.evaluation.types import JudgeSettings
 from fedtune.methods import registry
-from fedtune.protection.settings import Privacy, SecureAggregation, refusal
+from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
 
 
 class ModelSettings(Settings):
@@ -253,6 +254,10 @@ class RunConfig(Settings):
                 reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
                 if reason:
                     raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
+        if self.federation.privacy is not None:
+            check_scale(
+                self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
+            )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         if self.model.task == "classification":

@@ -111,7 +111,14 @@ class ClientRunner:
         state, secrets = _split(self.states.get(client))
         protection = self._protection
         if protection is not None and phase != "masked":
-            reply, secrets = protection.answer(phase, added or Payload(), secrets, client=client, round=round)
+            reply, secrets = protection.answer(
+                phase,
+                added or Payload(),
+                secrets,
+                client=client,
+                round=round,
+                examples=len(self._data[client]),
+            )
             self.states[client] = _joined(state, secrets)
             return encode(Content(_joined(None, reply), {"round": round, "client": client}))
         meter = MemoryMeter(self._device)

@@ -30,14 +30,14 @@ from fedtune.core.types import (
     ServerProtection,
     Transport,
 )
-from fedtune.core.wire import Content, FrameError, check, decode, encode
+from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes
+from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
-MANIFEST_ALLOWANCE = 1 << 20  # bytes a reply's frame may have beyond the tensors asked for
 MOST_TOKENS = 1 << 53  # that a client may say it trained on: a whole number, as a float holds it
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
@@ -184,8 +184,9 @@ class RoundLoop:
                     raise FrameError(arrival.fault)
                 reply = self._reply(arrival, asked, cohort, outcome.round)
             except FrameError as error:
-                outcome.left_out[arrival.client] = str(error)
-                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, error)
+                reason = foreign(str(error))
+                outcome.left_out[arrival.client] = reason
+                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
                 continue
             outcome.clients.append(reply.client)
             outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
@@ -206,7 +207,11 @@ class RoundLoop:
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         with self._clock.part("wire"):
-            content = decode(arrival.frame, max_bytes=_reply_limit(asked.expects))
+            content = decode(
+                arrival.frame,
+                max_bytes=_reply_limit(asked.expects),
+                max_manifest=manifest_bytes(asked.expects),
+            )
             sender = (content.meta.get("round"), content.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
@@ -232,7 +237,7 @@ class RoundLoop:
                 where="client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop("peak_bytes", 0)),
-                how=str(content.meta.get("how", "not measured")),
+                how=foreign(str(content.meta.get("how", "not measured")), 60),
             )
         return Reply(arrival.client, content.payload, metrics, cohort)
 
@@ -267,7 +272,7 @@ class RoundLoop:
 
 
 def _reply_limit(expects: Mapping[str, Any]) -> int:
-    total = MANIFEST_ALLOWANCE
+    total = HEADER.size + manifest_bytes(expects)
     for spec in expects.values():
         if None in spec.shape:
             return OPEN_SHAPE_LIMIT

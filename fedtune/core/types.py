@@ -300,7 +300,7 @@ class ClientProtection(Protocol):
     """A client's half of secure aggregation, as the client runner needs it."""
 
     def answer(
-        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
+        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
     ) -> tuple[Payload, Payload | None]:
         """The reply to an order of any phase but `masked`, and what the client keeps after it.
 

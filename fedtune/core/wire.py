@@ -8,6 +8,9 @@ A frame is
 
 The checksum covers the flags, both lengths and everything behind the header. The manifest is JSON and
 the dtypes are safetensors' names, so any language can read a frame; bfloat16 travels as it is.
+
+A checksum is no proof of good will: whoever may send can compute it. What a frame costs its receiver is
+therefore bounded by its own length, and by what was asked for, before any of it is worked through.
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ VERSION = 1
 HEADER = struct.Struct("<4sBBIQI")
 _COVERED = struct.Struct("<BIQ")  # the header's fields under the checksum
 _DEFLATED = 1
-MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes after inflating: a bound on what a hostile frame can make us hold
+MANIFEST_LIMIT = 16 * 1024 * 1024  # bytes after inflating, of any frame
+MANIFEST_FREE = 128 * 1024  # bytes after inflating that any frame may have; more only as it is itself longer
+MANIFEST_RATIO = 4  # bytes after inflating for each byte of the frame
+RANK_LIMIT = 8  # dimensions of a tensor
+SIZE_LIMIT = 2**48  # product of a shape, where a length of 0 counts as 1
 
 LONG = 16 * 1024 * 1024  # bytes of a frame from which on it matters whether it is in memory twice
 
@@ -83,24 +90,28 @@ def encode(content: Content) -> bytes:
         },
         separators=(",", ":"),
     ).encode()
-    deflated = zlib.compress(manifest, 9)
-    flags = _DEFLATED if len(deflated) < len(manifest) else 0
-    head = deflated if flags else manifest
     data = [_raw(tensors[name]) for name in names]
     length = sum(len(part) for part in data)
+    deflated = zlib.compress(manifest, 9)
+    fits = len(manifest) <= _manifest_limit(HEADER.size + len(deflated) + length)
+    flags = _DEFLATED if len(deflated) < len(manifest) and fits else 0
+    head = deflated if flags else manifest
     crc = zlib.crc32(head, zlib.crc32(_COVERED.pack(flags, len(head), length)))
     for part in data:
         crc = zlib.crc32(part, crc)
     return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
 
 
-def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Content:
+def decode(
+    frame: Frame | memoryview, *, max_bytes: int | None = None, max_manifest: int = MANIFEST_LIMIT
+) -> Content:
     """The content of a frame. Tensors are views of the frame's own memory.
 
     Args:
         frame: The bytes that `encode` gave. A memory map is given back to the system as it is read, so that
             a long frame and its tensors are not in memory together; it cannot be read again.
         max_bytes: Refuse a longer frame unread.
+        max_manifest: Refuse a longer manifest unread; bytes after inflating, as `manifest_bytes` bounds them.
 
     Raises:
         FrameError: The frame is too long, cut short, altered, of another version or not a frame.
@@ -122,15 +133,14 @@ def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Conten
     covered = zlib.crc32(_COVERED.pack(flags, head_length, length))
     if zlib.crc32(view[HEADER.size :], covered) != crc or flags not in (0, _DEFLATED):
         raise FrameError("checksum does not match: the frame was altered on its way")
-    head = bytes(view[HEADER.size : HEADER.size + head_length])
-    meta, scalars, entries = _manifest(_inflate(head) if flags else head)
+    meta, scalars, entries = _manifest(_head(view, flags, head_length, max_manifest))
     tensors: dict[str, Tensor] = {}
     body = view[HEADER.size + head_length :]
     at = 0
     for name, dtype, shape in entries:
         size = math.prod(shape) * dtype.itemsize
         if at + size > length:
-            raise FrameError(f"tensor {name} of shape {shape} needs more bytes than the frame holds")
+            raise FrameError(f"tensor {name[:80]} of shape {shape} needs more bytes than the frame holds")
         tensors[name] = _view(body[at : at + size], dtype, shape)
         at += size
         if isinstance(frame, mmap.mmap):
@@ -143,8 +153,12 @@ def decode(frame: Frame | memoryview, *, max_bytes: int | None = None) -> Conten
 def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:
     """The bookkeeping of a frame that this process encoded, without its tensors."""
     *_, flags, length, _, _ = HEADER.unpack(frame[: HEADER.size])
-    head = bytes(frame[HEADER.size : HEADER.size + length])
-    return _manifest(_inflate(head) if flags else head)[0]
+    return _manifest(_head(memoryview(frame), flags, length, MANIFEST_LIMIT))[0]
+
+
+def manifest_bytes(expects: Mapping[str, TensorSpec]) -> int:
+    """The most bytes that the manifest of these tensors takes, with what is told beside them."""
+    return 8192 + sum(len(json.dumps(name)) + 192 for name in expects)
 
 
 def empty_frame(size: int) -> bytearray | mmap.mmap:
@@ -207,32 +221,46 @@ def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
-def _inflate(head: bytes) -> bytes:
+def _manifest_limit(frame_bytes: int) -> int:
+    """Bytes that the manifest of a frame of this length may have after inflating."""
+    return min(MANIFEST_LIMIT, MANIFEST_FREE + MANIFEST_RATIO * frame_bytes)
+
+
+def _head(view: memoryview, flags: int, length: int, most: int) -> bytes:
+    """The manifest's JSON; not read where it is longer than `most` or out of proportion to its frame."""
+    most = min(most, _manifest_limit(len(view)))
+    head = view[HEADER.size : HEADER.size + length]
+    if not flags:
+        if length > most:
+            raise FrameError(f"manifest of {length:,} bytes; at most {most:,} are allowed here")
+        return bytes(head)
     inflater = zlib.decompressobj()
     try:
-        text = inflater.decompress(head, MANIFEST_LIMIT)
+        text = inflater.decompress(head, most + 1)
     except zlib.error as error:
         raise FrameError(f"manifest cannot be inflated: {error}") from None
-    if inflater.unconsumed_tail or not inflater.eof:
-        raise FrameError(f"manifest is cut short or longer than {MANIFEST_LIMIT:,} bytes")
+    if len(text) > most:
+        raise FrameError(f"manifest is longer than the {most:,} bytes that are allowed here")
+    if not inflater.eof or inflater.unused_data:
+        raise FrameError("manifest is cut short, or something follows it")
     return text
 
 
-def _manifest(
-    text: bytes,
-) -> tuple[dict[str, Scalar], dict[str, Scalar], list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+Entries = list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+def _manifest(text: bytes) -> tuple[dict[str, Scalar], dict[str, Scalar], Entries]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FrameError(f"manifest is not JSON: {error}") from None
+        raise FrameError(f"manifest is not JSON: {str(error)[:80]}") from None
     if not isinstance(document, dict) or document.keys() != {"meta", "scalars", "tensors"}:
         raise FrameError('manifest must hold "meta", "scalars" and "tensors", and nothing else')
     for part in ("meta", "scalars"):
-        content = document[part]
-        if not isinstance(content, dict) or not all(
-            isinstance(v, int | float | str) for v in content.values()
-        ):
+        if not isinstance(document[part], dict):
             raise FrameError(f'"{part}" of the manifest must map names to numbers, flags or text')
+        for name, value in document[part].items():
+            _check_scalar(part, name, value)
     if not isinstance(document["tensors"], list):
         raise FrameError('"tensors" of the manifest must be a list')
     entries = [_entry(entry) for entry in document["tensors"]]
@@ -241,13 +269,48 @@ def _manifest(
     return document["meta"], document["scalars"], entries
 
 
+def _check_scalar(part: str, name: str, value: object) -> None:
+    """Holds what is told beside the tensors to numbers that 64 bits hold, flags and Unicode text."""
+    if not _is_text(name):
+        raise FrameError(f'a name in "{part}" of the manifest is not Unicode text')
+    what = f'"{name[:80]}" in "{part}" of the manifest'
+    match value:
+        case str() if not _is_text(value):
+            raise FrameError(f"{what} is not Unicode text")
+        case float() if not math.isfinite(value):
+            raise FrameError(f"{what} is {value}")
+        case int() if not -(2**63) <= value < 2**63:
+            raise FrameError(f"{what} is a number of more than 64 bits")
+        case str() | float() | int():
+            return
+    raise FrameError(f"{what} must be a number, a flag or text")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is Unicode text: JSON can write half of a surrogate pair, which no file can hold."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _entry(entry: object) -> tuple[str, torch.dtype, tuple[int, ...]]:
     match entry:
-        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and all(
-            type(n) is int and 0 <= n < 2**48 for n in shape
+        case [str(name), str(dtype), list(shape)] if (
+            dtype in DTYPES
+            and _is_text(name)
+            and len(shape) <= RANK_LIMIT
+            and all(type(n) is int and 0 <= n < SIZE_LIMIT for n in shape)
+            and math.prod(max(n, 1) for n in shape) < SIZE_LIMIT
         ):
             return name, DTYPES[dtype], tuple(shape)
-    raise FrameError(f"not a tensor's name, dtype and shape: {str(entry)[:80]}")
+    raise FrameError(
+        f"not a tensor's name, dtype and shape of at most {RANK_LIMIT} lengths: {_start(entry)!a}"
+    )
+
+
+def _start(entry: object) -> str:
+    """The first characters of what may be very long, without writing out the whole."""
+    if isinstance(entry, list):
+        return "[" + ", ".join(_start(part) for part in entry[:3]) + (", ..." if len(entry) > 3 else "") + "]"
+    return str(entry)[:40] if isinstance(entry, str) else type(entry).__name__
 
 
 def _some(names: set[str]) -> str:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedtune.config.file import read_yaml
+from fedtune.config.yaml_text import read_yaml
 from fedtune.deploy import processes
-from fedtune.deploy.keys import check_client
+from fedtune.deploy.keys import check_client, read_identity
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_records
 from fedtune.federation.process import torch_settings
@@ -80,6 +80,7 @@ def run_client(setup: ClientSetup) -> None:
         model=setup.model,
         device=setup.device,
         acceptance=acceptance,
+        identity=read_identity(setup.keys),
     )
     worker = Worker(joining, acceptance, setup.state, log_line)
     setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -2,10 +2,11 @@
 
     FOLDER/ca.key                  signs certificates; stays where it was made
     FOLDER/server/                 for the server: ca.crt, server.crt, server.key, clients.json
-    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key
+    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key, clients.json
 
 A client proves who it is with its private key, and the server knows the public ones by name from
-clients.json; who stands first in it is client 0. Private keys can be read by their owner alone.
+clients.json; who stands first in it is client 0. Clients have that list too: under secure aggregation they
+take no key of a round that its client did not sign. Private keys can be read by their owner alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import ssl
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -27,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import InputError
+from fedtune.protection.identity import Identity
 
 CURVE = ec.SECP384R1
 CA_DAYS = 3650
@@ -80,7 +83,8 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
                 (people / name / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
                 public = private.public_key()
                 known[name] = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-        (server / "clients.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        for place in (server, *(people / name for name in known if (people / name).is_dir())):
+            (place / "clients.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error}") from None
     return list(known)
@@ -138,6 +142,30 @@ def check_client(folder: Path) -> str:
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'client.key'}: not a private key: {error}") from None
     return private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """What a client signs with and holds others' signatures to; None if its folder has no clients.json.
+
+    Raises:
+        InputError: The list is damaged, or does not have this client's own key.
+    """
+    if not (folder / "clients.json").exists():
+        return None
+    private = serialization.load_ssh_private_key((folder / "client.key").read_bytes(), None)
+    known: list[Any] = []
+    for name, pem in read_clients(folder).items():
+        try:
+            known.append(serialization.load_pem_public_key(pem.encode()))
+        except ValueError as error:
+            raise InputError(f"{folder / 'clients.json'}: the key of {name} is none: {error}") from None
+    identity = Identity(cast(ec.EllipticCurvePrivateKey, private), known)
+    if identity.number() is None:
+        raise InputError(
+            f"{folder / 'clients.json'} does not have the key of {folder / 'client.key'}; put the list there "
+            "that fedtune keys made with it, or a newer one of the same federation"
+        )
+    return identity
 
 
 def check_secret(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -31,6 +31,9 @@ from fedtune.models.load import Loaded, load_model
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.settings import require_packages, threshold_of
+
+if TYPE_CHECKING:
+    from fedtune.protection.identity import Identity
 
 
 @dataclass
@@ -184,14 +187,17 @@ def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
     return [(client.get("name", ""), client["indices"]) for client in clients]
 
 
-def client_protection(config: RunConfig, method: Method[Any]) -> ClientProtection | None:
-    """A client's half of secure aggregation, where the run has it."""
+def client_protection(
+    config: RunConfig, method: Method[Any], identity: Identity | None = None
+) -> ClientProtection | None:
+    """A client's half of secure aggregation, where the run has it; over a network it has an identity."""
     secure = config.federation.secure_aggregation
     if secure is None:
         return None
     from fedtune.protection.secure_client import SecureClient  # cryptography only where it is used
 
-    return SecureClient(cast(SumMethod[Any], method), secure.bits, config.federation.privacy)
+    privacy = config.federation.privacy
+    return SecureClient(cast(SumMethod[Any], method), secure.bits, privacy, identity)
 
 
 def device_of(name: str) -> torch.device:

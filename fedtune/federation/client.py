@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -36,6 +37,9 @@ from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
 from fedtune.transport.messages import Field, Message, broken, fault
 from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
+
+if TYPE_CHECKING:
+    from fedtune.protection.identity import Identity
 
 
 def local_records(data: Path) -> int:
@@ -78,6 +82,7 @@ def join(
     model: str | None,
     device: str,
     acceptance: Acceptance,
+    identity: Identity | None = None,
 ) -> JoinedRun:
     """Takes part in the run that the server invited this client to.
 
@@ -88,6 +93,7 @@ def join(
         model: Where the base model is on this machine; None: where the configuration says.
         device: As `model.device`, of this machine.
         acceptance: The operator's limits.
+        identity: What it signs with under secure aggregation.
 
     Raises:
         NotAccepted: The operator or this version of the program does not take part in such a run.
@@ -98,7 +104,9 @@ def join(
         config = parse_config(json.loads(message.text("config")), "the server's configuration")
     except (InputError, ValueError) as error:
         raise NotAccepted(f"fedtune {__version__} there cannot read the configuration: {error}") from None
-    method = registry.build(config.method, config.seed)
+    method, client = registry.build(config.method, config.seed), message.number("client")
+    if identity is not None and identity.number() != client:
+        raise NotAccepted(f"the server calls it client {client}, and its clients.json {identity.number()}")
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
     examples = local_examples(data, named)
@@ -107,6 +115,7 @@ def join(
         config.method_name,
         local_steps(config, len(examples)),
         secure=config.federation.secure_aggregation is not None,
+        signed=identity is not None,
     )
     name, where = model or config.model.name, device_of(device)
     labels = tuple(settings.labels or ())
@@ -143,11 +152,11 @@ def join(
     runner = ClientRunner(
         method,
         held,
-        {message.number("client"): found.items},
+        {client: found.items},
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         device=where,
-        protection=client_protection(config, method),
+        protection=client_protection(config, method, identity),
     )
     notes = describe({"train": found.counts}, room.tokens)
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))

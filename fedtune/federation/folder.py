@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.file import dump_config, load_config, read_yaml
+from fedtune.config.file import dump_config, load_config
 from fedtune.config.schema import RunConfig, document_sha256
+from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import InputError
 from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
 from fedtune.federation.plugins import require_plugins

@@ -5,10 +5,14 @@ arrival is appended as it comes. A tail that was cut by the kill fails its check
 Resumed, the round first folds in what is kept, in its old order, and then goes on. Each entry tells how
 many orders had been sent when it came, so that the ledger's lines fall in their old order too. A round whose
 clients come in turn has an exchange for each of them; an entry says which it belongs to.
+
+An arrival is written before anybody has looked into it, so that a reply that ends the server would be met
+again. None does: decoding raises nothing but a FrameError, and what the round refused once it refuses again.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import zlib
@@ -18,8 +22,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 from fedtune.core.types import Arrival, Payload, Transport
-from fedtune.core.wire import Content, decode, encode
+from fedtune.core.wire import Content, FrameError, decode, encode
+from fedtune.errors import foreign
 from fedtune.federation.files import disk_errors
+
+log = logging.getLogger("fedtune")
 
 # exchange of the round, client, orders sent so far, bytes of fault, reply, state; their CRC-32
 _ENTRY = struct.Struct("<QqQQQQI")
@@ -74,7 +81,11 @@ class Journal:
 
     def _write(self, round: int, turn: int, sent: int, arrival: Arrival) -> None:
         state = self._states.get(arrival.client)
-        parts = (arrival.fault.encode(), arrival.frame, encode(Content(state)) if state is not None else b"")
+        parts = (
+            foreign(arrival.fault).encode(),
+            arrival.frame,
+            encode(Content(state)) if state is not None else b"",
+        )
         with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
             crc = 0
             for part in parts:
@@ -102,8 +113,18 @@ class Journal:
                     break
                 if of > turn:
                     return
+                try:
+                    fault, state = body[: lengths[0]].decode(), body[lengths[0] + lengths[1] :]
+                    kept = decode(state).payload if state else None
+                except (UnicodeDecodeError, FrameError):
+                    break
                 end = file.tell()
-                fault, frame = body[: lengths[0]].decode(), body[lengths[0] : lengths[0] + lengths[1]]
-                state = body[lengths[0] + lengths[1] :]
-                yield sent, Arrival(client, frame, fault), decode(state).payload if state else None
+                yield sent, Arrival(client, body[lengths[0] : lengths[0] + lengths[1]], fault), kept
+            if end < size:
+                log.warning(
+                    "round %d: the last %s bytes of %s are cut short or damaged; whose they are is asked",
+                    round,
+                    f"{size - end:,}",
+                    path.name,
+                )
             file.truncate(end)

@@ -207,7 +207,10 @@ class _Federation:
                 per_round=self._per_round(),
                 population=len(self._assembly.client_examples),
                 secure=secure is not None,
+                done=start.round if start else 0,
             )
+            if self._account.ahead:  # its replies must not be summed once more, with other noise
+                journal.clear()
         loop = RoundLoop(
             method,
             journal,
@@ -266,7 +269,8 @@ class _Federation:
             "train_loss": outcome.mean("train_loss"),
         }
         if self._account is not None:
-            entry["privacy"] = self._account.spend(outcome.clients)
+            with disk_errors("privacy.jsonl"):  # before anything that was made from the sum is shown or sent
+                entry["privacy"] = self._account.spend(round, outcome.clients)
         if arrivals:
             entry["arrivals"] = arrivals
         every = config.evaluation.every

@@ -1,8 +1,9 @@
 """What a run has spent of its privacy, and whom a round asks where that has to stay secret.
 
-The account is the run's own rounds.jsonl: it holds a line for each noisy sum that was used. A round that is
-done again after a kill has no line and its sum never left the server, so it counts once; rounds that were
-rolled back have lines in their folders, and count for ever.
+The account is a file of its own, privacy.jsonl: a line for each noisy sum, on disk before anything that was
+made from the sum leaves the server. Nothing takes lines away again. A round that is done anew (its checkpoint
+was damaged, the run was set back) has two lines, and both count: both sums were seen. A round that a kill
+ended before its sum has none.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.cohort import Cohort, round_half_up
+from fedtune.errors import InputError
 from fedtune.protection.noise import epsilon, poisson_cohort
 from fedtune.protection.settings import Privacy
 
 _SECRET = "sampling.secret"  # in the run's folder, for the server alone
+ACCOUNT = "privacy.jsonl"
 
 
 class PrivacyAccount:
@@ -35,10 +38,21 @@ class PrivacyAccount:
         per_round: federation.clients_per_round.
         population: Clients of the federation.
         secure: Whether updates are summed under masks.
+        done: Rounds that the run has behind it.
+
+    Raises:
+        InputError: The account lacks one of these rounds, or is damaged: what was spent is not known.
     """
 
     def __init__(
-        self, settings: Privacy, folder: Path, *, per_round: float | int | None, population: int, secure: bool
+        self,
+        settings: Privacy,
+        folder: Path,
+        *,
+        per_round: float | int | None,
+        population: int,
+        secure: bool,
+        done: int = 0,
     ) -> None:
         self._settings, self._folder = settings, folder
         asked = population if per_round is None else per_round
@@ -49,10 +63,18 @@ class PrivacyAccount:
         self._secure = secure
         self._releases = 0
         self._parts = Counter[int]()  # sums that each client was in
-        for log in sorted([folder / "rounds.jsonl", *folder.glob("rolled-back-*/rounds.jsonl")]):
-            if log.exists():
-                with log.open(encoding="utf-8") as lines:
-                    self.enter(entry for line in lines if "privacy" in (entry := json.loads(line)))
+        entries = self._read()
+        self.ahead = any(entry["round"] > done for entry in entries)
+        """Whether the sum of a round that is to be done was used already."""
+        missing = set(range(1, done + 1)) - {entry["round"] for entry in entries}
+        if missing:
+            raise InputError(
+                f"{folder / ACCOUNT} has no entry of round {min(missing)}, which the run has behind it: what "
+                "it has spent of its privacy is not known, and it cannot go on. Put the file back as it was, "
+                "or begin a new run, and add up what both spend"
+            )
+        for entry in entries:
+            self._count(entry["clients"])
 
     def cohort(self, examples: Mapping[int, int]) -> Cohort | None:
         """Whom the next round asks, or None where the run's seed may say so."""
@@ -60,9 +82,14 @@ class PrivacyAccount:
             return None
         return poisson_cohort(dict(examples), self._expected, self._secret(), self._releases + 1)
 
-    def spend(self, clients: Iterable[int]) -> dict[str, Any]:
-        """Enters a sum of these clients; returns what rounds.jsonl says of it."""
-        self.enter([{"clients": list(clients)}])
+    def spend(self, round: int, clients: Iterable[int]) -> dict[str, Any]:
+        """Enters the sum of these clients in a round, for good; returns what rounds.jsonl says of it."""
+        entry: dict[str, Any] = {"round": round, "clients": sorted(clients)}
+        with (self._folder / ACCOUNT).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._count(entry["clients"])
         return self.spent()
 
     def spent(self) -> dict[str, Any]:
@@ -75,11 +102,32 @@ class PrivacyAccount:
             "delta": settings.delta,
         }
 
-    def enter(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Counts sums, each an entry of rounds.jsonl with the clients in it."""
-        for entry in entries:
-            self._releases += 1
-            self._parts.update(entry["clients"])
+    def _count(self, clients: Iterable[int]) -> None:
+        self._releases += 1
+        self._parts.update(clients)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The entries so far. A line that a kill cut short is of a sum that nobody saw, and is cut off."""
+        path = self._folder / ACCOUNT
+        if not path.exists():
+            return []
+        with path.open("r+b") as file:
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            file.truncate(len(whole))
+        try:
+            entries = [json.loads(line) for line in whole.splitlines()]
+            if not all(
+                type(entry["round"]) is int and all(type(client) is int for client in entry["clients"])
+                for entry in entries
+            ):
+                raise ValueError("a round and its clients must be whole numbers")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): what the run has spent of its privacy is not known, and it "
+                "cannot go on. Put the file back as it was"
+            ) from None
+        return entries
 
     def _secret(self) -> int:
         """Made when it is first needed, and the same for as long as the run lasts."""

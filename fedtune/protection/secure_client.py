@@ -6,7 +6,6 @@ under names with a prefix, and is thrown away with the last answer. A client tha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +18,16 @@ from torch import Tensor
 
 from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
+from fedtune.protection.identity import SIGNATURE, Identity
 from fedtune.protection.masking import HASH, KEY, NONCE, SECRET, TAG
 from fedtune.protection.noise import add_noise_, clip_
-from fedtune.protection.settings import Privacy
-from fedtune.protection.share import CohortShare, flatten
+from fedtune.protection.settings import LARGEST_DEVIATIONS, Privacy
+from fedtune.protection.share import flatten
+from fedtune.protection.terms import Terms
 
 SEALED = NONCE + 2 * SECRET + TAG  # bytes of the two shares that one client sends another
 BEFORE = {"shares": "keys", "opened": "shares", "masked": "opened", "unmask": "masked"}
 ONE_ITSELF, PAIRWISE = b"b", b"s"  # the two secrets: of a client's own mask, of its mask key
-_TAIL = 9.0  # deviations; no noise is further out
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,43 @@ class SecureClient:
         method: Whose updates are summed.
         bits: Of a masked number.
         privacy: With it the client clips its update and adds its part of the noise before it masks it.
+        identity: With it the client signs its keys, and takes no keys of others that they did not sign; None
+            where all clients are in one process.
     """
 
     method: SumMethod[Any]
     bits: int
     privacy: Privacy | None = None
+    identity: Identity | None = None
 
     def answer(
-        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
+        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
     ) -> tuple[Payload, Payload | None]:
-        """The reply to an order of any phase but `masked`, and what the client keeps after it."""
+        """The reply to an order of any phase but `masked`, and what the client keeps after it.
+
+        Raises:
+            ClientError: The order does not fit what came before it in this round, or asks for too much.
+        """
         with _fits():
-            return answer(phase, order, kept, client=client, round=round)
+            return self._answer(phase, order, kept, client=client, round=round, examples=examples)
+
+    def _answer(
+        self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
+    ) -> tuple[Payload, Payload | None]:
+        if phase == "keys":
+            return _keys(client, round, self.identity)
+        kept = of_phase(phase, kept, round)
+        if phase == "shares":
+            terms = Terms.of(order)
+            terms.check(client, examples, privacy=self.privacy is not None)
+            if self.identity is not None:
+                _check_signatures(terms, round, self.identity)
+            return _shares(terms, terms.digest(round, self.bits, self.privacy), kept, client, round)
+        if phase == "opened":
+            return _opened(order, kept, client, round)
+        if phase == "unmask":
+            return _unmask(order, kept, client), None
+        raise ClientError(f"secure aggregation has no phase {phase!r}")
 
     def mask(
         self, result: ClientResult, order: Payload, kept: Payload | None, *, client: int, round: int
@@ -62,31 +87,13 @@ class SecureClient:
 
 @contextmanager
 def _fits() -> Iterator[None]:
-    """Another client's key that is none, or an update that is too large, leaves this one out of the round."""
+    """An order that lacks something, a key that is none, an update that is too large: not in this round."""
     try:
         yield
     except ValueError as error:
         raise ClientError(str(error)) from error
-
-
-def answer(
-    phase: str, order: Payload, kept: Payload | None, *, client: int, round: int
-) -> tuple[Payload, Payload | None]:
-    """The reply to an order of any phase but `masked`, and what the client keeps after it.
-
-    Raises:
-        ClientError: The order does not fit what came before it in this round, or asks for too much.
-    """
-    if phase == "keys":
-        return _keys(round)
-    kept = of_phase(phase, kept, round)
-    if phase == "shares":
-        return _shares(order, kept, client, round)
-    if phase == "opened":
-        return _opened(order, kept, client, round)
-    if phase == "unmask":
-        return _unmask(order, kept, client), None
-    raise ClientError(f"secure aggregation has no phase {phase!r}")
+    except LookupError as error:
+        raise ClientError(f"the order lacks {error}") from error
 
 
 def of_phase(phase: str, kept: Payload | None, round: int) -> Payload:
@@ -122,23 +129,20 @@ def mask(
     Raises:
         ClientError: A number is too large for the sum, or others are in the sum than shared their secrets.
     """
-    clients, keys = kept.tensors["clients"].tolist(), kept.tensors["keys"]
-    summed = order.tensors["clients"].tolist()
+    terms, summed = Terms.of(kept), order.tensors["clients"].tolist()
     opened = kept.tensors["senders"][kept.tensors["opened"]].tolist()
-    share, noise_shares = CohortShare.of_tensor(kept.tensors["share"]), int(kept.tensors["noise_shares"][0])
-    needed = max(int(kept.tensors["threshold"][0]), noise_shares)
+    share, needed = terms.share(client), max(terms.threshold, terms.noise_shares)
     if client not in summed or not set(summed) <= set(opened) or len(summed) < needed:
         raise ClientError(
             f"the sum is to be of clients {summed}; it must hold this one, at least {needed} clients, and "
             f"only those whose shares it could open, {opened}"
         )
-    shapes = {name: tuple(shape) for name, shape in json.loads(str(kept.scalars["shapes"])).items()}
-    flat = flatten(share.summand(method, result.payload, shapes), shapes)
+    flat = flatten(share.summand(method, result.payload, terms.shapes), terms.shapes)
     if privacy is not None:
         bound = share.clip(privacy, method.unit)
-        deviation = privacy.noise_multiplier * bound / math.sqrt(noise_shares)
+        deviation = privacy.noise_multiplier * bound / math.sqrt(terms.noise_shares)
         add_noise_(clip_(flat, bound), deviation)
-        largest = bound + _TAIL * deviation
+        largest = bound + LARGEST_DEVIATIONS * deviation
     else:
         flat = torch.cat([flat, share.loss(result.metrics)])
         largest = float(flat.abs().max())
@@ -154,37 +158,42 @@ def mask(
     private = masking.derive(_bytes(kept.tensors["seed"]), "mask key")
     for other in summed:
         if other != client:
-            key = masking.agree(private, _bytes(keys[clients.index(other), 1]), "mask")
+            key = masking.agree(private, _bytes(terms.keys[terms.clients.index(other), 1]), "mask")
             masking.add_mask(vector, key, bits, subtract=other < client)
     now = _with(kept, "masked", summed=order.tensors["clients"])
     return Payload({"masked": masking.pack(vector, bits)}), now
 
 
-def _keys(round: int) -> tuple[Payload, Payload]:
+def _keys(client: int, round: int, identity: Identity | None) -> tuple[Payload, Payload]:
     private, seed = masking.fresh(KEY), masking.fresh(SECRET)
     publics = masking.public_key(private), masking.public_key(masking.derive(seed, "mask key"))
     kept = Payload({"private": _tensor(private), "seed": _tensor(seed)}, {"round": round})
-    return Payload({"keys": _tensor(b"".join(publics), 2, KEY)}), _with(kept, "keys")
+    both = b"".join(publics)
+    signature = identity.sign(round, client, both) if identity else bytes(SIGNATURE)
+    return Payload({"keys": _tensor(both, 2, KEY), "signature": _tensor(signature)}), _with(kept, "keys")
 
 
-def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Payload, Payload]:
-    clients, keys = order.tensors["clients"].tolist(), order.tensors["keys"]
-    threshold, count = int(order.tensors["threshold"][0]), len(clients)
+def _check_signatures(terms: Terms, round: int, identity: Identity) -> None:
+    """Raises ClientError unless each client's keys were signed by that client."""
+    for client, keys, signature in zip(terms.clients, terms.keys, terms.signatures, strict=True):
+        if not identity.vouches(round, client, _bytes(keys), _bytes(signature)):
+            raise ClientError(
+                f"the keys it was sent as client {client}'s were not signed by a client that it knows under "
+                "this number from its clients.json: someone takes the place of another, or the federation "
+                "has clients that came later and this client needs the new clients.json"
+            )
+
+
+def _shares(terms: Terms, digest: bytes, kept: Payload, client: int, round: int) -> tuple[Payload, Payload]:
+    clients, threshold, count = terms.clients, terms.threshold, len(terms.clients)
     seed, private = _bytes(kept.tensors["seed"]), _bytes(kept.tensors["private"])
     mine = [masking.public_key(private), masking.public_key(masking.derive(seed, "mask key"))]
-    every = [_bytes(key) for key in keys.reshape(-1, KEY)]
-    if clients != sorted(set(clients)) or client not in clients or len(every) != 2 * count:
-        raise ClientError(f"the keys it was sent are said to be of clients {clients}; it is client {client}")
+    every = [_bytes(key) for key in terms.keys.reshape(-1, KEY)]
     place = clients.index(client)
     if every[2 * place : 2 * place + 2] != mine:
         raise ClientError("the keys it was sent as its own are not those that it made")
     if len(set(every)) != len(every):
         raise ClientError("two of the keys it was sent are the same: someone takes the place of another")
-    if not 2 <= threshold <= count < 2 * threshold:
-        raise ClientError(
-            f"a threshold of {threshold} of {count} clients is not safe: it must be at least two and above "
-            "one half"
-        )
     own = masking.fresh(SECRET)
     dealt = list(
         zip(
@@ -200,7 +209,7 @@ def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
             sealed.append(bytes(SEALED))
             continue
         key = masking.agree(private, every[2 * at], "shares")
-        sealed.append(masking.seal(key, b"".join(pair), about(round, client, other)))
+        sealed.append(masking.seal(key, b"".join(pair), about(round, client, other, digest)))
     reply = {
         "sealed": _tensor(b"".join(sealed), count, SEALED),
         "commitments": _tensor(b"".join(commitments), count, 2, HASH),
@@ -210,16 +219,16 @@ def _shares(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
         kept,
         "shares",
         self=_tensor(own),
-        clients=order.tensors["clients"],
-        keys=keys,
-        threshold=order.tensors["threshold"],
+        digest=_tensor(digest),
         dealt=_tensor(b"".join(dealt[place]), 2, SECRET),
+        **terms.payload().tensors,
     )
-    return Payload(reply), now
+    return Payload(reply), Payload(now.tensors, {**now.scalars, **terms.payload().scalars})
 
 
 def _opened(order: Payload, kept: Payload, client: int, round: int) -> tuple[Payload, Payload]:
-    clients, keys = kept.tensors["clients"].tolist(), kept.tensors["keys"]
+    terms, digest = Terms.of(kept), _bytes(kept.tensors["digest"])
+    clients, keys = list(terms.clients), terms.keys
     senders = order.tensors["senders"].tolist()
     if senders != sorted(set(senders)) or not set(senders) <= set(clients) or client not in senders:
         raise ClientError(f"the shares it was sent are said to be of clients {senders}, out of {clients}")
@@ -230,7 +239,8 @@ def _opened(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
             text: bytes | None = _bytes(kept.tensors["dealt"])
         else:
             key = masking.agree(private, _bytes(keys[clients.index(sender), 0]), "shares")
-            text = masking.unseal(key, _bytes(order.tensors["sealed"][at]), about(round, sender, client))
+            sealed = _bytes(order.tensors["sealed"][at])
+            text = masking.unseal(key, sealed, about(round, sender, client, digest))
         fits = text is not None and len(text) == 2 * SECRET
         for kind, share, wanted in zip(_KINDS, _halves(text), order.tensors["commitments"][at], strict=True):
             fits = fits and commitment(kind, share, sender, client) == _bytes(wanted)
@@ -242,16 +252,14 @@ def _opened(order: Payload, kept: Payload, client: int, round: int) -> tuple[Pay
         senders=order.tensors["senders"],
         opened=torch.tensor(opened),
         received=_tensor(b"".join(shares), len(senders), 2, SECRET),
-        share=order.tensors["share"],
-        noise_shares=order.tensors["noise_shares"],
     )
-    now = Payload(now.tensors, {**now.scalars, "shapes": order.scalars["shapes"]})
     return Payload({"opened": torch.tensor(opened)}), now
 
 
 def _unmask(order: Payload, kept: Payload, client: int) -> Payload:
     survivors, summed = order.tensors["survivors"].tolist(), kept.tensors["summed"].tolist()
-    needed = max(int(kept.tensors["threshold"][0]), int(kept.tensors["noise_shares"][0]))
+    terms = Terms.of(kept)
+    needed = max(terms.threshold, terms.noise_shares)
     if len(set(survivors)) < needed or not set(survivors) <= set(summed) or client not in survivors:
         raise ClientError(
             f"the sum is said to be of clients {survivors}, out of {summed}; it must hold this one and at "
@@ -271,9 +279,9 @@ def commitment(kind: bytes, share: bytes, sender: int, receiver: int) -> bytes:
     return masking.commit(kind, sender.to_bytes(8, "big"), receiver.to_bytes(8, "big"), share)
 
 
-def about(round: int, sender: int, receiver: int) -> bytes:
-    """What is authenticated with sealed shares."""
-    return f"{round} {sender} {receiver}".encode()
+def about(round: int, sender: int, receiver: int, digest: bytes) -> bytes:
+    """What is authenticated with sealed shares: with other terms they do not open."""
+    return f"{round} {sender} {receiver} ".encode() + digest
 
 
 def _halves(text: bytes | None) -> tuple[bytes, bytes]:

@@ -1,10 +1,11 @@
 """The server's half of secure aggregation: it learns the sum of the clients' vectors and no vector.
 
-Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (2017), Figure 4,
-against a server that follows the protocol and is curious. A round has five exchanges:
+Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (2017), Figure 4. A
+round has five exchanges:
 
-    keys      each client makes two key pairs, one for sealing shares, one for masks
-    shares    it splits its mask secret s and the secret b of its own mask among all, sealed for each
+    keys      each client makes two key pairs, for sealing shares and for masks, and signs the public keys
+    shares    it checks the round's terms and everyone's signature (terms.py, identity.py), and splits its
+              mask secret s and the secret b of its own mask among all, sealed for each
     opened    it gets the others' shares and says which of them it could open
     masked    it trains, and sends x + PRG(b) + Σ ± PRG(key with each other client)  mod 2^k
     unmask    who is still there returns, of each client in the sum its share of b, of each other one of s
@@ -13,13 +14,13 @@ Pairwise masks cancel between two clients of the sum; those with a client that d
 its s, and each own mask from its b. A client never returns both for one other client.
 
 Deviations: `opened` is an exchange of its own, so that a client whose shares do not open is left out before
-anyone trains; every share is committed to by a hash, so that who returns another is named; there are no
-signatures, for the transport says who sent a message.
+anyone trains; every share is committed to by a hash, so that who returns another is named; instead of a last
+exchange in which clients compare whom the sum is of, the threshold is above one half and each client answers
+each phase once, so that a server alone cannot have enough shares of both secrets of one client.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import Counter
@@ -33,9 +34,11 @@ from torch import Tensor
 from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum
 from fedtune.core.types import SECURE, Order, Payload, Reply, Scalar, TensorSpec
 from fedtune.protection import masking
+from fedtune.protection.identity import SIGNATURE
 from fedtune.protection.masking import HASH, KEY, SECRET
 from fedtune.protection.secure_client import ONE_ITSELF, PAIRWISE, SEALED, commitment
 from fedtune.protection.share import CohortShare, Shapes
+from fedtune.protection.terms import Terms
 
 log = logging.getLogger("fedtune")
 V = TypeVar("V")
@@ -79,16 +82,18 @@ class SecureRound:
             QuorumError: Too few clients stayed, or a client's secrets do not fit together; it is named.
         """
         keys = self._keys()
-        dealt = self._shares(keys)
-        self._opened(dealt, shares, shapes)
+        dealt = self._shares(keys, shares, shapes)
+        self._opened(dealt)
         vector = self._masked(orders, sorted(dealt), length, on_arrival)
         self._unmask(vector, keys, dealt)
         return masking.signed(vector, self._bits)
 
     def _keys(self) -> dict[int, Tensor]:
-        order, expects = Payload(), _spec(keys=(2, KEY))
+        order, expects = Payload(), _spec(keys=(2, KEY), signature=(SIGNATURE,))
         asked = [Order(client, order, expects, "keys") for client in self._outcome.asked]
-        keys = {reply.client: _own(reply, "keys") for reply in self._ask(asked)}
+        replies = {reply.client: reply for reply in self._ask(asked)}
+        keys = {client: _own(reply, "keys") for client, reply in replies.items()}
+        self._signatures = {client: _own(reply, "signature") for client, reply in replies.items()}
         seen = Counter(_bytes(key) for pair in keys.values() for key in pair)
         for client, pair in sorted(keys.items()):
             if any(seen[_bytes(key)] > 1 for key in pair):
@@ -97,31 +102,38 @@ class SecureRound:
                 self._leave_out(client, "it sent a key that gives everyone the same secret")
         return self._staying(keys, "keys")
 
-    def _shares(self, keys: Mapping[int, Tensor]) -> dict[int, Payload]:
+    def _shares(
+        self, keys: Mapping[int, Tensor], shares: Mapping[int, CohortShare], shapes: Shapes
+    ) -> dict[int, Payload]:
         clients, count = sorted(keys), len(keys)
-        payload = _payload(
-            clients=torch.tensor(clients),
-            keys=torch.stack([keys[client] for client in clients]),
-            threshold=torch.tensor([self._threshold]),
-        )
+        one = shares[clients[0]]  # the whole and the federation's size are the same for all
+        terms = Terms(
+            tuple(clients),
+            torch.stack([keys[client] for client in clients]),
+            torch.stack([self._signatures[client] for client in clients]),
+            tuple(shares[client].weight for client in clients),
+            threshold=self._threshold,
+            noise_shares=max(self._threshold, self._quorum),
+            total=one.total,
+            population=one.population,
+            shapes=shapes,
+        ).payload()
+        payload = _payload(terms.scalars, **terms.tensors)
         expects = _spec(sealed=(count, SEALED), commitments=(count, 2, HASH), secret=(HASH,))
         replies = self._ask(Order(client, payload, expects, "shares") for client in clients)
         self._holders = clients
         return self._staying({reply.client: reply.payload for reply in replies}, "shares")
 
-    def _opened(self, dealt: dict[int, Payload], shares: Mapping[int, CohortShare], shapes: Shapes) -> None:
+    def _opened(self, dealt: dict[int, Payload]) -> None:
         """Leaves out who dealt shares that do not open, and who does not answer; `dealt` is changed."""
         senders = sorted(dealt)
         asked = []
         for client in senders:
             at = self._holders.index(client)
             payload = _payload(
-                {"shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})},
                 senders=torch.tensor(senders),
                 sealed=torch.stack([_tensor(dealt[sender], "sealed")[at] for sender in senders]),
                 commitments=torch.stack([_tensor(dealt[sender], "commitments")[at] for sender in senders]),
-                share=shares[client].as_tensor(),
-                noise_shares=torch.tensor([max(self._threshold, self._quorum)]),
             )
             expects = {SECURE + "opened": TensorSpec(torch.bool, (len(senders),))}
             asked.append(Order(client, payload, expects, "opened"))

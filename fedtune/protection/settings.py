@@ -16,6 +16,8 @@ from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.errors import InputError
 
+LARGEST_DEVIATIONS = 9.0  # no noise is further out: 53-bit uniform numbers give at most 8.6
+
 Threshold = Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0.5, le=1)]
 
 
@@ -45,6 +47,24 @@ def refusal(method: Any, *, privacy: bool) -> str | None:
     if not isinstance(method, SumMethod):
         return "its server needs more of each reply than a weighted sum"
     return method.sum_refusal(privacy=privacy)
+
+
+def check_scale(privacy: Privacy, unit: float) -> None:
+    """Raises ValueError if a clipped sum with its noise does not fit the integers that it is made of.
+
+    Noise beyond them would stop at the largest one, and ε would promise what is not there.
+
+    Args:
+        privacy: Clip and noise.
+        unit: What 1 in a summand stands for.
+    """
+    largest = 2.0**62 * unit / (1 + LARGEST_DEVIATIONS * privacy.noise_multiplier)
+    if privacy.clip >= largest:
+        raise ValueError(
+            f"federation.privacy: a clip of {privacy.clip:g} with a noise_multiplier of "
+            f"{privacy.noise_multiplier:g} makes noise that the sum's 64-bit numbers do not hold; the clip "
+            f"must be below {largest:.4g}. A norm of an update that is not far above the usual one does"
+        )
 
 
 def require_packages(secure: SecureAggregation | None, privacy: Privacy | None) -> None:

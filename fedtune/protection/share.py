@@ -27,16 +27,6 @@ class CohortShare:
     total: int
     population: int
 
-    @staticmethod
-    def of_tensor(tensor: Tensor) -> CohortShare:
-        """What `as_tensor` gave."""
-        weight, total, population = tensor.tolist()
-        return CohortShare(weight, total, population)
-
-    def as_tensor(self) -> Tensor:
-        """For an order, int64 (3)."""
-        return torch.tensor([self.weight, self.total, self.population])
-
     def summand(self, method: SumMethod[Any], payload: Payload, shapes: Shapes) -> dict[str, Tensor]:
         """What a reply with this share adds to the sum."""
         return method.summand(

@@ -17,7 +17,7 @@ class Acceptance(Settings):
     methods: list[str] | None = Field(None, min_length=1)  # names of methods
     max_bytes: int | None = Field(None, ge=1)  # of one order, and of one reply
     max_local_steps: int | None = Field(None, ge=1)  # training steps of one round
-    secure_aggregation: bool = False  # true: only runs whose server learns no single update
+    secure_aggregation: bool = False  # true: only runs under masks whose clients' keys this client knows
     data_folder: str | None = None  # where the data must lie; links out of it do not count
 
 
@@ -37,7 +37,7 @@ def check_data(acceptance: Acceptance, data: Path) -> None:
         )
 
 
-def check_run(acceptance: Acceptance, method: str, local_steps: int, *, secure: bool) -> None:
+def check_run(acceptance: Acceptance, method: str, local_steps: int, *, secure: bool, signed: bool) -> None:
     """Raises NotAccepted if a run is not what the operator accepts.
 
     Args:
@@ -45,12 +45,18 @@ def check_run(acceptance: Acceptance, method: str, local_steps: int, *, secure: 
         method: The method's name.
         local_steps: Training steps that an order would take on this client's examples.
         secure: Whether the run has `federation.secure_aggregation`.
+        signed: Whether this client knows the others' keys, so that no server can take their places.
     """
     if acceptance.methods is not None and method not in acceptance.methods:
         raise NotAccepted(f"its operator accepts {', '.join(acceptance.methods)}, and the method is {method}")
     if acceptance.secure_aggregation and not secure:
         raise NotAccepted(
             "its operator accepts only runs with federation.secure_aggregation, and this one has none"
+        )
+    if acceptance.secure_aggregation and not signed:
+        raise NotAccepted(
+            "its operator accepts only runs whose server learns no single update, and without a clients.json "
+            "beside its key it cannot tell the other clients' keys from the server's"
         )
     limit = acceptance.max_local_steps
     if limit is not None and local_steps > limit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-from fedtune.errors import FederationError
+from fedtune.errors import FederationError, foreign
 
 Field = int | float | str | bool
 PART_BYTES = 64 * 1024 * 1024  # of a frame in one message; Flower's own limit with a database is 256 MB
@@ -44,14 +44,14 @@ class Message:
         """
         value = self.fields.get(name)
         if type(value) is not int or value < 0:
-            raise ValueError(f"{name} of a message must be a whole number, got {value!r}")
+            raise ValueError(f"{name} of a message must be a whole number, got {foreign(repr(value), 80)}")
         return value
 
     def text(self, name: str) -> str:
         """A field that has to be text. Raises ValueError if it is missing or something else."""
         value = self.fields.get(name)
         if not isinstance(value, str):
-            raise ValueError(f"{name} of a message must be text, got {value!r}")
+            raise ValueError(f"{name} of a message must be text, got {foreign(repr(value), 80)}")
         return value
 
 

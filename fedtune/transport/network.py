@@ -18,6 +18,7 @@ from typing import Protocol
 
 from fedtune.core.types import Arrival, Payload
 from fedtune.core.wire import empty_frame
+from fedtune.errors import foreign
 from fedtune.transport.messages import PART_BYTES, Message
 from fedtune.transport.remote import LONGEST_S, Channel, Exchange, Unreachable
 
@@ -112,7 +113,7 @@ class Refusal(Exception):
 def examples_of(answer: Message) -> int:
     """Examples of a client, from its answer to an invitation. Raises Refusal."""
     if "fault" in answer.fields:
-        raise Refusal(str(answer.fields["fault"]))
+        raise Refusal(foreign(str(answer.fields["fault"])))
     try:
         examples = answer.number("examples")
     except ValueError as error:
@@ -188,7 +189,7 @@ class RoundExchange:
 
     def _reply(self, round: int, client: int, answer: Message) -> Exchange:
         if "fault" in answer.fields:
-            raise Refusal(str(answer.fields["fault"]))
+            raise Refusal(foreign(str(answer.fields["fault"])))
         size, kept = answer.number("bytes"), answer.number("state")
         if size > (limit := self._limit(client)):
             raise Refusal(f"its reply has {size:,} bytes; at most {limit:,} are allowed here")
@@ -204,7 +205,7 @@ class RoundExchange:
             del part
             answer = yield Message({"do": "fetch", "run": self._invitation.run, "round": round, "at": at})
             if "fault" in answer.fields:
-                raise Refusal(str(answer.fields["fault"]))
+                raise Refusal(foreign(str(answer.fields["fault"])))
         if kept:
             self._states[client] = Payload(scalars={"round": kept})
         return Arrival(client, buffer)
