@@ -201,7 +201,8 @@ def tensor_shapes(name: str, files: list[Path]) -> dict[str, tuple[int, ...]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as stream:
-                shapes |= {key: tuple(stream.get_slice(key).get_shape()) for key in stream}
+                names = list(stream.keys())
+                shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in names}
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"model {name}: {file} is damaged: {first_line(error)} Fetch the model again."
