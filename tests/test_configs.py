@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reproduced import load
 
 from fedtune.config.file import dump_config, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core import loop, wire
+from fedtune.core.types import TensorSpec
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
 from fedtune.methods import registry
@@ -101,6 +103,9 @@ def test_the_pages_name_files_and_limits_that_exist() -> None:
     assert f"`{wire.MAGIC.decode()}`" in format_page and f"| version | 1 | {wire.VERSION} |" in format_page
     assert f"the header has {wire.HEADER.size} bytes" in format_page
     assert [name for name in wire.DTYPES if f"`{name}`" not in format_page] == []
-    assert f"plus {loop.MANIFEST_ALLOWANCE >> 20} MiB; where" in format_page
+    room = wire.manifest_bytes({}), wire.manifest_bytes({"a": TensorSpec(torch.int8, (1,))})
+    assert f"{room[1] - room[0] - len('"a"')} bytes more for each, and {room[0] >> 10} KiB" in format_page
     assert f"open, {loop.OPEN_SHAPE_LIMIT >> 30} GiB" in format_page
-    assert f"inflate to {wire.MANIFEST_LIMIT >> 20} MiB" in format_page
+    assert f"inflate to {wire.MANIFEST_LIMIT >> 20} MiB and to no more than" in format_page
+    assert f"{wire.MANIFEST_FREE >> 10} KiB and four bytes" in format_page and wire.MANIFEST_RATIO == 4
+    assert f"at\n  most {wire.RANK_LIMIT} dimensions" in format_page

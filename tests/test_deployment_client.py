@@ -42,7 +42,7 @@ def test_a_fault_of_a_clients_program_ends_it_once_the_server_was_told(
             assert len(told) == 2  # only now does the process end
 
     runner = Runner(RuntimeError("CUDA error: out of memory"))
-    monkeypatch.setattr(deployed_client, "_Node", Node)
+    monkeypatch.setattr(deployed_client, "Node", Node)
     monkeypatch.setattr(deployed_client, "HAND_ON_S", 0.2)
     monkeypatch.setattr(deployed_client, "check_client", lambda keys: None)
     monkeypatch.setattr(deployed_client, "join", lambda invitation, **about: JoinedRun(runner, 3, "echo"))  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def run_client(setup: ClientSetup) -> None:
     worker = Worker(joining, acceptance, setup.state, log_line)
     setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     with torch_settings(), quiet_environment(), listening() as (listener, address):
-        node = _Node(setup, host, port, address)
+        node = Node(setup, host, port, address)
         try:
             while True:
                 with listener.accept() as connection:
@@ -109,7 +109,7 @@ def log_line(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-class _Node:
+class Node:
     """Flower's node, started again whenever it ends by itself.
 
     It ends when it cannot connect, and when the server does not know it any more. Neither is final, except

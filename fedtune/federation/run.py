@@ -8,7 +8,6 @@ bits of a run that was never killed.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,6 @@ from fedtune.core.store import Store
 from fedtune.core.types import Transport
 from fedtune.data.objects import ObjectData
 from fedtune.errors import FederationError, InputError, ProgramError
-from fedtune.evaluation.tasks import scorer
 from fedtune.federation import checkpoint, rollback
 from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
@@ -33,12 +31,12 @@ from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.journal import Journal
-from fedtune.federation.left_out import left_out
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import Evaluated, eval_settings, evaluate, memory_for
+from fedtune.federation.scoring import Evaluated, evaluate, memory_for
+from fedtune.federation.summary import of_rounds, of_run
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -345,41 +343,21 @@ class _Federation:
         return self._config.federation.clients_per_round if self._assembly.method.uses_wire else None
 
     def _seconds(self) -> dict[str, float]:
+        parts = dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
         now = self._clock.seconds | {"total": self._clock.total - self._clock.seconds.get("setup", 0.0)}
         return {
-            part: round(now.get(part, 0.0) + self._earlier.get(part, 0.0), 3) for part in now | self._earlier
+            part: round(now.get(part, 0.0) + self._earlier.get(part, 0.0), 3)
+            for part in parts | now | self._earlier
         }
 
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
-        evaluated = [entry for entry in self._rounds if entry["eval"]]
-        trained = [entry for entry in self._rounds if entry["train_loss"] is not None]
-        settings = eval_settings(self._config, self._assembly.split.labels)
-        seconds = (
-            dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
-            | self._seconds()
-        )
         summary = {
-            "method": self._config.method_name,
-            "model": self._config.model.name,
-            "seed": self._config.seed,
-            "rounds": self._rounds[-1]["round"] if self._rounds else 0,
-            "clients": len(self._assembly.client_examples),
+            **of_rounds(self._rounds),
+            **of_run(self._config, self._assembly, self._ledger, self._rounds),
             "trainable_parameters": self._trainable,
             "total_parameters": self._total_parameters,
-            "payload_bytes": dict(self._ledger.payload_bytes),
-            "framed_bytes": dict(self._ledger.framed_bytes),
-            "payload_bytes_per_client_round": self._ledger.payload_bytes_per_client_round(),
-            "peak_memory_bytes": self._ledger.peak_memory_bytes,
-            "seconds": seconds,
-            "scorers": {task: scorer(task, settings) for task in self._config.evaluation.tasks},
-            "train_loss": trained[-1]["train_loss"] if trained else None,
-            "evaluation": evaluated[-1]["eval"] if evaluated else {},
-            "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
-            "zero_shot": self._rounds[0]["eval"] if self._rounds else {},
-            "left_out": left_out(self._rounds, self._assembly.split.partition["clients"]),
-            "zero_shot_per_client": self._rounds[0].get("per_client", {}) if self._rounds else {},
-            "examples": {group: one and asdict(one) for group, one in self._assembly.counts.items()},
+            "seconds": self._seconds(),
             "status": status,
         }
         if self._account is not None:
