@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import DOLLY, MODELS, RESULTS, SHARED, Entry, Prepared, main, table
@@ -59,7 +60,7 @@ def _slopes(name: str, dtype: str, epsilons: list[float]) -> tuple[dict[str, lis
 
 def _measure(out: Path) -> None:
     needed = sorted({*EPSILONS, *(2 * e for e in EPSILONS)})
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in ("bundled", *(["instruct-7m"] if SHARED.is_dir() else [])):
         exact, _ = _slopes(name, "float32", [EXACT])
         found[name] = {"exact": exact[str(EXACT)]}
