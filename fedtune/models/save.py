@@ -37,7 +37,8 @@ from fedtune.models.folders import (
 from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
-from fedtune.models.tuning import attach_adapter, canonical_name, mend_generation, trainable
+from fedtune.models.soft_prompt import mend_soft_prompt
+from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -258,7 +259,7 @@ def _load_peft(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Load
         with seeded(0), quiet():  # it draws values first, which those of the file replace
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
         if config.is_prompt_learning:
-            mend_generation(model)
+            mend_soft_prompt(model)
     # PEFT only warns when tensors are left over or missing, as they are on a base of another depth.
     present = get_peft_model_state_dict(model, save_embedding_layers=False)
     _require_same(folder, saved, present)

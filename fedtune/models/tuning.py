@@ -7,10 +7,7 @@ always trains. What is added is float32, also on a bfloat16 base, where rounding
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from peft import (
@@ -33,6 +30,7 @@ from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
 from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
+from fedtune.models.soft_prompt import mend_soft_prompt
 
 _PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
 _NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
@@ -176,32 +174,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def mend_generation(model: PeftModel) -> None:
-    """Makes `generate` of a model with a soft prompt give what whole forward passes give.
-
-    Two faults of PEFT (all versions up to 0.21.2) are worked round here:
-
-    * It drops the position ids that generation computes, so a model counts the padding between the prompt and
-      the text as positions, and a text's answer depends on the lengths of the others in its batch. They are
-      computed again, from the attention mask.
-    * transformers 5.24 renamed `past_key_values` to `cache`. PEFT looks for the old name, finds no cache, and
-      puts the prompt in front of every new token. So PEFT is given the old name, and the model the new one.
-    """
-    if model.active_peft_config.task_type != TaskType.CAUSAL_LM:
-        return
-    inner = model.get_base_model()
-    takes = inspect.signature(inner.forward).parameters
-    if "cache" in takes:
-        # kept on the wrapper, as a partial: no reference from the model to itself, and copies use their own
-        prepare = model.base_model_prepare_inputs_for_generation
-        renamed = partial(_with_old_cache_name, prepare)
-        model.base_model_prepare_inputs_for_generation = renamed  # type: ignore[assignment]  # no module
-        inner.register_forward_pre_hook(_new_cache_name, with_kwargs=True)
-    if "position_ids" in takes:
-        inner.register_forward_pre_hook(_positions_from_mask, with_kwargs=True)
-        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
-
-
 def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     float32_heads(model)  # before PEFT copies them
     named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
@@ -214,7 +186,7 @@ def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     if config.is_prompt_learning:
-        mend_generation(wrapped)
+        mend_soft_prompt(wrapped)
     return wrapped
 
 
@@ -256,30 +228,3 @@ def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> l
             f"Name some of its linear layers: {', '.join(_short_names(model))}."
         )
     return default
-
-
-def _with_old_cache_name(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    inputs = prepare(*args, **kwargs)
-    if "cache" in inputs:
-        inputs["past_key_values"] = inputs.pop("cache")
-    return inputs
-
-
-def _new_cache_name(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if "past_key_values" in kwargs:
-        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
-        del kwargs["past_key_values"]
-    return args, kwargs
-
-
-def _positions_from_mask(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    mask = kwargs.get("attention_mask")  # (batch, prompt + past + new tokens)
-    if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
-        return args, kwargs
-    new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-    return args, {**kwargs, "position_ids": positions}
