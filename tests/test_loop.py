@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -151,6 +151,15 @@ def _with_meta(arrival: Arrival, **meta: Any) -> Arrival:
     return Arrival(arrival.client, encode(Content(message.payload, {**message.meta, **meta})))
 
 
+def _with_scalars(arrival: Arrival, **scalars: Any) -> Arrival:
+    message = decode(arrival.frame)
+    return Arrival(arrival.client, encode(Content(Payload(message.payload.tensors, scalars), message.meta)))
+
+
+def bent(**meta: Any) -> Callable[[Arrival], list[Arrival]]:
+    return lambda a: [_with_meta(a, **meta) if a.client == 2 else a]
+
+
 @pytest.mark.parametrize(
     ("change", "clients", "reason"),
     [
@@ -167,10 +176,23 @@ def _with_meta(arrival: Arrival, **meta: Any) -> Arrival:
             [0, 1, 3],
             "trained_tokens is -3; it must be in 0..9,007,199,254,740,992",
         ),
+        (bent(peak_bytes=-5e300), [0, 1, 3], "peak_bytes is -5e+300; it must be in 0..9,007"),
+        (bent(steps=2**60), [0, 1, 3], "steps is 1.15292e+18; it must be in 0..9,007"),
+        (bent(train_loss="2"), [0, 1, 3], "train_loss must be a finite number, got '2'"),
+        (bent(train_loss=True), [0, 1, 3], "train_loss must be a finite number, got True"),
+        (bent(**{"x\x1b[2J" * 9: 1}), [0, 1, 3], "metric x\ufffd[2J"),
+        (
+            lambda a: [_with_scalars(a, crc32=7)] if a.client == 2 else [a],
+            [0, 1, 3],
+            "scalars that were not asked for: crc32",
+        ),
         (lambda a: [a, a], [0, 1, 2, 3], None),
         (lambda a: [a, Arrival(99, a.frame)], [0, 1, 2, 3], None),
     ],
-    ids=["other client", "other round", "cut", "metric", "fewer than no tokens", "twice", "not asked"],
+    ids=[
+        *("other client", "other round", "cut", "metric", "fewer than no tokens", "fewer than no bytes"),
+        *("endless steps", "a text", "a flag", "a foreign metric", "a scalar", "twice", "not asked"),
+    ],
 )
 def test_replies_of_others_are_not_believed(
     change: Callable[[Arrival], list[Arrival]], clients: list[int], reason: str | None
@@ -185,6 +207,23 @@ def test_replies_of_others_are_not_believed(
     else:
         assert list(outcome.left_out) == [2]
         assert reason in outcome.left_out[2]
+
+
+class Reporting(Adding):
+    """Its orders ask for a metric and a scalar of their own."""
+
+    def plan(self, state: State, round: int, cohort: Cohort) -> Iterable[Order]:
+        own = {"scalars": frozenset({"votes"}), "metrics": frozenset({"doubt"})}
+        return [replace(order, **own) for order in super().plan(state, round, cohort)]
+
+    def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
+        return ClientResult(Payload({"w": torch.ones(1)}, {"votes": 3}), {"train_loss": 1.0, "doubt": 0.5})
+
+
+def test_an_order_may_ask_for_a_metric_and_a_scalar_of_its_own() -> None:
+    outcome = bench(Reporting()).round(1)
+    assert outcome.left_out == {}
+    assert all(metrics == {"train_loss": 1.0, "doubt": 0.5} for metrics in outcome.metrics.values())
 
 
 def test_a_round_without_a_reply_raises_whatever_the_quorum() -> None:

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedtune.core.cohort import TRAINED_TOKENS, Cohort, RoundOutcome, hold_quorum
+from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
+from fedtune.core.reported import PEAK_BYTES, reported
 from fedtune.core.types import (
     MODEL,
     SECURE,
@@ -30,7 +31,7 @@ from fedtune.core.types import (
     ServerProtection,
     Transport,
 )
-from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes
+from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes, some
 from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import MemoryMeter, paused
@@ -38,7 +39,6 @@ from fedtune.measure.memory import MemoryMeter, paused
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
-MOST_TOKENS = 1 << 53  # that a client may say it trained on: a whole number, as a float holds it
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
@@ -218,26 +218,18 @@ class RoundLoop:
                     f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
                 )
             check(content.payload, asked.expects)
-        metrics = {
-            name: float(value)
-            for name, value in content.meta.items()
-            if isinstance(value, int | float) and name not in ("round", "client")
-        }
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FrameError(f"metric {name} is {value}")
-        if not 0 <= metrics.get(TRAINED_TOKENS, 0) <= MOST_TOKENS:
-            raise FrameError(
-                f"metric {TRAINED_TOKENS} is {metrics[TRAINED_TOKENS]:g}; it must be in 0..{MOST_TOKENS:,}"
-            )
+            foreign_scalars = content.payload.scalars.keys() - asked.scalars
+            if foreign_scalars:
+                raise FrameError(f"scalars that were not asked for: {some(foreign_scalars)}")
+            metrics, how = reported(content.meta, more=asked.metrics)
         self._enter(round, asked, "up", content.payload, arrival.frame)
         if not asked.phase:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
                 where="client",
                 client=arrival.client,
-                peak_bytes=int(metrics.pop("peak_bytes", 0)),
-                how=foreign(str(content.meta.get("how", "not measured")), 60),
+                peak_bytes=int(metrics.pop(PEAK_BYTES, 0)),
+                how=how,
             )
         return Reply(arrival.client, content.payload, metrics, cohort)
 

@@ -70,6 +70,8 @@ class Order:
     expects: Mapping[str, TensorSpec]
     phase: str = ""  # of secure aggregation, where a round takes several exchanges
     plain_bytes: int = 0  # of a reply under masks: what it would have without them
+    scalars: frozenset[str] = frozenset()  # names of those that the reply may have
+    metrics: frozenset[str] = frozenset()  # names of those that the client may report beside the usual ones
 
 
 @dataclass(frozen=True)

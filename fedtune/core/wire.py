@@ -184,8 +184,8 @@ def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:
     if missing or foreign:
         raise FrameError(
             "tensors do not match the order:"
-            + (f" missing {_some(missing)};" if missing else "")
-            + (f" not asked for {_some(foreign)};" if foreign else "")
+            + (f" missing {some(missing)};" if missing else "")
+            + (f" not asked for {some(foreign)};" if foreign else "")
         )
     for name, tensor in payload.tensors.items():
         spec = expects[name]
@@ -313,6 +313,7 @@ def _start(entry: object) -> str:
     return str(entry)[:40] if isinstance(entry, str) else type(entry).__name__
 
 
-def _some(names: set[str]) -> str:
+def some(names: set[str]) -> str:
+    """The first three of some names."""
     shown = sorted(names)[:3]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
