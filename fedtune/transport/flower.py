@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FederationError
-from fedtune.transport.messages import Message, connect, fault, receive, send
+from fedtune.errors import FederationError, foreign
+from fedtune.transport.messages import Message, checked, connect, fault, receive, send
 from fedtune.transport.quiet import quiet_environment, quiet_logs
 
 with quiet_environment():  # read when it is imported
@@ -87,12 +87,11 @@ def _record(message: Message) -> RecordDict:
 def _message(carrier: FlowerMessage) -> Message:
     """Our message in one of Flower's; one that is not ours becomes a fault, whoever sent it."""
     try:
-        fields = dict(carrier.content["fields"])
         arrays = carrier.content.get("bytes", {})
         body, state = (arrays[name].data if name in arrays else b"" for name in ("body", "state"))
-    except (KeyError, TypeError, AttributeError) as error:
-        return fault(f"its message is not one of fedtune's: {type(error).__name__}: {error}")
-    return Message(fields, body, state)  # whoever reads a field checks its type
+        return checked(dict(carrier.content["fields"]), body, state)  # who reads a field checks its type
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        return fault(foreign(f"its message is not one of fedtune's: {type(error).__name__}: {error}"))
 
 
 # --- in the simulation ---

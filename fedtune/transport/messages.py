@@ -7,6 +7,7 @@ parts. No pickle: fields are JSON, and the rest is bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import cast
 
 from fedtune.errors import FederationError, foreign
 
 Field = int | float | str | bool
 PART_BYTES = 64 * 1024 * 1024  # of a frame in one message; Flower's own limit with a database is 256 MB
-_FIELDS_LIMIT = 1 << 20  # bytes of JSON: a configuration is the longest there is
+_FIELDS_LIMIT = 1 << 20  # bytes of JSON in a socket: a message's fields may stand inside another's as text
+FOREIGN_LIMIT = 400 * 1024  # bytes of JSON of another party's fields: a configuration is the longest there is
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,27 @@ class Message:
         if not isinstance(value, str):
             raise ValueError(f"{name} of a message must be text, got {foreign(repr(value), 80)}")
         return value
+
+
+def checked(fields: Mapping[object, object], *parts: object) -> Message:
+    """A message from what another party sent: its fields, body and state.
+
+    Raises:
+        ValueError: It is not one: fields are numbers, flags and text with short names, the rest is bytes.
+    """
+    taken: dict[str, Field] = {}
+    for name, value in fields.items():
+        if not isinstance(name, str) or len(name) > 80 or not isinstance(value, int | float | str):
+            what = f"{foreign(str(name), 80)} of a message is {type(value).__name__}"
+            raise ValueError(f"{what}; a field is a number, a flag or text under a short name")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{foreign(name, 80)} of a message is {value}")
+        taken[name] = value
+    if len(json.dumps(taken)) > FOREIGN_LIMIT:
+        raise ValueError(f"the fields of a message are longer than {FOREIGN_LIMIT:,} bytes")
+    if not all(isinstance(part, bytes) for part in parts):
+        raise ValueError("the body of a message must be bytes")
+    return Message(taken, *cast(tuple[bytes, ...], parts))
 
 
 def fault(reason: str) -> Message:
