@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
+import platform
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import InputError
-from fedtune.evaluation import sandbox
+from fedtune.evaluation import sandbox, system_calls
 from fedtune.evaluation.sandbox import Finished, Isolation, Step
 
 PYTHON = os.path.realpath(sys.executable)
@@ -342,7 +346,82 @@ def test_programs_get_no_namespaces_of_their_own_so_a_refusal_is_seen_there(name
     step = Step(("sh", "-c", f"exec {PYTHON} -I -S {child.name} < job.json"), 20.0, 256)
     files = {"job.json": json.dumps(job), child.name: child.read_text()}
     done = sandbox.run(files, [step], isolation="namespaces", readable=READABLE)[0]
-    assert json.loads(done.output) == {"refused": "unshare: No space left on device"}
+    assert json.loads(done.output) == {"refused": "unshare: Operation not permitted"}
+
+
+CALLS = """
+import ctypes, json, platform, sys
+libc = ctypes.CDLL(None, use_errno=True)
+found = {}
+for name, number in json.loads(sys.argv[1]).items():
+    ctypes.set_errno(0)
+    done = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(-1)] * 6)
+    found[name] = ctypes.get_errno() if done == -1 else 0
+print(json.dumps(found))
+"""
+
+
+def test_calls_that_no_such_program_needs_are_refused_by_the_kernel(isolation: Isolation) -> None:
+    numbers = system_calls.refused(platform.machine())
+    step = Step((PYTHON, "-c", CALLS, json.dumps(numbers)), 20.0, 256)
+    done = sandbox.run({}, [step], isolation=isolation, readable=READABLE)[0]
+    found = json.loads(done.output)
+    missing = {"memfd_create", "memfd_secret", "io_uring_setup", "userfaultfd"}
+    assert found == {name: errno.ENOSYS if name in missing else errno.EPERM for name in numbers}
+
+
+def test_a_filter_is_for_this_kind_of_program_alone() -> None:
+    """Worked out by hand for x86-64: what is loaded, compared and returned."""
+    lines = list(struct.iter_unpack("=HBBI", system_calls.program("x86_64")))
+    assert lines[:6] == [
+        (0x20, 0, 0, 4),
+        (0x15, 1, 0, 0xC000003E),
+        (0x06, 0, 0, 0x80000000),
+        (0x20, 0, 0, 0),
+        (0x35, 0, 1, 0x40000000),
+        (0x06, 0, 0, 0x80000000),
+    ]
+    assert lines[6:8] == [(0x15, 0, 1, 248), (0x06, 0, 0, 0x00050001)]  # add_key: EPERM
+    assert lines[-1] == (0x06, 0, 0, 0x7FFF0000)
+    assert len(lines) == 7 + 2 * len(system_calls.refused("x86_64"))
+    arm = system_calls.refused("aarch64")
+    assert (arm["keyctl"], arm["mount"]) == (219, 40) and "iopl" not in arm
+
+
+KEYS = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+call, ring = ctypes.c_long(int(sys.argv[1])), ctypes.c_long(-4)  # the user's keyring
+key = libc.syscall(call, ctypes.c_long(10), ring, b"user", b"fedtune test token", 0)  # search
+text = ctypes.create_string_buffer(64)
+read = libc.syscall(call, ctypes.c_long(11), ctypes.c_long(key), text, 64) if key > 0 else 0
+print(read > 0 and text.value.decode())
+"""
+
+
+def test_the_users_keys_cannot_be_read(isolation: Isolation) -> None:
+    numbers, libc = system_calls.refused(platform.machine()), ctypes.CDLL(None, use_errno=True)
+    planted = libc.syscall(
+        numbers["add_key"], b"user", b"fedtune test token", b"secret", 6, ctypes.c_long(-4)
+    )
+    if planted < 0:
+        pytest.skip(f"this kernel keeps no keys for this user: {os.strerror(ctypes.get_errno())}")
+    command = (PYTHON, "-c", KEYS, str(numbers["keyctl"]))
+    try:
+        outside = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = sandbox.run({}, [Step(command, 20.0, 256)], isolation=isolation, readable=READABLE)[0]
+    finally:
+        libc.syscall(numbers["keyctl"], 21, ctypes.c_long(planted))  # invalidate
+    assert "secret" in outside and done.output.strip() == "False"
+
+
+@pytest.mark.parametrize("machine", ["riscv64", "i686"])
+def test_processors_whose_calls_are_not_known_are_refused(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(InputError, match=f"x86-64 or arm64 processor, got {machine}"):
+        sandbox.check("none")
 
 
 def test_a_refusal_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ With `isolation="namespaces"` (Linux 5.14 or newer, where the system lets users 
 * sees no network, not even the machine's own loopback;
 * sees no file but compilers, interpreters and their libraries, read-only, and can write to one folder in
   memory of bounded size, which vanishes with it;
-* sees no process but its own, as a user without rights, who can gain none;
+* sees no process but its own, as a user without rights, who can gain none, and none of the user's keys;
+* can ask nothing of the kernel that programs of its kind do not need (`system_calls.py`);
 * is killed, with all that it has started, when it ends, when it reaches a limit, and when fedtune ends, even
   by a signal that cannot be caught.
 
-Processes and memory in sum are counted every 20 ms. What has been written to nameless files in memory (memfd)
-is counted only where it is mapped.
+Processes and memory in sum are counted every 20 ms. Memory that no process or folder would show (System V's,
+files without a name) cannot be had.
 
 With `isolation="none"` a program runs with the same limits, counted every 100 ms, in a folder of the disk
 that is removed, and all that it has started is killed. But it can read and write what the user can, use the
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from pydantic import Field
 
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
+from fedtune.evaluation import system_calls
 
 Isolation = Literal["namespaces", "none"]
 
@@ -125,6 +128,12 @@ def run(
     """
     if sys.platform != "linux":
         raise InputError(f"running generated code needs Linux, got {sys.platform}: run the evaluation there.")
+    machine = platform.machine()
+    if not system_calls.known(machine):
+        raise InputError(
+            f"running generated code needs an x86-64 or arm64 processor, got {machine}: what programs may "
+            "ask of the kernel is known for these."
+        )
     # with namespaces nothing is written to the disk: the new root is mounted over one that each system has
     with (
         tempfile.TemporaryDirectory(prefix="fedtune-")
@@ -143,6 +152,8 @@ def run(
             "disk_bytes": MAX_DISK_BYTES,
             "disk_files": MAX_DISK_FILES,
             "output_bytes": MAX_OUTPUT_BYTES,
+            "filter": system_calls.program(machine).hex(),
+            "keyctl": system_calls.keyctl(machine),
         }
         answer = run_child(job, sum(step.seconds for step in steps) + GRACE_S)
     if "refused" in answer:

@@ -17,6 +17,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID = 0x1, 0x2
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 1, 38, 36
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, KEYCTL_JOIN_SESSION_KEYRING = 22, 2, 1
 
 INSIDE = 1000  # the user and group of the commands, as they see themselves
 WORK = "/sandbox"  # the only folder that they can write to
@@ -240,7 +242,11 @@ def _confine(step: dict[str, Any], job: dict[str, Any], drop_to: int | None) -> 
         os.setresgid(drop_to, drop_to, drop_to)
         os.setresuid(drop_to, drop_to, drop_to)
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # kept over exec; for the case that what watches is killed
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # kept over exec; for when what watches is killed
+    libc.syscall(
+        job["keyctl"], KEYCTL_JOIN_SESSION_KEYRING, None
+    )  # where the kernel has no keys there are none
+    _filter(bytes.fromhex(job["filter"]))
 
 
 def _limit(kind: int, soft: int, hard: int | None = None) -> None:
@@ -365,6 +371,12 @@ def _die_with(parent: int) -> None:
 
 def _prctl(option: int, value: int) -> None:
     _call("prctl", libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+
+
+def _filter(program: bytes) -> None:
+    text = ctypes.create_string_buffer(program)  # must live until the kernel has read it
+    rule = struct.pack("@HP", len(program) // 8, ctypes.addressof(text))  # struct sock_fprog
+    _call("seccomp", libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), rule, 0, 0))
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
