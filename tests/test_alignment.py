@@ -198,14 +198,14 @@ def test_with_an_adapter_at_both_ends_it_is_computed_anew_once_the_adapter_has_c
     assert kept == pytest.approx(again, rel=1e-4)
 
 
-@pytest.mark.parametrize("examples", [0, 2, 6])
-def test_no_bit_depends_on_what_was_kept_before(examples: int) -> None:
+@pytest.mark.parametrize("room", [0, 2, 6])  # examples
+def test_no_bit_depends_on_what_was_kept_before(room: int) -> None:
     """A resumed run begins with nothing kept, in the middle of one that has kept all or some."""
     made, _ = method(alignment={"steps_before": 0, "batch_size": 3})
     server = made.at_server()
     public = examples()
     batch = collate([public[i] for i in (5, 0, 3)], 0)
-    server.room = examples * 9 * 32 * 4
+    server.room = room * 9 * 32 * 4
     teacher = server.teacher()
     fresh = teacher.ask((5, 0, 3), batch)
     for indices in ((0, 1), (3, 2, 4), (5,)):
@@ -267,7 +267,8 @@ def test_the_teacher_holds_the_current_adapter_and_only_the_emulators_lora_chang
 def test_alignment_brings_the_emulator_closer() -> None:
     made, full = method(
         public=(public := examples(8)),
-        alignment={"steps_before": 0, "steps": 60, "batch_size": 8, "lr": 3e-3},
+        alignment={"steps_before": 0, "steps": 60, "batch_size": 8, "lr": 3e-3, "form": "paper"},
+        distill_weight=1.0,
         lora={"rank": 4, "alpha": 8.0},
     )
     server, state = made.at_server(), woken(made.init(full))
