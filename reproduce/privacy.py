@@ -4,8 +4,8 @@ Table:   what secure aggregation adds to the bytes; docs/privacy.md, block secur
 Command: python reproduce/privacy.py secure-bytes
 Time:    two minutes
 Needs:   extra `privacy`
-Result:  FedAvg's client sends 65.54 kB without masks, and under them 67.05 kB more in 64 bits, 34.28 kB
-         in 48; FedKSeed's 30 B, and 34.25 kB or 26.06 kB
+Result:  FedAvg's client sends 65.54 kB without masks, and under them 67.15 kB more in 64 bits, 34.38 kB
+         in 48; FedKSeed's 30 B, and 34.35 kB or 26.15 kB
 
 Table:   CPU seconds of its parts; docs/privacy.md, block secure-seconds
 Command: python reproduce/privacy.py secure-seconds

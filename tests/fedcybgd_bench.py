@@ -10,7 +10,7 @@ from model_families import build
 from torch import Tensor
 from toy import Bench
 
-from fedtune.core.types import Payload
+from fedtune.core.types import ClientError, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedcybgd.method import FedCyBGD
@@ -55,7 +55,7 @@ class Spy:
     def __call__(self, client: int, frame: bytes) -> bytes:
         self.orders.append((client, decode(frame).payload))
         if client in self.fail:
-            raise OSError("gone")
+            raise ClientError("gone")
         reply = self._handle(client, frame)
         message = decode(reply)
         self.replies.append(message.payload)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from toy import Bench, Toy, items
 
-from fedtune.core.types import Reply
+from fedtune.core.types import ClientError, Reply
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import CONTROL, Config, FedAvg
@@ -49,7 +49,7 @@ def lost(bench: Bench, *clients: int) -> None:
 
     def other(job: Any, env: Any) -> Any:
         if env.client in clients:
-            raise OSError("gone")
+            raise ClientError("gone")
         return step(job, env)
 
     bench.method.client_step = other

@@ -141,13 +141,12 @@ def refused(message, base, name="model", **changes):
 
 
 def test_wrong_arguments(folder, tmp_path):
-    refused(
-        'model.dtype must be one of float32, bfloat16, got "bfloat".* "bfloat16"', tmp_path, dtype="bfloat"
-    )
+    dtypes = "float32, bfloat16, float16"
+    refused(f'model.dtype must be one of {dtypes}, got "bfloat".* "bfloat16"', tmp_path, dtype="bfloat")
     refused('model.initial must be one of pretrained, scratch, got "random"', tmp_path, initial="random")
     refused('task must be one of causal-lm, classification, got "causal"', tmp_path, task="causal")
     with pytest.raises(InputError, match=r"model\.dtype must be"):
-        meta_model("model", base=tmp_path, dtype="float16")
+        meta_model("model", base=tmp_path, dtype="float64")
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
@@ -347,7 +346,9 @@ def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, known):
         )
         load_model("model", **SCRATCH, base=tmp_path)
         meta_model("model", base=tmp_path)
+        load_tokenizer("model", tmp_path)
     else:
         refused("contains custom code which must be executed", tmp_path)
-    load_tokenizer("model", tmp_path)
+        with pytest.raises(InputError, match="contains custom code which must be executed"):
+            load_tokenizer("model", tmp_path)
     assert not ran.exists()

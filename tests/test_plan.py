@@ -368,7 +368,7 @@ FIGURES = ("--client-memory", "8GB", "--uplink", "5Mbps", "--downlink", "50Mbps"
         (("--model", "bundled", *FIGURES[:2], "--uplink", "5", *FIGURES[4:]), "needs a unit"),
         (("--model", "bundled", *FIGURES, "method.rounds=3"), "cannot be set for all"),
         (("--model", "bundled", *FIGURES, "--client-speed", "1TFLOPS"), "needs examples"),
-        (("--model", "./nowhere", *FIGURES), "no folder"),
+        (("--model", "./nowhere", *FIGURES), 'there is no "./nowhere" on this machine'),
         (("--model", "bundled", *FIGURES, "config.json"), "not both"),
         (("config.json", "--client-memory", "8GB"), "only together with --model"),
         (("config.json", "method.name=fedfoo"), "not known"),

@@ -14,6 +14,7 @@ from command import fedtune, write_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedtune import open as open_run
 from fedtune.config.file import parse_config
 from fedtune.core.cohort import Cohort
 from fedtune.core.state import from_payload
@@ -22,11 +23,15 @@ from fedtune.errors import InputError
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.progress import Silent
-from fedtune.federation.results import replay
 from fedtune.federation.run import run
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedkseed import method as fedkseed
 from fedtune.methods.fedkseed.settings import State
+
+
+def replay(path: Path, round: int, out: Path) -> list[Path]:
+    return open_run(path).replay(round, out)
+
 
 METHODS = {
     "lora": {"name": "fedavg", "local_steps": 1, "lora": {"rank": 2}},

@@ -19,7 +19,7 @@ from toy import items
 from fedtune.config.file import load_config, parse_config
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import QuorumError
-from fedtune.core.types import Payload
+from fedtune.core.types import ClientError, Payload
 from fedtune.errors import InputError
 from fedtune.federation import run as runs
 from fedtune.federation.journal import Journal
@@ -393,7 +393,7 @@ def test_each_arrival_is_told_whatever_the_server_sees_of_it(secure: bool, priva
 
     def without_one(job: Any, env: Any) -> Any:
         if env.client == 2:
-            raise OSError("gone")
+            raise ClientError("gone")
         return step(job, env)
 
     bench.method.client_step = without_one

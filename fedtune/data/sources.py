@@ -65,7 +65,8 @@ def load_examples(
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
             Conversations do not fit: who speaks at a position differs from row to row.
     """
-    _check_fields(fields, setting)
+    check_fields(fields, setting)
+    _check_doubles(fields, setting)
     if source == "bundled":
         return bundled_examples(split, fields=fields)
     path = base / source
@@ -107,7 +108,13 @@ def bundled_examples(part: str = "train", *, fields: Mapping[str, str | None] | 
     return examples_from(_file_rows(file, file.name), fields or {}, file.name)
 
 
-def _check_fields(fields: Mapping[str, str | None], setting: str) -> None:
+def check_fields(fields: Mapping[str, str | None], setting: str = "data.fields") -> None:
+    """Raises InputError for a field that is none, a null that may not be, or an empty key.
+
+    Args:
+        fields: As in `load_examples`.
+        setting: What an error calls them.
+    """
     for ours, theirs in fields.items():
         if ours not in FIELDS:
             raise InputError(
@@ -119,6 +126,9 @@ def _check_fields(fields: Mapping[str, str | None], setting: str) -> None:
         if theirs == "":
             none = ", or null for none" if ours in _OPTIONAL else ""
             raise InputError(f"{setting}.{ours} is empty; give the key that holds it, or leave it out{none}.")
+
+
+def _check_doubles(fields: Mapping[str, str | None], setting: str) -> None:
     for ours in FIELDS:
         takers = [name for name, key in fields.items() if key == ours != name and name != "category"]
         if ours not in _OPTIONAL and ours not in fields and takers:
@@ -279,7 +289,8 @@ def examples_from(
     Raises:
         InputError: There is none, or one does not fit.
     """
-    _check_fields(fields, setting)
+    check_fields(fields, setting)
+    _check_doubles(fields, setting)
     examples = []
     for place, row in rows:
         if not isinstance(row, dict):

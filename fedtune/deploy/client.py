@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.config.yaml_text import read_yaml
+from fedtune.data.sources import check_fields
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client, read_identity
 from fedtune.errors import FederationError, FedtuneError, InputError
@@ -72,6 +73,7 @@ def run_client(setup: ClientSetup) -> None:
     host, port = _address(setup.server)
     check_client(setup.keys)
     check_data(acceptance, setup.data)
+    check_fields(setup.fields)
     log_line(f"{local_records(setup.data)} examples in {setup.data}")
     joining = partial(
         join,

@@ -49,6 +49,8 @@ def local_records(data: Path) -> int:
         InputError: It is missing, damaged or empty, or no .json or .jsonl file.
     """
     _check_file(data)
+    if not data.is_file():
+        raise InputError(f"{data}: {'is not a file' if data.exists() else 'there is no such file'}")
     count = count_records(data)
     if not count:
         raise InputError(f"{data}: holds no examples; at least one is needed")

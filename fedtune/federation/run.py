@@ -113,6 +113,7 @@ def run(
             )
             check_counts(config, len(assembly.client_examples))
             assembly.split.partition.update(deployment.partition())
+        federation.open_account()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             RunFolder.create(
                 path, config, assembly.environment, assembly.split.partition, examples_of(assembly.split)
@@ -183,6 +184,23 @@ class _Federation:
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._assembly.runner.use(self._model)
 
+    def open_account(self) -> None:
+        """Reads what the run has spent of its privacy, once its clients are known; writes nothing.
+
+        Raises:
+            InputError: That is not known any more.
+        """
+        privacy = self._config.federation.privacy
+        if privacy is not None:
+            self._account = PrivacyAccount(
+                privacy,
+                self._folder.path,
+                per_round=self._per_round(),
+                population=len(self._assembly.client_examples),
+                secure=self._config.federation.secure_aggregation is not None,
+                done=self._start.round if self._start else 0,
+            )
+
     def run(self, transport: Transport, deployment: Deployment | None = None) -> dict[str, Any]:
         """The rounds that are left, and the result."""
         method, model, start = self._assembly.method, self._model, self._start
@@ -198,17 +216,8 @@ class _Federation:
         )
         journal = Journal(transport, checkpoints, self._assembly.runner.states)
         secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
-        if privacy is not None:
-            self._account = PrivacyAccount(
-                privacy,
-                self._folder.path,
-                per_round=self._per_round(),
-                population=len(self._assembly.client_examples),
-                secure=secure is not None,
-                done=start.round if start else 0,
-            )
-            if self._account.ahead:  # its replies must not be summed once more, with other noise
-                journal.clear()
+        if self._account is not None and self._account.ahead:
+            journal.clear()  # its replies must not be summed once more, with other noise
         loop = RoundLoop(
             method,
             journal,

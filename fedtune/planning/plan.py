@@ -22,6 +22,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.local_training import Training
+from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
 from fedtune.planning.fake import Fakes
@@ -76,9 +77,10 @@ def plan(
         base=Path("."),
         initial=config.model.initial,
         task=config.model.task,
-        num_labels=work.num_labels,
+        num_labels=len(work.labels) or None,
         dtype=config.model.dtype,
     )
+    name_classes(base.config, work.labels)  # they travel with a model that is sent
     vocabulary = cast(Tensor, base.get_input_embeddings().weight).shape[0]
     method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
     model = method.client_model(lambda: base)

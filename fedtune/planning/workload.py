@@ -33,7 +33,7 @@ class Workload:
         population: How many clients there are.
         longest: The longest examples, of any client, in descending order.
         public: The server's longest public examples, likewise; empty without any.
-        num_labels: Classes, for a classifier whose data are here.
+        labels: Of a classifier, its classes, where they are known.
         notes: What had to be assumed.
     """
 
@@ -41,7 +41,7 @@ class Workload:
     population: int
     longest: tuple[Encoded, ...]
     public: tuple[Encoded, ...]
-    num_labels: int | None
+    labels: tuple[str, ...]
     notes: tuple[str, ...]
 
     def batch(self, size: int) -> list[Encoded]:
@@ -91,17 +91,15 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             f"taken to have {_in_words(config, room)} tokens, and each client a full batch"
         )
         population = 1 if pooled else clients
-        labels = len(data.labels) if data.labels else None
-        return Workload(None, population, longest, public, labels, tuple(notes))
+        return Workload(None, population, longest, public, tuple(data.labels or ()), tuple(notes))
     split = prepare_data(config, pooled=pooled, objects=objects)
     counts = {client: len(items) for client, items in split.clients.items()}
-    classes = len(split.labels) or None
     if not tokenized:
         notes.append(
             f"model {config.model.name} has no tokenizer here: every example is taken to have "
             f"{_in_words(config, room)} tokens"
         )
-        return Workload(counts, len(counts), longest, public, classes, tuple(notes))
+        return Workload(counts, len(counts), longest, public, split.labels, tuple(notes))
     tokenizer = load_tokenizer(config.model.name, Path("."))
     longest, each = (), dict[str, Counts]()
     for client, items in split.clients.items():
@@ -123,7 +121,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         each["public"] = found.counts
         public = _longest(found.items, rows)
     notes += describe(each, room.tokens)
-    return Workload(counts, len(counts), longest, public, classes, tuple(notes))
+    return Workload(counts, len(counts), longest, public, split.labels, tuple(notes))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
