@@ -129,7 +129,7 @@ def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
     room = room_of(config)
     notes = [f"every example is taken to have {_in_words(config, room)} tokens, and each client a full batch"]
     longest = _assumed(config, rows, room.tokens)
-    return Workload(None, clients, longest, longest, None, tuple(notes))
+    return Workload(None, clients, longest, longest, (), tuple(notes))
 
 
 def room_of(config: RunConfig) -> Room:
