@@ -287,7 +287,7 @@ def test_a_network_client_counts_its_examples_before_a_run_names_their_keys(tmp_
     file.write_text("\n")
     with pytest.raises(InputError, match=r"d\.jsonl: holds no examples"):
         local_records(file)
-    with pytest.raises(InputError, match=r"e\.jsonl: cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"e\.jsonl: there is no such file"):
         local_records(tmp_path / "e.jsonl")
 
 
