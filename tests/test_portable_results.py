@@ -49,6 +49,16 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
+def alone(model: nn.Module) -> Tensor:
+    """Of each text without padding, which a decoder with a soft prompt reads in plain PEFT."""
+    inputs, rows = batch("bert"), []
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        text = {key: value[row : row + 1, :length] for key, value in inputs.items() if key != "labels"}
+        with torch.no_grad():
+            rows.append(model.eval()(**text).logits)
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("how", ATTACH)
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 def test_a_classifier_of_four_classes_is_read_by_the_libraries_alone(
@@ -65,7 +75,10 @@ def test_a_classifier_of_four_classes_is_read_by_the_libraries_alone(
     if how != "adapter":  # which has no reader but ours
         auto = AutoModelForSequenceClassification if how == "full" else AutoPeftModelForSequenceClassification
         again = auto.from_pretrained(str(out))
-        assert torch.equal(logits(again), expected)
+        if family == "llama" and how in ("prompt", "p-tuning"):
+            torch.testing.assert_close(alone(again), alone(model))
+        else:
+            assert torch.equal(logits(again), expected)
         config = again.config if how == "full" else again.get_base_model().config
         assert config.id2label == dict(enumerate(CLASSES))
         assert config.label2id == {"d": 0, "a": 1, "c": 2, "b": 3}
