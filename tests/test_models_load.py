@@ -352,3 +352,18 @@ def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, known):
         with pytest.raises(InputError, match="contains custom code which must be executed"):
             load_tokenizer("model", tmp_path)
     assert not ran.exists()
+
+
+def test_every_file_beside_the_weights_that_loading_reads_has_a_digest(tmp_path):
+    names = {
+        *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json"),
+        *("vocab.txt", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    }
+    for name in [*names, "README.md", "model.safetensors"]:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("t")
+    found = folders.settings_sha256(tmp_path)
+    assert set(found) == {*names, "additional_chat_templates/tools.jinja"}
+    assert found["config.json"] == hashlib.sha256(b"config.json").hexdigest()

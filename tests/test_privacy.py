@@ -436,3 +436,12 @@ def test_settings_that_make_no_sense(document: dict[str, Any], reason: str, tmp_
     with pytest.raises(InputError, match=reason):
         runs.run(parse_config(config(**document), "test"), tmp_path / "run", Silent())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_clip_too_large_for_the_masked_numbers_is_refused_whatever_the_update() -> None:
+    """Without noise the largest number is the clip: a quarter of 2^44 units, where 40 bits hold 2^37."""
+    bench, _ = federation(SecureAggregation(bits=40), Privacy(clip=1.0, noise_multiplier=0.0, delta=1e-3))
+    with pytest.raises(QuorumError, match=r"bits=40 it must be below .*; set more bits"):
+        bench.round(1, quorum=0.5)
+    bench, _ = federation(SecureAggregation(bits=64), Privacy(clip=1.0, noise_multiplier=0.0, delta=1e-3))
+    assert bench.round(1, quorum=0.5).left_out == {}
