@@ -10,6 +10,7 @@ import torch
 from toy import Bench, Toy, items
 
 from fedtune.core.types import Reply
+from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.infinite_pool import Config, InfinitePool, State
 from fedtune.models.tuning import trainable
@@ -75,3 +76,13 @@ def test_what_it_costs_grows_with_the_rounds_or_is_the_model() -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.dtype=float32, or use fedkseed"):
         Bench(InfinitePool(Config(), seed=0), Toy(dtype=torch.bfloat16), DATA)
+
+
+def test_a_step_without_a_trained_token_is_a_step_of_nothing_and_the_others_follow() -> None:
+    pair = [Encoded((3, 3), (-100, 3)), Encoded((4, 4), (-100, -100))]
+    fixed = {"local_steps": 4, "lr": 0.1, "epsilon": 1e-2, "noise": "rademacher", "batch_size": 1}
+    b = Bench(Watched(Config.model_validate(fixed), seed=0), Toy(), {0: pair})
+    b.round(1)
+    scalars = b.method.replies[0].payload.tensors["scalars"]
+    assert len(scalars) == 4 and int((scalars == 0).sum()) == 2  # each example twice, in whichever order
+    assert b.method.replies[0].metrics["trained_tokens"] == 2
