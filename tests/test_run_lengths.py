@@ -98,6 +98,16 @@ def test_every_client_trains_however_long_its_texts_are(
     assert "2 lost the end of the answer and have no end token" in said and "1 have an empty answer" in said
 
 
+def test_without_progress_a_warning_is_still_said(
+    gpt2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fedtune.run(config(gpt2), out=tmp_path / "run", data=CLIENTS, progress=False)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    assert "an example has at most 32" in said[0]
+    assert said[1].startswith("of 6 training examples 2 are cut to 32 tokens")
+
+
 def test_a_rotary_model_is_not_trained_beyond_its_context(tmp_path: Path) -> None:
     model = save_folder(tmp_path / "llama")
     edit_json(model / "config.json", max_position_embeddings=24)

@@ -36,7 +36,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")]
 
 Places = Annotated[
     list[str] | None,
