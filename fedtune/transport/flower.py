@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,16 +167,26 @@ def simulation(
             grid = came.get()
             if isinstance(grid, BaseException):
                 raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
-            yield SimulatedChannel(_wait_for_nodes(grid, came))
+            channel = _wait_for_nodes(grid, came)
+            _own_signals()
+            yield SimulatedChannel(channel)
         finally:
             over.set()
             thread.join(60)
 
 
+def _own_signals() -> None:
+    """Ray puts a handler below Python's, which prints a stack trace and aborts the process 3 s later."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
 def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridChannel:
-    """The grid's channel once its nodes are there; they are not always at the start."""
+    """The grid's channel once its nodes and Ray are there; they are not always at the start."""
+    import ray
+
     channel = GridChannel(grid)
-    while not channel.nodes():
+    while not channel.nodes() or not ray.is_initialized():
         try:
             error = came.get(timeout=0.05)
         except queue.Empty:
