@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.config.yaml_text import read_yaml
+from fedtune.core.permissions import make_private
 from fedtune.data.sources import check_fields
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client, read_identity
@@ -85,7 +86,8 @@ def run_client(setup: ClientSetup) -> None:
         identity=read_identity(setup.keys),
     )
     worker = Worker(joining, acceptance, setup.state, log_line)
-    setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    setup.state.mkdir(parents=True, exist_ok=True)
+    make_private(setup.state)
     with torch_settings(), quiet_environment(), listening() as (listener, address):
         node = Node(setup, host, port, address)
         try:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, quorum_of
+from fedtune.core.permissions import make_private
 from fedtune.core.types import Transport
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_server, read_clients
@@ -155,7 +156,8 @@ class Server:
                 f"port {self._port} of this machine is in use; end what uses it, or give another --port "
                 "(and tell the reverse proxy)"
             )
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
+        make_private(self._folder)
         self._stack.enter_context(quiet_environment())  # Flower's programs inherit it
         listener, address = self._stack.enter_context(listening())
         environment = {"FLWR_HOME": str((self._folder / "home").resolve())}
