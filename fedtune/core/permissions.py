@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from fedtune.core.temporary import temporary_folder
 from fedtune.errors import InputError, system_error
 
 OTHERS = 0o077  # the bits of a mode that are not the owner's
@@ -75,8 +75,8 @@ def _mode(folder: Path) -> int:
     try:
         opened = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except (AttributeError, OSError):
-        with tempfile.TemporaryDirectory() as other:
-            opened = os.open(Path(other) / "mode", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        with temporary_folder() as other:
+            opened = os.open(other / "mode", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(opened).st_mode)
     finally:

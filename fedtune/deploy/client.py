@@ -25,8 +25,8 @@ from fedtune.federation.consent import Consent
 from fedtune.federation.process import torch_settings
 from fedtune.federation.spending import Record
 from fedtune.transport.acceptance import Acceptance, check_data, check_server, read_acceptance
-from fedtune.transport.flower import supernode_command
 from fedtune.transport.messages import Message, connect, listening, receive, send
+from fedtune.transport.programs import supernode_command
 from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.worker import Worker
 

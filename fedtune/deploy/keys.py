@@ -6,7 +6,8 @@
 
 A client proves who it is with its private key, and the server knows the public ones by name from
 clients.json; who stands first in it is client 0. Clients have that list too: under secure aggregation they
-take no key of a round that its client did not sign. accept.yaml is an example to fill in. Private keys can be read by their owner alone.
+take no key of a round that its client did not sign. accept.yaml is an example to fill
+in. Private keys can be read by their owner alone.
 """
 
 from __future__ import annotations
