@@ -1,4 +1,4 @@
-"""Server and client over TLS that are stopped by SIGTERM, and whose Flower programs die: one run, real processes."""
+"""Server and client over TLS, stopped by SIGTERM while Flower's own programs die: one run, real processes."""
 
 from __future__ import annotations
 
