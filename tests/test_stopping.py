@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,7 @@ class Process:
     """A command of its own, in a session of its own, with its own folder for temporary files."""
 
     def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.temporary = cwd / "t"
-        self.temporary.mkdir(exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix="ft-"))  # Ray's sockets need a short name
         environment = {**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "fedtune.cli.main", *arguments]
         with (cwd / "err").open("wb") as log:
@@ -87,6 +88,7 @@ def test_a_comparison_is_stopped_too(tmp_path: Path) -> None:
     assert summary["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_the_simulations_processes_end_with_it(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     document = {**RUN, "transport": {"name": "flower-simulation"}, "method": {**RUN["method"], "rounds": 99}}
@@ -97,6 +99,7 @@ def test_the_simulations_processes_end_with_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
     assert children and gone(children)
     assert list(running.temporary.glob("fedtune-*")) == []
+    shutil.rmtree(running.temporary)
     assert "SIGTERM received" not in running.log.read_text()  # Ray's stack trace
 
 

@@ -76,7 +76,7 @@ class Server:
         self._config, self._keys, self._port, self._log_line = config, keys, port, log_line
         self._folder = keys / "flower"
         self._stack, self._over = ExitStack(), threading.Event()
-        self._channel: _ServerChannel | None = None
+        self._channel: ServerChannel | None = None
         self._invitation: Invitation | None = None
         self._examples: dict[int, int] = {}
         self.reply_limit: Callable[[int], int] = lambda client: 0
@@ -147,7 +147,7 @@ class Server:
         deadline_s = self._config.federation.deadline_s
         return Remote(self._channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
 
-    def start(self) -> _ServerChannel:
+    def start(self) -> ServerChannel:
         """Starts Flower's server and its app; they end with this object.
 
         Raises:
@@ -165,7 +165,7 @@ class Server:
         listener, address = self._stack.enter_context(listening())
         environment = {"FLWR_HOME": str((self._folder / "home").resolve())}
         where = f"127.0.0.1:{self._port}"
-        superlink = _Supervised(
+        superlink = Supervised(
             superlink_command(self._keys, self._folder / "state.db", self._port),
             environment,
             self._folder / "superlink.log",
@@ -181,7 +181,7 @@ class Server:
             time.sleep(0.2)
         for public in self._public:
             control.register(public)
-        superexec = _Supervised(
+        superexec = Supervised(
             superexec_command(self._keys, self._port),
             environment,
             self._folder / "superexec.log",
@@ -190,7 +190,7 @@ class Server:
         )
         self._stack.callback(superexec.stop)
         self._log_line(f"Flower listens on {where}, behind the proxy; its logs are in {self._folder}")
-        channel = _ServerChannel(
+        channel = ServerChannel(
             lambda: _accept(listener, control, address, superexec),
             self._public,
             superexec.log,
@@ -200,7 +200,7 @@ class Server:
         return channel
 
 
-class _Supervised:
+class Supervised:
     """A program of Flower's that is started again when it ends by itself; a few times if it fails at once."""
 
     def __init__(
@@ -248,7 +248,7 @@ class _Supervised:
         # the thread must not end before the program that it started: on Linux that would end it
 
 
-def _accept(listener: Listener, control: Control, address: str, superexec: _Supervised) -> Connection:
+def _accept(listener: Listener, control: Control, address: str, superexec: Supervised) -> Connection:
     """The connection of the server app, which Flower starts; more than once if it does not come.
 
     On a busy machine its process may come up so late that Flower does not accept it any more.
@@ -270,7 +270,7 @@ def _accept(listener: Listener, control: Control, address: str, superexec: _Supe
     return came[0]
 
 
-class _ServerChannel:
+class ServerChannel:
     """Messages to clients by way of Flower's server app, which takes its orders over the local socket.
 
     The app ends with what started it, Flower's SuperExec. It is started again then, as a run of Flower's of

@@ -314,7 +314,7 @@ class Control:
         from flwr.supercore.error import ApiErrorCode, FlowerError
 
         try:
-            _patiently(
+            patiently(
                 lambda: self._client.RegisterNode(control_pb2.RegisterNodeRequest(public_key=public.encode()))
             )
         except httpx.HTTPStatusError as error:
@@ -326,11 +326,11 @@ class Control:
         """Ends every run that has not ended. Raises FederationError if the SuperLink does not answer."""
         from flwr.proto import control_pb2
 
-        runs = _patiently(lambda: self._client.ListRuns(control_pb2.ListRunsRequest())).run_dict
+        runs = patiently(lambda: self._client.ListRuns(control_pb2.ListRunsRequest())).run_dict
         for number, run in runs.items():
             if run.status.status != "finished":
                 request = control_pb2.StopRunRequest(run_id=number)
-                _patiently(partial(self._client.StopRun, request))
+                patiently(partial(self._client.StopRun, request))
 
     def start_run(self, socket: str) -> None:
         """Starts `server_app`, which will connect to the local socket at that address.
@@ -347,7 +347,7 @@ class Control:
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         config = user_config_to_proto({"socket": socket})
         request = control_pb2.StartRunRequest(fab=fab_to_proto(fab), override_config=config)
-        started = _patiently(lambda: self._client.StartRun(request))
+        started = patiently(lambda: self._client.StartRun(request))
         if not started.run_id:
             raise FederationError("Flower did not start the run; its log says why")
 
@@ -356,7 +356,7 @@ class Control:
         self._client.close()
 
 
-def _patiently(call: Callable[[], Any]) -> Any:
+def patiently(call: Callable[[], Any]) -> Any:
     """What the SuperLink answers; asked again where a busy machine lets the connection time out."""
     import httpx
 
