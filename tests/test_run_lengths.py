@@ -16,6 +16,7 @@ from fedtune.data.encode import IGNORED, Counts, encode_causal, encode_classific
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.federation.client import join
+from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import Room, known_room, shortening
 from fedtune.models.load import load_model
 from fedtune.transport.acceptance import Acceptance
@@ -233,7 +234,7 @@ def test_a_client_over_a_network_counts_its_own_file(gpt2: Path, tmp_path: Path)
         fields={},
         model=None,
         device="cpu",
-        acceptance=Acceptance(),
+        consent=Consent(),
     )
     assert joined.examples == 4
     assert joined.notes == (

@@ -2,11 +2,12 @@
 
     FOLDER/ca.key                  signs certificates; stays where it was made
     FOLDER/server/                 for the server: ca.crt, server.crt, server.key, clients.json
-    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key, clients.json
+    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key, clients.json, accept.yaml
 
 A client proves who it is with its private key, and the server knows the public ones by name from
 clients.json; who stands first in it is client 0. Clients have that list too: under secure aggregation they
-take no key of a round that its client did not sign. Private keys can be read by their owner alone.
+take no key of a round that its client did not sign. accept.yaml is an example to fill
+in. Private keys can be read by their owner alone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import InputError
 from fedtune.protection.identity import Identity
+from fedtune.transport.acceptance import EXAMPLE
 
 CURVE = ec.SECP384R1
 CA_DAYS = 3650
@@ -81,6 +83,7 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
                 secret = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
                 _write_secret(people / name / "client.key", secret)
                 (people / name / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
+                (people / name / "accept.yaml").write_text(EXAMPLE, encoding="utf-8")
                 public = private.public_key()
                 known[name] = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         for place in (server, *(people / name for name in known if (people / name).is_dir())):

@@ -188,16 +188,24 @@ def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
 
 
 def client_protection(
-    config: RunConfig, method: Method[Any], identity: Identity | None = None
+    config: RunConfig, method: Method[Any], identity: Identity | None = None, settings: bytes = b""
 ) -> ClientProtection | None:
-    """A client's half of secure aggregation, where the run has it; over a network it has an identity."""
+    """A client's half of secure aggregation, where the run has it.
+
+    Args:
+        config: The run's configuration.
+        method: Its method.
+        identity: Over a network: what the client signs with.
+        settings: Over a network: digest of the settings as this client was told them.
+    """
     secure = config.federation.secure_aggregation
     if secure is None:
         return None
     from fedtune.protection.secure_client import SecureClient  # cryptography only where it is used
 
     privacy = config.federation.privacy
-    return SecureClient(cast(SumMethod[Any], method), secure.bits, privacy, identity)
+    summed = cast(SumMethod[Any], method)
+    return SecureClient(summed, secure.bits, privacy, identity, secure.threshold, settings)
 
 
 def device_of(name: str) -> torch.device:

@@ -40,12 +40,16 @@ class SecureClient:
         privacy: With it the client clips its update and adds its part of the noise before it masks it.
         identity: With it the client signs its keys, and takes no keys of others that they did not sign; None
             where all clients are in one process.
+        threshold: Of the run's settings; a round with a lower one is refused.
+        settings: Digest of what clients go by, as this one was told it; empty in one process.
     """
 
     method: SumMethod[Any]
     bits: int
     privacy: Privacy | None = None
     identity: Identity | None = None
+    threshold: float | int = 2
+    settings: bytes = b""
 
     def answer(
         self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
@@ -66,10 +70,11 @@ class SecureClient:
         kept = of_phase(phase, kept, round)
         if phase == "shares":
             terms = Terms.of(order)
-            terms.check(client, examples, privacy=self.privacy is not None)
+            terms.check(client, examples, privacy=self.privacy is not None, threshold=self.threshold)
             if self.identity is not None:
                 _check_signatures(terms, round, self.identity)
-            return _shares(terms, terms.digest(round, self.bits, self.privacy), kept, client, round)
+            return _shares(terms, self._digest(terms, round), kept, client, round)
+        self._as_sealed(kept, round)
         if phase == "opened":
             return _opened(order, kept, client, round)
         if phase == "unmask":
@@ -82,7 +87,22 @@ class SecureClient:
         """The reply to an order of phase `masked`, in place of what the method's step gave."""
         kept = of_phase("masked", kept, round)
         with _fits():
+            self._as_sealed(kept, round)
             return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
+
+    def _digest(self, terms: Terms, round: int) -> bytes:
+        return terms.digest(round, self.bits, self.privacy, self.settings)
+
+    def _as_sealed(self, kept: Payload, round: int) -> None:
+        """Raises ClientError if the client was told other settings since it sealed this round's shares.
+
+        With less noise, or another method, than the others agreed to, the sum would show its update.
+        """
+        if self._digest(Terms.of(kept), round) != _bytes(kept.tensors["digest"]):
+            raise ClientError(
+                "the run's settings are other ones than those that it and the other clients agreed to in "
+                "this round"
+            )
 
 
 @contextmanager
