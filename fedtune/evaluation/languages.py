@@ -4,7 +4,12 @@ Zheng et al. 2023, "CodeGeeX: A Pre-Trained Model for Code Generation with Multi
 HumanEval-X", and the evaluation published with the data, whose rules are followed for stop texts, added
 imports, order of the parts and language versions (C++11, Go 1.18). Where we differ:
 
-* A program passes if it also reaches the end of its tests: one that exits before with status 0 fails.
+* A program passes if it also reaches the end of its tests: one that exits before with status 0 fails. What
+  shows that is a nonce of the run, which tests send at their end. The tests of Python are in a process of
+  their own (`python_child.py`). In C++, Java and Go they are in one process with the answer, which is asked
+  after they have taken the nonce: an answer that prints, exits, or writes where the nonce is due does not
+  pass, but one that searches its own memory for the nonce, or alters what its tests are made of (a macro of
+  C++, a class of Java), can. A score is no proof against a model that attacks its judge.
 * Java runs with assertions on: the only check of Java/151 is an `assert`, without which any answer passes.
 * The tests of CPP/23 hand texts of C to a function that the problem calls strlen, and so test that of the C
   library; ours hand it a `string`, without which any answer passes.
@@ -25,16 +30,11 @@ from dataclasses import dataclass
 
 from fedtune.errors import InputError
 from fedtune.evaluation import compilers
-from fedtune.evaluation.compilers import GO_IMPORTS, Problem, Toolchain
-from fedtune.evaluation.sandbox import Finished
+from fedtune.evaluation.compilers import GO_IMPORTS, PYTHON_IMPORTS, Problem, Toolchain
+from fedtune.evaluation.sandbox import SEAL, Finished
 
-DONE = "humaneval-x: the end of the tests was reached"
 KINDS = ("wrong answer", "compile error", "runtime error", "timeout", "memory", "processes")
 
-PYTHON_IMPORTS = (
-    "import math, re, sys, copy, datetime, itertools, collections, heapq, statistics, functools, hashlib\n"
-    "import string\nfrom typing import *\nfrom collections import *\n"
-)
 CPP_INCLUDES = (
     *("stdlib.h", "algorithm", "math.h", "stdio.h", "vector", "string", "climits", "cstring", "iostream"),
 )
@@ -48,13 +48,12 @@ class Language:
         fields: What each problem must have.
         stop: Texts before which an answer ends.
         cut: From what a model wrote to the function body: the rest of the published rule on where it ends.
-        program: From a problem and a body to a source text.
+        program: From a problem and a body to a source text; with the tests, but for Python and its own.
         toolchain: Finds and prepares the compiler. Raises Missing.
         version: Name and version of the compiler. Raises Missing.
         wrong: Marks, in what a program printed, a test that was not met.
         memory: Marks memory that was refused.
         malformed: Marks, in what a program printed when run, a source text that is not of this language.
-        passed: Marks that all tests were met.
     """
 
     fields: Mapping[str, type]
@@ -66,7 +65,6 @@ class Language:
     wrong: str
     memory: str
     malformed: str = r"(?!)"
-    passed: str = rf"(?m)^{DONE}$"
 
     def verdict(self, finished: Sequence[Finished], steps: int) -> str:
         """How a program did: "passed", or the kind of its failure, one of `KINDS`."""
@@ -74,7 +72,7 @@ class Language:
         if last.stopped:
             return {"time": "timeout", "memory": "memory", "processes": "processes"}[last.stopped]
         if last.ok and len(finished) == steps:
-            return "passed" if re.search(self.passed, last.output) else "runtime error"
+            return "passed" if last.sealed else "runtime error"
         if re.search(self.memory, last.output):
             return "memory"
         if len(finished) < steps or re.search(self.malformed, last.output):
@@ -99,32 +97,38 @@ def closed_part(text: str) -> str:
     return text[: text.rfind("}") + 1] or text
 
 
-def _before_last(test: str, ending: str, line: str, problem: Problem) -> str:
-    """Puts a line before the braces that end a test."""
-    if not (found := re.search(ending, test)):
+def _within(test: str, beginning: str, first: str, last: str, ending: str, problem: Problem) -> str:
+    """Puts a line after what begins a test's main, and one before the braces that end it."""
+    if not (begun := re.search(beginning, test)) or not (ended := re.search(ending, test)):
         raise InputError(f"{problem['task_id']}: the test does not end with the closing brace of its main.")
-    return f"{test[: found.start()]}\n{line}\n{test[found.start() :]}"
+    inside = test[begun.end() : ended.start()]
+    return f"{test[: begun.end()]}\n{first}\n{inside}\n{last}\n{test[ended.start() :]}"
 
 
 def _python_program(problem: Problem, body: str) -> str:
     numpy = "import numpy, numpy as np\n" if re.search(r"\b(np|numpy)\b", body) else ""
-    done = f'__import__("sys").__stdout__.write("\\n{DONE}\\n")\n'
-    return f"{PYTHON_IMPORTS}{numpy}{problem['prompt']}{body}\n{problem['test']}\n{done}"
+    return f"{PYTHON_IMPORTS}{numpy}{problem['prompt']}{body}\n"
 
 
 def _cpp_program(problem: Problem, body: str) -> str:
     lines = [f"#include<{name}>" for name in CPP_INCLUDES]
     added = "".join(f"{line}\n" for line in lines if line not in problem["prompt"])
-    done = f'fflush(stdout); std::cout << "\\n{DONE}" << std::endl;'
-    test = _before_last(problem["test"], r"\}\s*$", done, problem)
+    first = "char fedtune_nonce[64] = {}; if (!fgets(fedtune_nonce, 64, stdin)) return 1;"
+    opened = f'FILE* fedtune_seal = fopen("/proc/self/fd/{SEAL}", "w");'
+    last = f"{opened} fputs(fedtune_nonce, fedtune_seal); fclose(fedtune_seal);"
+    test = _within(problem["test"], r"\bint main\s*\([^)]*\)\s*\{", first, last, r"\}\s*$", problem)
     if problem["task_id"] == "CPP/23":
         test = f"#define strlen(text) strlen(string(text))\n{test}"
     return f"{added}#include<iostream>\n{problem['prompt']}{body}\n{test}\n"
 
 
 def _java_program(problem: Problem, body: str) -> str:
-    done = f'System.out.println("\\n{DONE}");'
-    test = _before_last(problem["test"], r"\}\s*\}\s*$", done, problem)
+    failed = "catch (java.io.IOException error) { throw new RuntimeException(error); }"
+    first = f"byte[] fedtuneNonce; try {{ fedtuneNonce = System.in.readNBytes(32); }} {failed}"
+    opened = f'java.io.FileOutputStream fedtuneSeal = new java.io.FileOutputStream("/proc/self/fd/{SEAL}")'
+    last = f"try ({opened}) {{ fedtuneSeal.write(fedtuneNonce); }} {failed}"
+    main = r"\bvoid main\s*\([^)]*\)[^{]*\{"
+    test = _within(problem["test"], main, first, last, r"\}\s*\}\s*$", problem)
     return f"{problem['prompt']}{body}\n{test}\n"
 
 
@@ -185,6 +189,5 @@ LANGUAGES = {
         version=compilers.go_version,
         wrong=r"Not equal: expected",
         memory=r"out of memory|cannot allocate memory",
-        passed=r"(?m)^PASS$",
     ),
 }

@@ -25,8 +25,11 @@ The work is done in `sandbox_child.py`, a process between the program and this o
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -50,6 +53,7 @@ MAX_FILE_BYTES = 32 << 20
 MAX_DISK_BYTES = 64 << 20  # of the folder in memory
 MAX_DISK_FILES = 4096
 MAX_OUTPUT_BYTES = 16 << 10  # kept of what is printed: the end
+SEAL = 3  # the descriptor that a command may write its nonce to
 GRACE_S = 20.0  # for the process between, on a busy machine, before it is given up
 
 
@@ -91,12 +95,15 @@ class Finished:
         stopped: Which limit ended it: "time", "memory", "processes", or "" for none.
         seconds: By the clock.
         output: The end of what it printed, errors included.
+        sealed: Whether it wrote the run's nonce, and nothing else, to its descriptor 3. The nonce, of 32
+            letters, is drawn anew for each command and is all that its standard input holds.
     """
 
     status: int
     stopped: str
     seconds: float
     output: str
+    sealed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -146,9 +153,8 @@ def run(
             "root": os.path.realpath(folder),
             "readable": [os.path.realpath(path) for path in readable],
             "files": dict(files),
-            "steps": [_plain(step) for step in steps],
+            "steps": [_plain(step, isolation) for step in steps],
             "processes": MAX_PROCESSES,
-            "file_bytes": MAX_FILE_BYTES,
             "disk_bytes": MAX_DISK_BYTES,
             "disk_files": MAX_DISK_FILES,
             "output_bytes": MAX_OUTPUT_BYTES,
@@ -166,8 +172,21 @@ def check(isolation: Isolation) -> None:
     run({}, [Step(("true",), 30.0, 256)], isolation=isolation)
 
 
-def _plain(step: Step) -> dict[str, Any]:
-    return {**asdict(step), "memory_bytes": step.memory_mb << 20}
+def _plain(step: Step, isolation: Isolation) -> dict[str, Any]:
+    """What the process between needs of a step; limits as kind, soft and hard."""
+    cpu, size = math.ceil(step.seconds), step.memory_mb << 20
+    limits = [
+        (resource.RLIMIT_CPU, cpu, cpu + 1),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES, MAX_FILE_BYTES),
+        (resource.RLIMIT_NOFILE, 256, 256),
+    ]
+    if step.address_space:
+        limits.append((resource.RLIMIT_AS, size, size))
+    if isolation != "none":  # there it would count the user's other processes too
+        most = MAX_PROCESSES + 2  # of an ordinary user, two of ours count too
+        limits.append((resource.RLIMIT_NPROC, most, most))
+    return {**asdict(step), "memory_bytes": size, "limits": limits, "nonce": secrets.token_hex(16)}
 
 
 def run_child(job: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
