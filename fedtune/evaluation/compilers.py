@@ -147,7 +147,8 @@ def cpp() -> Iterator[Toolchain]:
     """The compiler of GNU. Raises Missing."""
     compiler = _find("g++")
     home = _home("g++")
-    standins = {"standins/boost/any.hpp": (STANDINS / "any.hpp").read_text(encoding="utf-8")}
+    places = {"any.hpp": "standins/boost/any.hpp", "apart.hpp": "standins/apart.hpp"}
+    standins = {place: (STANDINS / name).read_text(encoding="utf-8") for name, place in places.items()}
 
     def job(problem: Problem, source: str, settings: CodeSettings) -> Job:
         libraries = ("-lcrypto",) if "<openssl/" in source else ()

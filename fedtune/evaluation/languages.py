@@ -5,11 +5,13 @@ HumanEval-X", and the evaluation published with the data, whose rules are follow
 imports, order of the parts and language versions (C++11, Go 1.18). Where we differ:
 
 * A program passes if it also reaches the end of its tests: one that exits before with status 0 fails. What
-  shows that is a nonce of the run, which tests send at their end. The tests of Python are in a process of
-  their own (`python_child.py`). In C++, Java and Go they are in one process with the answer, which is asked
-  after they have taken the nonce: an answer that prints, exits, or writes where the nonce is due does not
-  pass, but one that searches its own memory for the nonce, or alters what its tests are made of (a macro of
-  C++, a class of Java), can. A score is no proof against a model that attacks its judge.
+  shows that is a nonce of the run, which tests send at their end. In Python and C++ the answer is called in
+  another process than its tests (`python_child.py`, `standins/apart.hpp`), which has neither the nonce nor
+  the descriptor that wants it; results come back as plain values. But in C++ both are one text, so a macro
+  or what runs before main can alter the tests. In Java and Go answer and tests are one process: an answer
+  that prints, exits, or writes where the nonce is due does not pass, but one that searches its own memory
+  for the nonce, or alters what its tests are made of, can. A score is no proof against a model that attacks
+  its judge.
 * Java runs with assertions on: the only check of Java/151 is an `assert`, without which any answer passes.
 * The tests of CPP/23 hand texts of C to a function that the problem calls strlen, and so test that of the C
   library; ours hand it a `string`, without which any answer passes.
@@ -97,12 +99,11 @@ def closed_part(text: str) -> str:
     return text[: text.rfind("}") + 1] or text
 
 
-def _within(test: str, beginning: str, first: str, last: str, ending: str, problem: Problem) -> str:
-    """Puts a line after what begins a test's main, and one before the braces that end it."""
-    if not (begun := re.search(beginning, test)) or not (ended := re.search(ending, test)):
+def _before_last(test: str, ending: str, line: str, problem: Problem) -> str:
+    """Puts a line before the braces that end a test."""
+    if not (found := re.search(ending, test)):
         raise InputError(f"{problem['task_id']}: the test does not end with the closing brace of its main.")
-    inside = test[begun.end() : ended.start()]
-    return f"{test[: begun.end()]}\n{first}\n{inside}\n{last}\n{test[ended.start() :]}"
+    return f"{test[: found.start()]}\n{line}\n{test[found.start() :]}"
 
 
 def _python_program(problem: Problem, body: str) -> str:
@@ -111,15 +112,17 @@ def _python_program(problem: Problem, body: str) -> str:
 
 
 def _cpp_program(problem: Problem, body: str) -> str:
+    """The answer's text knows its function; the tests' text means by its name one that calls it apart."""
+    prompt = problem["prompt"]
     lines = [f"#include<{name}>" for name in CPP_INCLUDES]
-    added = "".join(f"{line}\n" for line in lines if line not in problem["prompt"])
-    first = "char fedtune_nonce[64] = {}; if (!fgets(fedtune_nonce, 64, stdin)) return 1;"
-    opened = f'FILE* fedtune_seal = fopen("/proc/self/fd/{SEAL}", "w");'
-    last = f"{opened} fputs(fedtune_nonce, fedtune_seal); fclose(fedtune_seal);"
-    test = _within(problem["test"], r"\bint main\s*\([^)]*\)\s*\{", first, last, r"\}\s*$", problem)
-    if problem["task_id"] == "CPP/23":
-        test = f"#define strlen(text) strlen(string(text))\n{test}"
-    return f"{added}#include<iostream>\n{problem['prompt']}{body}\n{test}\n"
+    added = "".join(f"{line}\n" for line in lines if line not in prompt)
+    holder = "#define BOOST_ANY_INCLUDED\n" if "boost/any.hpp" in prompt else ""
+    test = _before_last(problem["test"], r"\}\s*$", "fedtune_apart::passed();", problem)
+    if not (names := re.findall(r"(?m)^[\w:][\w:<>,&* ]*[ >&*](\w+)\s*\([^()]*\)\s*\{", prompt)):
+        raise InputError(f"{problem['task_id']}: the prompt has no line that begins a function.")
+    given = "string(__VA_ARGS__)" if problem["task_id"] == "CPP/23" else "__VA_ARGS__"
+    asked = f"#define {names[-1]}(...) fedtune_apart::apart([&] {{ return {names[-1]}({given}); }})"
+    return f"{holder}#include<apart.hpp>\n{added}#include<iostream>\n{prompt}{body}\n{asked}\n{test}\n"
 
 
 def _java_program(problem: Problem, body: str) -> str:
@@ -127,8 +130,12 @@ def _java_program(problem: Problem, body: str) -> str:
     first = f"byte[] fedtuneNonce; try {{ fedtuneNonce = System.in.readNBytes(32); }} {failed}"
     opened = f'java.io.FileOutputStream fedtuneSeal = new java.io.FileOutputStream("/proc/self/fd/{SEAL}")'
     last = f"try ({opened}) {{ fedtuneSeal.write(fedtuneNonce); }} {failed}"
-    main = r"\bvoid main\s*\([^)]*\)[^{]*\{"
-    test = _within(problem["test"], main, first, last, r"\}\s*\}\s*$", problem)
+    test = _before_last(problem["test"], r"\}\s*\}\s*$", last, problem)
+    test, mains = re.subn(
+        r"\bvoid main\s*\([^)]*\)[^{]*\{", lambda found: f"{found[0]}\n{first}\n", test, count=1
+    )
+    if not mains:
+        raise InputError(f"{problem['task_id']}: the test has no main.")
     return f"{problem['prompt']}{body}\n{test}\n"
 
 

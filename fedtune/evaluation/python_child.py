@@ -154,7 +154,8 @@ def answer(name: str) -> None:
         try:
             asked = json.loads(line)
             if isinstance(asked, str):
-                value = exec(compile(asked, "answer.py", "exec"), space)
+                exec(compile(asked, "answer.py", "exec"), space)
+                value = None
             else:
                 arguments, named = map(decode, asked)
                 value = space[name](*arguments, **named)
