@@ -11,7 +11,8 @@ With `isolation="namespaces"` (Linux 5.14 or newer, where the system lets users 
   by a signal that cannot be caught.
 
 Processes and memory in sum are counted every 20 ms. Memory that no process or folder would show (System V's,
-files without a name) cannot be had.
+files without a name, mappings that are shared without a name) cannot be had, but for what pipes and pairs of
+sockets hold: 15 MiB a process.
 
 With `isolation="none"` a program runs with the same limits, counted every 100 ms, in a folder of the disk
 that is removed, and all that it has started is killed. But it can read and write what the user can, use the
@@ -52,6 +53,7 @@ MAX_PROCESSES = 64  # threads included; a Java machine has about 20
 MAX_FILE_BYTES = 32 << 20
 MAX_DISK_BYTES = 64 << 20  # of the folder in memory
 MAX_DISK_FILES = 4096
+MAX_OPEN_FILES = 128  # of a process; its pipes and pairs of sockets hold up to 15 MiB that nothing counts
 MAX_OUTPUT_BYTES = 16 << 10  # kept of what is printed: the end
 SEAL = 3  # the descriptor that a command may write its nonce to
 GRACE_S = 20.0  # for the process between, on a busy machine, before it is given up
@@ -179,7 +181,7 @@ def _plain(step: Step, isolation: Isolation) -> dict[str, Any]:
         (resource.RLIMIT_CPU, cpu, cpu + 1),
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES, MAX_FILE_BYTES),
-        (resource.RLIMIT_NOFILE, 256, 256),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES),
     ]
     if step.address_space:
         limits.append((resource.RLIMIT_AS, size, size))

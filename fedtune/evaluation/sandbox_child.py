@@ -35,7 +35,7 @@ PR_SET_SECCOMP, SECCOMP_MODE_FILTER, KEYCTL_JOIN_SESSION_KEYRING = 22, 2, 1
 INSIDE = 1000  # the user and group of the commands, as they see themselves
 WORK = "/sandbox"  # the only folder that they can write to
 FOLDERS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")  # of compilers and their libraries
-DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "full", "random", "urandom")  # zero, mapped by several, is memory that no process shows
 SETTINGS = ("alternatives", "ld.so.cache")  # of /etc; java-* besides
 TICK_S = 0.02  # between two looks at what the commands use; five times that without a namespace, where
 #                each look goes over all processes of the machine
