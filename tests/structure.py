@@ -41,6 +41,7 @@ FRONT_DOOR = {"api", "errors", "version"}  # what `import fedtune` itself may ta
 BLIND = {"core": {"protection", "methods", "transport"}}  # told what they need by whoever calls them
 OF_TORCH = {"_parameters", "_buffers", "_modules"}  # of every nn.Module
 ONE_HOME = {"flwr": "fedtune.transport.flower"}  # a library that one module alone knows
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PROGRAM_LINES, TEST_LINES = 400, 600
 
 Sources = Mapping[str, str]  # text by module name, or by path for what is no part of the package
@@ -290,4 +291,33 @@ def missing_files(texts: Mapping[str, str], files: Iterable[str]) -> list[str]:
         for name, text in texts.items()
         for path in sorted(set(_PATH.findall(text)) - FOREIGN)
         if not any(each.endswith(f"/{path}") for each in there)
+    ]
+
+
+def missing_tests(text: str, tests: Mapping[str, str]) -> list[str]:
+    """Tests that a text names, as FILE::FUNCTION, and that are not there.
+
+    Args:
+        text: The text.
+        tests: Sources of test files, by path.
+    """
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)
+    there = {
+        (path, node.name)
+        for path in {path for path, _ in named} & set(tests)
+        for node in _tree(tests[path]).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    return [f"{path}::{name}" for path, name in named if (path, name) not in there]
+
+
+def unpickling(sources: Sources) -> list[str]:
+    """Modules that take a library whose files can run code when read, or call `torch.load`."""
+    return [
+        f"{name}:{node.lineno}"
+        for name, source in sources.items()
+        for node in ast.walk(_tree(source))
+        if (isinstance(node, ast.Import) and any(each.name.split(".")[0] in PICKLES for each in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLES)
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load")
     ]

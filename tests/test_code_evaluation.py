@@ -240,7 +240,7 @@ def test_the_same_program_is_run_once(limits: CodeSettings, monkeypatch: pytest.
     ran = []
 
     def run(files: dict[str, str], *rest: Any, **options: Any) -> list[Finished]:
-        ran.append(files["main.py"])
+        ran.append(json.loads(files["job.json"])["answer"])
         return [Finished(1, "", 0, "AssertionError")]
 
     monkeypatch.setattr(sandbox, "run", run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import tomllib
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,28 @@ def test_differences_are_other_versions_and_packages_that_were_not_there() -> No
     assert SCRIPT["summary"]("requirements/py311.txt", [], []) == (
         "nothing differs from requirements/py311.txt; no test failed"
     )
+
+
+def test_actions_are_named_by_their_commit() -> None:
+    """A tag can be moved; its version stands beside it for people and for updates."""
+    lines = (PROJECT / ".github" / "workflows" / "ci.yml").read_text().splitlines()
+    used = [line.strip() for line in lines if "uses:" in line]
+    assert len(used) >= 6
+    for line in used:
+        assert re.fullmatch(r"- uses: actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+    assert len({line.split("@")[1] for line in used}) == len({line.split("@")[0] for line in used})
+
+
+def test_what_audits_let_pass_has_a_reason_and_an_end() -> None:
+    audit = runpy.run_path(str(PROJECT / "scripts" / "audit.py"))
+    today = date(2026, 11, 29)
+    entry = '[[hole]]\nid = "A-1"\nreason = "not reached"\nuntil = {}\n'
+    assert audit["ignored"]("", today) == []
+    assert audit["ignored"](entry.format("2026-11-29"), today) == ["A-1"]
+    assert audit["ignored"](entry.format("2026-11-28"), today) == []  # it fails again
+    for text in (entry.format("2027-11-29"), entry.format('"soon"'), '[[hole]]\nid = "A-1"\n'):
+        with pytest.raises(ValueError, match="until"):
+            audit["ignored"](text, today)
+    command = audit["command"](FILES[0], ["A-1"])
+    assert "--strict" in command and "--ignore-vuln=A-1" in command and command[-1] == str(FILES[0])
+    audit["ignored"]((PROJECT / "requirements" / "ignored.toml").read_text(), date.today())

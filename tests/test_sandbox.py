@@ -383,9 +383,50 @@ def test_a_filter_is_for_this_kind_of_program_alone() -> None:
     ]
     assert lines[6:8] == [(0x15, 0, 1, 248), (0x06, 0, 0, 0x00050001)]  # add_key: EPERM
     assert lines[-1] == (0x06, 0, 0, 0x7FFF0000)
-    assert len(lines) == 7 + 2 * len(system_calls.refused("x86_64"))
+    assert len(lines) == 18 + 2 * len(system_calls.refused("x86_64"))
+    assert lines[-12:-6] == [
+        (0x15, 0, 5, 9),  # mmap; otherwise past all of this
+        (0x20, 0, 0, 40),  # its flags
+        (0x54, 0, 0, 0x21),
+        (0x15, 0, 1, 0x21),
+        (0x06, 0, 0, 0x00050001),
+        (0x06, 0, 0, 0x7FFF0000),
+    ]
+    assert lines[-6:] == [
+        (0x15, 0, 4, 41),  # socket; otherwise to the last line
+        (0x20, 0, 0, 16),  # its family
+        (0x15, 2, 0, 2),
+        (0x15, 1, 0, 10),
+        (0x06, 0, 0, 0x00050000 | 97),
+        (0x06, 0, 0, 0x7FFF0000),
+    ]
     arm = system_calls.refused("aarch64")
     assert (arm["keyctl"], arm["mount"]) == (219, 40) and "iopl" not in arm
+
+
+def test_there_is_no_memory_that_no_process_shows(namespaces: Isolation) -> None:
+    done = run(
+        """
+        import mmap, os, socket
+        tries = {
+            "shared": lambda: mmap.mmap(-1, 1 << 20),
+            "zero": lambda: os.open("/dev/zero", os.O_RDWR),
+            **{str(kind): lambda kind=kind: socket.socket(kind, 1) for kind in (1, 16, 17, 38, 40)},
+        }
+        for name, attempt in tries.items():
+            try:
+                attempt()
+                print(name, "could be had")
+            except OSError:
+                pass
+        mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)[0] = 1
+        open("a", "wb").write(bytes(8192))
+        mmap.mmap(os.open("a", os.O_RDWR), 8192)[1] = 2
+        print(open("a", "rb").read(2), socket.socket().family)
+        """,
+        namespaces,
+    )
+    assert done.output == "b'\\x00\\x02' 2\n" or done.output == "b'\\x00\\x02' AddressFamily.AF_INET\n"
 
 
 KEYS = """

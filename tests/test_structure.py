@@ -19,11 +19,13 @@ from structure import (
     circles,
     imports,
     missing_files,
+    missing_tests,
     package,
     prose,
     strangers,
     too_long,
     underscored,
+    unpickling,
     upward,
 )
 
@@ -75,6 +77,18 @@ def test_files_that_texts_name_are_there() -> None:
     texts = {module: prose(source) for module, source in (PACKAGE | AROUND).items()}
     texts |= {str(page.relative_to(HOME)): page.read_text(encoding="utf-8") for page in pages}
     assert missing_files(texts, [str(path.relative_to(HOME)) for path in FILES]) == []
+
+
+def test_nothing_is_unpickled() -> None:
+    assert unpickling(PACKAGE) == []
+
+
+def test_each_promise_of_security_names_a_test_that_is_there() -> None:
+    text = (HOME / "SECURITY.md").read_text(encoding="utf-8")
+    assert missing_tests(text, AROUND) == []
+    promises, _, _ = text.partition("## What is not promised")
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and "held by" not in line]
+    assert len(rows) > 20 and [row for row in rows if "::test_" not in row] == []
 
 
 def test_importing_fedtune_brings_nothing_heavy() -> None:
@@ -271,3 +285,17 @@ def test_the_page_has_the_order() -> None:
     assert re.findall(r"`(\w+).py`", bottom) == BOTTOM
     steps = re.findall(r"^\d\. `([\w/.]+)`", page, re.MULTILINE)
     assert len(steps) == 6 and all((HOME / "fedtune" / step).is_file() for step in steps)
+
+
+def test_a_test_that_is_not_there_is_found() -> None:
+    text = "`tests/test_a.py::test_one`, `tests/test_a.py::test_two`, `tests/test_b.py::test_one`"
+    found = missing_tests(text, {"tests/test_a.py": "def test_one() -> None: ...\n"})
+    assert found == ["tests/test_a.py::test_two", "tests/test_b.py::test_one"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import json, pickle", "from dill import loads", "def f():\n    import marshal", "torch.load(path)"],
+)
+def test_unpickling_is_found(source: str) -> None:
+    assert len(unpickling({"fedtune.a": source, "fedtune.b": "import json\ntorch.save(1, path)"})) == 1

@@ -4,7 +4,14 @@ Zheng et al. 2023, "CodeGeeX: A Pre-Trained Model for Code Generation with Multi
 HumanEval-X", and the evaluation published with the data, whose rules are followed for stop texts, added
 imports, order of the parts and language versions (C++11, Go 1.18). Where we differ:
 
-* A program passes if it also reaches the end of its tests: one that exits before with status 0 fails.
+* A program passes if it also reaches the end of its tests: one that exits before with status 0 fails. What
+  shows that is a nonce of the run, which tests send at their end. In Python and C++ the answer is called in
+  another process than its tests (`python_child.py`, `standins/apart.hpp`), which has neither the nonce nor
+  the descriptor that wants it; results come back as plain values. But in C++ both are one text, so a macro
+  or what runs before main can alter the tests. In Java and Go answer and tests are one process: an answer
+  that prints, exits, or writes where the nonce is due does not pass, but one that searches its own memory
+  for the nonce, or alters what its tests are made of, can. A score is no proof against a model that attacks
+  its judge.
 * Java runs with assertions on: the only check of Java/151 is an `assert`, without which any answer passes.
 * The tests of CPP/23 hand texts of C to a function that the problem calls strlen, and so test that of the C
   library; ours hand it a `string`, without which any answer passes.
@@ -25,16 +32,11 @@ from dataclasses import dataclass
 
 from fedtune.errors import InputError
 from fedtune.evaluation import compilers
-from fedtune.evaluation.compilers import GO_IMPORTS, Problem, Toolchain
-from fedtune.evaluation.sandbox import Finished
+from fedtune.evaluation.compilers import GO_IMPORTS, PYTHON_IMPORTS, Problem, Toolchain
+from fedtune.evaluation.sandbox import SEAL, Finished
 
-DONE = "humaneval-x: the end of the tests was reached"
 KINDS = ("wrong answer", "compile error", "runtime error", "timeout", "memory", "processes")
 
-PYTHON_IMPORTS = (
-    "import math, re, sys, copy, datetime, itertools, collections, heapq, statistics, functools, hashlib\n"
-    "import string\nfrom typing import *\nfrom collections import *\n"
-)
 CPP_INCLUDES = (
     *("stdlib.h", "algorithm", "math.h", "stdio.h", "vector", "string", "climits", "cstring", "iostream"),
 )
@@ -48,13 +50,12 @@ class Language:
         fields: What each problem must have.
         stop: Texts before which an answer ends.
         cut: From what a model wrote to the function body: the rest of the published rule on where it ends.
-        program: From a problem and a body to a source text.
+        program: From a problem and a body to a source text; with the tests, but for Python and its own.
         toolchain: Finds and prepares the compiler. Raises Missing.
         version: Name and version of the compiler. Raises Missing.
         wrong: Marks, in what a program printed, a test that was not met.
         memory: Marks memory that was refused.
         malformed: Marks, in what a program printed when run, a source text that is not of this language.
-        passed: Marks that all tests were met.
     """
 
     fields: Mapping[str, type]
@@ -66,7 +67,6 @@ class Language:
     wrong: str
     memory: str
     malformed: str = r"(?!)"
-    passed: str = rf"(?m)^{DONE}$"
 
     def verdict(self, finished: Sequence[Finished], steps: int) -> str:
         """How a program did: "passed", or the kind of its failure, one of `KINDS`."""
@@ -74,7 +74,7 @@ class Language:
         if last.stopped:
             return {"time": "timeout", "memory": "memory", "processes": "processes"}[last.stopped]
         if last.ok and len(finished) == steps:
-            return "passed" if re.search(self.passed, last.output) else "runtime error"
+            return "passed" if last.sealed else "runtime error"
         if re.search(self.memory, last.output):
             return "memory"
         if len(finished) < steps or re.search(self.malformed, last.output):
@@ -108,23 +108,34 @@ def _before_last(test: str, ending: str, line: str, problem: Problem) -> str:
 
 def _python_program(problem: Problem, body: str) -> str:
     numpy = "import numpy, numpy as np\n" if re.search(r"\b(np|numpy)\b", body) else ""
-    done = f'__import__("sys").__stdout__.write("\\n{DONE}\\n")\n'
-    return f"{PYTHON_IMPORTS}{numpy}{problem['prompt']}{body}\n{problem['test']}\n{done}"
+    return f"{PYTHON_IMPORTS}{numpy}{problem['prompt']}{body}\n"
 
 
 def _cpp_program(problem: Problem, body: str) -> str:
+    """The answer's text knows its function; the tests' text means by its name one that calls it apart."""
+    prompt = problem["prompt"]
     lines = [f"#include<{name}>" for name in CPP_INCLUDES]
-    added = "".join(f"{line}\n" for line in lines if line not in problem["prompt"])
-    done = f'fflush(stdout); std::cout << "\\n{DONE}" << std::endl;'
-    test = _before_last(problem["test"], r"\}\s*$", done, problem)
-    if problem["task_id"] == "CPP/23":
-        test = f"#define strlen(text) strlen(string(text))\n{test}"
-    return f"{added}#include<iostream>\n{problem['prompt']}{body}\n{test}\n"
+    added = "".join(f"{line}\n" for line in lines if line not in prompt)
+    holder = "#define BOOST_ANY_INCLUDED\n" if "boost/any.hpp" in prompt else ""
+    test = _before_last(problem["test"], r"\}\s*$", "fedtune_apart::passed();", problem)
+    if not (names := re.findall(r"(?m)^[\w:][\w:<>,&* ]*[ >&*](\w+)\s*\([^()]*\)\s*\{", prompt)):
+        raise InputError(f"{problem['task_id']}: the prompt has no line that begins a function.")
+    given = "string(__VA_ARGS__)" if problem["task_id"] == "CPP/23" else "__VA_ARGS__"
+    asked = f"#define {names[-1]}(...) fedtune_apart::apart([&] {{ return {names[-1]}({given}); }})"
+    return f"{holder}#include<apart.hpp>\n{added}#include<iostream>\n{prompt}{body}\n{asked}\n{test}\n"
 
 
 def _java_program(problem: Problem, body: str) -> str:
-    done = f'System.out.println("\\n{DONE}");'
-    test = _before_last(problem["test"], r"\}\s*\}\s*$", done, problem)
+    failed = "catch (java.io.IOException error) { throw new RuntimeException(error); }"
+    first = f"byte[] fedtuneNonce; try {{ fedtuneNonce = System.in.readNBytes(32); }} {failed}"
+    opened = f'java.io.FileOutputStream fedtuneSeal = new java.io.FileOutputStream("/proc/self/fd/{SEAL}")'
+    last = f"try ({opened}) {{ fedtuneSeal.write(fedtuneNonce); }} {failed}"
+    test = _before_last(problem["test"], r"\}\s*\}\s*$", last, problem)
+    test, mains = re.subn(
+        r"\bvoid main\s*\([^)]*\)[^{]*\{", lambda found: f"{found[0]}\n{first}\n", test, count=1
+    )
+    if not mains:
+        raise InputError(f"{problem['task_id']}: the test has no main.")
     return f"{problem['prompt']}{body}\n{test}\n"
 
 
@@ -185,6 +196,5 @@ LANGUAGES = {
         version=compilers.go_version,
         wrong=r"Not equal: expected",
         memory=r"out of memory|cannot allocate memory",
-        passed=r"(?m)^PASS$",
     ),
 }

@@ -11,7 +11,8 @@ With `isolation="namespaces"` (Linux 5.14 or newer, where the system lets users 
   by a signal that cannot be caught.
 
 Processes and memory in sum are counted every 20 ms. Memory that no process or folder would show (System V's,
-files without a name) cannot be had.
+files without a name, mappings that are shared without a name) cannot be had, but for what pipes and pairs of
+sockets hold: 15 MiB a process.
 
 With `isolation="none"` a program runs with the same limits, counted every 100 ms, in a folder of the disk
 that is removed, and all that it has started is killed. But it can read and write what the user can, use the
@@ -25,8 +26,11 @@ The work is done in `sandbox_child.py`, a process between the program and this o
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -49,7 +53,9 @@ MAX_PROCESSES = 64  # threads included; a Java machine has about 20
 MAX_FILE_BYTES = 32 << 20
 MAX_DISK_BYTES = 64 << 20  # of the folder in memory
 MAX_DISK_FILES = 4096
+MAX_OPEN_FILES = 128  # of a process; its pipes and pairs of sockets hold up to 15 MiB that nothing counts
 MAX_OUTPUT_BYTES = 16 << 10  # kept of what is printed: the end
+SEAL = 3  # the descriptor that a command may write its nonce to
 GRACE_S = 20.0  # for the process between, on a busy machine, before it is given up
 
 
@@ -91,12 +97,15 @@ class Finished:
         stopped: Which limit ended it: "time", "memory", "processes", or "" for none.
         seconds: By the clock.
         output: The end of what it printed, errors included.
+        sealed: Whether it wrote the run's nonce, and nothing else, to its descriptor 3. The nonce, of 32
+            letters, is drawn anew for each command and is all that its standard input holds.
     """
 
     status: int
     stopped: str
     seconds: float
     output: str
+    sealed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -142,9 +151,8 @@ def run(
             "root": os.path.realpath(folder),
             "readable": [os.path.realpath(path) for path in readable],
             "files": dict(files),
-            "steps": [_plain(step) for step in steps],
+            "steps": [_plain(step, isolation) for step in steps],
             "processes": MAX_PROCESSES,
-            "file_bytes": MAX_FILE_BYTES,
             "disk_bytes": MAX_DISK_BYTES,
             "disk_files": MAX_DISK_FILES,
             "output_bytes": MAX_OUTPUT_BYTES,
@@ -162,8 +170,21 @@ def check(isolation: Isolation) -> None:
     run({}, [Step(("true",), 30.0, 256)], isolation=isolation)
 
 
-def _plain(step: Step) -> dict[str, Any]:
-    return {**asdict(step), "memory_bytes": step.memory_mb << 20}
+def _plain(step: Step, isolation: Isolation) -> dict[str, Any]:
+    """What the process between needs of a step; limits as kind, soft and hard."""
+    cpu, size = math.ceil(step.seconds), step.memory_mb << 20
+    limits = [
+        (resource.RLIMIT_CPU, cpu, cpu + 1),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES, MAX_FILE_BYTES),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES),
+    ]
+    if step.address_space:
+        limits.append((resource.RLIMIT_AS, size, size))
+    if isolation != "none":  # there it would count the user's other processes too
+        most = MAX_PROCESSES + 2  # of an ordinary user, two of ours count too
+        limits.append((resource.RLIMIT_NPROC, most, most))
+    return {**asdict(step), "memory_bytes": size, "limits": limits, "nonce": secrets.token_hex(16)}
 
 
 def run_child(job: Mapping[str, Any], patience_s: float) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 import resource
 import select
@@ -36,7 +35,7 @@ PR_SET_SECCOMP, SECCOMP_MODE_FILTER, KEYCTL_JOIN_SESSION_KEYRING = 22, 2, 1
 INSIDE = 1000  # the user and group of the commands, as they see themselves
 WORK = "/sandbox"  # the only folder that they can write to
 FOLDERS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")  # of compilers and their libraries
-DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "full", "random", "urandom")  # zero, mapped by several, is memory that no process shows
 SETTINGS = ("alternatives", "ld.so.cache")  # of /etc; java-* besides
 TICK_S = 0.02  # between two looks at what the commands use; five times that without a namespace, where
 #                each look goes over all processes of the machine
@@ -197,17 +196,22 @@ def _run_steps(job: dict[str, Any], work: str, drop_to: int | None = None) -> li
     return steps
 
 
-def _start(step: dict[str, Any], job: dict[str, Any], work: str, drop_to: int | None) -> tuple[int, int]:
-    """Forks and executes a command; returns its process id and where its output is read."""
+def _start(step: dict[str, Any], job: dict[str, Any], work: str, drop_to: int | None) -> tuple[int, int, int]:
+    """Forks and executes a command; returns its process id, and where its output and its seal are read."""
     output_read, output_write = os.pipe()
     error_read, error_write = os.pipe()  # closed by a successful exec
+    nonce_read, nonce_write = os.pipe()
+    seal_read, seal_write = os.pipe()
+    os.write(nonce_write, step["nonce"].encode())
+    os.close(nonce_write)
+    if drop_to is not None:
+        os.fchown(seal_write, drop_to, drop_to)  # Java can only open it by name
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(output_write, 1)
-            os.dup2(output_write, 2)
+            for place, ours in enumerate((nonce_read, output_write, output_write, seal_write)):
+                os.dup2(ours, place)  # 3 was our report's
             _confine(step, job, drop_to)
             environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": work}
             os.execvpe(step["command"][0], step["command"], environment | step["environment"])
@@ -215,28 +219,23 @@ def _start(step: dict[str, Any], job: dict[str, Any], work: str, drop_to: int | 
             os.write(error_write, f"cannot start {step['command'][0]}: {error}".encode())
         finally:
             os._exit(127)
-    os.close(output_write)
-    os.close(error_write)
+    for theirs in (output_write, error_write, nonce_read, seal_write):
+        os.close(theirs)
     with os.fdopen(error_read) as errors:
         if why := errors.read():
             os.waitpid(pid, 0)
             raise Refused(why)
-    return pid, output_read
+    return pid, output_read, seal_read
 
 
 def _confine(step: dict[str, Any], job: dict[str, Any], drop_to: int | None) -> None:
     os.nice(5)  # the watcher goes before what it watches
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, and exec would pass that on
-    cpu = math.ceil(step["seconds"])
-    _limit(resource.RLIMIT_CPU, cpu, cpu + 1)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, job["file_bytes"])
-    _limit(resource.RLIMIT_NOFILE, 256)
-    if step["address_space"]:
-        _limit(resource.RLIMIT_AS, step["memory_bytes"])
-    if job["isolation"] != "none":  # there it would count the user's other processes too
-        _limit(resource.RLIMIT_NPROC, job["processes"] + 2)  # of an ordinary user, two of ours count too
+    for kind, soft, hard in step["limits"]:
+        allowed = resource.getrlimit(kind)[1]
+        top = hard if allowed == resource.RLIM_INFINITY else min(hard, allowed)
+        resource.setrlimit(kind, (min(soft, top), top))
     if drop_to is not None:
         os.setgroups([])
         os.setresgid(drop_to, drop_to, drop_to)
@@ -249,19 +248,13 @@ def _confine(step: dict[str, Any], job: dict[str, Any], drop_to: int | None) -> 
     _filter(bytes.fromhex(job["filter"]))
 
 
-def _limit(kind: int, soft: int, hard: int | None = None) -> None:
-    allowed = resource.getrlimit(kind)[1]
-    top = soft if hard is None else hard
-    top = top if allowed == resource.RLIM_INFINITY else min(top, allowed)
-    resource.setrlimit(kind, (min(soft, top), top))
-
-
-def _watch(step: dict[str, Any], job: dict[str, Any], started: tuple[int, int]) -> dict[str, Any]:
+def _watch(step: dict[str, Any], job: dict[str, Any], started: tuple[int, int, int]) -> dict[str, Any]:
     """Waits for a command and stops it where it goes over a limit. Nothing of it is left afterwards."""
-    pid, output = started
-    os.set_blocking(output, False)
+    pid, output, seal = started
+    for pipe in (output, seal):
+        os.set_blocking(pipe, False)
     begin = look = time.monotonic()
-    tail, stopped, status, used = b"", "", None, 0.0
+    tail, stopped, status, used, sealed = b"", "", None, 0.0, False
     ended = os.pidfd_open(pid)
     sources = [output, ended]
     while status is None and not stopped:
@@ -279,8 +272,10 @@ def _watch(step: dict[str, Any], job: dict[str, Any], started: tuple[int, int]) 
             sources = sources if piece else [ended]
     seconds = time.monotonic() - begin
     _kill_all(pid, job)
-    os.close(output)
-    os.close(ended)
+    with contextlib.suppress(BlockingIOError):
+        sealed = os.read(seal, 1 << 16).decode(errors="replace") == step["nonce"]
+    for pipe in (output, seal, ended):
+        os.close(pipe)
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and used >= step["seconds"]):
         stopped = "time"  # of the processor
     return {
@@ -288,6 +283,7 @@ def _watch(step: dict[str, Any], job: dict[str, Any], started: tuple[int, int]) 
         "stopped": stopped,
         "seconds": seconds,
         "output": tail.decode(errors="replace"),
+        "sealed": sealed,
     }
 
 

@@ -86,6 +86,11 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "setdomainname": (171, 162),
     "vhangup": (153, 58),
 }
+# Refused for some arguments. Memory that is shared and nameless stays when no process has it mapped, and none
+# shows it. Sockets other than the internet's reach the machine's host (vsock) or parts of the kernel that few
+# programs need. A pair of them is let be: Java's files need one.
+_MMAP, _SHARED_AND_NAMELESS = (9, 222), 0x21
+_SOCKET, _INTERNET = (41, 198), (2, 10)
 # As an older kernel answers, so that a library does it in another way.
 _AS_IF_MISSING = frozenset({"memfd_create", "memfd_secret", "io_uring_setup", "userfaultfd"})
 
@@ -94,8 +99,8 @@ _MACHINES = {
     "aarch64": (1, 0xC00000B7),
 }  # column above, AUDIT_ARCH of linux/audit.h
 # From linux/bpf_common.h and linux/seccomp.h.
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER, _ARCH = 0, 4  # where they stand in seccomp_data
+_LOAD, _EQUAL, _AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
+_NUMBER, _ARCH, _FIRST, _FOURTH = 0, 4, 16, 40  # places in seccomp_data; of arguments, the lower half
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000  # calls of another interface, on x86-64
 
@@ -131,5 +136,19 @@ def program(machine: str) -> bytes:
     for name, number in refused(machine).items():
         code = errno.ENOSYS if name in _AS_IF_MISSING else errno.EPERM
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERROR | code)]
-    lines.append((_RETURN, 0, 0, _ALLOW))
+    column = _MACHINES[machine][0]
+    lines += [
+        (_EQUAL, 0, 5, _MMAP[column]),
+        (_LOAD, 0, 0, _FOURTH),
+        (_AND, 0, 0, _SHARED_AND_NAMELESS),
+        (_EQUAL, 0, 1, _SHARED_AND_NAMELESS),
+        (_RETURN, 0, 0, _ERROR | errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+        (_EQUAL, 0, 4, _SOCKET[column]),
+        (_LOAD, 0, 0, _FIRST),
+        (_EQUAL, 2, 0, _INTERNET[0]),
+        (_EQUAL, 1, 0, _INTERNET[1]),
+        (_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     return b"".join(struct.pack("=HBBI", *line) for line in lines)

@@ -1,4 +1,4 @@
-"""Flower: the only file that imports flwr, written against its 1.41.
+"""Flower: the only file that imports flwr, written against its 1.41 and 1.42.
 
 Flower carries messages and does nothing else: no strategy, no rounds, no weights of its own. In the
 simulation its grid is used by the run's own process. In a deployment Flower starts a short-lived process for
