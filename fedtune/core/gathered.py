@@ -110,12 +110,12 @@ class OnDisk(_Known):
     def put(self, reply: Reply) -> None:
         """Keeps a reply."""
         super().put(reply)
+        self._file.seek(0, os.SEEK_END)
         for name, tensor in sorted(reply.payload.tensors.items()):
             self._places[reply.client, name] = self._file.tell(), tensor.dtype
             if tensor.numel():
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
                 self._file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        self._file.flush()
 
     def read(self, client: int, name: str, start: int, end: int) -> Tensor:
         """The numbers `start` to `end` of a tensor, in one dimension."""
@@ -123,12 +123,9 @@ class OnDisk(_Known):
         if end <= start:
             return torch.empty(0, dtype=dtype)
         buffer = bytearray((end - start) * dtype.itemsize)
-        view, offset = memoryview(buffer), at + start * dtype.itemsize
-        while view:
-            read = os.preadv(self._file.fileno(), [view], offset)
-            if not read:
-                raise OSError(f"the gathered reply of client {client} is cut short")
-            view, offset = view[read:], offset + read
+        self._file.seek(at + start * dtype.itemsize)
+        if self._file.readinto(buffer) != len(buffer):
+            raise OSError(f"the gathered reply of client {client} is cut short")
         return torch.frombuffer(buffer, dtype=dtype)
 
     def __exit__(

@@ -220,10 +220,9 @@ class RobustMean:
     def _factors(self, norms: Mapping[int, Factors]) -> dict[int, Factors]:
         found: dict[int, dict[str, float]] = {client: {} for client in norms}
         for part in {part for one in norms.values() for part in one}:
-            bound = self.max_norm
+            bound = math.inf if self.max_norm is None else self.max_norm
             if self.norm_quantile is not None:
-                bound = quantile((one[part] for one in norms.values()), self.norm_quantile)
-            assert bound is not None
+                bound = min(bound, quantile((one[part] for one in norms.values()), self.norm_quantile))
             for client, one in norms.items():
                 found[client][part] = factor(one[part], bound)
         return dict(found)

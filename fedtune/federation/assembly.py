@@ -171,9 +171,8 @@ class Assembly:
             if federation.weights == "equal" or weight != examples:
                 entry["weight"] = weight
             if federation.weights != "equal" and weight != examples:
-                notes.append(
-                    f"{self.split.owner(client)} registered {examples:,} examples and counts as {weight:,}"
-                )
+                whose = f"client {client} ({entry['name']})" if entry.get("name") else f"client {client}"
+                notes.append(f"{whose} registered {examples:,} examples and counts as {weight:,}")
         if federation.weights == "equal":
             notes.append("all clients weigh the same, however many examples they registered")
         return notes

@@ -200,6 +200,7 @@ def server_steps(
     unlike = config.name == "fedavg" and config.lora is not None and config.lora.client_ranks is not None
     together = method.arrival == "plan-order" or unlike or (robust is not None and robust.gathers)
     enough = len(cohort.clients) if together else 2
+    alone: list[Reply] = []  # what the round loop holds until its step is over, if it is one alone
     with values():
         state = first_state(probe, model)
         if config.name == "infinite-pool" and config.download == "model":
@@ -215,6 +216,7 @@ def server_steps(
                 for order in orders:
                     with meter.paused():
                         reply = reply_to(probe, order, cohort, fakes, round=round, seed=seed)
+                    alone[:] = [reply] if single else []
                     yield reply
 
             resident = _resident(state) + ([model] if method.sends_model else [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,6 +92,8 @@ def plan(
     settings, robust = config.federation.robust, None
     if settings is not None:
         robust = robust_mean(settings, cast(Any, method), None, lambda: dry_run.FakeGathered(fakes))
+        if robust.norm_quantile is not None:  # of norms without values: every update may be a longer one
+            robust = replace(robust, max_norm=1e-9)
     traffic = simulate(
         method, model, fakes, clients=clients, per_round=per_round, seed=config.seed, robust=robust
     )
