@@ -54,10 +54,12 @@ class RoundLoop:
         device: torch.device,
         server_model: nn.Module | None = None,
         protection: ServerProtection | None = None,
+        robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
     ) -> None:
         self._method, self._ledger = method, ledger
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
+        self._robust = robust  # what becomes of replies before the method's step
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
@@ -125,6 +127,8 @@ class RoundLoop:
         return self._fold(state, watched, round), outcome
 
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
+        if step is None and self._robust is not None:
+            received = self._robust(received)
         meter = MemoryMeter(self._device)
         held = [self._server_model] if self._server_model is not None else []
         part = self._clock.part("aggregation")

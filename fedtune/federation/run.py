@@ -41,6 +41,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.account import PrivacyAccount
+from fedtune.protection.robust import robust_mean
 from fedtune.protection.summing import Summing
 
 
@@ -113,6 +114,8 @@ def run(
             )
             check_counts(config, len(assembly.client_examples))
             assembly.split.partition.update(deployment.partition())
+        for note in assembly.note_weights():
+            progress.note(note)
         federation.open_account()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             RunFolder.create(
@@ -214,8 +217,9 @@ class _Federation:
             if start
             else method.init(model)
         )
+        robust, secure = self._config.federation.robust, self._config.federation.secure_aggregation
         journal = Journal(transport, checkpoints, self._assembly.runner.states)
-        secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
+        privacy = self._config.federation.privacy
         if self._account is not None and self._account.ahead:
             journal.clear()  # its replies must not be summed once more, with other noise
         loop = RoundLoop(
@@ -226,6 +230,7 @@ class _Federation:
             self._assembly.device,
             server_model=model if method.sends_model else None,
             protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
+            robust=robust_mean(robust, cast(Any, method), checkpoints) if robust else None,
         )
         if deployment is not None:
             deployment.reply_limit = loop.reply_limit
@@ -248,9 +253,7 @@ class _Federation:
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
         drawn = cohort is not None
         if cohort is None:
-            cohort = sample_cohort(
-                self._assembly.client_examples, self._per_round(), seed=config.seed, round=round
-            )
+            cohort = sample_cohort(self._assembly.weights, self._per_round(), seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 

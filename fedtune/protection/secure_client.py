@@ -7,15 +7,16 @@ under names with a prefix, and is thrown away with the last answer. A client tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.core.robust import RobustMean
 from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
 from fedtune.protection.identity import SIGNATURE, Identity
@@ -42,6 +43,8 @@ class SecureClient:
             where all clients are in one process.
         threshold: Of the run's settings; a round with a lower one is refused.
         settings: Digest of what clients go by, as this one was told it; empty in one process.
+        robust: With its `max_norm` the client holds its update to that norm before anything else.
+        weigh: What a client with so many examples weighs in the mean.
     """
 
     method: SumMethod[Any]
@@ -50,6 +53,8 @@ class SecureClient:
     identity: Identity | None = None
     threshold: float | int = 2
     settings: bytes = b""
+    robust: RobustMean | None = None
+    weigh: Callable[[int], int] = lambda examples: examples
 
     def answer(
         self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
@@ -70,7 +75,9 @@ class SecureClient:
         kept = of_phase(phase, kept, round)
         if phase == "shares":
             terms = Terms.of(order)
-            terms.check(client, examples, privacy=self.privacy is not None, threshold=self.threshold)
+            terms.check(
+                client, self.weigh(examples), privacy=self.privacy is not None, threshold=self.threshold
+            )
             if self.identity is not None:
                 _check_signatures(terms, round, self.identity)
             return _shares(terms, self._digest(terms, round), kept, client, round)
@@ -86,12 +93,15 @@ class SecureClient:
     ) -> tuple[Payload, Payload]:
         """The reply to an order of phase `masked`, in place of what the method's step gave."""
         kept = of_phase("masked", kept, round)
+        if self.robust is not None:
+            result = replace(result, payload=self.robust.bounded(result.payload))
         with _fits():
             self._as_sealed(kept, round)
             return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
 
     def _digest(self, terms: Terms, round: int) -> bytes:
-        return terms.digest(round, self.bits, self.privacy, self.settings)
+        bound = self.robust.max_norm if self.robust else None
+        return terms.digest(round, self.bits, self.privacy, bound, self.settings)
 
     def _as_sealed(self, kept: Payload, round: int) -> None:
         """Raises ClientError if the client was told other settings since it sealed this round's shares.

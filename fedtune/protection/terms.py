@@ -103,7 +103,7 @@ class Terms:
 
         Args:
             client: Who checks.
-            examples: How many it has.
+            examples: How many of its examples count.
             privacy: Whether all clients weigh the same, so that noise hides each of them alike.
             threshold: Of the run's settings: clients that must stay, a count or a fraction of those asked.
 
@@ -144,17 +144,33 @@ class Terms:
         """What a client weighs."""
         return CohortShare(self.weights[self.clients.index(client)], self.total, self.population)
 
-    def digest(self, round: int, bits: int, privacy: Privacy | None, settings: bytes = b"") -> bytes:
+    def digest(
+        self,
+        round: int,
+        bits: int,
+        privacy: Privacy | None,
+        max_norm: float | None = None,
+        settings: bytes = b"",
+    ) -> bytes:
         """SHA-256 of the terms, of the round, and of the settings that a client goes by.
 
         Args:
             round: Of the run.
             bits: Of a masked number.
             privacy: Clip and noise.
+            max_norm: The bound of each client's update; None: there is none.
             settings: Digest of the run's other settings as this client was told them; empty in one process.
         """
         noise = [privacy.clip, privacy.noise_multiplier] if privacy else None
-        others = [round, bits, noise, self.clients, self.weights, [getattr(self, name) for name in _NUMBERS]]
+        others = [
+            round,
+            bits,
+            noise,
+            *([max_norm] if max_norm is not None else []),
+            self.clients,
+            self.weights,
+            [getattr(self, name) for name in _NUMBERS],
+        ]
         shapes = sorted((name, list(shape)) for name, shape in self.shapes.items())
         return masking.commit(
             json.dumps([others, shapes]).encode() + settings, self.keys.contiguous().numpy().tobytes()

@@ -11,6 +11,7 @@ the dense product takes its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -80,6 +81,28 @@ def stack(
         else:
             added[module + DENSE] = b @ a
     return added
+
+
+def inner(one: Mapping[str, Tensor], other: Mapping[str, Tensor], scale: float) -> float:
+    """The inner product of two clients' updates, of which factors stand for their product `scale` · B A.
+
+    <B_1 A_1, B_2 A_2> = Σ (B_1ᵀ B_2) ∘ (A_1 A_2ᵀ), so that no product is formed; ranks may differ.
+    """
+    found = []
+    for name in sorted(one):
+        left, right = one[name].to(torch.float64), other[name].to(torch.float64)
+        if name.endswith(A):
+            b = name.removesuffix(A) + B
+            both = (one[b].to(torch.float64).T @ other[b].to(torch.float64)) * (left @ right.T)
+            found.append(scale**2 * float(both.sum()))
+        elif not name.endswith(B):
+            found.append(float((left * right).sum()))
+    return math.fsum(found)
+
+
+def scaled(update: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
+    """An update times a factor, where factors stand for their product: B carries it."""
+    return {name: t if name.endswith(A) else t.to(torch.float32) * times for name, t in update.items()}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
     ArrivalOrder,
@@ -45,6 +46,7 @@ from fedtune.core.types import (
 )
 from fedtune.core.wire import FrameError
 from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.fedavg import robust
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
 from fedtune.methods.local_training import Training, train
 from fedtune.methods.tuning import Tuning
@@ -248,6 +250,27 @@ class FedAvg:
             return "control_variates are a second update beside the first, on another scale"
         return None
 
+    def mean_refusal(self, mean: MeanName) -> str | None:
+        """See robust.py."""
+        config, ranks = self.config, self.config.lora and self.config.lora.client_ranks
+        return robust.mean_refusal(
+            mean,
+            asynchronous=self.arrival == "one-by-one",
+            stacked=config.aggregation == "stack",
+            unlike_ranks=bool(ranks),
+            control=config.control_variates,
+        )
+
+    def bound_refusal(self, *, quantile: bool) -> str | None:
+        """See robust.py."""
+        alone, control = self.arrival == "one-by-one", self.config.control_variates
+        return robust.bound_refusal(quantile=quantile, asynchronous=alone, control=control)
+
+    def updates(self) -> Updates:
+        """See robust.py."""
+        factors = self.config.lora if self.config.aggregation == "stack" else None
+        return robust.updates(scale=factors.alpha / factors.rank if factors else None, control=CONTROL)
+
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""
         shapes = {name: tuple(w.shape) for name, w in state.weights.items()}
@@ -320,9 +343,9 @@ class FedAvg:
             rest = rest.add(
                 {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
             )
-            factors.append(
-                ({n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}, reply.examples)
-            )
+            if reply.examples:  # 0: a robust mean left it out
+                trained = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
+                factors.append((trained, reply.examples))
         if rest is None:
             raise ValueError("no client replied: there is nothing to stack")
         weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}
