@@ -63,11 +63,23 @@ class Command:
         file_bytes: int | None = None,
     ) -> None:
         self._out, self._err = cwd / ".out", cwd / ".err"
+        for path in (self._out, self._err):
+            path.write_text("")  # for one that is killed before it is there itself
         limits = (die_at, watched, die_by, file_bytes)
         self._process = _context.Process(
             target=_run, args=([str(a) for a in arguments], cwd, self._out, self._err, *limits)
         )
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return cast(int, self._process.pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.is_alive()
 
     def when(self, condition: Callable[[], bool], signal_number: int) -> Result:
         """Sends a signal as soon as a condition holds (or the command has ended)."""

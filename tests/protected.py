@@ -12,7 +12,7 @@ from toy import Bench, Toy, items
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.loop import RoundLoop
-from fedtune.core.types import SECURE, Arrival, Payload
+from fedtune.core.types import SECURE, Arrival, Gate, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import Config, FedAvg
@@ -119,6 +119,8 @@ def federation(
     rows: int = 7,
     identities: Sequence[Identity] = (),
     robust: Robust | None = None,
+    guards: list[SecureClient] | None = None,
+    gate: Gate | None = None,
     **settings: Any,
 ) -> tuple[Bench, Bent]:
     """Four clients of FedAvg, or of another method."""
@@ -130,7 +132,12 @@ def federation(
     guard: Any = SecureClient(method, secure.bits, privacy, robust=bound) if secure else None
     if identities:
         guard = Each([replace(guard, identity=identity) for identity in identities])
-    bench.runner = ClientRunner(method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard)
+    if guards is not None:  # to be filled with one a client, and changed in mid-round
+        guards += [guard for _ in data]
+        guard = Each(guards)
+    bench.runner = ClientRunner(
+        method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard, gate=gate
+    )
     clock = Clock()
     inner = InProcess(bench.runner, simulation=simulation, deadline_s=None, seed=0, clock=clock)
     transport = Bent(inner)

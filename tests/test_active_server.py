@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedtune.core.cohort import QuorumError
 from fedtune.protection import masking
 from fedtune.protection.identity import SIGNATURE, Identity
+from fedtune.protection.secure_client import SecureClient
 from fedtune.protection.settings import Privacy
 
 WEIGHTS = [len(DATA[client]) for client in range(4)]
@@ -207,6 +209,54 @@ def test_an_invented_client_is_nobody() -> None:
     bent.order = told(one_more)
     with pytest.raises(QuorumError, match="client 4's were not signed"):
         bench.round(1, quorum=0.5)
+
+
+def test_a_threshold_below_the_runs_own_settings_is_refused_by_all() -> None:
+    """Everyone is told the same, so that all shares would open: three of four would do for a sum."""
+    guards: list[SecureClient] = []
+    bench, bent = federation(SECURE, guards=guards)
+    guards[:] = [replace(guard, threshold=1.0) for guard in guards]
+    bent.order = told(lambda client, tensors: number(0, 3, 3)(client, tensors))
+    with pytest.raises(QuorumError, match="said to be 3 of 4 clients, and by the run's own settings it is 4"):
+        bench.round(1, quorum=0.5)
+    assert not bent.of("shares")
+
+
+PRIVACY = Privacy(clip=0.5, noise_multiplier=1.0, delta=1e-3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"privacy": Privacy(clip=0.5, noise_multiplier=1e-6, delta=1e-3)},
+        {"privacy": Privacy(clip=1e6, noise_multiplier=1.0, delta=1e-3)},
+        {"privacy": None},
+        {"settings": b"another method"},
+    ],
+)
+@pytest.mark.parametrize("phase", ["opened", "masked"])
+def test_who_is_invited_anew_in_mid_round_with_other_settings_sends_nothing(phase: str, other: Any) -> None:
+    """All agree on the round's noise and share their secrets; then the target is told that there is none."""
+    guards: list[SecureClient] = []
+    bench, bent = federation(SECURE, PRIVACY, guards=guards)
+
+    def invited_anew(at: str, client: int, tensors: Tensors) -> None:
+        if (at, client) == (phase, TARGET):
+            guards[TARGET] = replace(guards[TARGET], **other)
+
+    bent.order = invited_anew  # type: ignore[assignment]
+    outcome = bench.round(1, quorum=0.5)
+    assert sorted(outcome.clients) == [0, 1, 3]
+    assert "other ones than those that it and the other clients agreed to" in outcome.left_out[TARGET]
+    assert TARGET not in bent.of("masked")
+
+
+def test_who_was_invited_with_other_settings_is_in_no_sum_with_the_others() -> None:
+    guards: list[SecureClient] = []
+    bench, _ = federation(SECURE, PRIVACY, guards=guards)
+    guards[:] = [replace(g, settings=b"none" if c == TARGET else b"noise") for c, g in enumerate(guards)]
+    outcome = bench.round(1, quorum=0.5)
+    assert sorted(outcome.clients) == [0, 1, 3] and "do not open" in outcome.left_out[TARGET]
 
 
 def test_signatures_change_no_bit_of_the_sum() -> None:

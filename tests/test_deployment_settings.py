@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 from command import fedtune, write_config
 
 from fedtune.config.file import parse_config
+from fedtune.config.yaml_text import load_yaml
 from fedtune.deploy.keys import make_keys, read_identity
 from fedtune.errors import InputError
 from fedtune.federation.data import prepare_data
 from fedtune.transport.acceptance import (
+    EXAMPLE,
+    Acceptance,
     NotAccepted,
     check_bytes,
     check_data,
-    check_run,
+    check_server,
     read_acceptance,
 )
 
@@ -97,17 +101,6 @@ LIMITS = {"methods": ["fedavg"], "max_bytes": 1000, "max_local_steps": 10}
 
 def test_what_an_operator_accepts(tmp_path: Path) -> None:
     limits = read_acceptance({**LIMITS, "data_folder": str(tmp_path / "data")}, "accept.yaml")
-    check_run(limits, "fedavg", 10, secure=False, signed=True)
-    with pytest.raises(NotAccepted, match="accepts fedavg, and the method is fedkseed"):
-        check_run(limits, "fedkseed", 1, secure=True, signed=True)
-    with pytest.raises(NotAccepted, match="take 11 local steps there, and its operator accepts 10"):
-        check_run(limits, "fedavg", 11, secure=False, signed=True)
-    masked = read_acceptance({"secure_aggregation": True}, "accept.yaml")
-    check_run(masked, "fedavg", 10, secure=True, signed=True)
-    with pytest.raises(NotAccepted, match="only runs with federation"):
-        check_run(masked, "fedavg", 10, secure=False, signed=True)
-    with pytest.raises(NotAccepted, match=r"without a clients\.json beside its key it cannot tell"):
-        check_run(masked, "fedavg", 10, secure=True, signed=False)
     check_bytes(limits, 1000, "order")
     with pytest.raises(NotAccepted, match="the reply has 1,001 bytes, and its operator accepts 1,000"):
         check_bytes(limits, 1001, "reply")
@@ -120,16 +113,45 @@ def test_what_an_operator_accepts(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is not in .*data, the data_folder"):
             check_data(limits, tmp_path / outside)
     anything = read_acceptance(None, "accept.yaml")
-    check_run(anything, "fedkseed", 10**9, secure=False, signed=True)
     check_bytes(anything, 10**12, "order")
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"method": ["fedavg"]}, {"max_bytes": "1 GB"}, {"max_bytes": 0}, {"methods": []}]
+    ("wrong", "said"),
+    [
+        ({"method": ["fedavg"]}, r'method: is not known here\. Did you mean "methods"\?'),
+        ({"max_epsilom": 3.0}, r'max_epsilom: is not known here\. Did you mean "max_epsilon"\?'),
+        ({"max_bytes": "1 GB"}, "max_bytes: Input should be a valid integer, got '1 GB'"),
+        ({"max_bytes": 0}, "max_bytes: Input should be greater than or equal to 1, got 0"),
+        ({"methods": []}, "methods: List should have at least 1 item"),
+        ({"models": ["abc"]}, r"models\.0: String should match pattern .* got 'abc'"),
+        ({"min_threshold": 1}, "min_threshold: Input should be greater than or equal to 2, got 1"),
+        ({"min_threshold": 5, "min_clients": 4}, "min_threshold 5 is above min_clients 4: no run has both"),
+        ({"min_clip": 2.0, "max_clip": 1.0}, "min_clip 2 is above max_clip 1: no run has both"),
+        ({"noise_by": "me"}, "noise_by: Input should be 'clients' or 'server', got 'me'"),
+        (["methods"], "Input should be a valid dictionary"),
+    ],
 )
-def test_wrong_limits_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"accept.yaml: {next(iter(wrong))}"):
+def test_wrong_limits_are_named(wrong: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"^accept.yaml: {said}.*") as refused:
         read_acceptance(wrong, "accept.yaml")
+    assert str(refused.value).endswith(f"here are known: {', '.join(Acceptance.model_fields)}")
+
+
+def test_the_example_names_every_demand_and_limits_nothing_until_its_lines_are_taken_up() -> None:
+    assert read_acceptance(load_yaml(EXAMPLE, "example"), "example") == Acceptance()
+    lines = [line.removeprefix("# ") for line in EXAMPLE.splitlines() if re.match(r"# \w+: ", line)]
+    document = load_yaml("\n".join(lines), "example")
+    assert set(document) == set(Acceptance.model_fields)
+    read_acceptance(document, "example")
+
+
+def test_what_is_trained_goes_to_no_other_server(tmp_path: Path) -> None:
+    limits = read_acceptance({"servers": ["fed.example.org:443"]}, "accept.yaml")
+    check_server(limits, "fed.example.org:443")
+    for other in ("fed.example.org:444", "evil.example.org:443"):
+        with pytest.raises(InputError, match=f"--server is {other}, and the servers of this machine's"):
+            check_server(limits, other)
 
 
 @pytest.fixture
@@ -147,9 +169,13 @@ def test_keys_are_private_and_more_clients_can_come(made: Path) -> None:
     secrets = [made / "ca.key", made / "server/server.key", made / "clients/north/client.key"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
     assert not [path for path in made.rglob("ca.key") if path.parent != made]
+    own = made / "clients/north/accept.yaml"
+    assert own.read_text() == EXAMPLE
+    own.write_text("methods: [fedavg]\n")  # its operator's, and no new keys take it away
     before = {path: path.read_bytes() for path in secrets}
     assert make_keys(made, [], ["west", "north"], days=2) == ["north", "south", "west"]
     assert {path: path.read_bytes() for path in secrets} == before
+    assert own.read_text() == "methods: [fedavg]\n" and (made / "clients/west/accept.yaml").exists()
     check_server(made / "server")
     assert [check_client(made / "clients" / name) for name in ("north", "south", "west")] == list(
         read_clients(made / "server").values()

@@ -354,6 +354,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(key in found.json() for key in keys) and found.json()["rounds"] == 2
     shown = fedtune("plan", path, cwd=tmp_path)
     assert shown.status == 0 and "trainable parameters" in shown.out and "Peak memory" in shown.out
+    assert "local steps" in shown.out and "not known" not in shown.out
+    elsewhere = fedtune("plan", path, "data.train=some/where", "method.local_steps=null", cwd=tmp_path)
+    assert elsewhere.status == 0 and "not known" in elsewhere.out
+    assert "some/where is not on this machine" in elsewhere.out
 
 
 FIGURES = ("--client-memory", "8GB", "--uplink", "5Mbps", "--downlink", "50Mbps")

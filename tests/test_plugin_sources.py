@@ -18,9 +18,10 @@ from fedtune.data.templates import register_template
 from fedtune.errors import InputError
 from fedtune.evaluation.tasks import TASKS
 from fedtune.federation.client import join
+from fedtune.federation.consent import Consent
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
-from fedtune.transport.acceptance import Acceptance, NotAccepted
+from fedtune.transport.acceptance import NotAccepted
 
 pytestmark = pytest.mark.usefixtures("parts_as_before")
 
@@ -133,7 +134,7 @@ def test_a_client_elsewhere_has_to_bring_the_part_itself(tmp_path: Path) -> None
             fields={},
             model=None,
             device="cpu",
-            acceptance=Acceptance(),
+            consent=Consent(),
         )
 
 

@@ -16,6 +16,7 @@ from fedtune.data.encode import IGNORED, Counts, encode_causal, encode_classific
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.federation.client import join
+from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import Room, known_room, shortening
 from fedtune.models.load import load_model
 from fedtune.transport.acceptance import Acceptance
@@ -96,6 +97,16 @@ def test_every_client_trains_however_long_its_texts_are(
     }
     assert f"of 6 training examples {cut} are cut to {room} tokens" in said
     assert "2 lost the end of the answer and have no end token" in said and "1 have an empty answer" in said
+
+
+def test_without_progress_a_warning_is_still_said(
+    gpt2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fedtune.run(config(gpt2), out=tmp_path / "run", data=CLIENTS, progress=False)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    assert "an example has at most 32" in said[0]
+    assert said[1].startswith("of 6 training examples 2 are cut to 32 tokens")
 
 
 def test_a_rotary_model_is_not_trained_beyond_its_context(tmp_path: Path) -> None:
@@ -223,7 +234,7 @@ def test_a_client_over_a_network_counts_its_own_file(gpt2: Path, tmp_path: Path)
         fields={},
         model=None,
         device="cpu",
-        acceptance=Acceptance(),
+        consent=Consent(),
     )
     assert joined.examples == 4
     assert joined.notes == (

@@ -84,7 +84,7 @@ def run(
             `datasets.Dataset`, or a dictionary from clients' names to one of either, which is then the
             split. They are not written to the run's folder: `open` takes them again.
         callbacks: Objects with `on_client`, `on_round` or `on_end`; see `Callback`.
-        progress: Show what happens, in a terminal or a notebook.
+        progress: Show what happens, in a terminal or a notebook; else only warnings are said, on stderr.
 
     Raises:
         InputError: Configuration, data or model are not usable; nothing was written.

@@ -43,11 +43,11 @@ def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | 
 
 @contextmanager
 def shown(progress: bool) -> Iterator[Any]:
-    """Inside, what happens is shown, in a terminal, a notebook or a log; nothing without `progress`."""
+    """Inside, what happens is shown, in a terminal, a notebook or a log; only notes without `progress`."""
     from fedtune.federation.process import settings_kept
-    from fedtune.federation.progress import Silent
+    from fedtune.federation.progress import NotesOnly
 
-    display: AbstractContextManager[Any] = nullcontext(Silent())
+    display: AbstractContextManager[Any] = nullcontext(NotesOnly())
     if progress:
         with settings_kept():
             from fedtune.report.display import Display

@@ -68,6 +68,7 @@ def serve(
         FederationError: Too few clients came or stayed, or Flower does not start.
     """
     from fedtune.config.places import located
+    from fedtune.core.permissions import make_private, private
     from fedtune.federation.claim import claimed
     from fedtune.federation.plugins import require_plugins
 
@@ -79,10 +80,12 @@ def serve(
     from fedtune.deploy.server import Server
 
     with (
+        private(),
         claimed(None if out is None else Path(out), Path("runs") / stem) as path,
         shown(progress) as display,
         Server(settings, Path(keys), port, display.note) as deployment,
     ):
+        make_private(path)  # one that an earlier version began
         federate(settings, path, None, callbacks, display, resume=resume, deployment=deployment)
     return Run(path, located(settings))
 
@@ -117,20 +120,21 @@ def take_part(
     require_flower()
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be one of auto, cpu, cuda, got {device}")
+    from fedtune.core.permissions import private
     from fedtune.deploy.client import ClientSetup, run_client
 
-    run_client(
-        ClientSetup(
-            server=server,
-            keys=Path(keys),
-            data=Path(data),
-            fields=dict(fields or {}),
-            model=model,
-            device=device,
-            accept=None if accept is None else Path(accept),
-            state=Path(state) if state is not None else Path(keys) / "state",
-        )
+    setup = ClientSetup(
+        server=server,
+        keys=Path(keys),
+        data=Path(data),
+        fields=dict(fields or {}),
+        model=model,
+        device=device,
+        accept=None if accept is None else Path(accept),
+        state=Path(state) if state is not None else Path(keys) / "state",
     )
+    with private():
+        run_client(setup)
 
 
 def require_flower() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.core.cohort import Cohort
 from fedtune.core.store import Store
+from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import ClientEnv, Payload
 from fedtune.core.wire import Content, decode, empty_frame, encode
 from fedtune.data.batches import collate
@@ -289,8 +289,7 @@ def _env(shape: str, model: nn.Module, meter: MemoryMeter) -> ClientEnv:
 
 def _elsewhere(work: Callable[[str, str, Path], dict[str, Any]], shape: str, case: str) -> dict[str, Any]:
     """What `work` finds in a process of its own; orders, where a case needs them, are written by others."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         if case.startswith("FedCyBGD") and work is measure_case:
             for each in {TINY, shape}:
                 _process(write_order, each, case, folder)

@@ -33,7 +33,7 @@ def diagnose(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
     plugin: Plugin = None,
 ) -> None:
     """Predict from a short probe how far one-shot will be from multi-round, and how many rounds are enough.

@@ -19,6 +19,7 @@ from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
+from fedtune.cli.stopping import stoppable
 from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
 
@@ -36,7 +37,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")]
 
 Places = Annotated[
     list[str] | None,
@@ -62,13 +63,24 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     if debug:
         logging.getLogger("fedtune").setLevel(logging.DEBUG)
+    with stoppable() as stopped:
+        status = _status(arguments, debug)
+    if status == 130:  # of typer, and of a shell, for Ctrl-C
+        status = stopped.status
+        print(f"fedtune: interrupted by {stopped.by.name}; a run continues with --resume", file=sys.stderr)
+    if status:
+        raise SystemExit(status)
+
+
+def _status(arguments: list[str], debug: bool) -> int:
+    """Runs a command to its end; returns its exit status, 130 where a signal stopped it."""
     try:
         # typer turns Ctrl-C into 130 and returns it; older ones abort
-        status = app(args=arguments, standalone_mode=False)
+        return int(app(args=arguments, standalone_mode=False) or 0)
     except FedtuneError as error:
         _fail(error, debug)
     except (KeyboardInterrupt, typer.Abort):
-        status = 130
+        return 130
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             text = error.format_message()  # of a command without arguments it is the whole help
@@ -82,10 +94,6 @@ def main() -> None:
                 raise
         except FedtuneError as fault:
             _fail(fault, debug)
-    if status == 130:
-        print("fedtune: interrupted; a run continues with --resume", file=sys.stderr)
-    if status:
-        raise SystemExit(status)
 
 
 def _fail(error: FedtuneError, debug: bool) -> NoReturn:

@@ -121,8 +121,13 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
         f"{document['rounds']} x {document['clients_per_round']}, {document['clients']}",
     )
     steps, batch = document["local_steps"], document["batch"]
-    shown = "not known" if steps["most"] is None else f"{steps['least']:,} to {steps['most']:,}"
-    cost.add_row("local steps", shown if steps["least"] != steps["most"] else f"{steps['most']:,}")
+    if steps["most"] is None:
+        shown = "not known"
+    elif steps["least"] == steps["most"]:
+        shown = f"{steps['most']:,}"
+    else:
+        shown = f"{steps['least']:,} to {steps['most']:,}"
+    cost.add_row("local steps", shown)
     cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens")
     payload = document["payload_bytes"]
     for key, label in (

@@ -26,7 +26,7 @@ def server(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
     plugin: Plugin = None,
 ) -> None:
     """Run one federation with clients on other machines.

@@ -21,6 +21,7 @@ from fedtune.core.types import (
     ClientError,
     ClientProtection,
     Frame,
+    Gate,
     Method,
     Payload,
     Scalar,
@@ -47,6 +48,7 @@ class ClientRunner:
         device: Where the model lies.
         store: What clients were sent to hold; in memory by default.
         protection: With it a client answers to secure aggregation and never sends a plain update.
+        gate: What its operator accepts of single orders; None: anything.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class ClientRunner:
         device: torch.device,
         store: Store | None = None,
         protection: ClientProtection | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.store = store or Store()
-        self._protection = protection
+        self._protection, self._gate = protection, gate
         self._method, self._data = method, data
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
@@ -89,7 +92,10 @@ class ClientRunner:
         order = decode(frame)
         part = f"training of client {client} in round {order.meta.get('round')}"
         with faults(part, lambda: self._memory(client), passing=LEFT_OUT):
-            return self._handle(client, order)
+            reply = self._handle(client, order)
+            if self._gate is not None:
+                self._gate.sending(int(order.meta["round"]), str(order.meta.get("phase", "")))
+            return reply
 
     def _handle(self, client: int, order: Content) -> bytes:
         round = int(order.meta["round"])
@@ -108,6 +114,8 @@ class ClientRunner:
                 else "it was asked to take part in secure aggregation, which its configuration does not have"
             )
         job, added = _split(order.payload)
+        if self._gate is not None:
+            self._gate.before(round, phase, added or Payload())
         state, secrets = _split(self.states.get(client))
         protection = self._protection
         if protection is not None and phase != "masked":

@@ -99,6 +99,9 @@ class Store:
             for path in self._folder.glob("*.safetensors"):
                 if path.stem not in keys:
                     path.unlink()
+            for path in self._folder.glob(".*.new"):
+                if not _alive(path.suffixes[-2]):
+                    path.unlink(missing_ok=True)  # half written, by a process that was killed
 
     def clear(self) -> None:
         """Forgets everything, on disk too."""
@@ -126,3 +129,14 @@ class Store:
                 return Payload({name: file.get_tensor(name) for name in file.keys()}, scalars)  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None  # as good as lost: the server sends it again
+
+
+def _alive(process: str) -> bool:
+    """Whether a process may still be there; `process` is a dot and its number."""
+    try:
+        os.kill(int(process[1:]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

@@ -320,6 +320,20 @@ class ClientProtection(Protocol):
         """
 
 
+class Gate(Protocol):
+    """What holds each order of a run to what a client's operator accepts, as the client runner needs it."""
+
+    def before(self, round: int, phase: str, order: Payload) -> None:
+        """Is asked before anything is done for an order; `order` is secure aggregation's part of it.
+
+        Raises:
+            ClientError: The order asks for more than the operator accepts.
+        """
+
+    def sending(self, round: int, phase: str) -> None:
+        """Is told before a reply leaves. Raises ClientError if it may not."""
+
+
 class ServerProtection(Protocol):
     """How a server that may not see or use replies one by one sums a round, as the loop needs it."""
 

@@ -15,15 +15,18 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.config.yaml_text import read_yaml
+from fedtune.core.permissions import make_private
 from fedtune.data.sources import check_fields
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client, read_identity
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_records
+from fedtune.federation.consent import Consent
 from fedtune.federation.process import torch_settings
-from fedtune.transport.acceptance import Acceptance, check_data, read_acceptance
-from fedtune.transport.flower import supernode_command
+from fedtune.federation.spending import Record
+from fedtune.transport.acceptance import Acceptance, check_data, check_server, read_acceptance
 from fedtune.transport.messages import Message, connect, listening, receive, send
+from fedtune.transport.programs import supernode_command
 from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.worker import Worker
 
@@ -71,21 +74,24 @@ def run_client(setup: ClientSetup) -> None:
     """
     acceptance = _acceptance(setup.accept)
     host, port = _address(setup.server)
+    check_server(acceptance, setup.server)
     check_client(setup.keys)
     check_data(acceptance, setup.data)
     check_fields(setup.fields)
     log_line(f"{local_records(setup.data)} examples in {setup.data}")
+    setup.state.mkdir(parents=True, exist_ok=True)
+    make_private(setup.state)
+    record = Record(Path(acceptance.record or setup.state / "record.jsonl").expanduser())
     joining = partial(
         join,
         data=setup.data,
         fields=setup.fields,
         model=setup.model,
         device=setup.device,
-        acceptance=acceptance,
+        consent=Consent(acceptance, record, setup.server, log_line),
         identity=read_identity(setup.keys),
     )
     worker = Worker(joining, acceptance, setup.state, log_line)
-    setup.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     with torch_settings(), quiet_environment(), listening() as (listener, address):
         node = Node(setup, host, port, address)
         try:

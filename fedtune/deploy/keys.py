@@ -2,13 +2,13 @@
 
     FOLDER/ca.key                  signs certificates; stays where it was made
     FOLDER/server/                 for the server: ca.crt, server.crt, server.key, clients.json
-    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key, clients.json
+    FOLDER/clients/NAME/           for the client NAME: ca.crt, client.key, clients.json, accept.yaml
 
 A client proves who it is with its private key, and the server knows the public ones by name from
 clients.json; who stands first in it is client 0. Clients have that list too: under secure aggregation they
-take no key of a round that its client did not sign. In the server's list an entry may be {"key": ...,
-"examples": N}: a client that registers more than N examples does not take part. Private keys can be read by
-their owner alone.
+take no key of a round that its client did not sign. In the server's list an entry may be {"key": KEY,
+"examples": N}: a client that registers more than N examples does not take part. accept.yaml is an example to
+fill in. Private keys can be read by their owner alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import InputError
 from fedtune.protection.identity import Identity
+from fedtune.transport.acceptance import EXAMPLE
 
 CURVE = ec.SECP384R1
 CA_DAYS = 3650
@@ -84,6 +85,7 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
                 secret = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
                 _write_secret(people / name / "client.key", secret)
                 (people / name / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
+                (people / name / "accept.yaml").write_text(EXAMPLE, encoding="utf-8")
                 public = private.public_key()
                 known[name] = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         own_list = {

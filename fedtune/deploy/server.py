@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, quorum_of
+from fedtune.core.permissions import make_private
 from fedtune.core.types import Transport
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_server, expected_examples, read_clients
@@ -27,15 +28,18 @@ from fedtune.errors import FederationError, InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.transport.flower import Control, superexec_command, superlink_command
+from fedtune.transport.flower import Control
 from fedtune.transport.messages import Message, listening, receive, send
 from fedtune.transport.network import Invitation, RoundExchange, invite_clients, wait_for_clients
+from fedtune.transport.programs import superexec_command, superlink_command
 from fedtune.transport.quiet import quiet_environment
 from fedtune.transport.remote import Remote, Unreachable
 
 START_S = 180.0  # for Flower's processes to come up, on a busy machine
 BACK_S = 90.0  # for the clients of a resumed run to come back: Flower takes 60 s to notice that one is gone
 LOOK_S = 1.0  # between looking whether Flower's processes are alive
+QUICK_S = 20.0  # a process of Flower's that ends sooner than this after its start has failed
+RESTARTS = 3  # of a process that fails again and again, and of the server app in a run
 
 
 class Server:
@@ -74,7 +78,7 @@ class Server:
         self._config, self._keys, self._port, self._log_line = config, keys, port, log_line
         self._folder = keys / "flower"
         self._stack, self._over = ExitStack(), threading.Event()
-        self._channel: _ServerChannel | None = None
+        self._channel: ServerChannel | None = None
         self._invitation: Invitation | None = None
         self._examples: dict[int, int] = {}
         self.reply_limit: Callable[[int], int] = lambda client: 0
@@ -150,7 +154,7 @@ class Server:
         deadline_s = self._config.federation.deadline_s
         return Remote(self._channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
 
-    def start(self) -> _ServerChannel:
+    def start(self) -> ServerChannel:
         """Starts Flower's server and its app; they end with this object.
 
         Raises:
@@ -162,12 +166,13 @@ class Server:
                 f"port {self._port} of this machine is in use; end what uses it, or give another --port "
                 "(and tell the reverse proxy)"
             )
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
+        make_private(self._folder)
         self._stack.enter_context(quiet_environment())  # Flower's programs inherit it
         listener, address = self._stack.enter_context(listening())
         environment = {"FLWR_HOME": str((self._folder / "home").resolve())}
         where = f"127.0.0.1:{self._port}"
-        superlink = _Supervised(
+        superlink = Supervised(
             superlink_command(self._keys, self._folder / "state.db", self._port),
             environment,
             self._folder / "superlink.log",
@@ -183,7 +188,7 @@ class Server:
             time.sleep(0.2)
         for public in self._public:
             control.register(public)
-        superexec = _Supervised(
+        superexec = Supervised(
             superexec_command(self._keys, self._port),
             environment,
             self._folder / "superexec.log",
@@ -192,13 +197,18 @@ class Server:
         )
         self._stack.callback(superexec.stop)
         self._log_line(f"Flower listens on {where}, behind the proxy; its logs are in {self._folder}")
-        connection = _accept(listener, control, address, superexec)
-        self._stack.callback(connection.close)
-        return _ServerChannel(connection, self._public, superexec.log)
+        channel = ServerChannel(
+            lambda: _accept(listener, control, address, superexec),
+            self._public,
+            superexec.log,
+            self._log_line,
+        )
+        self._stack.callback(channel.close)
+        return channel
 
 
-class _Supervised:
-    """A program of Flower's that is started again when it ends by itself."""
+class Supervised:
+    """A program of Flower's that is started again when it ends by itself; a few times if it fails at once."""
 
     def __init__(
         self,
@@ -211,18 +221,17 @@ class _Supervised:
         self._command, self._environment, self.log = command, environment, log
         self._over, self._ended = over, ended
         self._process = processes.start(command, environment, log)
-        self._required = False
+        self._failed = False
         self._lock = threading.Lock()
         threading.Thread(target=self._keep, name=command[0], daemon=True).start()
 
     def require(self, end: float) -> None:
-        """Raises FederationError if the program ended while it was to come up, or `end` has passed."""
-        if self._process.poll() is not None or time.monotonic() > end:
+        """Raises FederationError if the program fails again and again, or `end` has passed."""
+        if self._failed or time.monotonic() > end:
             raise FederationError(
                 f"{self._command[0]} does not come up; the end of {self.log} says:\n"
                 f"{processes.last_lines(self.log)}"
             )
-        self._required = True
 
     def stop(self) -> None:
         """Ends it for good."""
@@ -231,23 +240,28 @@ class _Supervised:
             processes.stop(self._process)
 
     def _keep(self) -> None:
-        began = time.monotonic()
+        began, quick = time.monotonic(), 0
         while not self._over.wait(LOOK_S):
             with self._lock:
                 if self._over.is_set() or self._process.poll() is None:
                     continue
-                if time.monotonic() - began < LOOK_S * 5:
-                    return  # it cannot start at all: `require` says so
+                quick = quick + 1 if time.monotonic() - began < QUICK_S else 0
+                if quick > RESTARTS:
+                    self._failed = True  # it cannot start at all: `require` says so
+                    return
                 self._ended()
                 self._process = processes.start(self._command, self._environment, self.log)
                 began = time.monotonic()
         # the thread must not end before the program that it started: on Linux that would end it
 
 
-def _accept(listener: Listener, control: Control, address: str, superexec: _Supervised) -> Connection:
+def _accept(listener: Listener, control: Control, address: str, superexec: Supervised) -> Connection:
     """The connection of the server app, which Flower starts; more than once if it does not come.
 
     On a busy machine its process may come up so late that Flower does not accept it any more.
+
+    Raises:
+        FederationError: It does not come, or what starts it fails again and again.
     """
     came: list[Connection] = []
     thread = threading.Thread(target=lambda: came.append(listener.accept()), daemon=True)
@@ -255,7 +269,7 @@ def _accept(listener: Listener, control: Control, address: str, superexec: _Supe
     end, again = time.monotonic() + START_S, 0.0
     while not came:
         superexec.require(end)
-        if time.monotonic() >= again:
+        if time.monotonic() >= again and control.is_up():
             control.stop_runs()  # also those of a server that was killed
             control.start_run(address)
             again = time.monotonic() + START_S / 3
@@ -263,12 +277,34 @@ def _accept(listener: Listener, control: Control, address: str, superexec: _Supe
     return came[0]
 
 
-class _ServerChannel:
-    """Messages to clients by way of Flower's server app, which takes its orders over the local socket."""
+class ServerChannel:
+    """Messages to clients by way of Flower's server app, which takes its orders over the local socket.
 
-    def __init__(self, connection: Connection, public: Mapping[str, int], log: Path) -> None:
-        self._connection, self._public, self._log = connection, public, log
+    The app ends with what started it, Flower's SuperExec. It is started again then, as a run of Flower's of
+    its own: what was on its way in the one before is lost, and whoever waits for it is told so.
+
+    Args:
+        start: Starts the app; the connection to it.
+        public: The clients by their public keys.
+        log: Of what starts the app.
+        log_line: Gets a line for everything that a person wants to see.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Connection],
+        public: Mapping[str, int],
+        log: Path,
+        log_line: Callable[[str], None],
+    ) -> None:
+        self._start, self._public, self._log, self._log_line = start, public, log, log_line
         self._nodes: dict[int, int] = {}
+        self._apps = 1  # so far; stands in front of each id
+        self._connection = start()
+
+    def close(self) -> None:
+        """Hangs up, and with that ends the app."""
+        self._connection.close()
 
     def online(self) -> set[int]:
         """The clients that are connected now, told apart by their keys."""
@@ -290,30 +326,54 @@ class _ServerChannel:
         if not answer.text("id"):
             self._nodes.pop(client, None)
             raise Unreachable("it is not connected any more")
-        return answer.text("id")
+        return f"{self._apps} {answer.text('id')}"
 
     def pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
         """The answers that are there."""
-        if not ids:
-            return
-        answers = self._ask({"ask": "collect", "ids": json.dumps(list(ids))}, many=True)
+        app = f"{self._apps} "
+        own = [name.removeprefix(app) for name in ids if name.startswith(app)]
+        ask = {"ask": "collect", "ids": json.dumps(own)}
+        answers = self._ask(ask, many=True, app=self._apps) if own else []
+        if app != f"{self._apps} ":  # it ended while it was asked
+            answers = []
+        for name in ids:
+            if not name.startswith(f"{self._apps} "):
+                yield name, Message({"fault": "it was lost with Flower's server app", "lost": True})
         for answer in answers:
             fields = json.loads(answer.text("letter"))
             if fields.get("lost"):
                 self._nodes.clear()  # who is connected is asked anew before the next message
-            yield answer.text("id"), Message(fields, answer.body)
+            yield app + answer.text("id"), Message(fields, answer.body)
 
     def _ask(
-        self, fields: Mapping[str, Any], body: bytes | memoryview = b"", *, many: bool = False
+        self,
+        fields: Mapping[str, Any],
+        body: bytes | memoryview = b"",
+        *,
+        many: bool = False,
+        app: int | None = None,
     ) -> list[Message]:
-        try:
-            send(self._connection, Message(fields, body))
-            answers = [receive(self._connection)]
-            while many and answers[-1].text("id"):
-                answers.append(receive(self._connection))
-        except (OSError, EOFError) as error:
+        """What the app says; of an app that has ended, of the next one, unless `app` alone can answer."""
+        while True:
+            try:
+                send(self._connection, Message(fields, body))
+                answers = [receive(self._connection)]
+                while many and answers[-1].text("id"):
+                    answers.append(receive(self._connection))
+                return answers[:-1] if many else answers
+            except (OSError, EOFError) as error:
+                self._again(error)
+                if app is not None:
+                    return []
+
+    def _again(self, error: Exception) -> None:
+        """Starts the app once more. Raises FederationError if it has ended too often."""
+        self._connection.close()
+        if self._apps > RESTARTS:
             raise FederationError(
-                f"Flower's server app ended ({type(error).__name__}); the end of {self._log} says:\n"
-                f"{processes.last_lines(self._log)}\nContinue with --resume."
+                f"Flower's server app ended {self._apps} times ({type(error).__name__}); the end of "
+                f"{self._log} says:\n{processes.last_lines(self._log)}\nContinue with --resume."
             ) from None
-        return answers[:-1] if many else answers
+        self._log_line("Flower's server app ended and is started again; what was on its way is asked anew")
+        self._connection = self._start()
+        self._apps += 1

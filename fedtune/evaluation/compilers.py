@@ -14,13 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.temporary import temporary_folder
 from fedtune.evaluation.sandbox import CodeSettings, Step
 
 Problem = Mapping[str, Any]  # one line of the data
@@ -184,7 +184,7 @@ def go() -> Iterator[Toolchain]:
     That command writes to a cache of compiled packages, which programs must not share. Raises Missing.
     """
     go_version()
-    with tempfile.TemporaryDirectory(prefix="fedtune-go-") as name:
+    with temporary_folder() as name:
         folder = Path(os.path.realpath(name))
         packages = _go_packages(folder)
         compiler, linker = (_go_command(folder, "tool", "-n", tool).strip() for tool in ("compile", "link"))

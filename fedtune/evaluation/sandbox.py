@@ -30,7 +30,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -40,6 +39,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fedtune.core.settings import Settings
+from fedtune.core.temporary import temporary_folder
 from fedtune.errors import InputError
 from fedtune.evaluation import system_calls
 
@@ -135,11 +135,7 @@ def run(
             "ask of the kernel is known for these."
         )
     # with namespaces nothing is written to the disk: the new root is mounted over one that each system has
-    with (
-        tempfile.TemporaryDirectory(prefix="fedtune-")
-        if isolation == "none"
-        else nullcontext("/sys") as folder
-    ):
+    with temporary_folder() if isolation == "none" else nullcontext("/sys") as folder:
         job = {
             "parent": os.getpid(),
             "isolation": isolation,

@@ -213,9 +213,16 @@ def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
 
 
 def client_protection(
-    config: RunConfig, method: Method[Any], identity: Identity | None = None
+    config: RunConfig, method: Method[Any], identity: Identity | None = None, settings: bytes = b""
 ) -> ClientProtection | None:
-    """A client's half of secure aggregation, where the run has it; over a network it has an identity."""
+    """A client's half of secure aggregation, where the run has it.
+
+    Args:
+        config: The run's configuration.
+        method: Its method.
+        identity: Over a network: what the client signs with.
+        settings: Over a network: digest of the settings as this client was told them.
+    """
     secure = config.federation.secure_aggregation
     if secure is None:
         return None
@@ -227,6 +234,8 @@ def client_protection(
         secure.bits,
         federation.privacy,
         identity,
+        secure.threshold,
+        settings,
         robust_mean(federation.robust, cast(MeanMethod, method), None) if federation.robust else None,
         lambda examples: weights_of({0: examples}, federation.weights, federation.max_examples)[0],
     )

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from fedtune.core.temporary import PREFIX, sweep
 from fedtune.errors import InputError
 
 log = logging.getLogger("fedtune")
@@ -32,6 +33,7 @@ def claimed(out: Path | None, base: Path) -> Iterator[Path]:
     Raises:
         InputError: Another process writes `out`; names it.
     """
+    sweep(tempfile.gettempdir())
     if out is not None:
         held = _lock(out)
         if isinstance(held, str):
@@ -59,7 +61,7 @@ Held = tuple[int, Path] | None  # the open file and its path; None where there a
 def _lock(path: Path) -> Held | str:
     """The lock of a folder; or, as text, the process that holds it."""
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
-    file = Path(tempfile.gettempdir()) / f"fedtune-{os.getuid()}-{name}.lock"
+    file = Path(tempfile.gettempdir()) / f"{PREFIX}{name}.lock"
     while True:
         try:
             opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from fedtune.config.file import parse_config
-from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
 from fedtune.core.seeds import derive_seed
@@ -28,12 +27,13 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.consent import Asked, Consent, settings_digest
 from fedtune.federation.encoding import Room, describe, encode_for, example_room
 from fedtune.federation.plugins import load_again
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
-from fedtune.transport.acceptance import Acceptance, NotAccepted, check_run
+from fedtune.transport.acceptance import NotAccepted
 from fedtune.transport.messages import Field, Message, broken, fault
 from fedtune.transport.worker import JoinedRun
 from fedtune.version import __version__
@@ -83,7 +83,7 @@ def join(
     fields: Mapping[str, str | None],
     model: str | None,
     device: str,
-    acceptance: Acceptance,
+    consent: Consent,
     identity: Identity | None = None,
 ) -> JoinedRun:
     """Takes part in the run that the server invited this client to.
@@ -94,7 +94,7 @@ def join(
         fields: Our field names to the file's; those of the configuration count less.
         model: Where the base model is on this machine; None: where the configuration says.
         device: As `model.device`, of this machine.
-        acceptance: The operator's limits.
+        consent: What the operator accepts; is told what the run asks, and holds each order to it.
         identity: What it signs with under secure aggregation.
 
     Raises:
@@ -112,13 +112,9 @@ def join(
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
     examples = local_examples(data, named)
-    check_run(
-        acceptance,
-        config.method_name,
-        local_steps(config, len(examples)),
-        secure=config.federation.secure_aggregation is not None,
-        signed=identity is not None,
-    )
+    weights = message.text("weights")
+    asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
+    consent.invited(str(invitation.get("run", "")), asked)
     name, where = model or config.model.name, device_of(device)
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":
@@ -142,10 +138,10 @@ def join(
             seed=derive_seed(config.seed, "model"),
             base=Path("."),
         )
-        if loaded.weights_sha256 != message.text("weights"):
+        if loaded.weights_sha256 != weights:
             raise NotAccepted(
                 f"its model {config.model.name} has other weights ({loaded.weights_sha256[:12]}) than the "
-                f"server's ({message.text('weights')[:12]})"
+                f"server's ({weights[:12]})"
             )
         torch.nn.Module.to(loaded.model, where)
         room = example_room(config, loaded.model.config)
@@ -158,18 +154,11 @@ def join(
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         device=where,
-        protection=client_protection(config, method, identity),
+        protection=client_protection(config, method, identity, settings_digest(config, weights)),
+        gate=consent,
     )
     notes = describe({"train": found.counts}, room.tokens)
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
-
-
-def local_steps(config: RunConfig, examples: int) -> int:
-    """Training steps of one order on so many examples."""
-    method = config.method
-    if hasattr(method, "steps"):
-        return int(method.steps(examples))
-    return int(getattr(method, "local_steps", 0))
 
 
 def simulated(

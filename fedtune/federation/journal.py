@@ -4,7 +4,8 @@ One-shot fine-tuning has one long round; without this, a kill at its end would l
 arrival is appended as it comes. A tail that was cut by the kill fails its checksum and is dropped.
 Resumed, the round first folds in what is kept, in its old order, and then goes on. Each entry tells how
 many orders had been sent when it came, so that the ledger's lines fall in their old order too. A round whose
-clients come in turn has an exchange for each of them; an entry says which it belongs to.
+clients come in turn has an exchange for each of them; an entry says which it belongs to. It holds what each
+client sent, so only the user can read it.
 
 An arrival is written before anybody has looked into it, so that a reply that ends the server would be met
 again. None does: decoding raises nothing but a FrameError, and what the round refused once it refuses again.
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain, islice
 from pathlib import Path
 
+from fedtune.core.permissions import append_private
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.errors import foreign
@@ -86,7 +88,7 @@ class Journal:
             arrival.frame,
             encode(Content(state)) if state is not None else b"",
         )
-        with disk_errors(f"the reply of client {arrival.client}"), self._path(round).open("ab") as file:
+        with disk_errors(f"the reply of client {arrival.client}"), append_private(self._path(round)) as file:
             crc = 0
             for part in parts:
                 crc = zlib.crc32(part, crc)

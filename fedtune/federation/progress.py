@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -48,6 +49,14 @@ class Silent:
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Ignored."""
+
+
+class NotesOnly(Silent):
+    """No progress, but what a person should know: a note on stderr, a line each."""
+
+    def note(self, text: str) -> None:
+        """Said: that examples were cut, say, is not progress."""
+        print(text, file=sys.stderr, flush=True)
 
 
 class Named:

@@ -41,6 +41,8 @@ class SecureClient:
         privacy: With it the client clips its update and adds its part of the noise before it masks it.
         identity: With it the client signs its keys, and takes no keys of others that they did not sign; None
             where all clients are in one process.
+        threshold: Of the run's settings; a round with a lower one is refused.
+        settings: Digest of what clients go by, as this one was told it; empty in one process.
         robust: With its `max_norm` the client holds its update to that norm before anything else.
         weigh: What a client with so many examples weighs in the mean.
     """
@@ -49,6 +51,8 @@ class SecureClient:
     bits: int
     privacy: Privacy | None = None
     identity: Identity | None = None
+    threshold: float | int = 2
+    settings: bytes = b""
     robust: RobustMean | None = None
     weigh: Callable[[int], int] = lambda examples: examples
 
@@ -71,12 +75,16 @@ class SecureClient:
         kept = of_phase(phase, kept, round)
         if phase == "shares":
             terms = Terms.of(order)
-            terms.check(client, self.weigh(examples), privacy=self.privacy is not None)
+            terms.check(
+                client,
+                self.weigh(examples),
+                privacy=self.privacy is not None,
+                threshold=self.threshold,
+            )
             if self.identity is not None:
                 _check_signatures(terms, round, self.identity)
-            bound = self.robust.max_norm if self.robust else None
-            digest = terms.digest(round, self.bits, self.privacy, bound)
-            return _shares(terms, digest, kept, client, round)
+            return _shares(terms, self._digest(terms, round), kept, client, round)
+        self._as_sealed(kept, round)
         if phase == "opened":
             return _opened(order, kept, client, round)
         if phase == "unmask":
@@ -91,7 +99,23 @@ class SecureClient:
         if self.robust is not None:
             result = replace(result, payload=self.robust.bounded(result.payload))
         with _fits():
+            self._as_sealed(kept, round)
             return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
+
+    def _digest(self, terms: Terms, round: int) -> bytes:
+        bound = self.robust.max_norm if self.robust else None
+        return terms.digest(round, self.bits, self.privacy, self.settings, bound)
+
+    def _as_sealed(self, kept: Payload, round: int) -> None:
+        """Raises ClientError if the client was told other settings since it sealed this round's shares.
+
+        With less noise, or another method, than the others agreed to, the sum would show its update.
+        """
+        if self._digest(Terms.of(kept), round) != _bytes(kept.tensors["digest"]):
+            raise ClientError(
+                "the run's settings are other ones than those that it and the other clients agreed to in "
+                "this round"
+            )
 
 
 @contextmanager

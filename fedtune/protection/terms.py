@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtune.core.cohort import quorum_of
 from fedtune.core.types import ClientError, Payload
 from fedtune.protection import masking
 from fedtune.protection.identity import SIGNATURE
@@ -97,13 +98,14 @@ class Terms:
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ClientError(f"the terms of the round are not as they must be: {error}") from None
 
-    def check(self, client: int, examples: int, *, privacy: bool) -> None:
+    def check(self, client: int, examples: int, *, privacy: bool, threshold: float | int = 2) -> None:
         """What a client holds the terms to before it shares a secret.
 
         Args:
             client: Who checks.
             examples: How many of its examples count.
             privacy: Whether all clients weigh the same, so that noise hides each of them alike.
+            threshold: Of the run's settings: clients that must stay, a count or a fraction of those asked.
 
         Raises:
             ClientError: It is not among the clients, weighs something else than it should, or the terms are
@@ -130,6 +132,11 @@ class Terms:
                 f"a threshold of {self.threshold} of {count} clients is not safe: it must be at least two "
                 "and above one half"
             )
+        if self.threshold < (wanted := quorum_of(count, threshold)):  # of those asked there may be more
+            raise ClientError(
+                f"the threshold is said to be {self.threshold} of {count} clients, and by the run's own "
+                f"settings it is {wanted} or more"
+            )
         if not 1 <= self.noise_shares <= count:
             raise ClientError(f"{self.noise_shares} of {count} clients are said to make the whole noise")
 
@@ -137,8 +144,23 @@ class Terms:
         """What a client weighs."""
         return CohortShare(self.weights[self.clients.index(client)], self.total, self.population)
 
-    def digest(self, round: int, bits: int, privacy: Privacy | None, max_norm: float | None = None) -> bytes:
-        """SHA-256 of the terms, of the round, and of the settings that a client goes by."""
+    def digest(
+        self,
+        round: int,
+        bits: int,
+        privacy: Privacy | None,
+        settings: bytes = b"",
+        max_norm: float | None = None,
+    ) -> bytes:
+        """SHA-256 of the terms, of the round, and of the settings that a client goes by.
+
+        Args:
+            round: Of the run.
+            bits: Of a masked number.
+            privacy: Clip and noise.
+            settings: Digest of the run's other settings as this client was told them; empty in one process.
+            max_norm: What clients bound their updates to, without privacy.
+        """
         noise = [privacy.clip, privacy.noise_multiplier] if privacy else None
         others = [
             round,
@@ -150,4 +172,6 @@ class Terms:
             [getattr(self, name) for name in _NUMBERS],
         ]
         shapes = sorted((name, list(shape)) for name, shape in self.shapes.items())
-        return masking.commit(json.dumps([others, shapes]).encode(), self.keys.contiguous().numpy().tobytes())
+        return masking.commit(
+            json.dumps([others, shapes]).encode() + settings, self.keys.contiguous().numpy().tobytes()
+        )

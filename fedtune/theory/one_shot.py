@@ -30,7 +30,6 @@ the difference of the weights; that is measured beside it (`RoundEnd.distance`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from fedtune.core.aggregate import LIMIT
 from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.store import Store
+from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
@@ -95,9 +95,9 @@ def measure(
     multi, one = schemes(config)
     attached = FedAvg(multi, seed).client_model(lambda: model)
     parameters = trainable(attached)
-    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder, lent(parameters):
+    with temporary_folder() as folder, lent(parameters):
         running = _Running(
-            multi, one, attached, parameters, data, pad_id, seed, device, Path(folder), on_round, on_client
+            multi, one, attached, parameters, data, pad_id, seed, device, folder, on_round, on_client
         )
         return running.measure(watch, smoothness_batches)
 

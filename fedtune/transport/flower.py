@@ -12,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import queue
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +169,26 @@ def simulation(
             grid = came.get()
             if isinstance(grid, BaseException):
                 raise FederationError(f"Flower's simulation did not start: {type(grid).__name__}: {grid}")
-            yield SimulatedChannel(_wait_for_nodes(grid, came))
+            channel = _wait_for_nodes(grid, came)
+            _own_signals()
+            yield SimulatedChannel(channel)
         finally:
             over.set()
             thread.join(60)
 
 
+def _own_signals() -> None:
+    """Ray puts a handler below Python's, which prints a stack trace and aborts the process 3 s later."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
 def _wait_for_nodes(grid: Grid, came: queue.Queue[Any]) -> GridChannel:
-    """The grid's channel once its nodes are there; they are not always at the start."""
+    """The grid's channel once its nodes and Ray are there; they are not always at the start."""
+    import ray
+
     channel = GridChannel(grid)
-    while not channel.nodes():
+    while not channel.nodes() or not ray.is_initialized():
         try:
             error = came.get(timeout=0.05)
         except queue.Empty:
@@ -294,30 +307,37 @@ class Control:
         """Makes a public key (PEM) known; one that is known already stays so.
 
         Raises:
-            FederationError: The SuperLink refuses it for another reason.
+            FederationError: The SuperLink refuses it for another reason, or does not answer.
         """
         import httpx
         from flwr.proto import control_pb2
         from flwr.supercore.error import ApiErrorCode, FlowerError
 
         try:
-            self._client.RegisterNode(control_pb2.RegisterNodeRequest(public_key=public.encode()))
+            patiently(
+                lambda: self._client.RegisterNode(control_pb2.RegisterNodeRequest(public_key=public.encode()))
+            )
         except httpx.HTTPStatusError as error:
             known = FlowerError.from_json(error.response.text)
             if known is None or known.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                 raise FederationError(f"Flower refuses a client's key: {error.response.text}") from None
 
     def stop_runs(self) -> None:
-        """Ends every run that has not ended."""
+        """Ends every run that has not ended. Raises FederationError if the SuperLink does not answer."""
         from flwr.proto import control_pb2
 
-        runs = self._client.ListRuns(control_pb2.ListRunsRequest()).run_dict
+        runs = patiently(lambda: self._client.ListRuns(control_pb2.ListRunsRequest())).run_dict
         for number, run in runs.items():
             if run.status.status != "finished":
-                self._client.StopRun(control_pb2.StopRunRequest(run_id=number))
+                request = control_pb2.StopRunRequest(run_id=number)
+                patiently(partial(self._client.StopRun, request))
 
     def start_run(self, socket: str) -> None:
-        """Starts `server_app`, which will connect to the local socket at that address."""
+        """Starts `server_app`, which will connect to the local socket at that address.
+
+        Raises:
+            FederationError: The SuperLink does not start it, or does not answer.
+        """
         from flwr.cli.build import build_fab_from_files
         from flwr.common.serde import fab_to_proto, user_config_to_proto
         from flwr.proto import control_pb2
@@ -326,9 +346,8 @@ class Control:
         bundle = build_fab_from_files({"pyproject.toml": APP.encode()})[0]
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         config = user_config_to_proto({"socket": socket})
-        started = self._client.StartRun(
-            control_pb2.StartRunRequest(fab=fab_to_proto(fab), override_config=config)
-        )
+        request = control_pb2.StartRunRequest(fab=fab_to_proto(fab), override_config=config)
+        started = patiently(lambda: self._client.StartRun(request))
         if not started.run_id:
             raise FederationError("Flower did not start the run; its log says why")
 
@@ -337,35 +356,22 @@ class Control:
         self._client.close()
 
 
-def superlink_command(keys: Path, database: Path, port: int) -> list[str]:
-    """The server: TLS, known keys alone, on the loopback; what is on its way is in the database."""
-    certificates = [f"--ssl-{name}={keys / file}" for name, file in TLS]
-    return [
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port), *certificates),
-        *("--enable-supernode-auth", "--database", str(database), "--isolation", "process"),
-    ]
+def patiently(call: Callable[[], Any]) -> Any:
+    """What the SuperLink answers; asked again where a busy machine lets the connection time out."""
+    import httpx
+
+    for _ in range(TRIES - 1):
+        try:
+            return call()
+        except httpx.TransportError:
+            time.sleep(1.0)
+    try:
+        return call()
+    except httpx.TransportError as error:
+        raise FederationError(
+            f"Flower's SuperLink does not answer: {type(error).__name__}: {error}; its log says more. "
+            "Continue with --resume."
+        ) from None
 
 
-TLS = (("ca-certfile", "ca.crt"), ("certfile", "server.crt"), ("keyfile", "server.key"))
-
-
-def superexec_command(keys: Path, port: int) -> list[str]:
-    """What starts the server app; apart from the SuperLink, so that a run outlives a crash of that."""
-    address = f"127.0.0.1:{port}"
-    return ["flower-superexec", "--runtime-api-address", address, "--root-certificates", str(keys / "ca.crt")]
-
-
-def supernode_command(keys: Path, server: str, port: int, worker: str) -> list[str]:
-    """A client's node.
-
-    Args:
-        keys: The client's folder of keys.
-        server: host:port of the server, or of the proxy in front of it.
-        port: A free port of this machine's loopback.
-        worker: The address of the worker's local socket; stays on this machine.
-    """
-    return [
-        *("flower-supernode", "--superlink", server, "--root-certificates", str(keys / "ca.crt")),
-        *("--auth-supernode-private-key", str(keys / "client.key")),
-        *("--node-config", f'worker="{worker}"', "--host", "127.0.0.1", "--port", str(port)),
-    ]
+TRIES = 5  # of a question to the SuperLink

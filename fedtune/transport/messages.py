@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import cast
 
+from fedtune.core.temporary import temporary_folder
 from fedtune.errors import FederationError, foreign
 
 Field = int | float | str | bool
@@ -113,8 +112,8 @@ def listening() -> Iterator[tuple[Listener, str]]:
     Raises:
         FederationError: The folder for temporary files has too long a name for a socket.
     """
-    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:  # mode 700
-        path = str(Path(folder) / "socket")
+    with temporary_folder() as folder:
+        path = str(folder / "socket")
         if len(os.fsencode(path)) > 100:
             raise FederationError(
                 f"{path} is too long a name for a local socket; set TMPDIR to a shorter one"
