@@ -224,9 +224,9 @@ def test_under_masks_a_client_checks_what_it_weighs_and_everyone_the_bound() -> 
     terms.check(0, 1, privacy=False)
     with pytest.raises(ClientError, match="it is said to weigh 1 in the mean, and it weighs 7"):
         terms.check(0, 7, privacy=False)
-    digests = {terms.digest(1, 48, None, bound) for bound in (None, 1.0, 2.0)}
+    digests = {terms.digest(1, 48, None, max_norm=bound) for bound in (None, 1.0, 2.0)}
     assert len(digests) == 3
-    assert replace(terms, total=3).digest(1, 48, None, 1.0) not in digests
+    assert replace(terms, total=3).digest(1, 48, None, max_norm=1.0) not in digests
     assert isinstance(terms.payload(), Payload)
 
 
