@@ -155,6 +155,10 @@ class Federation(Settings):
     simulate: Simulate = Simulate()
     secure_aggregation: SecureAggregation | None = None  # the server learns the sum of the updates alone
     privacy: Privacy | None = None  # differential privacy of whole clients
+    max_norm_ratio: float | None = Field(
+        100.0, gt=1
+    )  # longer updates are left out of plain means; null: none
+    max_loss_jump: float | None = Field(3.0, gt=0)  # nats of held-out loss that a round may add; null: any
 
 
 class Evaluation(Settings):

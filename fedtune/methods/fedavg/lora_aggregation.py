@@ -50,6 +50,20 @@ def pad(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, 
     return padded
 
 
+def of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """A factor filled up with zeros to a rank; what is no factor as it is."""
+    if name.endswith(A):
+        return nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+    return nn.functional.pad(tensor, (0, rank - tensor.shape[1])) if name.endswith(B) else tensor
+
+
+def product(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """B·A of a factor B, without alpha / rank; what is no factor as it is."""
+    if not name.endswith(B):
+        return tensors[name]
+    return tensors[name].to(torch.float32) @ tensors[name.removesuffix(B) + A].to(torch.float32)
+
+
 def stack(
     product: Mapping[str, Tensor],
     replies: Sequence[tuple[Mapping[str, Tensor], int]],

@@ -240,6 +240,17 @@ class FedAvg:
             raise ValueError("no client replied: there is nothing to average")
         return self._advance(state, total, control)
 
+    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, Iterable[Tensor]]:
+        """What the weights change by, and SCAFFOLD's control variate; of stacked factors B·A."""
+        tensors = reply.tensors
+        names = sorted(name for name in tensors if not name.startswith(CONTROL))
+        if self.config.aggregation == "stack":
+            return {"weights": (lora.product(n, tensors) for n in names if not n.endswith(lora.A))}
+        rank = self.config.lora.rank if self.config.lora else 0
+        parts: dict[str, Iterable[Tensor]] = {"weights": (lora.of_rank(n, tensors[n], rank) for n in names)}
+        control = sorted(tensors.keys() - set(names))
+        return parts | ({"control": (tensors[name] for name in control)} if control else {})
+
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
         if self.config.aggregation == "stack":

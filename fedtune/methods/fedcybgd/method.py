@@ -131,6 +131,11 @@ class FedCyBGD:
         versions = state.versions | dict.fromkeys([*own, *self._at_server().always], now)
         return State(weights, masters, versions, held, answered, heads, channels, now, state.missed)
 
+    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, list[Tensor]]:
+        """The change of the blocks; not their importance."""
+        names = sorted(n for n in reply.tensors if not n.startswith((f"{HEADS}:", f"{CHANNELS}:")))
+        return {"weights": [reply.tensors[name] for name in names]}
+
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The whole model."""
         with torch.no_grad():

@@ -196,6 +196,13 @@ class FedKSeed:
             holders=holders,
         )
 
+    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, list[Tensor]]:
+        """The sum of the scalars of each seed, K numbers."""
+        seeds, scalars = self._drawn_by(reply)
+        return {
+            "weights": [torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, scalars)]
+        }
+
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Whatever looks at single scalars needs more than their sum."""
         if self.pro:
