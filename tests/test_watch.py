@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy import Bench, Toy, items
 
-from fedtune.core.types import Payload
-from fedtune.core.watch import WIDTH, Sketch, look, sketch, standings
+from fedtune.core.watch import WIDTH, Sketch, sketch, standings
 from fedtune.methods import registry
 from fedtune.methods.fedavg.method import Config, FedAvg
 
@@ -125,29 +124,30 @@ def method(settings: dict[str, Any]) -> Any:
 
 
 def of(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, float]:
-    return {part: found.norm for part, found in look(method(settings), Payload(), Payload(tensors)).items()}
+    vectors = method(settings).updates().vectors(tensors)
+    return {part: sketch(vector).norm for part, vector in vectors.items()}
 
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 
 
 def test_what_an_update_is_depends_on_the_method() -> None:
-    fedavg = {"name": "fedavg", "trainable": "lora", "lora": {"rank": 2}}
+    fedavg = {"name": "fedavg", "trainable": "lora", "lora": {"rank": 2, "alpha": 2.0}}
     factors = {A: torch.tensor([[3.0, 0.0]]), B: torch.tensor([[0.0], [4.0]])}
     assert of(fedavg, factors) == {"weights": 5.0}  # √(3² + 4²)
     stacked = of({**fedavg, "aggregation": "stack"}, {**factors, "head": torch.tensor([5.0])})
-    assert stacked == {"weights": 13.0}  # B·A has one number, 12
+    assert stacked == {"update": 13.0}  # B·A has one number, 12, and alpha / rank is 1
     scaffold = of({"name": "fedavg"}, {"w": torch.tensor([3.0]), "control:w": torch.tensor([-70.0])})
     assert scaffold == {"weights": 3.0, "control": 70.0}
     drawn = {"seeds": torch.tensor([1, 7, 1]), "scalars": torch.tensor([1.0, 4.0, 2.0])}
-    assert of({"name": "fedkseed", "seeds": 8}, drawn) == {"weights": 5.0}  # 1 + 2 of seed 1, 4 of seed 7
-    assert of({"name": "infinite-pool"}, drawn) == {"weights": 5.0}
+    assert of({"name": "fedkseed", "seeds": 8}, drawn) == {"update": 5.0}  # 1 + 2 of seed 1, 4 of seed 7
+    assert of({"name": "infinite-pool"}, drawn) == {"update": 5.0}
     block = {
         "0:w": torch.tensor([3.0, 4.0]),
         "heads:0": torch.tensor([1e9]),
         "channels:0": torch.tensor([1e9]),
     }
-    assert of({"name": "fedbavg"}, block) == {"weights": 5.0}
+    assert of({"name": "fedbavg"}, block) == {"update": 5.0}
 
 
 def test_clients_of_different_ranks_are_compared_place_by_place() -> None:
@@ -156,7 +156,8 @@ def test_clients_of_different_ranks_are_compared_place_by_place() -> None:
     a, b = torch.randn(2, 3, generator=generator), torch.randn(4, 2, generator=generator)
     whole = {A: torch.cat([a[:1], torch.zeros(1, 3)]), B: torch.cat([b[:, :1], torch.zeros(4, 1)], 1)}
     cut = {A: a[:1], B: b[:, :1]}
-    found = {client: look(lora, Payload(), Payload(sent)) for client, sent in enumerate((whole, cut))}
+    vectors = [lora.updates().vectors(sent)["weights"] for sent in (whole, cut)]
+    found = {client: {"weights": sketch(vector)} for client, vector in enumerate(vectors)}
     assert standings(found, {0: 1, 1: 1})[0].cosine["weights"] == pytest.approx(1.0, abs=1e-6)
 
 

@@ -44,6 +44,7 @@ class Bench:
         data: Mapping[int, Sequence[Encoded]],
         simulation: Simulation = Simulation(),  # noqa: B008
         deadline_s: float | None = None,
+        robust: Any = None,
     ) -> None:
         self.method, self.data = method, data
         method.prepare(ServerEnv((), 0, torch.device("cpu")))
@@ -54,7 +55,8 @@ class Bench:
         self.ledger = Ledger(self.wire.append, self.memory.append)
         self.runner = ClientRunner(method, self.model, data, pad_id=0, seed=0, device=torch.device("cpu"))
         transport = InProcess(self.runner, simulation=simulation, deadline_s=deadline_s, seed=0, clock=clock)
-        self.loop = RoundLoop(method, transport, self.ledger, clock, torch.device("cpu"))
+        device = torch.device("cpu")
+        self.loop = RoundLoop(method, transport, self.ledger, clock, device, robust=robust)
         self.state = method.init(self.model)
         self.states_on_the_way: list[Any] = []
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from fedtune.config.partitions import ByField, FromFile, Given, Iid
+from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.data.sources import no_null
@@ -25,6 +26,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.evaluation.tasks import TASKS, check_tasks
 from fedtune.evaluation.types import JudgeSettings
 from fedtune.methods import registry
+from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
 
 
@@ -155,10 +157,17 @@ class Federation(Settings):
     simulate: Simulate = Simulate()
     secure_aggregation: SecureAggregation | None = None  # the server learns the sum of the updates alone
     privacy: Privacy | None = None  # differential privacy of whole clients
-    max_norm_ratio: float | None = Field(
-        100.0, gt=1
-    )  # longer updates are left out of plain means; null: none
+    robust: Robust | None = None  # means that a few bad clients cannot move as far as they like
+    weights: Weights = "examples"  # of a client in a mean; capped: at most the median of what all registered
+    max_examples: int | None = Field(None, ge=1)  # a client that registers more counts as so many
+    max_norm_ratio: float | None = Field(100.0, gt=1)  # of an update to the others' median, in a plain mean
     max_loss_jump: float | None = Field(3.0, gt=0)  # nats of held-out loss that a round may add; null: any
+
+    @property
+    def refusal_of_weights(self) -> str | None:
+        """Why clients cannot be weighed so."""
+        secure, privacy = self.secure_aggregation is not None, self.privacy is not None
+        return weights_refusal(self.weights, self.max_examples, secure=secure, privacy=privacy)
 
 
 class Evaluation(Settings):
@@ -258,6 +267,19 @@ class RunConfig(Settings):
                 reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
                 if reason:
                     raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
+        if self.federation.robust is not None:
+            reason = robust_refusal(
+                self.federation.robust,
+                registry.build(self.method, self.seed),
+                secure=self.federation.secure_aggregation is not None,
+                privacy=self.federation.privacy is not None,
+            )
+            if reason:
+                raise ValueError(f"federation.robust: {reason}")
+            if self.data.clients is not None:  # else it is known when the data are
+                self._enough_replies(self.federation.robust, self.data.clients)
+        if reason := self.federation.refusal_of_weights:
+            raise ValueError(f"federation.weights: {reason}")
         if self.federation.privacy is not None:
             check_scale(
                 self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
@@ -269,6 +291,14 @@ class RunConfig(Settings):
                 if task not in TASKS or not TASKS[task].classifier:
                     raise ValueError(f"task {task} needs generated text; model.task is classification")
         return self
+
+    def _enough_replies(self, robust: Robust, clients: int) -> None:
+        everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round
+        cohort = sample_cohort(everyone, asked, seed=self.seed, round=1)
+        try:
+            check_replies(robust, quorum_of(len(cohort.clients), self.federation.quorum))
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:

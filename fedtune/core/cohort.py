@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fedtune.core.seeds import numpy_generator
 from fedtune.core.watch import Seen
@@ -22,7 +23,9 @@ class Cohort:
     """The clients asked in one round, in the order in which they are asked."""
 
     clients: tuple[int, ...]
-    examples: Mapping[int, int]  # examples each of them trains on, as registered with the server
+    examples: Mapping[
+        int, int
+    ]  # what each of them weighs: the examples it registered, or what counts of them
     population: int  # clients of the whole federation
     expected: int | None = None  # clients asked on average, where chance decides how many (privacy)
 
@@ -59,6 +62,25 @@ class RoundOutcome:
             weights = {c: self.metrics[c][TRAINED_TOKENS] for c in having}
         total = sum(weights[c] for c in having)
         return sum(self.metrics[c][metric] * weights[c] for c in having) / total if total else None
+
+
+def weights_of(
+    examples: Mapping[int, int], how: Literal["examples", "equal", "capped"], most: int | None
+) -> dict[int, int]:
+    """What each client weighs in a mean. A client's number of examples is what it says of itself.
+
+    Args:
+        examples: As registered, of every client of the federation.
+        how: `examples`: as many; `capped`: at most the median of what all registered (of an even count the
+            lower one), so that no claim is worth more than the middle one; `equal`: 1 each.
+        most: No client weighs more than this; None: no such bound.
+    """
+    if how == "equal":
+        return {client: min(count, 1) for client, count in examples.items()}
+    bounds = [most] if most is not None else []
+    if how == "capped" and examples:
+        bounds.append(sorted(examples.values())[(len(examples) - 1) // 2])
+    return {client: min([count, *bounds]) for client, count in examples.items()}
 
 
 def sample_cohort(

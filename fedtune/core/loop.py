@@ -19,6 +19,7 @@ from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.reported import PEAK_BYTES, reported
+from fedtune.core.robust import UpdateMethod, Updates
 from fedtune.core.types import (
     MODEL,
     SECURE,
@@ -31,7 +32,7 @@ from fedtune.core.types import (
     ServerProtection,
     Transport,
 )
-from fedtune.core.watch import look
+from fedtune.core.watch import sketch
 from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes, some
 from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
@@ -40,6 +41,8 @@ from fedtune.measure.memory import MemoryMeter, paused
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
+# of a method that does not say what an update is
+_PLAIN = Updates(vector=lambda update: [update[n] for n in sorted(update) if update[n].is_floating_point()])
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
@@ -55,14 +58,15 @@ class RoundLoop:
         device: torch.device,
         server_model: nn.Module | None = None,
         protection: ServerProtection | None = None,
+        robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
     ) -> None:
         self._method, self._ledger = method, ledger
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
+        self._robust = robust  # what becomes of replies before the method's step
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
-        self._sent: dict[int, Payload] = {}  # what those got whose replies are to be looked at
         self._without: Mapping[int, str] = {}
 
     def reply_limit(self, client: int) -> int:
@@ -132,6 +136,8 @@ class RoundLoop:
         return self._fold(state, self._looked(watched, outcome), round), outcome
 
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
+        if step is None and self._robust is not None:
+            received = self._robust(received)
         meter = MemoryMeter(self._device)
         held = [self._server_model] if self._server_model is not None else []
         part = self._clock.part("aggregation")
@@ -144,10 +150,11 @@ class RoundLoop:
 
     def _looked(self, replies: Iterable[Reply], outcome: RoundOutcome) -> Iterator[Reply]:
         """The replies, each after a look at its update."""
+        about = self._method.updates() if isinstance(self._method, UpdateMethod) else _PLAIN
         for reply in replies:
-            sent = self._sent.pop(reply.client)
             if self._method.uses_wire:
-                outcome.seen[reply.client] = look(self._method, sent, reply.payload)
+                vectors = about.vectors(reply.payload.tensors)
+                outcome.seen[reply.client] = {part: sketch(vector) for part, vector in vectors.items()}
             yield reply
 
     def _watched(
@@ -208,8 +215,6 @@ class RoundLoop:
                     continue
                 log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
                 continue
-            if self._protection is None:
-                self._sent[reply.client] = asked.payload
             outcome.clients.append(reply.client)
             outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
             yield reply

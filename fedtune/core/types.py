@@ -85,7 +85,7 @@ class Reply:
 
     @property
     def examples(self) -> int:
-        """Examples of the client that sent it: as registered, not as the reply claims."""
+        """What the client that sent it weighs: by what it registered, not by what the reply claims."""
         return self.cohort.examples[self.client]
 
 

@@ -27,7 +27,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,23 +40,6 @@ FEWEST = 4
 AGAINST = 0.5
 
 _ROWS = 64  # worked on at once: 2 MiB as float64
-
-
-@runtime_checkable
-class UpdateMethod(Protocol):
-    """A method that says what of a reply is an update. Of others all floating-point tensors are."""
-
-    def updates_of(self, sent: Any, reply: Any) -> Mapping[str, Iterable[Tensor]]:
-        """What a reply changes, by part (`weights`, ...), each part looked at on its own.
-
-        Args:
-            sent: What the client got, a Payload: to be subtracted by a method whose clients send weights.
-            reply: What it answered, a Payload.
-
-        Returns:
-            Each part's tensors, of the same shapes and in the same order for all clients of a round; they may
-            be made one by one.
-        """
 
 
 @dataclass(frozen=True)
@@ -104,20 +86,6 @@ class Standing:
             if cosine is not None:
                 said[f"{before}cosine"] = round(cosine, 3) + 0.0  # no -0.0
         return said
-
-
-def look(method: object, sent: Any, reply: Any) -> Seen:
-    """The sketches of a reply's update, by part.
-
-    Args:
-        method: Whose reply it is.
-        sent: The order's payload.
-        reply: The reply's.
-    """
-    if isinstance(method, UpdateMethod):
-        return {part: sketch(tensors) for part, tensors in method.updates_of(sent, reply).items()}
-    tensors = reply.tensors
-    return {"weights": sketch(tensors[n] for n in sorted(tensors) if tensors[n].is_floating_point())}
 
 
 def sketch(update: Iterable[Tensor]) -> Sketch:
@@ -199,7 +167,7 @@ def _standing(
 
 
 def _called(part: str) -> str:
-    return "update" if part == "weights" else f"update of the {part}"
+    return "update" if part in ("update", "weights") else f"update of the {part}"
 
 
 def _cosines(sketches: Mapping[int, Sketch]) -> dict[int, float]:

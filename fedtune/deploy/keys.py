@@ -6,7 +6,9 @@
 
 A client proves who it is with its private key, and the server knows the public ones by name from
 clients.json; who stands first in it is client 0. Clients have that list too: under secure aggregation they
-take no key of a round that its client did not sign. Private keys can be read by their owner alone.
+take no key of a round that its client did not sign. In the server's list an entry may be {"key": ...,
+"examples": N}: a client that registers more than N examples does not take part. Private keys can be read by
+their owner alone.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
             certificate = server_certificate(authority, key, own, hosts, days)
             (server / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         (server / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
-        known = read_clients(server) if (server / "clients.json").exists() else {}
+        there = (server / "clients.json").exists()
+        known, expected = (read_clients(server), expected_examples(server)) if there else ({}, {})
         for name in clients:
             if name not in known:
                 (people / name).mkdir(exist_ok=True)
@@ -83,7 +86,11 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str], *, day
                 (people / name / "ca.crt").write_bytes(authority.public_bytes(Encoding.PEM))
                 public = private.public_key()
                 known[name] = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-        for place in (server, *(people / name for name in known if (people / name).is_dir())):
+        own_list = {
+            n: {"key": pem, "examples": expected[n]} if n in expected else pem for n, pem in known.items()
+        }
+        (server / "clients.json").write_text(json.dumps(own_list, indent=2) + "\n", encoding="utf-8")
+        for place in (people / name for name in known if (people / name).is_dir()):
             (place / "clients.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error}") from None
@@ -96,14 +103,41 @@ def read_clients(server: Path) -> dict[str, str]:
     Raises:
         InputError: clients.json is missing or not one.
     """
+    return {name: str(entry["key"]) for name, entry in _clients(server).items()}
+
+
+def expected_examples(server: Path) -> dict[str, int]:
+    """How many examples a client may register at most, by its name, where clients.json says that.
+
+    Raises:
+        InputError: clients.json is missing or not one.
+    """
+    return {name: entry["examples"] for name, entry in _clients(server).items() if "examples" in entry}
+
+
+def _clients(server: Path) -> dict[str, dict[str, Any]]:
     path = server / "clients.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}; fedtune keys makes it") from None
-    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
+    if not isinstance(known, dict):
         raise InputError(f"{path}: must map clients' names to their public keys; fedtune keys makes it")
-    return known
+    entries = {name: {"key": value} if isinstance(value, str) else value for name, value in known.items()}
+    for name, entry in entries.items():
+        most = entry.get("examples", 1) if isinstance(entry, dict) else 0
+        if (
+            not isinstance(entry, dict)
+            or not entry.keys() <= {"key", "examples"}
+            or not isinstance(entry.get("key"), str)
+            or type(most) is not int
+            or most < 1
+        ):
+            raise InputError(
+                f'{path}: {name} must have its public key, or {{"key": KEY, "examples": N}} with the number '
+                "of examples that it may register at most, 1 or more; fedtune keys makes it"
+            )
+    return entries
 
 
 def check_server(server: Path) -> None:

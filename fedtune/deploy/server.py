@@ -22,7 +22,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, quorum_of
 from fedtune.core.types import Transport
 from fedtune.deploy import processes
-from fedtune.deploy.keys import check_server, read_clients
+from fedtune.deploy.keys import check_server, expected_examples, read_clients
 from fedtune.errors import FederationError, InputError
 from fedtune.federation.assembly import Assembly
 from fedtune.measure.clock import Clock
@@ -68,6 +68,8 @@ class Server:
                 f"{', '.join(known)}; set data.clients={len(known)}, or make more keys with fedtune keys"
             )
         self._names = dict(enumerate(list(known)[:wanted]))
+        most = expected_examples(keys)
+        self._most = {client: most[name] for client, name in self._names.items() if name in most}
         self._public = {known[name]: client for client, name in self._names.items()}
         self._config, self._keys, self._port, self._log_line = config, keys, port, log_line
         self._folder = keys / "flower"
@@ -114,7 +116,12 @@ class Server:
         self._log_line(f"waiting for {len(self._names)} clients: {', '.join(self._names.values())}")
         wait_s = self._config.transport.wait_s
         self._examples = invite_clients(
-            self._channel, self._invitation, self._names, wait_s=wait_s, log_line=self._log_line
+            self._channel,
+            self._invitation,
+            self._names,
+            most=self._most,
+            wait_s=wait_s,
+            log_line=self._log_line,
         )
         needed = quorum_of(len(self._names), self._config.federation.quorum)
         if len(self._examples) < needed:

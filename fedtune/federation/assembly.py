@@ -11,7 +11,8 @@ import torch
 
 from fedtune.config.schema import CLIENTS, RunConfig
 from fedtune.core.client import ClientRunner
-from fedtune.core.cohort import quorum_of, sample_cohort
+from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
+from fedtune.core.robust import MeanMethod
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
 from fedtune.data.encode import Counts, EncodedSet
@@ -30,6 +31,7 @@ from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
+from fedtune.protection.robust import check_replies, robust_mean
 from fedtune.protection.settings import require_packages, threshold_of
 
 if TYPE_CHECKING:
@@ -152,6 +154,30 @@ class Assembly:
             base_parameters=base,
         )
 
+    @property
+    def weights(self) -> dict[int, int]:
+        """What each client weighs in a mean: its examples, or what counts of them."""
+        federation = self.config.federation
+        return weights_of(self.client_examples, federation.weights, federation.max_examples)
+
+    def note_weights(self) -> list[str]:
+        """Writes into partition.json what clients weigh, and says who counts as less than it registered."""
+        federation, weights, notes = self.config.federation, self.weights, list[str]()
+        if not self.method.uses_wire or self.method.pools_data:
+            return notes
+        for client, entry in enumerate(self.split.partition["clients"]):
+            client = int(entry.get("client", client))
+            examples, weight = self.client_examples.get(client, 0), weights.get(client, 0)
+            if federation.weights == "equal" or weight != examples:
+                entry["weight"] = weight
+            if federation.weights != "equal" and weight != examples:
+                notes.append(
+                    f"{self.split.owner(client)} registered {examples:,} examples and counts as {weight:,}"
+                )
+        if federation.weights == "equal":
+            notes.append("all clients weigh the same, however many examples they registered")
+        return notes
+
     def refuse_other_inputs(self, path: Path) -> None:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
         require_plugins(path, unchanged=True)
@@ -196,8 +222,15 @@ def client_protection(
         return None
     from fedtune.protection.secure_client import SecureClient  # cryptography only where it is used
 
-    privacy = config.federation.privacy
-    return SecureClient(cast(SumMethod[Any], method), secure.bits, privacy, identity)
+    federation = config.federation
+    return SecureClient(
+        cast(SumMethod[Any], method),
+        secure.bits,
+        federation.privacy,
+        identity,
+        robust_mean(federation.robust, cast(MeanMethod, method), None) if federation.robust else None,
+        lambda examples: weights_of({0: examples}, federation.weights, federation.max_examples)[0],
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -219,6 +252,8 @@ def check_counts(config: RunConfig, clients: int) -> None:
             f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
             "no round could reach it"
         )
+    if federation.robust is not None:
+        check_replies(federation.robust, quorum_of(len(cohort), federation.quorum))
     require_packages(federation.secure_aggregation, federation.privacy)
     if federation.secure_aggregation is not None:
         threshold_of(federation.secure_aggregation, len(cohort))

@@ -121,3 +121,8 @@ def reopen(config: RunConfig, path: Path) -> RunFolder:
             f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
         )
     return folder
+
+
+def kept(path: Path) -> str:
+    """A sentence on what a run that broke has kept."""
+    return f"What was done is kept: once that is mended, --resume {path} goes on."

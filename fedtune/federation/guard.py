@@ -145,9 +145,9 @@ class Guard:
 
     @property
     def _plain_mean(self) -> bool:
-        config = self.method.config
-        robust = getattr(config, "aggregation", "mean") in ("trimmed-mean", "median-of-means")
-        return not robust and getattr(config, "clip", None) is None
+        config, robust = self.method.config, self.settings.robust
+        own = getattr(config, "aggregation", "mean") in ("trimmed-mean", "median-of-means")
+        return robust is None and not own and getattr(config, "clip", None) is None
 
     def _jump(self, scores: Evaluated, before: float | None) -> str:
         if not self.method.uses_wire:  # nobody but this machine takes part

@@ -30,7 +30,7 @@ from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
-from fedtune.federation.folder import RunFolder, refuse_existing, reopen
+from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal
 from fedtune.federation.process import settings_kept, torch_settings
@@ -43,6 +43,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.account import PrivacyAccount
+from fedtune.protection.robust import robust_mean
 from fedtune.protection.summing import Summing
 
 
@@ -115,6 +116,8 @@ def run(
             )
             check_counts(config, len(assembly.client_examples))
             assembly.split.partition.update(deployment.partition())
+        for note in assembly.note_weights():
+            progress.note(note)
         federation.open_account()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             RunFolder.create(
@@ -131,9 +134,9 @@ def run(
             with suppress(FederationError):  # on a full disk; the first error is the one to show
                 told.end(federation.summarize("stopped"))
             if isinstance(error, InputError):  # too late for "nothing was written"
-                raise ProgramError(f"{error} {_kept(path)}") from error
+                raise ProgramError(f"{error} {kept(path)}") from error
             if isinstance(error, ProgramError):
-                error.args = (f"{error} {_kept(path)}",)
+                error.args = (f"{error} {kept(path)}",)
             raise
         told.end(summary)
         return summary
@@ -216,8 +219,9 @@ class _Federation:
             if start
             else method.init(model)
         )
+        robust, secure = self._config.federation.robust, self._config.federation.secure_aggregation
         journal = Journal(transport, checkpoints, self._assembly.runner.states)
-        secure, privacy = self._config.federation.secure_aggregation, self._config.federation.privacy
+        privacy = self._config.federation.privacy
         if self._account is not None and self._account.ahead:
             journal.clear()  # its replies must not be summed once more, with other noise
         loop = RoundLoop(
@@ -228,6 +232,7 @@ class _Federation:
             self._assembly.device,
             server_model=model if method.sends_model else None,
             protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
+            robust=robust_mean(robust, cast(Any, method), checkpoints) if robust else None,
         )
         if deployment is not None:
             deployment.reply_limit = loop.reply_limit
@@ -250,9 +255,7 @@ class _Federation:
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
         drawn = cohort is not None
         if cohort is None:
-            cohort = sample_cohort(
-                self._assembly.client_examples, self._per_round(), seed=config.seed, round=round
-            )
+            cohort = sample_cohort(self._assembly.weights, self._per_round(), seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 
@@ -393,7 +396,3 @@ class _Federation:
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary
-
-
-def _kept(path: Path) -> str:
-    return f"What was done is kept: once that is mended, --resume {path} goes on."

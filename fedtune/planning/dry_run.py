@@ -15,8 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fedtune.core.cohort import Cohort
+from fedtune.core.gathered import InMemory
+from fedtune.core.robust import RobustMean
 from fedtune.core.state import to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
@@ -138,7 +141,40 @@ def _places(config: Any, blocks: int, steps: int | None, seed: int) -> list[Turn
     return [Turn.of(own, model) for (own,) in islice(turns(parts, config.block_order, 1, seed), count)]
 
 
-def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, seed: int) -> PartsMeter:
+class FakeGathered(InMemory):
+    """Fake replies, as if on disk: what is read is another tensor than what came."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__()
+        self._fakes = fakes
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._fake: set[str] = set()
+
+    def put(self, reply: Reply) -> None:
+        """Keeps what is small and real, and of the rest what does not count as memory."""
+        tensors = dict(reply.payload.tensors)
+        self._dtypes |= {n: t.dtype for n, t in tensors.items()}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, FakeTensor):
+                self._fake.add(name)
+                tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        super().put(replace(reply, payload=Payload(tensors, reply.payload.scalars)))
+
+    def read(self, client: int, name: str, start: int, end: int) -> Tensor:
+        """The numbers `start` to `end` of a tensor, in one dimension."""
+        if name in self._fake:
+            return self._fakes.empty((end - start,), self._dtypes[name])
+        return super().read(client, name, start, end)
+
+
+def server_steps(
+    method: Any,
+    model: nn.Module,
+    fakes: Fakes,
+    cohort: Cohort,
+    seed: int,
+    robust: RobustMean | None = None,
+) -> PartsMeter:
     """The server's first two steps, for its optimizer has its state from the second on.
 
     Two replies each, one after the other, or all of them where it holds a cohort's together. A method whose
@@ -150,6 +186,7 @@ def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, se
         fakes: Where it comes from.
         cohort: The first round's.
         seed: The run's.
+        robust: What becomes of replies before the step.
     """
     config = method.config
     aligns = hasattr(config, "alignment")
@@ -160,7 +197,8 @@ def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, se
         probe.config = config.model_copy(update={"alignment": fewer})
     single = method.arrival in ("one-by-one", "in-turn")
     unlike = config.name == "fedavg" and config.lora is not None and config.lora.client_ranks is not None
-    enough = len(cohort.clients) if method.arrival == "plan-order" or unlike else 2
+    together = method.arrival == "plan-order" or unlike or (robust is not None and robust.gathers)
+    enough = len(cohort.clients) if together else 2
     with values():
         state = first_state(probe, model)
         if config.name == "infinite-pool" and config.download == "model":
@@ -180,7 +218,7 @@ def server_steps(method: Any, model: nn.Module, fakes: Fakes, cohort: Cohort, se
 
             resident = _resident(state) + ([model] if method.sends_model else [])
             with meter.whole(resident):
-                state = probe.server_step(state, replies())
+                state = probe.server_step(state, robust(replies()) if robust else replies())
     return meter
 
 

@@ -30,6 +30,7 @@ from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
+from fedtune.protection.robust import robust_mean
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def plan(
     parameters = count_parameters(model)
     items = workload.within(work.batch(size), vocabulary)
     most = _steps(config.method, work, max)
-    traffic = simulate(method, model, fakes, clients=clients, per_round=per_round, seed=config.seed)
+    settings, robust = config.federation.robust, None
+    if settings is not None:
+        robust = robust_mean(settings, cast(Any, method), None, lambda: dry_run.FakeGathered(fakes))
+    traffic = simulate(
+        method, model, fakes, clients=clients, per_round=per_round, seed=config.seed, robust=robust
+    )
     client, server, tokens = PartsMeter(), PartsMeter(), 1.0
     if steps and method.rounds:
         client, tokens = dry_run.client_step(
@@ -102,7 +108,7 @@ def plan(
             traffic.turns,
             _together(config.method, work),
         )
-        server = dry_run.server_steps(method, model, fakes, cohort, config.seed)
+        server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust)
     document = {
         "method": config.method_name,
         "model": config.model.name,
@@ -225,6 +231,13 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
     if config.federation.privacy is not None:
         notes.append(
             "with federation.privacy chance decides how many clients a round asks; planned as without"
+        )
+    robust = config.federation.robust
+    if robust is not None and robust.gathers and traffic.exchanges:
+        first = sum(e.up for e in traffic.exchanges if e.round == 1)
+        notes.append(
+            f"federation.robust needs all replies of a round at once: {first:,} bytes of the server's disk, "
+            "read piece by piece"
         )
     if config.federation.simulate.dropout or config.federation.deadline_s is not None:
         notes.append("planned as if every client that is asked replied")

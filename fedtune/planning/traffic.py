@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort, sample_cohort
+from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
 from fedtune.planning.block_turns import Turn, ordered
@@ -62,6 +63,7 @@ def simulate(
     clients: Mapping[int, int],
     per_round: float | int | None,
     seed: int,
+    robust: RobustMean | None = None,
 ) -> Traffic:
     """The payloads of all rounds, if every client that is asked replies.
 
@@ -72,6 +74,7 @@ def simulate(
         clients: Examples of each client; what is sent does not depend on how many.
         per_round: As `federation.clients_per_round`.
         seed: The run's.
+        robust: What becomes of replies before the server's step.
     """
     traffic = Traffic()
     if not method.uses_wire:
@@ -79,7 +82,7 @@ def simulate(
     traffic.exact = (
         method.config.name != "fedkseed-pro" or method.rounds <= 2
     )  # later, p depends on the losses
-    advance = _advance(method)
+    advance = _advance(method, robust)
     with values():
         state = first_state(method, model)
         for round in range(1, method.rounds + 1):
@@ -152,7 +155,7 @@ def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Ten
     return tensors
 
 
-def _advance(method: Any) -> Callable[[Any, list[Reply]], Any]:
+def _advance(method: Any, robust: RobustMean | None) -> Callable[[Any, list[Reply]], Any]:
     """How the server's state goes on, as far as the next orders' sizes depend on it."""
     config, server = method.config, method
     if config.name == "fedavg" and config.aggregation != "stack":
@@ -166,6 +169,6 @@ def _advance(method: Any) -> Callable[[Any, list[Reply]], Any]:
         )
 
     def step(state: Any, replies: Iterable[Reply]) -> Any:
-        return server.server_step(state, iter(replies))
+        return server.server_step(state, robust(replies) if robust else iter(replies))
 
     return step

@@ -7,15 +7,16 @@ under names with a prefix, and is thrown away with the last answer. A client tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.core.robust import RobustMean
 from fedtune.core.types import ClientError, ClientResult, Payload, SumMethod
 from fedtune.protection import masking
 from fedtune.protection.identity import SIGNATURE, Identity
@@ -40,12 +41,16 @@ class SecureClient:
         privacy: With it the client clips its update and adds its part of the noise before it masks it.
         identity: With it the client signs its keys, and takes no keys of others that they did not sign; None
             where all clients are in one process.
+        robust: With its `max_norm` the client holds its update to that norm before anything else.
+        weigh: What a client with so many examples weighs in the mean.
     """
 
     method: SumMethod[Any]
     bits: int
     privacy: Privacy | None = None
     identity: Identity | None = None
+    robust: RobustMean | None = None
+    weigh: Callable[[int], int] = lambda examples: examples
 
     def answer(
         self, phase: str, order: Payload, kept: Payload | None, *, client: int, round: int, examples: int
@@ -66,10 +71,12 @@ class SecureClient:
         kept = of_phase(phase, kept, round)
         if phase == "shares":
             terms = Terms.of(order)
-            terms.check(client, examples, privacy=self.privacy is not None)
+            terms.check(client, self.weigh(examples), privacy=self.privacy is not None)
             if self.identity is not None:
                 _check_signatures(terms, round, self.identity)
-            return _shares(terms, terms.digest(round, self.bits, self.privacy), kept, client, round)
+            bound = self.robust.max_norm if self.robust else None
+            digest = terms.digest(round, self.bits, self.privacy, bound)
+            return _shares(terms, digest, kept, client, round)
         if phase == "opened":
             return _opened(order, kept, client, round)
         if phase == "unmask":
@@ -81,6 +88,8 @@ class SecureClient:
     ) -> tuple[Payload, Payload]:
         """The reply to an order of phase `masked`, in place of what the method's step gave."""
         kept = of_phase("masked", kept, round)
+        if self.robust is not None:
+            result = replace(result, payload=self.robust.bounded(result.payload))
         with _fits():
             return mask(self.method, result, order, kept, client=client, bits=self.bits, privacy=self.privacy)
 

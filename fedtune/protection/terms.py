@@ -102,7 +102,7 @@ class Terms:
 
         Args:
             client: Who checks.
-            examples: How many it has.
+            examples: How many of its examples count.
             privacy: Whether all clients weigh the same, so that noise hides each of them alike.
 
         Raises:
@@ -137,9 +137,17 @@ class Terms:
         """What a client weighs."""
         return CohortShare(self.weights[self.clients.index(client)], self.total, self.population)
 
-    def digest(self, round: int, bits: int, privacy: Privacy | None) -> bytes:
+    def digest(self, round: int, bits: int, privacy: Privacy | None, max_norm: float | None = None) -> bytes:
         """SHA-256 of the terms, of the round, and of the settings that a client goes by."""
         noise = [privacy.clip, privacy.noise_multiplier] if privacy else None
-        others = [round, bits, noise, self.clients, self.weights, [getattr(self, name) for name in _NUMBERS]]
+        others = [
+            round,
+            bits,
+            noise,
+            max_norm,
+            self.clients,
+            self.weights,
+            [getattr(self, name) for name in _NUMBERS],
+        ]
         shapes = sorted((name, list(shape)) for name, shape in self.shapes.items())
         return masking.commit(json.dumps([others, shapes]).encode(), self.keys.contiguous().numpy().tobytes())

@@ -66,6 +66,7 @@ def invite_clients(
     *,
     wait_s: float | None,
     log_line: Callable[[str], None],
+    most: Mapping[int, int] | None = None,
 ) -> dict[int, int]:
     """Invites every client that comes, until all have joined or refused, or `wait_s` is over.
 
@@ -75,6 +76,7 @@ def invite_clients(
         expected: The clients' names.
         wait_s: None: as long as it takes.
         log_line: Gets a line for everyone who joins or refuses.
+        most: Examples that a client may register at most; who is not in it may register any number.
 
     Returns:
         Examples of each client that joined.
@@ -95,7 +97,7 @@ def invite_clients(
                 continue  # it went away with the message; once it is back it is invited again
             done.add(client)
             try:
-                joined[client] = examples_of(answer)
+                joined[client] = _registered(answer, (most or {}).get(client))
             except Refusal as error:
                 log_line(f"client {client} ({expected[client]}) does not take part: {error}")
             else:
@@ -104,6 +106,16 @@ def invite_clients(
     for client in sorted(expected.keys() - done):
         log_line(f"client {client} ({expected[client]}) did not come within {wait_s:g} s")
     return joined
+
+
+def _registered(answer: Message, most: int | None) -> int:
+    examples = examples_of(answer)
+    if most is not None and examples > most:
+        raise Refusal(
+            f"it registered {examples:,} examples, and clients.json expects {most:,} at most; if it has got "
+            "more since, change that there"
+        )
+    return examples
 
 
 class Refusal(Exception):

@@ -11,6 +11,7 @@ the dense product takes its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -50,18 +51,22 @@ def pad(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, 
     return padded
 
 
-def of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
-    """A factor filled up with zeros to a rank; what is no factor as it is."""
-    if name.endswith(A):
-        return nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
-    return nn.functional.pad(tensor, (0, rank - tensor.shape[1])) if name.endswith(B) else tensor
+def padded(update: Mapping[str, Tensor], rank: int) -> Iterator[Tensor]:
+    """An update's tensors by name, factors filled up with zeros to a rank: every number has its place."""
+    for name in sorted(update):
+        lacking = rank - update[name].shape[0 if name.endswith(A) else 1] if is_factor(name) else 0
+        places = (0, 0, 0, lacking) if name.endswith(A) else (0, lacking)
+        yield nn.functional.pad(update[name], places) if lacking else update[name]
 
 
-def product(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """B·A of a factor B, without alpha / rank; what is no factor as it is."""
-    if not name.endswith(B):
-        return tensors[name]
-    return tensors[name].to(torch.float32) @ tensors[name.removesuffix(B) + A].to(torch.float32)
+def products(update: Mapping[str, Tensor], scale: float) -> Iterator[Tensor]:
+    """An update's tensors by name, with `scale` · B A for two factors; one product in memory at a time."""
+    for name in sorted(update):
+        if name.endswith(B):
+            a = update[name.removesuffix(B) + A].to(torch.float32)
+            yield scale * (update[name].to(torch.float32) @ a)
+        elif not name.endswith(A):
+            yield update[name]
 
 
 def stack(
@@ -94,6 +99,28 @@ def stack(
         else:
             added[module + DENSE] = b @ a
     return added
+
+
+def inner(one: Mapping[str, Tensor], other: Mapping[str, Tensor], scale: float) -> float:
+    """The inner product of two clients' updates, of which factors stand for their product `scale` · B A.
+
+    <B_1 A_1, B_2 A_2> = Σ (B_1ᵀ B_2) ∘ (A_1 A_2ᵀ), so that no product is formed; ranks may differ.
+    """
+    found = []
+    for name in sorted(one):
+        left, right = one[name].to(torch.float64), other[name].to(torch.float64)
+        if name.endswith(A):
+            b = name.removesuffix(A) + B
+            both = (one[b].to(torch.float64).T @ other[b].to(torch.float64)) * (left @ right.T)
+            found.append(scale**2 * float(both.sum()))
+        elif not name.endswith(B):
+            found.append(float((left * right).sum()))
+    return math.fsum(found)
+
+
+def scaled(update: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
+    """An update times a factor, where factors stand for their product: B carries it."""
+    return {name: t if name.endswith(A) else t.to(torch.float32) * times for name, t in update.items()}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
     ArrivalOrder,
@@ -45,6 +46,7 @@ from fedtune.core.types import (
 )
 from fedtune.core.wire import FrameError
 from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.fedavg import robust
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
 from fedtune.methods.local_training import Training, train
 from fedtune.methods.tuning import Tuning
@@ -240,17 +242,6 @@ class FedAvg:
             raise ValueError("no client replied: there is nothing to average")
         return self._advance(state, total, control)
 
-    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, Iterable[Tensor]]:
-        """What the weights change by, and SCAFFOLD's control variate; of stacked factors B·A."""
-        tensors = reply.tensors
-        names = sorted(name for name in tensors if not name.startswith(CONTROL))
-        if self.config.aggregation == "stack":
-            return {"weights": (lora.product(n, tensors) for n in names if not n.endswith(lora.A))}
-        rank = self.config.lora.rank if self.config.lora else 0
-        parts: dict[str, Iterable[Tensor]] = {"weights": (lora.of_rank(n, tensors[n], rank) for n in names)}
-        control = sorted(tensors.keys() - set(names))
-        return parts | ({"control": (tensors[name] for name in control)} if control else {})
-
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
         if self.config.aggregation == "stack":
@@ -258,6 +249,27 @@ class FedAvg:
         if privacy and self.config.control_variates:
             return "control_variates are a second update beside the first, on another scale"
         return None
+
+    def mean_refusal(self, mean: MeanName) -> str | None:
+        """See robust.py."""
+        config, ranks = self.config, self.config.lora and self.config.lora.client_ranks
+        return robust.mean_refusal(
+            mean,
+            asynchronous=self.arrival == "one-by-one",
+            stacked=config.aggregation == "stack",
+            unlike_ranks=bool(ranks),
+            control=config.control_variates,
+        )
+
+    def bound_refusal(self, *, quantile: bool) -> str | None:
+        """See robust.py."""
+        alone, control = self.arrival == "one-by-one", self.config.control_variates
+        return robust.bound_refusal(quantile=quantile, asynchronous=alone, control=control)
+
+    def updates(self) -> Updates:
+        """See robust.py."""
+        stacked = self.config.aggregation == "stack"
+        return robust.updates(self.config.lora, stacked=stacked, control=CONTROL)
 
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""
@@ -331,9 +343,9 @@ class FedAvg:
             rest = rest.add(
                 {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
             )
-            factors.append(
-                ({n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}, reply.examples)
-            )
+            if reply.examples:  # 0: a robust mean left it out
+                trained = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
+                factors.append((trained, reply.examples))
         if rest is None:
             raise ValueError("no client replied: there is nothing to stack")
         weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}

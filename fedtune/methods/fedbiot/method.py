@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from fedtune.core.aggregate import LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
 from fedtune.core.faults import faults
+from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import (
     MODEL,
@@ -212,6 +213,18 @@ class FedBiOT:
             emulator = self.tune_emulator(state, state.emulator, self.config.alignment.steps, state.round)
             state = replace(state, emulator=emulator)
         return state
+
+    def mean_refusal(self, mean: MeanName) -> str | None:
+        """Everyone's adapter has the same start, so that each of its numbers means the same."""
+        return "one client holds all data" if self.pools_data else None
+
+    def bound_refusal(self, *, quantile: bool) -> str | None:
+        """A single client has nobody to be compared with."""
+        return "one client holds all data" if self.pools_data else None
+
+    def updates(self) -> Updates:
+        """What a reply holds is the change of the adapter's LoRA."""
+        return Updates()
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """AdapFu, the result, and AdapEmu beside it."""

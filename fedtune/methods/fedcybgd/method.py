@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed, numpy_generator, torch_generator
 from fedtune.core.types import ArrivalOrder, ClientEnv, ClientResult, Order, Payload, Reply, ServerEnv
 from fedtune.methods.fedcybgd.client import CHANNELS, HEADS, client_turn
@@ -131,10 +132,21 @@ class FedCyBGD:
         versions = state.versions | dict.fromkeys([*own, *self._at_server().always], now)
         return State(weights, masters, versions, held, answered, heads, channels, now, state.missed)
 
-    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, list[Tensor]]:
-        """The change of the blocks; not their importance."""
-        names = sorted(n for n in reply.tensors if not n.startswith((f"{HEADS}:", f"{CHANNELS}:")))
-        return {"weights": [reply.tensors[name] for name in names]}
+    def mean_refusal(self, mean: MeanName) -> str | None:
+        """A cycle has one client a block: there is no mean. In fedbavg there is."""
+        if mean != "weighted" and self.arrival == "in-turn":
+            return "one client a turn trains a block, and no mean is taken; take max_norm, or fedbavg"
+        return None
+
+    def bound_refusal(self, *, quantile: bool) -> str | None:
+        """A turn's change can be held to a fixed norm; others to compare it with there are none."""
+        if quantile and self.arrival == "in-turn":
+            return "one client a turn trains a block: there are no other norms in it; take max_norm"
+        return None
+
+    def updates(self) -> Updates:
+        """The change of the turn's blocks; what a client says of heads and channels is beside it."""
+        return Updates(lambda name: "" if name.startswith((f"{HEADS}:", f"{CHANNELS}:")) else "update")
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The whole model."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import LIMIT
 from fedtune.core.cohort import Cohort
+from fedtune.core.robust import Updates
 from fedtune.core.seeds import derive_seed
 from fedtune.core.settings import Settings
 from fedtune.core.types import (
@@ -181,10 +182,13 @@ class InfinitePool:
             known=known,
         )
 
-    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, list[Tensor]]:
-        """The scalars by seed modulo 2^20: few of a client's meet there."""
-        places = reply.tensors["seeds"].long() % _FOLDED
-        return {"weights": [torch.zeros(_FOLDED).index_add_(0, places, reply.tensors["scalars"])]}
+    def updates(self) -> Updates:
+        """The scalars by seed modulo 2^20, where few of a client's meet."""
+        return Updates(
+            vector=lambda update: [
+                torch.zeros(_FOLDED).index_add_(0, update["seeds"].long() % _FOLDED, update["scalars"])
+            ]
+        )
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The newest model; afterwards `model` holds what it held before."""

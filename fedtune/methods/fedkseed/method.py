@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort
+from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
     ArrivalOrder,
@@ -196,13 +197,6 @@ class FedKSeed:
             holders=holders,
         )
 
-    def updates_of(self, sent: Payload, reply: Payload) -> dict[str, list[Tensor]]:
-        """The sum of the scalars of each seed, K numbers."""
-        seeds, scalars = self._drawn_by(reply)
-        return {
-            "weights": [torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, scalars)]
-        }
-
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Whatever looks at single scalars needs more than their sum."""
         if self.pro:
@@ -213,6 +207,32 @@ class FedKSeed:
         if self.config.aggregation != "mean":
             return f"aggregation: {self.config.aggregation} compares the clients' scalars; take mean"
         return None
+
+    def mean_refusal(self, mean: MeanName) -> str | None:
+        """Its own robust means go by the clients that drew a seed; few draw the same."""
+        if mean == "weighted":
+            return None
+        return (
+            "clients draw seeds of their own, and what few of them drew has no other numbers beside it; "
+            "method.aggregation has means that go by who drew a seed: trimmed-mean and median-of-means"
+        )
+
+    def bound_refusal(self, *, quantile: bool) -> str | None:
+        """A client's K sums have a norm like any other update."""
+        return None
+
+    def updates(self) -> Updates:
+        """The K sums of a client's scalars; the noise of two seeds is orthogonal but for chance."""
+        return Updates(
+            lambda name: "update",
+            lambda one, other: float(self._sums(one) @ self._sums(other)),
+            lambda update, times: {n: t if n == "seeds" else t * times for n, t in update.items()},
+            lambda update: [self._sums(update)],
+        )
+
+    def _sums(self, update: Mapping[str, Tensor]) -> Tensor:
+        seeds, scalars = self._drawn_by(Payload(update))
+        return torch.zeros(self.config.seeds, dtype=torch.float64).index_add_(0, seeds, scalars)
 
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The accumulator's."""
