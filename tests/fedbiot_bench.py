@@ -18,6 +18,7 @@ from fedtune.core.types import Arrival, ServerEnv
 from fedtune.data.encode import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
+from fedtune.protection.robust import Robust, robust_mean
 from fedtune.transport.in_process import InProcess, Simulation
 
 CPU = torch.device("cpu")
@@ -53,6 +54,7 @@ class Run:
         family: str = "llama",
         blocks: int = 6,
         public: bool = True,
+        robust: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         defaults = {} if name == "fedavg" else SMALL
@@ -66,8 +68,9 @@ class Run:
         self.up: dict[tuple[int, int], bytes] = {}
         self.absent: set[int] = set()
         self.alter: Callable[[int, bytes], bytes] = lambda client, frame: frame
+        mean = robust_mean(Robust(**robust), self.method, None) if robust else None
         ledger = Ledger(self.wire.append, lambda entry: None)
-        self.loop = RoundLoop(self.method, self, ledger, Clock(), CPU)
+        self.loop = RoundLoop(self.method, self, ledger, Clock(), CPU, robust=mean)
         self.state = self.method.init(self.model)
 
     def runner(self, client: int) -> ClientRunner:

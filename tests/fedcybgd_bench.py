@@ -34,11 +34,12 @@ def bench(
     blocks: int = 3,
     dtype: torch.dtype = torch.float32,
     config: type[Config] = Config,
+    robust: Any = None,
     **settings: Any,
 ) -> Bench:
     method = FedCyBGD(config.model_validate({**SETTINGS, **settings}), 0)
     data = {client: examples(2 + client, client, family) for client in range(clients)}
-    return Bench(method, build(family, dtype, blocks), data)
+    return Bench(method, build(family, dtype, blocks), data, robust=robust)
 
 
 class Spy:

@@ -19,9 +19,9 @@ from fedtune.zeroth.pool import SeedPool
 NOISES = ["hadamard4", "rademacher", "gaussian", "binomial32"]
 
 
-def toy(data: dict[int, list[Encoded]], seed: int = 0, **changes: Any) -> Bench:
+def toy(data: dict[int, list[Encoded]], seed: int = 0, robust: Any = None, **changes: Any) -> Bench:
     defaults = {"seeds": 8, "local_steps": 1, "lr": 0.25, "epsilon": 2.0**-6}
-    return Bench(FedKSeed(Config(**{**defaults, **changes}), seed=seed), Toy(), data)
+    return Bench(FedKSeed(Config(**{**defaults, **changes}), seed=seed), Toy(), data, robust=robust)
 
 
 def altered(bench: Bench, client: int, change: Callable[[Payload], None], *, order: bool = False) -> None:

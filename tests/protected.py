@@ -19,6 +19,7 @@ from fedtune.methods.fedavg.method import Config, FedAvg
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config as KSeedConfig
 from fedtune.protection.identity import Identity
+from fedtune.protection.robust import Robust, robust_mean
 from fedtune.protection.secure_client import SecureClient
 from fedtune.protection.settings import Privacy, SecureAggregation
 from fedtune.protection.summing import Summing
@@ -117,6 +118,7 @@ def federation(
     model: nn.Module | None = None,
     rows: int = 7,
     identities: Sequence[Identity] = (),
+    robust: Robust | None = None,
     **settings: Any,
 ) -> tuple[Bench, Bent]:
     """Four clients of FedAvg, or of another method."""
@@ -124,7 +126,8 @@ def federation(
     method = method or FedAvg(Config(**{**defaults, **settings}), seed=0)
     data = data or DATA
     bench, device = Bench(method, model or Wide(rows), data), torch.device("cpu")
-    guard: Any = SecureClient(method, secure.bits, privacy) if secure else None
+    bound = robust_mean(robust, method, None) if robust else None
+    guard: Any = SecureClient(method, secure.bits, privacy, robust=bound) if secure else None
     if identities:
         guard = Each([replace(guard, identity=identity) for identity in identities])
     bench.runner = ClientRunner(method, bench.model, data, pad_id=0, seed=0, device=device, protection=guard)
@@ -132,7 +135,7 @@ def federation(
     inner = InProcess(bench.runner, simulation=simulation, deadline_s=None, seed=0, clock=clock)
     transport = Bent(inner)
     summing = Summing(method, secure, privacy) if secure or privacy else None
-    bench.loop = RoundLoop(method, transport, bench.ledger, clock, device, protection=summing)
+    bench.loop = RoundLoop(method, transport, bench.ledger, clock, device, protection=summing, robust=bound)
     return bench, transport
 
 

@@ -367,3 +367,16 @@ def test_gathering_tells_who_joined_who_refused_and_who_did_not_come(tmp_path: P
         "client 1 (south) does not take part: its operator accepts fedavg, and the method is fedkseed",
         "client 2 (west) did not come within 0.2 s",
     ]
+
+
+def test_a_client_that_registers_more_than_is_expected_does_not_take_part(tmp_path: Path) -> None:
+    members = {c: client(tmp_path / str(c), Runner()) for c in range(3)}
+    told: list[str] = []
+    names = {0: "north", 1: "south", 2: "west"}
+    most = {0: 3, 1: 2}  # each of them registers three; of the last nothing is expected
+    joined = invite_clients(Post(members), INVITATION, names, wait_s=5, log_line=told.append, most=most)
+    assert joined == {0: 3, 2: 3}
+    assert sorted(told)[1] == (
+        "client 1 (south) does not take part: it registered 3 examples, and clients.json expects 2 at most; "
+        "if it has got more since, change that there"
+    )

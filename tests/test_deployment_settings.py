@@ -217,3 +217,34 @@ def test_clients_know_each_others_keys(tmp_path: Path) -> None:
     stranger.write_text('{"north": "no key"}')
     with pytest.raises(InputError, match=r"clients\.json: the key of north is none"):
         read_identity(federation / "clients/west")
+
+
+def test_the_servers_list_can_say_how_many_examples_a_client_has(made: Path) -> None:
+    from fedtune.deploy.keys import expected_examples, make_keys, read_clients
+
+    path, keys = made / "server/clients.json", read_clients(made / "server")
+    assert expected_examples(made / "server") == {}
+    path.write_text(
+        json.dumps({"north": {"key": keys["north"], "examples": 24}, "south": {"key": keys["south"]}})
+    )
+    assert read_clients(made / "server") == keys
+    assert expected_examples(made / "server") == {"north": 24}
+    make_keys(made, [], ["west"], days=2)  # keeps what is expected, and tells clients nothing of it
+    assert expected_examples(made / "server") == {"north": 24}
+    assert read_clients(made / "server").keys() == {"north", "south", "west"}
+    told = json.loads((made / "clients/west/clients.json").read_text())
+    assert told == read_clients(made / "server")
+    for entry in (
+        24,
+        {"examples": 3},
+        {"key": 1},
+        {"key": "x", "examples": 0},
+        {"key": "x", "examples": True},
+    ):
+        path.write_text(json.dumps({"north": entry}))
+        with pytest.raises(InputError, match=r"north must have its public key, or .*that it may register"):
+            read_clients(made / "server")
+    for entry in ({"key": "x", "examples": 2.5}, {"key": "x", "example": 3}):
+        path.write_text(json.dumps({"north": entry}))
+        with pytest.raises(InputError, match="1 or more; fedtune keys makes it"):
+            expected_examples(made / "server")

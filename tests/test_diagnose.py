@@ -273,6 +273,9 @@ def test_whole_run_measures_the_gap_of_the_held_out_loss(tmp_path: Path) -> None
             {**base(), "federation": {"privacy": {"clip": 1.0, "noise_multiplier": 1.0, "delta": 0.1}}},
             ["federation.privacy=null"],
         ),
+        ({**base(), "federation": {"robust": {"max_norm": 1.0}}}, ["federation.robust=null"]),
+        ({**base(), "federation": {"weights": "capped"}}, ["federation.weights=examples"]),
+        ({**base(), "federation": {"max_examples": 3}}, ["federation.max_examples=null"]),
         (
             {**base(), "data": {"train": "missing.jsonl", "holdout": {"fraction": 0.5}}},
             ["missing.jsonl"],

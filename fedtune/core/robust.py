@@ -38,7 +38,7 @@ MeanName = Literal["weighted", "median", "trimmed-mean", "krum"]
 Update = Mapping[str, Tensor]
 Factors = Mapping[str, float]  # what each update of a reply is multiplied by, by its name
 
-PIECE = 1 << 22  # numbers of all clients together that are in memory at once
+PIECE = 1 << 20  # numbers of all clients together that are in memory at once
 MARGIN = 1 - 2.0**-20  # what a bounded norm stays below its bound, against rounding
 
 
@@ -230,6 +230,7 @@ class RobustMean:
                 if self.max_norm is not None or self.norm_quantile is not None:
                     norms[reply.client] = self.updates.norms(reply.payload.tensors)
                 gathered.put(reply)
+                del reply  # or the last one would stay in memory
             yield from self._handed_on(gathered, self._factors(norms))
 
     def _factors(self, norms: Mapping[int, Factors]) -> dict[int, Factors]:

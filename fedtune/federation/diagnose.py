@@ -84,6 +84,13 @@ def diagnose(
         raise InputError(
             "the one-shot theory has no clipping and no noise; diagnose with federation.privacy=null"
         )
+    federation = config.federation
+    weighed = federation.weights != "examples" or federation.max_examples is not None
+    if federation.robust is not None or weighed:
+        raise InputError(
+            "the one-shot theory has a mean that is weighted by examples; diagnose with "
+            "federation.robust=null, federation.weights=examples and federation.max_examples=null"
+        )
     progress.stage("loading data and model")
     with torch_settings():
         assembly = Assembly.assemble(config, Clock(), objects)

@@ -156,6 +156,7 @@ class FakeGathered(InMemory):
         self._dtypes |= {n: t.dtype for n, t in tensors.items()}
         for name, tensor in tensors.items():
             if isinstance(tensor, FakeTensor):
+                tensor.detach()  # looked at, as writing it does
                 self._fake.add(name)
                 tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         super().put(replace(reply, payload=Payload(tensors, reply.payload.scalars)))
