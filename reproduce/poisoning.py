@@ -2,22 +2,22 @@
 
 Ten clients train a head of four classes and a layer of rank 8 on sentence features of MiniLM, which stay as
 they are: 100 examples a client, its classes drawn from a Dirichlet distribution of 0.5, five rounds of two
-epochs with AdamW. Some clients attack in every round. Losses and accuracies are of 500 held-out examples, mean
-and standard deviation over three seeds.
+epochs with AdamW. Some clients attack in every round. Losses and accuracies are of 500 held-out examples,
+mean and standard deviation over three seeds.
 
-Table:   accuracy by attack and defence; docs/poisoning.md, block accuracy
+Table:   accuracy by attack and defence; docs/poisoning.md, block poisoning-accuracy
 Command: python reproduce/poisoning.py accuracy
 Time:    30 minutes
 Needs:   ../shared
 Result:  PENDING
 
-Table:   held-out loss by attack and defence; docs/poisoning.md, block loss
+Table:   held-out loss by attack and defence; docs/poisoning.md, block poisoning-loss
 Command: python reproduce/poisoning.py loss
 Time:    seconds, after the accuracies
 Needs:   ../shared
 Result:  PENDING
 
-Table:   who was named and left out without any option; docs/poisoning.md, block named
+Table:   who was named and left out without any option; docs/poisoning.md, block poisoning-named
 Command: python reproduce/poisoning.py named
 Time:    seconds, after the accuracies
 Needs:   ../shared
