@@ -161,3 +161,17 @@ def test_names_in_a_terminal_are_no_markup(capsys: pytest.CaptureFixture[str]) -
     for name in ("[/title]", "x[/red]", "[bold]", "[/red]", "[link=a]"):
         assert name in shown.out
     assert shown.err == "[/red]: round 1: [red] 1.0000\n"
+
+
+def test_lengths_of_updates_are_shown_where_they_were_recorded(tmp_path: Path) -> None:
+    old = made(tmp_path / "old", [2.0, 1.0])
+    new = made(tmp_path / "new", [2.0, 1.0])
+    entries = [json.loads(line) for line in (new / "rounds.jsonl").read_text().splitlines()]
+    entries[1]["updates"] = {"0": {"norm": 0.5, "cosine": 0.25}, "1": {"norm": 2.0}, "2": {"norm": 40.0}}
+    entries[1]["stands_out"] = {"2": "the norm of its update, 40, is <32> times the median"}
+    (new / "rounds.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    rows = Cells(report(read_runs([old, new]))).rows
+    lengths = rows[rows.index(["run", "median norm", "longest", "of client", "in round"]) + 1]
+    assert (lengths[0], float(lengths[1]), float(lengths[2]), lengths[3:]) == ("new", 2.0, 40.0, ["2", "1"])
+    assert ["new", "1", "2", "the norm of its update, 40, is <32> times the median"] in rows
+    assert "Clients' updates" not in report(read_runs([old]))

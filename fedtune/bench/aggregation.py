@@ -1,7 +1,8 @@
 """The server's aggregation: exact sums streamed one reply at a time, against keeping all and averaging.
 
-Both get the same updates, made one by one as replies would come. Memory is the peak of live tensor bytes
-on the server's side beyond the global weights.
+All get the same updates, made one by one as replies would come; `watched` also looks at each one's norm and
+direction, as every round does. Memory is the peak of live tensor bytes on the server's side beyond the global
+weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.aggregate import WeightedSum
+from fedtune.core.watch import sketch, standings
 from fedtune.measure.memory import MemoryMeter
 
 PARAMETERS = 200_000
@@ -26,7 +28,11 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     ratios: dict[str, float] = {}
     peaks: dict[tuple[str, int], int] = {}
     for clients in CLIENTS:
-        for case, way in (("exact sum", _stream), ("list then mean", _list_then_mean)):
+        for case, way in (
+            ("exact sum", _stream),
+            ("exact sum, watched", _watched),
+            ("list then mean", _list_then_mean),
+        ):
             started = time.perf_counter()
             way(clients)
             seconds = time.perf_counter() - started
@@ -42,10 +48,13 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
                     "peak_bytes": meter.peak_bytes,
                 }
             )
-        by_case: dict[str, dict[str, Any]] = {row["case"]: row for row in rows[-2:]}
+        by_case: dict[str, dict[str, Any]] = {row["case"]: row for row in rows[-3:]}
         for unit in ("seconds", "peak_bytes"):
             ratios[f"{unit}: exact sum / list then mean, {clients} clients"] = (
                 by_case["exact sum"][unit] / by_case["list then mean"][unit]
+            )
+            ratios[f"{unit}: exact sum, watched / exact sum, {clients} clients"] = (
+                by_case["exact sum, watched"][unit] / by_case["exact sum"][unit]
             )
     ratios["peak_bytes: exact sum, 1000 clients / 10 clients"] = (
         peaks["exact sum", 1000] / peaks["exact sum", 10]
@@ -66,6 +75,15 @@ def _stream(clients: int) -> Tensor:
     total = WeightedSum.empty(sum(10 + client % 7 for client in range(clients)))
     for update, examples in _updates(clients):
         total = total.add(update, examples)
+    return total.mean("w")
+
+
+def _watched(clients: int) -> Tensor:
+    total, seen = WeightedSum.empty(sum(10 + client % 7 for client in range(clients))), {}
+    for client, (update, examples) in enumerate(_updates(clients)):
+        seen[client] = {"update": sketch(update.values())}
+        total = total.add(update, examples)
+    standings(seen, dict.fromkeys(seen, 1))
     return total.mean("w")
 
 

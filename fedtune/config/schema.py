@@ -160,6 +160,8 @@ class Federation(Settings):
     robust: Robust | None = None  # means that a few bad clients cannot move as far as they like
     weights: Weights = "examples"  # of a client in a mean; capped: at most the median of what all registered
     max_examples: int | None = Field(None, ge=1)  # a client that registers more counts as so many
+    max_norm_ratio: float | None = Field(100.0, gt=1)  # of an update to the others' median, in a plain mean
+    max_loss_jump: float | None = Field(3.0, gt=0)  # nats of held-out loss that a round may add; null: any
 
     @property
     def refusal_of_weights(self) -> str | None:

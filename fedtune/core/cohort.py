@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedtune.core.seeds import numpy_generator
+from fedtune.core.watch import Seen
 from fedtune.errors import FederationError
 
 TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
@@ -45,6 +46,7 @@ class RoundOutcome:
     metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)  # means of which nothing but the mean is known
+    seen: dict[int, Seen] = field(default_factory=dict)  # the updates, where the server sees them
 
     def mean(self, metric: str) -> float | None:
         """A metric's mean over the clients that replied; None if none has it.

@@ -19,6 +19,7 @@ from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.reported import PEAK_BYTES, reported
+from fedtune.core.robust import UpdateMethod, Updates
 from fedtune.core.types import (
     MODEL,
     SECURE,
@@ -31,6 +32,7 @@ from fedtune.core.types import (
     ServerProtection,
     Transport,
 )
+from fedtune.core.watch import sketch
 from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes, some
 from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
@@ -39,6 +41,8 @@ from fedtune.measure.memory import MemoryMeter, paused
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
 
+# of a method that does not say what an update is
+_PLAIN = Updates(vector=lambda update: [update[n] for n in sorted(update) if update[n].is_floating_point()])
 OPEN_SHAPE_LIMIT = 1 << 30  # bytes of a reply with a dimension that the order leaves open
 
 
@@ -63,6 +67,7 @@ class RoundLoop:
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
+        self._without: Mapping[int, str] = {}
 
     def reply_limit(self, client: int) -> int:
         """Bytes that a client's reply may have, for a transport that can refuse a longer one unread."""
@@ -77,6 +82,7 @@ class RoundLoop:
         *,
         quorum: int,
         on_arrival: Callable[[S, RoundOutcome], None],
+        without: Mapping[int, str] = {},
     ) -> tuple[S, RoundOutcome]:
         """One round.
 
@@ -87,6 +93,8 @@ class RoundLoop:
             quorum: Replies needed.
             on_arrival: Called after each reply that was folded in. With a method that folds replies in
                 one by one it gets the state that holds them so far, else the state before the round.
+            without: Clients whose replies are not used, and why. With them the round is one that was run
+                before, from replies that the transport brings again: nothing is entered in the ledger.
 
         Returns:
             The server's state after the round, and what happened.
@@ -95,10 +103,11 @@ class RoundLoop:
             QuorumError: Fewer than `quorum` clients gave a usable reply; names the others.
         """
         outcome = RoundOutcome(round, cohort.clients)
+        self._without = without
         if self._method.arrival == "in-turn":
             for _ in cohort.clients:
                 turn = self._replies(self._method.plan(state, round, cohort), cohort, outcome)
-                state = self._fold(state, list(turn), round)
+                state = self._fold(state, self._looked(list(turn), outcome), round)
                 on_arrival(state, outcome)
             hold_quorum(outcome, quorum)
             return state, outcome
@@ -116,7 +125,7 @@ class RoundLoop:
         replies = self._replies(orders, cohort, outcome)
         if self._method.arrival == "one-by-one":
             for reply in replies:
-                state = self._fold(state, [reply], round)
+                state = self._fold(state, self._looked([reply], outcome), round)
                 on_arrival(state, outcome)
             hold_quorum(outcome, quorum)
             return state, outcome
@@ -124,7 +133,7 @@ class RoundLoop:
         if self._protection is not None:
             step = partial(self._protection.step, cohort=cohort, outcome=outcome)
             return self._fold(state, watched, round, step), outcome
-        return self._fold(state, watched, round), outcome
+        return self._fold(state, self._looked(watched, outcome), round), outcome
 
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
         if step is None and self._robust is not None:
@@ -138,6 +147,16 @@ class RoundLoop:
             round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how
         )
         return state
+
+    def _looked(self, replies: Iterable[Reply], outcome: RoundOutcome) -> Iterator[Reply]:
+        """The replies, each after a look at its update."""
+        about = self._method.updates() if isinstance(self._method, UpdateMethod) else _PLAIN
+        for reply in replies:
+            if self._method.uses_wire:
+                with paused():  # some MB, whatever is aggregated: plans do not count it
+                    vectors = about.vectors(reply.payload.tensors)
+                    outcome.seen[reply.client] = {part: sketch(vector) for part, vector in vectors.items()}
+            yield reply
 
     def _watched(
         self,
@@ -183,6 +202,9 @@ class RoundLoop:
                 )
                 continue
             asked = expects.pop(arrival.client)
+            if arrival.client in self._without:
+                outcome.left_out[arrival.client] = self._without[arrival.client]
+                continue
             try:
                 if arrival.fault:
                     raise FrameError(arrival.fault)
@@ -190,6 +212,8 @@ class RoundLoop:
             except FrameError as error:
                 reason = foreign(str(error))
                 outcome.left_out[arrival.client] = reason
+                if self._without:  # said when the round was run first
+                    continue
                 log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
                 continue
             outcome.clients.append(reply.client)
@@ -227,7 +251,7 @@ class RoundLoop:
                 raise FrameError(f"scalars that were not asked for: {some(foreign_scalars)}")
             metrics, how = reported(content.meta, more=asked.metrics)
         self._enter(round, asked, "up", content.payload, arrival.frame)
-        if not asked.phase:  # under masks a client reports nothing of its own
+        if not asked.phase and not self._without:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
                 where="client",
@@ -238,7 +262,7 @@ class RoundLoop:
         return Reply(arrival.client, content.payload, metrics, cohort)
 
     def _enter(self, round: int, order: Order, direction: str, payload: Payload, frame: Frame) -> None:
-        if not self._method.uses_wire:
+        if not self._method.uses_wire or self._without:
             return
         # what a client is sent to hold is entered on its own: papers count it once, or not at all; and so is
         # what secure aggregation takes beyond the method's own content

@@ -51,11 +51,19 @@ class Updates:
             left as it is. A reply has several where the server takes several means of unlike scale.
         inner: The inner product of two updates, where it is not that of their numbers.
         scaled: An update times a factor, where that is not each number times it.
+        vector: Tensors that make up an update as one long vector, of which `inner` is the inner product; of
+            the same shapes and in the same order for all clients of a round. None: its tensors by name.
     """
 
     belongs: Callable[[str], str] = lambda name: "update"
     inner: Callable[[Update, Update], float] | None = None
     scaled: Callable[[Update, float], dict[str, Tensor]] | None = None
+    vector: Callable[[Update], Iterable[Tensor]] | None = None
+
+    def vectors(self, tensors: Update) -> dict[str, Iterable[Tensor]]:
+        """A reply's updates, each as tensors that make up one long vector."""
+        of = self.vector or (lambda update: [update[name] for name in sorted(update)])
+        return {part: of(update) for part, update in self.parts(tensors).items()}
 
     def parts(self, tensors: Update) -> dict[str, dict[str, Tensor]]:
         """A reply's updates by name."""
@@ -85,7 +93,15 @@ class Updates:
 
 
 @runtime_checkable
-class MeanMethod(Protocol):
+class UpdateMethod(Protocol):
+    """A method that says what of its replies is an update."""
+
+    def updates(self) -> Updates:
+        """What of a reply changes the model."""
+
+
+@runtime_checkable
+class MeanMethod(UpdateMethod, Protocol):
     """A method whose server takes a mean of its clients' tensors, in whose place another one can be."""
 
     def mean_refusal(self, mean: MeanName) -> str | None:

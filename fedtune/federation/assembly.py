@@ -197,7 +197,7 @@ class Assembly:
 
 
 def _notes(config: RunConfig, room: Room, counts: Mapping[str, Counts | None]) -> list[str]:
-    """What a person should know of the examples, a line each."""
+    """What a person should know of the examples and of what is not looked at, a line each."""
     known = {group: one for group, one in counts.items() if one is not None}
     notes = shortening(config, room, lost=any(one.cut or one.dropped for one in known.values()))
     notes += describe(known, room.tokens)
@@ -205,6 +205,12 @@ def _notes(config: RunConfig, room: Room, counts: Mapping[str, Counts | None]) -
         notes.append(
             "what is cut or dropped of a client's file is counted there, and said on its own terminal"
         )
+    federation = config.federation
+    for name in ("secure_aggregation", "privacy"):
+        if getattr(federation, name) is not None:
+            notes.append(
+                f"with federation.{name} no single update is looked at: who sends a bad one is not named"
+            )
     return notes
 
 

@@ -36,7 +36,8 @@ class RoundState:
     """Where a run stands after a round.
 
     Attributes:
-        entry: The round's line of rounds.jsonl: clients, left_out, train_loss, eval, privacy, seconds.
+        entry: The round's line of rounds.jsonl: clients, left_out, updates, train_loss, eval, privacy,
+            seconds, ...
         server: The method's server state, to be read only; None after round 0, the untrained model.
         payload_bytes: Of all messages so far, as the papers count them: `down`, `up`.
         framed_bytes: The same as the socket carries them.

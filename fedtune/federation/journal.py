@@ -72,6 +72,10 @@ class Journal:
             self._write(round, turn, sent, arrival)
             yield arrival
 
+    def again(self, round: int) -> None:
+        """Lets a round be run once more from the replies that are kept."""
+        del self._exchanges[round]
+
     def clear(self) -> None:
         """Forgets the rounds: their checkpoint is written, or they are to be asked again."""
         for path in self._folder.glob("round-*.replies"):

@@ -28,15 +28,18 @@ class Rows(list[dict[str, Any]]):
         return pandas.DataFrame([flat(row) for row in self])
 
 
+_CLIENTS = ("left_out", "updates", "stands_out")
+
+
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A dictionary without dictionaries or lists in it.
 
-    What stands under `eval` loses that word, so that a score's column is `task.metric`; `left_out` becomes
-    the number of clients.
+    What stands under `eval` loses that word, so that a score's column is `task.metric`; what is said of
+    single clients (`left_out`, `updates`, `stands_out`) becomes their number.
     """
     cells: dict[str, Any] = {}
     for key, value in row.items():
-        if isinstance(value, list) or (key == "left_out" and isinstance(value, Mapping)):
+        if isinstance(value, list) or (key in _CLIENTS and isinstance(value, Mapping)):
             cells[key] = len(value)
         elif isinstance(value, Mapping):
             prefix = "" if key == "eval" else f"{key}."

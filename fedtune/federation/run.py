@@ -7,13 +7,14 @@ bits of a run that was never killed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from fedtune.config.places import located, without_places
+from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.faults import faults
@@ -29,7 +30,8 @@ from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
-from fedtune.federation.folder import RunFolder, refuse_existing
+from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
+from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
@@ -77,7 +79,7 @@ def run(
     check_transport(config, deployment)
     back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
-        folder = _reopen(config, path)
+        folder = reopen(config, path)
         identity = folder.config_sha256()
         rollback.finish(path)  # one that a kill cut short
         if back_to is not None:
@@ -132,9 +134,9 @@ def run(
             with suppress(FederationError):  # on a full disk; the first error is the one to show
                 told.end(federation.summarize("stopped"))
             if isinstance(error, InputError):  # too late for "nothing was written"
-                raise ProgramError(f"{error} {_kept(path)}") from error
+                raise ProgramError(f"{error} {kept(path)}") from error
             if isinstance(error, ProgramError):
-                error.args = (f"{error} {_kept(path)}",)
+                error.args = (f"{error} {kept(path)}",)
             raise
         told.end(summary)
         return summary
@@ -236,8 +238,8 @@ class _Federation:
             deployment.reply_limit = loop.reply_limit
         for round in range(start.round + 1 if start else 1, method.rounds + 1):
             try:
-                state = self._round(loop, state, model, round)
-            except QuorumError:
+                state = self._round(loop, journal, state, model, round)
+            except (QuorumError, RoundRefused):
                 journal.clear()  # resumed, the round asks everyone again: those left out may be back
                 raise
             with self._clock.part("checkpoint"):
@@ -248,7 +250,7 @@ class _Federation:
         journal.clear()  # where a kill came between the last checkpoint and its own clearing
         return self.summarize("done")
 
-    def _round(self, loop: RoundLoop, state: Any, model: nn.Module, round: int) -> Any:
+    def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
         drawn = cohort is not None
@@ -264,13 +266,27 @@ class _Federation:
                 scores = self._evaluate((now, model)).result
                 arrivals.append({"clients": list(outcome.clients), "eval": scores})
 
-        quorum = quorum_of(len(cohort.clients), config.federation.quorum)
-        if not self._assembly.method.uses_wire:  # a count that is meant for the methods beside it
-            quorum = min(quorum, len(cohort.clients))
-        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
-            asked, wanted = len(cohort.clients), config.federation.quorum
-            quorum = min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
-        state, outcome = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival)
+        quorum = self._quorum(len(cohort.clients), drawn=drawn)
+        privacy: dict[str, Any] = {}
+        every = config.evaluation.every
+        due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
+
+        def once(without: Mapping[int, str]) -> tuple[Any, RoundOutcome]:
+            arrivals.clear()
+            if without:
+                journal.again(round)
+            done = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival, without=without)
+            if self._account is not None:  # before anything that was made from the sum is shown or sent
+                with disk_errors("privacy.jsonl"):
+                    privacy.update(self._account.spend(round, done[1].clients))
+            return done
+
+        def scored(now: Any) -> Evaluated:
+            return self._evaluate((now, model)) if due else Evaluated()
+
+        guard = Guard(config.federation, self._assembly.method)
+        settled = guard.settle(once, scored, loss=last_loss(self._rounds))
+        outcome = settled.outcome
         self._callbacks.clients(outcome)  # those left out after the last arrival
         entry: dict[str, Any] = {
             "round": round,
@@ -278,16 +294,19 @@ class _Federation:
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
             "train_loss": outcome.mean("train_loss"),
         }
-        if self._account is not None:
-            with disk_errors("privacy.jsonl"):  # before anything that was made from the sum is shown or sent
-                entry["privacy"] = self._account.spend(round, outcome.clients)
-        if arrivals:
-            entry["arrivals"] = arrivals
-        every = config.evaluation.every
-        due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
-        scores = self._evaluate((state, model)) if due else Evaluated()
-        self._record(entry, scores, self._clock.total - before)
-        return state
+        entry |= settled.entry
+        entry |= {"privacy": privacy} if privacy else {}
+        entry |= {"arrivals": arrivals} if arrivals else {}
+        self._record(entry, settled.scores, self._clock.total - before)
+        return settled.state
+
+    def _quorum(self, asked: int, *, drawn: bool) -> int:
+        wanted = self._config.federation.quorum
+        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
+            return min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
+        quorum = quorum_of(asked, wanted)
+        # of reference rows it is a count that is meant for the methods beside them
+        return quorum if self._assembly.method.uses_wire else min(quorum, asked)
 
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
@@ -377,20 +396,3 @@ class _Federation:
         with disk_errors("summary.json"):
             write_json(self._folder.path / "summary.json", summary)
         return summary
-
-
-def _kept(path: Path) -> str:
-    return f"What was done is kept: once that is mended, --resume {path} goes on."
-
-
-def _reopen(config: RunConfig, path: Path) -> RunFolder:
-    """The folder of a run to go on with; its inputs may be elsewhere than when it began."""
-    folder = RunFolder.open(path)
-    mine, its = without_places(config), without_places(folder.config())
-    if mine != its:
-        different = [key for key in its if mine.get(key) != its[key]]
-        raise InputError(
-            f"{path} was started with another configuration; different: {', '.join(different)}. "
-            f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
-        )
-    return folder

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import InputError
@@ -126,6 +127,9 @@ def report(runs: Sequence[RunData]) -> str:
         "<h2>On the way</h2>",
         *_curves(runs),
     ]
+    updates = _updates(runs)
+    if updates:
+        parts += ["<h2>Clients' updates</h2>", updates]
     left_out = _left_out(runs)
     if left_out:
         parts += ["<h2>Who was left out</h2>", left_out]
@@ -246,6 +250,27 @@ def _drawn(name: str) -> str:
     """A name as text in a figure: without mathematics, and with a legend's entry if it begins with _."""
     plain = name.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
+
+
+def _updates(runs: Sequence[RunData]) -> str:
+    """The lengths of the updates, a row a run, and who stood out; empty where no run has recorded any."""
+    rows, named = [], []
+    for run in runs:
+        norms = [
+            (found["norm"], client, entry["round"])
+            for entry in run.rounds
+            for client, found in entry.get("updates", {}).items()
+        ]
+        if norms:
+            longest, client, round = max(norms)
+            usual = median(norm for norm, *_ in norms)
+            rows.append([run.name, number(usual), number(longest), client, str(round)])
+        for entry in run.rounds:
+            for client, why in entry.get("stands_out", {}).items():
+                named.append([run.name, str(entry["round"]), client, why])
+    lengths = _table("", ["run", "median norm", "longest", "of client", "in round"], rows) if rows else ""
+    out = _table("Who stood out", ["run", "round", "client", "why"], named, left=True) if named else ""
+    return "\n".join(filter(None, (lengths, out)))
 
 
 def _left_out(runs: Sequence[RunData]) -> str:

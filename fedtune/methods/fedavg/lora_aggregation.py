@@ -51,6 +51,24 @@ def pad(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, 
     return padded
 
 
+def padded(update: Mapping[str, Tensor], rank: int) -> Iterator[Tensor]:
+    """An update's tensors by name, factors filled up with zeros to a rank: every number has its place."""
+    for name in sorted(update):
+        lacking = rank - update[name].shape[0 if name.endswith(A) else 1] if is_factor(name) else 0
+        places = (0, 0, 0, lacking) if name.endswith(A) else (0, lacking)
+        yield nn.functional.pad(update[name], places) if lacking else update[name]
+
+
+def products(update: Mapping[str, Tensor], scale: float) -> Iterator[Tensor]:
+    """An update's tensors by name, with `scale` · B A for two factors; one product in memory at a time."""
+    for name in sorted(update):
+        if name.endswith(B):
+            a = update[name.removesuffix(B) + A].to(torch.float32)
+            yield scale * (update[name].to(torch.float32) @ a)
+        elif not name.endswith(A):
+            yield update[name]
+
+
 def stack(
     product: Mapping[str, Tensor],
     replies: Sequence[tuple[Mapping[str, Tensor], int]],

@@ -268,8 +268,8 @@ class FedAvg:
 
     def updates(self) -> Updates:
         """See robust.py."""
-        factors = self.config.lora if self.config.aggregation == "stack" else None
-        return robust.updates(scale=factors.alpha / factors.rank if factors else None, control=CONTROL)
+        stacked = self.config.aggregation == "stack"
+        return robust.updates(self.config.lora, stacked=stacked, control=CONTROL)
 
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""

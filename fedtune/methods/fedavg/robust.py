@@ -6,6 +6,7 @@ from functools import partial
 
 from fedtune.core.robust import MeanName, Updates
 from fedtune.methods.fedavg import lora_aggregation as lora
+from fedtune.methods.tuning import Lora
 
 _ALONE = "arrival: asynchronous takes each reply in alone, as it comes; take arrival: synchronous"
 _SECOND = "control_variates are a second update beside the first, on another scale"
@@ -51,13 +52,22 @@ def bound_refusal(*, quantile: bool, asynchronous: bool, control: bool) -> str |
     return None
 
 
-def updates(*, scale: float | None, control: str) -> Updates:
+def updates(factors: Lora | None, *, stacked: bool, control: str) -> Updates:
     """The changes of the weights, and apart from them of the control variates; of stacked factors, B A.
 
     Args:
-        scale: alpha / rank, where clients send factors to stack.
+        factors: Where clients send LoRA factors.
+        stacked: Whether to stack them.
         control: What the control variates' names start with.
     """
-    if scale is not None:
-        return Updates(inner=partial(lora.inner, scale=scale), scaled=lora.scaled)
-    return Updates(lambda name: "control" if name.startswith(control) else "weights")
+    if factors is not None and stacked:
+        scale = factors.alpha / factors.rank
+        return Updates(
+            inner=partial(lora.inner, scale=scale),
+            scaled=lora.scaled,
+            vector=partial(lora.products, scale=scale),
+        )
+    return Updates(
+        lambda name: "control" if name.startswith(control) else "weights",
+        vector=partial(lora.padded, rank=factors.rank) if factors is not None else None,
+    )

@@ -227,6 +227,7 @@ class FedKSeed:
             lambda name: "update",
             lambda one, other: float(self._sums(one) @ self._sums(other)),
             lambda update, times: {n: t if n == "seeds" else t * times for n, t in update.items()},
+            lambda update: [self._sums(update)],
         )
 
     def _sums(self, update: Mapping[str, Tensor]) -> Tensor:
