@@ -7,21 +7,23 @@ mean and standard deviation over three seeds.
 
 Table:   accuracy by attack and defence; docs/poisoning.md, block poisoning-accuracy
 Command: python reproduce/poisoning.py accuracy
-Time:    30 minutes
+Time:    6 minutes
 Needs:   ../shared
-Result:  PENDING
+Result:  one of ten that sends 1000 times its update takes 0.849 to 0.279; without any option it stays 0.837;
+         an inflated count of one with moved labels takes it to 0.133, and capped weights keep 0.798
 
 Table:   held-out loss by attack and defence; docs/poisoning.md, block poisoning-loss
 Command: python reproduce/poisoning.py loss
 Time:    seconds, after the accuracies
 Needs:   ../shared
-Result:  PENDING
+Result:  0.486 honestly; two of ten that send 10 times theirs make it 3.16, a median 0.433, Krum 0.872
 
 Table:   who was named and left out without any option; docs/poisoning.md, block poisoning-named
 Command: python reproduce/poisoning.py named
 Time:    seconds, after the accuracies
 Needs:   ../shared
-Result:  PENDING
+Result:  all 36 updates times 1000 of four clients were named and left out, 8 of 36 with a flipped sign named,
+         of flipped labels and inflated counts 0, of honest clients 0
 """
 
 from __future__ import annotations

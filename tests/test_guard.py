@@ -205,3 +205,16 @@ def test_a_round_that_all_poison_stops_with_the_last_good_checkpoint(tmp_path: P
 def test_too_few_are_left_without_who_stands_out(tmp_path: Path) -> None:
     done = poisoned(tmp_path, TIMES_1000, document(quorum=3))
     assert done.status == 3 and "the quorum is 3. Left out: client 2: the norm of its update" in done.err
+
+
+def test_flowers_simulation_leaves_out_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    config = document()
+    config["method"]["rounds"] = 2
+    here = poisoned(tmp_path, TIMES_1000, config)
+    assert here.status == 0, here.err
+    config["transport"] = {"name": "flower-simulation"}
+    there = poisoned(tmp_path, TIMES_1000, config, "--out", "there")
+    assert there.status == 0, there.err
+    rounds = outcome(tmp_path / "run")["rounds"]
+    assert outcome(tmp_path / "there")["rounds"] == rounds and rounds[2]["left_out"].keys() == {"2"}

@@ -39,7 +39,7 @@ MOST_ALLOWED = 10.0
 FEWEST = 4
 AGAINST = 0.5
 
-_ROWS = 64  # worked on at once: 2 MiB as float64
+_ROWS = 32  # worked on at once: 1 MiB as float64
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sketch(update: Iterable[Tensor]) -> Sketch:
 
     Entry c · WIDTH + j is added, with a random sign, at place j + s_c mod WIDTH, s_c random.
     """
-    sums, square, at = torch.zeros(WIDTH, dtype=torch.float64), 0.0, 0
+    twice, square, at = torch.zeros(2 * WIDTH, dtype=torch.float64), 0.0, 0
     signs = _random(1 << 62, WIDTH)[1]
     for tensor in update:
         flat, done = tensor.detach().cpu().reshape(-1), 0
@@ -103,11 +103,12 @@ def sketch(update: Iterable[Tensor]) -> Sketch:
             square += float(piece.dot(piece))
             rows = torch.zeros(-(-(place + len(piece)) // WIDTH), WIDTH, dtype=torch.float64)
             rows.view(-1)[place : place + len(piece)] = piece
-            shifts, sign = _random(at // WIDTH, len(rows))
-            from_place = (torch.arange(WIDTH) - shifts[:, None]) % WIDTH
-            sums += (rows * signs * sign[:, None]).gather(1, from_place).sum(0)
+            shifts, of_rows = _random(at // WIDTH, len(rows))
+            drawn = zip(rows.mul_(signs), shifts.tolist(), of_rows.tolist(), strict=True)
+            for row, shift, sign in drawn:
+                twice[shift : shift + WIDTH].add_(row, alpha=sign)
             done, at = done + len(piece), at + len(piece)
-    norm = math.sqrt(square)
+    norm, sums = math.sqrt(square), twice[:WIDTH] + twice[WIDTH:]
     return Sketch(norm, (sums / norm if norm else sums).to(torch.float32))
 
 
