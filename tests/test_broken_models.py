@@ -45,7 +45,11 @@ def test_a_broken_model_folder_is_one_sentence(
         "evaluation": {"tasks": ["loss"], "max_examples": 2},
     }
     write_config(tmp_path / "c.yaml", document)
-    rows = [json.dumps({"instruction": "w5 w6", "output": word}) for word in ("w7", "w8")] * 8
+    rows = [
+        json.dumps({"instruction": f"w5 w{number}", "output": word})
+        for number in range(10, 18)
+        for word in ("w7", "w8")
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(rows))
     capfd.readouterr()
     before = sorted(tmp_path.rglob("*"))

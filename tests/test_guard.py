@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +119,25 @@ def test_where_nobody_can_be_left_out_the_run_stops_and_says_why() -> None:
     updates = {0: 1.0, 1: 1.0, 2: 50.0}
     with pytest.raises(RoundRefused, match=r"Who stands out: client 2: .* Clients come in turn"):
         guard("in-turn").settle(Round(updates).once, Round(updates).scored, loss=2.0)
-    blind, settings = Round(updates, seen=False), {"privacy": {"clip": 1.0, "noise_multiplier": 1.0}}
+    blind, privacy = Round(updates, seen=False), {"clip": 1.0, "noise_multiplier": 1.0}
     with pytest.raises(RoundRefused, match="The server sees no single update"):
-        guard(**settings).settle(blind.once, blind.scored, loss=2.0)
+        guard(privacy=privacy, max_loss_jump=3).settle(blind.once, blind.scored, loss=2.0)
     assert len(blind.tries) == 1  # a second sum of the same updates would tell more than the first
+
+
+def test_noise_may_do_what_it_does_unless_a_bound_is_set() -> None:
+    """A short run with little data and much noise: the loss rises by nats, and nobody is to blame."""
+    noisy: dict[str, Any] = {"privacy": {"clip": 1.0, "noise_multiplier": 1.0}}
+    round = Round({0: 9.0, 1: 9.0}, seen=False)
+    assert guard(**noisy).settle(round.once, round.scored, loss=2.0).outcome.clients == [0, 1]
+    with pytest.raises(RoundRefused, match=r"its held-out loss is 9, and was 2\."):
+        guard(**noisy, max_loss_jump=3).settle(round.once, round.scored, loss=2.0)
+
+    def lost(state: State) -> Evaluated:
+        return Evaluated({"loss": {"loss": math.nan}})
+
+    with pytest.raises(RoundRefused, match="its held-out loss is nan"):
+        guard(**noisy).settle(round.once, lost, loss=2.0)
 
 
 def test_rows_that_train_on_this_machine_alone_may_get_as_bad_as_they_do() -> None:

@@ -145,6 +145,8 @@ class Simulate(Settings):
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Jump = Annotated[float, Field(gt=0)] | Literal["auto"] | None
+LOSS_JUMP = 3.0  # nats; honest rounds add up to 0.23 (docs/poisoning.md)
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -161,7 +163,14 @@ class Federation(Settings):
     weights: Weights = "examples"  # of a client in a mean; capped: at most the median of what all registered
     max_examples: int | None = Field(None, ge=1)  # a client that registers more counts as so many
     max_norm_ratio: float | None = Field(100.0, gt=1)  # of an update to the others' median, in a plain mean
-    max_loss_jump: float | None = Field(3.0, gt=0)  # nats of held-out loss that a round may add; null: any
+    max_loss_jump: Jump = "auto"  # nats of held-out loss that a round may add; auto: 3, any with privacy
+
+    @property
+    def loss_jump(self) -> float | None:
+        """Nats of held-out loss that a round may add; None: any. Noise alone can add as many as it likes."""
+        if self.max_loss_jump != "auto":
+            return self.max_loss_jump
+        return None if self.privacy is not None else LOSS_JUMP
 
     @property
     def refusal_of_weights(self) -> str | None:

@@ -152,7 +152,7 @@ class Guard:
     def _jump(self, scores: Evaluated, before: float | None) -> str:
         if not self.method.uses_wire:  # nobody but this machine takes part
             return ""
-        now, most = held_out_loss(scores.result), self.settings.max_loss_jump
+        now, most = held_out_loss(scores.result), self.settings.loss_jump
         if now is None:
             return ""
         if not math.isfinite(now):
