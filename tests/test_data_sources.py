@@ -418,7 +418,9 @@ def test_holdout_of_a_fraction(n: int, fraction: float, seed: int) -> None:
     ("names", "fraction", "category", "words"),
     [
         ("ab", 0.5, "a", "not both"),
-        ("ab", None, "aa", 'category "aa"; there are "a", "b"'),
+        ("ab", None, "aa", 'category "aa"; there are "a", "b"\\.'),
+        ("abcdefghijklmnopqrst", None, "aa", '"s", "t"\\.'),  # 20 are named
+        ("abcdefghijklmnopqrstu", None, "aa", '"s", "t", …\\.'),
         ("aa", None, "last", "none would be left"),
         ("ab", 0.0, None, "between 0 and 1"),
         ("ab", 1.0, None, "between 0 and 1"),

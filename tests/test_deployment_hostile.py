@@ -28,6 +28,7 @@ SAID = {
     "list": "is not one of fedtune's",
     "megabyte": "is not one of fedtune's",
     "control": "owned",
+    "scaled": "the norm of its update",
 }
 
 

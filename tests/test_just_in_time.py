@@ -179,6 +179,16 @@ def test_any_linear_layer_and_every_element_formed_once(
         assert_close(found, written(layer)(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [("bias",), ("weight", "bias")])
+def test_a_linear_layer_may_be_called_with_names(named: tuple[str, ...]) -> None:
+    layer, x = nn.Linear(3, 2), torch.ones(4, 3)
+    own = {name: getattr(layer, name) for name in ("weight", "bias")}
+    rest = [own[name] for name in own if name not in named]
+    with torch.no_grad(), JustInTimeWeights(own, shifted):
+        found = functional.linear(x, *rest, **{name: own[name] for name in named})
+    assert_close(found, written(layer)(x))
+
+
 @given(
     ids=st.lists(st.integers(0, 29), max_size=12), width=st.integers(1, 9),
     gap=st.integers(0, 500), chunk=st.integers(1, 2000),

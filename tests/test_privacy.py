@@ -269,7 +269,8 @@ def test_whom_a_round_asks_is_not_in_the_configuration(tmp_path: Path) -> None:
             drawn[-1].append(spending.cohort(examples))
     assert drawn[0] == drawn[1]  # continued
     assert drawn[0] != drawn[2]  # another run
-    assert (first / "sampling.secret").stat().st_mode & 0o077 == 0
+    secret = first / "sampling.secret"
+    assert secret.stat().st_mode & 0o077 == 0 and len(bytes.fromhex(secret.read_text())) == 16
 
 
 @pytest.mark.parametrize("secure", [False, True])

@@ -5,6 +5,7 @@ Each rule is a function over sources. It finds nothing in this project, and it f
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -299,3 +300,28 @@ def test_a_test_that_is_not_there_is_found() -> None:
 )
 def test_unpickling_is_found(source: str) -> None:
     assert len(unpickling({"fedtune.a": source, "fedtune.b": "import json\ntorch.save(1, path)"})) == 1
+
+
+def test_what_is_a_record_stays_as_it_was_made() -> None:
+    """Only what counts or collects over time can be changed."""
+    changing = {
+        f"{module}.{node.name}"
+        for module, source in PACKAGE.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+        for decorator in map(ast.unparse, node.decorator_list)
+        if decorator.startswith("dataclass") and "frozen=True" not in decorator
+    }
+    assert changing == {
+        "fedtune.core.cohort.RoundOutcome",
+        "fedtune.evaluation.code._Tally",
+        "fedtune.federation.assembly.Assembly",
+        "fedtune.federation.consent.Consent",
+        "fedtune.methods.fedbiot.server.Server",
+        "fedtune.methods.step_loss.TokenMean",
+        "fedtune.models.alignment.Teacher",
+        "fedtune.planning.traffic.Traffic",
+        "fedtune.theory.one_shot._Running",
+        "fedtune.transport.remote._Open",
+        "fedtune.transport.worker._Incoming",
+    }
