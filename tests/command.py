@@ -127,6 +127,7 @@ def _run(
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup does this one
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if die_at is not None:

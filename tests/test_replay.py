@@ -115,7 +115,7 @@ def test_clients_server_and_a_replay_elsewhere_hold_the_same_bits(
         "model": {"dtype": dtype},
         "data": {"max_examples": 12, "max_length": 64, "clients": 4},
         "method": {"name": method, "noise": noise, "rounds": 4, "seeds": 64, "local_steps": 4, "lr": 1e-3},
-        "federation": {"clients_per_round": 2},  # two are absent in each round
+        "federation": {"clients_per_round": 2, "max_loss_jump": None},  # two are absent; the rate is too high
         "evaluation": {"tasks": ["loss"], "every": 0, "max_examples": 4},
         "checkpoints": {"keep": None},
     }

@@ -25,6 +25,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.federation import run as federation
 from fedtune.federation.progress import Silent
 from fedtune.methods.fedavg.method import Config
+from fedtune.protection.robust import Robust
 from fedtune.protection.settings import Privacy, SecureAggregation
 
 
@@ -153,6 +154,8 @@ FIELDS: Table = {
         5.0,
         SLOW | {"federation.deadline_s": 6.0, "seed": 1} | {"federation.simulate.delay_s": 0.0},
     ),
+    "federation.weights": ("equal", {}),
+    "federation.max_examples": (3, {}),
     "evaluation.tasks": (["accuracy"], {"evaluation.max_new_tokens": 2}),
     "evaluation.every": (2, {"method.rounds": 2}),
     "evaluation.arrivals": (True, {"method.arrival": "asynchronous"}),
@@ -187,6 +190,8 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     *(f"transport.{name}" for name in Transport.model_fields),
     *(f"data.public.{name}" for name in Public.model_fields),  # test_public_data.py
     *(f"federation.secure_aggregation.{name}" for name in SecureAggregation.model_fields),
+    *("federation.max_loss_jump", "federation.max_norm_ratio"),  # test_guard.py
+    *(f"federation.robust.{name}" for name in Robust.model_fields),  # test_robust.py, test_robust_runs.py
     *(f"federation.privacy.{name}" for name in Privacy.model_fields),  # test_privacy.py
     *(f"evaluation.{name}" for name in ("samples", "temperature", "top_p")),  # test_code_evaluation.py
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py
