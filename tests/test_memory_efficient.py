@@ -61,6 +61,15 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert torch.equal(model(**batch(family)).loss, before)
 
 
+def test_checkpointing_of_the_models_owner_stays() -> None:
+    model = build("llama")
+    # the name that transformers has from 5.24 on, or the one before
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with memory_efficient(model, checkpointing=False):
+        pass
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def test_a_model_that_cannot_compute_again_is_refused() -> None:
     model = build("llama")
     type(model).supports_gradient_checkpointing = False

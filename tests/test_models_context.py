@@ -44,6 +44,12 @@ def test_positions(config: transformers.PretrainedConfig, expected: int | None) 
     assert positions(config) == expected
 
 
+@pytest.mark.parametrize(("first", "found"), [(None, 24), (0, 24), (-1, 24), (16, 16)])
+def test_a_limit_that_says_nothing_is_passed_over(first: int | None, found: int) -> None:
+    config = transformers.PretrainedConfig(max_position_embeddings=first, n_ctx=24)
+    assert positions(config) == found
+
+
 @pytest.mark.parametrize(
     ("rope", "expected"),
     [

@@ -22,6 +22,7 @@ from fedtune.methods.fedcybgd.settings import Config
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import check_blocks_go
 from fedtune.models.emulator import build, submodel, take
+from fedtune.models.per_layer import with_blocks
 from fedtune.planning.plan import plan
 
 WINDOW = BASE | {"sliding_window": 2}
@@ -83,6 +84,14 @@ def test_blocks_that_would_change_are_refused_with_the_setting(name: str) -> Non
         check_blocks_go(model)
     whole = build(submodel(model, take(model, range(6))))
     assert torch.equal(logits(whole), logits(model))
+
+
+def test_kinds_of_attention_that_are_counted_in_runs() -> None:
+    """GPT-Neo's global, global, local, local, local, local without the second and the third block."""
+    kind, settings = GO["attention_types"]
+    small = with_blocks(made(kind, settings).config, 6, [0, 3, 4, 5])
+    assert small.attention_types == [[["global"], 1], [["local"], 1], [["local"], 1], [["local"], 1]]
+    assert small.attention_layers == ["global", "local", "local", "local"]
 
 
 def test_a_block_that_is_used_again_and_again_keeps_its_number_of_turns() -> None:

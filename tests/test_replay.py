@@ -122,6 +122,7 @@ def test_clients_server_and_a_replay_elsewhere_hold_the_same_bits(
     write_config(tmp_path / "c.yaml", document)
     done = fedtune("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path)
     assert done.status == 0, done.err
+    assert done.err.count("with epsilon 0.0005 and bfloat16 weights") == (dtype == "bfloat16")  # once a run
     done = fedtune("replay", "run", "--round", "3", "--out", "replayed", cwd=tmp_path)
     assert done.status == 0, done.err
     replayed = as_bits(load_file(tmp_path / "replayed/model.safetensors"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import email.utils
+import http.client
 import logging
 import re
 import socket
@@ -33,6 +36,10 @@ from fedtune.transport.worker import Worker
 log = logging.getLogger("fedtune")
 LOOK_S = 1.0
 HAND_ON_S = 3.0  # that the last answer has to reach the server, so that it need not wait for the deadline
+AHEAD_S, BEHIND_S = (
+    5,
+    300,
+)  # what Flower lets pass of a client's clock: its signatures say when they were made
 TAKEN_S = 90.0  # a node that was killed blocks its key for 60 s
 # After these Flower's node does nothing more, but does not end: for it a connection that closes in the middle
 # of a TLS handshake, as through a proxy whose server is away, is one to the wrong server.
@@ -186,6 +193,15 @@ class Node:
 
     def _refused(self, text: str, seconds: float) -> None:
         """Whether to try again after the server did not take this node. Raises FederationError if not."""
+        ahead = self._clock_ahead_s()
+        if ahead is not None and not -BEHIND_S < ahead < AHEAD_S:
+            off = datetime.timedelta(seconds=round(abs(ahead)))
+            log_line(
+                f"this machine's clock is {off} {'ahead of' if ahead > 0 else 'behind'} the server's, and "
+                f"Flower takes nobody whose clock is {AHEAD_S} s ahead or {BEHIND_S} s behind; set it, and "
+                "this client goes on by itself"
+            )
+            return
         code = re.search(r"\[code: (\d+)\]", text)
         if code or re.search(r"\b401\b", text):
             if seconds < TAKEN_S:
@@ -197,6 +213,19 @@ class Node:
                 "fedtune keys makes one, and the server has to be started again with the new clients.json"
             )
         log_line(f"Flower's node ended; trying again. {processes.last_lines(self._log, 1)}")
+
+    def _clock_ahead_s(self) -> float | None:
+        """Seconds that this machine's clock is ahead of the server's, to the second; None if not known."""
+        context = ssl.create_default_context(cafile=str(self._setup.keys / "ca.crt"))
+        connection = http.client.HTTPSConnection(self._host, self._port, timeout=10, context=context)
+        try:
+            connection.request("GET", "/v1/fleet/")
+            told = connection.getresponse().headers.get("Date", "")
+            return time.time() - email.utils.parsedate_to_datetime(told).timestamp()
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+        finally:
+            connection.close()
 
     def _wait_for_server(self) -> None:
         """Waits until the server can be reached. Raises InputError if it has the wrong certificate."""
