@@ -227,10 +227,14 @@ def test_a_client_that_did_not_answer_is_sent_its_model_again() -> None:
         run.round(3)
 
 
-def test_a_client_with_another_emulator_on_disk_is_as_one_that_has_lost_it() -> None:
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_client_with_another_emulator_on_disk_is_as_one_that_has_lost_it(forgotten: bool) -> None:
     run = Run(**ALIGNED)
     run.round(1)
-    run.runners[0].states[0] = Payload(scalars={"model": "0" * 64})
+    if forgotten:
+        del run.runners[0].states[0]
+    else:
+        run.runners[0].states[0] = Payload(scalars={"model": "0" * 64})
     outcome = run.round(2)
     assert "does not have the emulator any more" in outcome.left_out[0] and outcome.clients == [1]
 
