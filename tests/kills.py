@@ -14,7 +14,9 @@ nobody touched. The moments are drawn from a seed (--seed); what was killed and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -117,9 +119,6 @@ def called(pid: int) -> str:
 
 def kill(pid: int) -> None:
     """SIGKILL, if it is still there."""
-    import contextlib
-    import os
-
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

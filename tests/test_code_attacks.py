@@ -7,18 +7,18 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toolchains import need_namespaces, toolchains
 
 from fedtune.errors import InputError
 from fedtune.evaluation import python_child, sandbox
 from fedtune.evaluation.code import verdicts
-from fedtune.evaluation.compilers import Missing, Problem, Toolchain
+from fedtune.evaluation.compilers import Problem, Toolchain
 from fedtune.evaluation.languages import LANGUAGES
 from fedtune.evaluation.sandbox import CodeSettings, Finished, Step
 
@@ -64,21 +64,8 @@ MARK = "humaneval-x: the end of the tests was reached"
 
 @pytest.fixture(scope="module")
 def limits() -> CodeSettings:
-    try:
-        sandbox.check("namespaces")
-    except InputError as error:
-        pytest.skip(f"this system permits no namespaces: {error}")
+    need_namespaces()
     return CodeSettings(seconds=20.0, memory_mb=512)
-
-
-def toolchains(name: str) -> Iterator[Toolchain]:
-    context: AbstractContextManager[Toolchain] = LANGUAGES[name].toolchain()
-    try:
-        toolchain = context.__enter__()
-    except Missing as why:
-        pytest.skip(f"{name}: {why}")
-    yield toolchain
-    context.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")

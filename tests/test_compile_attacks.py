@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from toolchains import need_namespaces, toolchains
 
-from fedtune.errors import InputError
 from fedtune.evaluation import sandbox
-from fedtune.evaluation.compilers import Missing, Problem, Toolchain
+from fedtune.evaluation.compilers import Problem, Toolchain
 from fedtune.evaluation.languages import LANGUAGES
 from fedtune.evaluation.sandbox import CodeSettings, Finished, Step
 
@@ -44,20 +43,7 @@ SECONDS = 6.0  # instead of a compiler's 60
 
 @pytest.fixture(scope="module", autouse=True)
 def isolated() -> None:
-    try:
-        sandbox.check("namespaces")
-    except InputError as error:
-        pytest.skip(f"this system permits no namespaces: {error}")
-
-
-def toolchains(name: str) -> Iterator[Toolchain]:
-    context: AbstractContextManager[Toolchain] = LANGUAGES[name].toolchain()
-    try:
-        toolchain = context.__enter__()
-    except Missing as why:
-        pytest.skip(f"{name}: {why}")
-    yield toolchain
-    context.__exit__(None, None, None)
+    need_namespaces()
 
 
 @pytest.fixture(scope="module")

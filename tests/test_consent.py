@@ -19,8 +19,9 @@ from fedtune.config.file import parse_config
 from fedtune.core.cohort import QuorumError
 from fedtune.core.types import ClientError, Payload
 from fedtune.errors import InputError
+from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.client import join
-from fedtune.federation.consent import Asked, Consent, check, settings_digest
+from fedtune.federation.consent import Consent, check
 from fedtune.federation.spending import Record, together
 from fedtune.protection.settings import Privacy
 from fedtune.transport.acceptance import Acceptance, NotAccepted

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import email.utils
+import ssl
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +18,8 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from test_deployment_messages import INVITATION, Runner
 
 from fedtune.deploy import client as deployed_client
-from fedtune.deploy.client import ClientSetup, run_client
+from fedtune.deploy.client import ClientSetup, clock_ahead_s, run_client
+from fedtune.deploy.keys import make_keys
 from fedtune.errors import ProgramError
 from fedtune.transport.messages import Message, connect, receive, send
 from fedtune.transport.worker import JoinedRun
@@ -54,3 +61,46 @@ def test_a_fault_of_a_clients_program_ends_it_once_the_server_was_told(
         run_client(setup)
     assert ended.value.exit_status == 3
     assert told[1].fields == {"fault": "it failed: RuntimeError; its own log says more"}
+
+
+@contextmanager
+def dated(keys: Path, date: str | None) -> Iterator[int]:
+    """A server that says it is another day; its port."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(404)  # which no server of ours says more to, and no date of its own
+            if date is not None:
+                self.send_header("Date", date)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(keys / "server/server.crt", keys / "server/server.key")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_how_far_a_clock_is_off_is_what_the_server_says(tmp_path: Path) -> None:
+    keys, authority = tmp_path / "keys", tmp_path / "keys/server/ca.crt"
+    make_keys(keys, ["localhost"], ["a"], days=2)
+    make_keys(tmp_path / "other", ["localhost"], ["a"], days=2)
+    for ahead in (-86_400, 0, 40, 86_400):
+        with dated(keys, email.utils.formatdate(time.time() - ahead, usegmt=True)) as port:
+            found = clock_ahead_s("localhost", port, authority)
+            assert found is not None and abs(found - ahead) < 5
+    for date in (None, "", "yesterday", "Mon, 99 Foo 2026 99:99:99 GMT"):
+        with dated(keys, date) as port:
+            assert clock_ahead_s("localhost", port, authority) is None
+    with dated(keys, email.utils.formatdate(0)) as port:  # of another federation
+        assert clock_ahead_s("localhost", port, tmp_path / "other/server/ca.crt") is None
+    assert clock_ahead_s("localhost", port, authority) is None  # nobody is there any more

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,53 +21,33 @@ from torch import Tensor
 from fedtune.core.types import Payload, Reply
 
 
-class Gathered(Protocol):
+class Gathered(ABC):
     """Replies of one round, told apart by their clients. Used as a context manager."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def put(self, reply: Reply) -> None:
-        """Keeps a reply."""
-
-    def replies(self) -> dict[int, Reply]:
-        """Those that were kept, without their tensors, by client in ascending order."""
-
-    def shapes(self, client: int) -> Mapping[str, tuple[int, ...]]:
-        """Of a client's tensors, by name."""
-
-    def read(self, client: int, name: str, start: int, end: int) -> Tensor:
-        """The numbers `start` to `end` of a tensor, in one dimension."""
-
-    def whole(self, client: int, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """All tensors of a client, but for those of some names."""
-
-
-class _Known:
-    """What is known of gathered replies besides their numbers."""
 
     def __init__(self) -> None:
         self._replies: dict[int, Reply] = {}
         self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def put(self, reply: Reply) -> None:
+        """Keeps a reply."""
         tensors, scalars = reply.payload.tensors, reply.payload.scalars
         self._replies[reply.client] = Reply(reply.client, Payload({}, scalars), reply.metrics, reply.cohort)
         self._shapes[reply.client] = {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
     def replies(self) -> dict[int, Reply]:
+        """Those that were kept, without their tensors, by client in ascending order."""
         return dict(sorted(self._replies.items()))
 
     def shapes(self, client: int) -> Mapping[str, tuple[int, ...]]:
+        """Of a client's tensors, by name."""
         return self._shapes[client]
 
+    @abstractmethod
     def read(self, client: int, name: str, start: int, end: int) -> Tensor:
-        raise NotImplementedError
+        """The numbers `start` to `end` of a tensor, in one dimension."""
 
     def whole(self, client: int, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """All tensors of a client, but for those of some names."""
         return {
             name: self.read(client, name, 0, math.prod(shape)).reshape(shape)
             for name, shape in self._shapes[client].items()
@@ -82,7 +63,7 @@ class _Known:
         self._replies.clear()
 
 
-class InMemory(_Known):
+class InMemory(Gathered):
     """Gathered in memory, as they came."""
 
     def __init__(self) -> None:
@@ -99,7 +80,7 @@ class InMemory(_Known):
         return self._tensors[client][name].reshape(-1)[start:end]
 
 
-class OnDisk(_Known):
+class OnDisk(Gathered):
     """Gathered in a file of `folder`, which takes as many bytes as the replies have."""
 
     def __init__(self, folder: Path) -> None:

@@ -193,7 +193,7 @@ class Node:
 
     def _refused(self, text: str, seconds: float) -> None:
         """Whether to try again after the server did not take this node. Raises FederationError if not."""
-        ahead = self._clock_ahead_s()
+        ahead = clock_ahead_s(self._host, self._port, self._setup.keys / "ca.crt")
         if ahead is not None and not -BEHIND_S < ahead < AHEAD_S:
             off = datetime.timedelta(seconds=round(abs(ahead)))
             log_line(
@@ -213,19 +213,6 @@ class Node:
                 "fedtune keys makes one, and the server has to be started again with the new clients.json"
             )
         log_line(f"Flower's node ended; trying again. {processes.last_lines(self._log, 1)}")
-
-    def _clock_ahead_s(self) -> float | None:
-        """Seconds that this machine's clock is ahead of the server's, to the second; None if not known."""
-        context = ssl.create_default_context(cafile=str(self._setup.keys / "ca.crt"))
-        connection = http.client.HTTPSConnection(self._host, self._port, timeout=10, context=context)
-        try:
-            connection.request("GET", "/v1/fleet/")
-            told = connection.getresponse().headers.get("Date", "")
-            return time.time() - email.utils.parsedate_to_datetime(told).timestamp()
-        except (OSError, http.client.HTTPException, ValueError):
-            return None
-        finally:
-            connection.close()
 
     def _wait_for_server(self) -> None:
         """Waits until the server can be reached. Raises InputError if it has the wrong certificate."""
@@ -263,3 +250,23 @@ def _address(server: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"--server {server!r}: write HOST:PORT, as in fed.example.org:443")
     return host.strip("[]"), int(port)
+
+
+def clock_ahead_s(host: str, port: int, authority: Path) -> float | None:
+    """Seconds that this machine's clock is ahead of a server's, to the second; None if it does not say.
+
+    Args:
+        host: Of the server.
+        port: Of the server.
+        authority: The certificate that vouches for it.
+    """
+    context = ssl.create_default_context(cafile=str(authority))
+    connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+    try:
+        connection.request("GET", "/v1/fleet/")
+        told = connection.getresponse().headers.get("Date", "")
+        return time.time() - email.utils.parsedate_to_datetime(told).timestamp()
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()

@@ -26,8 +26,9 @@ from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError
+from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection, device_of
-from fedtune.federation.consent import Asked, Consent, settings_digest
+from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import Room, describe, encode_for, example_room
 from fedtune.federation.plugins import load_again
 from fedtune.measure.clock import Clock
