@@ -138,6 +138,22 @@ def test_powersgd_gives_low_rank_and_loses_nothing() -> None:
     assert torch.equal(bias.grad, torch.ones(5))
 
 
+def test_what_powersgd_remembers_counts_as_memory() -> None:
+    """8 x 6 weights at rank 2, an error of 8 x 6 and Q of 6 x 2, both float32, beside what there is without."""
+    parameter = nn.Parameter(torch.ones(8, 6))
+    sizes = []
+    for powersgd in (None, PowerSGD(rank=2)):
+        active = ActiveBlock.begin({"w": parameter}, Training(), powersgd, torch_generator(0))
+        meter = MemoryMeter("cpu")
+        parameter.grad = torch.arange(48.0).reshape(8, 6)
+        active.step(0.0, Training())
+        with meter.whole(resident=[{"w": parameter}, *active.resident()]):
+            pass
+        sizes.append(meter.peak_bytes)
+        active.end()
+    assert sizes[1] - sizes[0] == 4 * (8 * 6 + 6 * 2)
+
+
 def test_powersgd_and_accumulation_change_training() -> None:
     results = []
     for powersgd in (None, {"rank": 1}, {"rank": 1, "start_step": 99}):

@@ -104,6 +104,25 @@ def test_merging_adds_scaled_ba_to_the_weight(tmp_path):
     )
 
 
+def test_an_adapter_of_a_base_that_moved_names_the_new_place(tmp_path):
+    folder = save_folder(tmp_path / "base")
+    load = loader(tmp_path, "llama", torch.float32)
+    loaded = load("base")
+    save_result(
+        attach_lora(loaded.model, rank=2, alpha=6, dropout=0.0, targets=["up_proj"], seed=0),
+        loaded.tokenizer,
+        tmp_path / "first",
+    )
+    folder.rename(tmp_path / "moved")
+    again = load_result(tmp_path / "first", lambda name: load("moved"))
+    save_result(again.model, again.tokenizer, tmp_path / "second")
+    named = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for name in ("first", "second")
+    ]
+    assert named == ["base", "moved"]
+
+
 @pytest.mark.parametrize("how", ["prompt", "p-tuning"])
 def test_a_prompt_read_back_and_a_copy_generate_as_the_model_does(tmp_path, how):
     """As it does by whole forward passes: see test_models_tuning."""
