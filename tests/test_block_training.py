@@ -139,7 +139,7 @@ def test_powersgd_gives_low_rank_and_loses_nothing() -> None:
 
 
 def test_what_powersgd_remembers_counts_as_memory() -> None:
-    """8 x 6 weights at rank 2, an error of 8 x 6 and Q of 6 x 2, both float32, beside what there is without."""
+    """8 x 6 weights, rank 2: an error of 8 x 6 and Q of 6 x 2, in float32, beside the rest."""
     parameter = nn.Parameter(torch.ones(8, 6))
     sizes = []
     for powersgd in (None, PowerSGD(rank=2)):
