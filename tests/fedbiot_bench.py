@@ -18,7 +18,8 @@ from fedtune.core.types import Arrival, ServerEnv
 from fedtune.data.encode import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.protection.robust import Robust, robust_mean
+from fedtune.protection.robust import Robust
+from fedtune.protection.robust_mean import robust_mean
 from fedtune.transport.in_process import InProcess, Simulation
 
 CPU = torch.device("cpu")

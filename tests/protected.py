@@ -15,11 +15,13 @@ from fedtune.core.loop import RoundLoop
 from fedtune.core.types import SECURE, Arrival, Gate, Payload
 from fedtune.core.wire import Content, decode, encode
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config as KSeedConfig
 from fedtune.protection.identity import Identity
-from fedtune.protection.robust import Robust, robust_mean
+from fedtune.protection.robust import Robust
+from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.secure_client import SecureClient
 from fedtune.protection.settings import Privacy, SecureAggregation
 from fedtune.protection.summing import Summing

@@ -17,7 +17,8 @@ from fedtune.data.encode import IGNORED, Encoded
 from fedtune.errors import FederationError
 from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
-from fedtune.methods.fedbiot.settings import Config, OffsiteConfig, State
+from fedtune.methods.fedbiot.settings import Config, OffsiteConfig
+from fedtune.methods.fedbiot.state import State
 from fedtune.models import alignment
 from fedtune.models.alignment import alignment_loss, distillation_loss, entering, representation_loss
 from fedtune.models.blocks import find_blocks

@@ -18,12 +18,12 @@ from fedtune.data.batches import collate, epoch_batches
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedcybgd.badam import BAdam
-from fedtune.methods.fedcybgd.badam import Config as BAdamConfig
 from fedtune.methods.fedcybgd.order import turn
-from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
-from fedtune.methods.fedcybgd.settings import State
+from fedtune.methods.fedcybgd.powersgd import GradientFilter
+from fedtune.methods.fedcybgd.settings import BAdamConfig, PowerSGD
+from fedtune.methods.fedcybgd.state import State
 from fedtune.methods.fedcybgd.training import ActiveBlock
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 from fedtune.models.parts import find_parts
 
 

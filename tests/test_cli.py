@@ -14,9 +14,11 @@ from command import Result, fedtune, write_config
 from model_families import save_folder
 from safetensors.torch import load_file
 
+from fedtune import load
+from fedtune.bench import BENCHES
 from fedtune.data.partition import PARTITIONERS
 from fedtune.data.templates import TEMPLATES
-from fedtune.evaluation.tasks import TASKS
+from fedtune.evaluation.registry import TASKS
 from fedtune.methods.registry import METHODS
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import load_result
@@ -93,6 +95,49 @@ assert not heavy, heavy
     assert all(f"Example: fedtune {name}" in done.stdout for name in COMMANDS)
     listed = done.stdout.partition("Commands:")[2]
     assert [line.split()[0] for line in listed.splitlines()[1 : len(COMMANDS) + 1]] == list(COMMANDS)
+
+
+def test_settings_are_checked_and_parts_listed_without_torch() -> None:
+    """Every shipped configuration on the bundled model, without privacy and the like."""
+    program = """
+import sys
+from fedtune.cli.main import Listing, app
+for what in Listing:
+    app(args=["ls", what], standalone_mode=False)
+app(args=["bench"], standalone_mode=False)
+app(args=["validate", *sys.argv[1:]], standalone_mode=False)
+heavy = {"torch", "transformers", "peft", "datasets", "numba"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    plain = []
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")):
+        config = load(path)
+        asked = config.federation
+        if config.model.name == "bundled" and not (asked.privacy or asked.secure_aggregation or asked.robust):
+            plain.append(str(path))
+    assert len(plain) > 20
+    done = subprocess.run(
+        [sys.executable, "-c", program, *plain], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_validate_takes_overrides_as_run_does(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_config(tmp_path / f"{name}.yaml", base())
+    assert fedtune("validate", "a.yaml", "b.yaml", "method.lr=0.5", cwd=tmp_path).out.count("fedavg") == 2
+    usage_error(fedtune("validate", "a.yaml", "method.lr=0", cwd=tmp_path), "a.yaml: method.lr", "greater than 0")
+    usage_error(fedtune("validate", "method.lr=0", cwd=tmp_path), "a configuration's file", "method.lr=0")
+    (tmp_path / "c=1.yaml").write_text((tmp_path / "a.yaml").read_text())
+    assert fedtune("validate", "c=1.yaml", cwd=tmp_path).out.startswith("c=1.yaml: fedavg")
+
+
+def test_bench_without_a_name_lists_what_there_is(tmp_path: Path) -> None:
+    entries = fedtune("bench", "--json", cwd=tmp_path).json()
+    assert [entry["name"] for entry in entries] == list(BENCHES)
+    shown = fedtune("bench", cwd=tmp_path).out.splitlines()
+    assert [line.split()[0] for line in shown] == [*BENCHES, "all"]
+    assert all(line.endswith(entry["summary"]) for line, entry in zip(shown, entries, strict=False))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.evaluation.generation import generate
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
-from fedtune.evaluation.tasks import TASKS, evaluate
+from fedtune.evaluation.registry import OWN, TASKS, classifies
+from fedtune.evaluation.tasks import evaluate
 from fedtune.evaluation.types import EvalEnv, EvalSettings
 from fedtune.models.tuning import attach_prompt
 
@@ -290,3 +291,11 @@ def test_rows_of_a_tasks_file(tmp_path: Path) -> None:
         env.file("task")
     with pytest.raises(InputError, match=r"task other reads a data file: give evaluation\.files\.other=FILE"):
         env.file("other")
+
+
+def test_what_is_known_of_a_task_before_it_is_imported_is_what_it_says() -> None:
+    assert list(TASKS) == list(OWN)
+    assert {name: entry.classifier for name, entry in OWN.items()} == {
+        name: TASKS[name].classifier for name in TASKS
+    }
+    assert {name for name in OWN if classifies(name)} == {"loss", "accuracy", "matthews", "pearson"}

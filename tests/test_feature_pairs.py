@@ -20,7 +20,8 @@ from toy import Bench, Toy, items
 from fedtune.core.types import ClientError, Reply
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.method import CONTROL, Config, FedAvg
+from fedtune.methods.fedavg.method import CONTROL, FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.fedcybgd.settings import Config as CycleConfig
 from fedtune.methods.fedcybgd.settings import FedBAvgConfig
 from fedtune.methods.fedkseed.method import FedKSeed

@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from toy import Bench, Toy, items
 
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
+from fedtune.methods.fedavg.settings import Config
 from fedtune.transport.in_process import Simulation
 
 SGD = {"trainable": "full", "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant", "batch_size": 8}

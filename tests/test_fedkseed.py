@@ -24,7 +24,8 @@ from fedtune.core.state import from_payload, to_payload
 from fedtune.errors import FederationError, InputError
 from fedtune.federation import checkpoint
 from fedtune.methods.fedkseed.method import FedKSeed
-from fedtune.methods.fedkseed.settings import Config, ProConfig, State
+from fedtune.methods.fedkseed.settings import Config, ProConfig
+from fedtune.methods.fedkseed.state import State
 from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import trainable
 from fedtune.zeroth.pool import SeedPool

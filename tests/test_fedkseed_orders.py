@@ -16,10 +16,11 @@ from toy import Bench, Toy, items
 
 from fedtune.core.types import Payload
 from fedtune.errors import FederationError, InputError
+from fedtune.methods.fedkseed import settings
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, with_changes
 from fedtune.methods.fedkseed.settings import Config, ProConfig, paper_bytes
-from fedtune.zeroth import NOISE_VERSION
+from fedtune.zeroth import MAX_SEEDS, NOISE_VERSION
 
 
 @pytest.mark.parametrize(
@@ -263,3 +264,7 @@ def test_a_client_that_lost_its_accumulator_says_so_and_then_gets_it_whole() -> 
     outcome = b.round(2, quorum=1)
     assert "holds no accumulator any more" in outcome.left_out[1] and sorted(outcome.clients) == [0, 2]
     assert b.round(3).left_out == {}
+
+
+def test_a_pool_has_at_most_the_seeds_that_an_index_of_16_bits_names() -> None:
+    assert settings.MAX_SEEDS == MAX_SEEDS == 2**16

@@ -19,11 +19,12 @@ from fedtune.data.batches import collate
 from fedtune.data.encode import encode_causal
 from fedtune.data.sources import bundled_examples
 from fedtune.errors import FederationError, InputError
-from fedtune.methods.fedkseed.infinite_pool import Config as PoolConfig
 from fedtune.methods.fedkseed.infinite_pool import InfinitePool
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.resolution import correlation, doubt, find, scale_of
-from fedtune.methods.fedkseed.settings import Config, ProConfig, State
+from fedtune.methods.fedkseed.settings import Config, ProConfig
+from fedtune.methods.fedkseed.settings import InfinitePoolConfig as PoolConfig
+from fedtune.methods.fedkseed.state import State
 from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.load import load_model
 from fedtune.models.tuning import train_all

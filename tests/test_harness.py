@@ -21,7 +21,8 @@ from fedtune.errors import InputError
 from fedtune.evaluation import harness_names
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.evaluation.harness_names import known_names
-from fedtune.evaluation.tasks import check_tasks, evaluate, score, scorer
+from fedtune.evaluation.registry import check_tasks
+from fedtune.evaluation.tasks import evaluate, score, scorer
 from fedtune.evaluation.types import EvalSettings
 from fedtune.models.tuning import attach_adapter, attach_lora, attach_p_tuning, attach_prompt
 

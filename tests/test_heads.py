@@ -23,9 +23,8 @@ from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedcybgd.badam import BAdam
-from fedtune.methods.fedcybgd.badam import Config as BAdamConfig
 from fedtune.methods.fedcybgd.method import FedCyBGD
-from fedtune.methods.fedcybgd.settings import Config
+from fedtune.methods.fedcybgd.settings import BAdamConfig, Config
 from fedtune.models.heads import drawn_modules, head_modules
 from fedtune.models.load import load_model, meta_model
 from fedtune.models.save import load_result, save_result

@@ -14,7 +14,8 @@ from toy import Bench
 
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config as KSeedConfig
 

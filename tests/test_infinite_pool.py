@@ -12,7 +12,8 @@ from toy import Bench, Toy, items
 from fedtune.core.types import Reply
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
-from fedtune.methods.fedkseed.infinite_pool import Config, InfinitePool, State
+from fedtune.methods.fedkseed.infinite_pool import InfinitePool, State
+from fedtune.methods.fedkseed.settings import InfinitePoolConfig as Config
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_
 

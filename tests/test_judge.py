@@ -34,7 +34,8 @@ from fedtune.evaluation.judge import (
     outcome,
     score_in,
 )
-from fedtune.evaluation.types import EvalEnv, EvalSettings, JudgeSettings, Outcome
+from fedtune.evaluation.judge_settings import JudgeSettings
+from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from fedtune.core.types import (
 )
 from fedtune.core.wire import Content, decode, encode
 from fedtune.errors import ProgramError
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.transport.in_process import InProcess, Simulation
 
 DATA = {client: items(client, client + 1) for client in range(4)}

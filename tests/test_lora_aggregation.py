@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 
 
 def test_stack_by_hand() -> None:

@@ -16,7 +16,7 @@ from fedtune import registry
 from fedtune.config.file import parse_config
 from fedtune.data.templates import register_template
 from fedtune.errors import InputError
-from fedtune.evaluation.tasks import TASKS
+from fedtune.evaluation.registry import TASKS
 from fedtune.federation.client import join
 from fedtune.federation.consent import Consent
 from fedtune.federation.progress import Silent

@@ -20,7 +20,8 @@ from fedtune.data.examples import Example
 from fedtune.data.partition import PARTITIONERS, register_partitioner
 from fedtune.data.templates import TEMPLATES, prompt, register_template, response
 from fedtune.errors import InputError
-from fedtune.evaluation.tasks import TASKS, register_metric, register_task
+from fedtune.evaluation.registry import TASKS
+from fedtune.evaluation.tasks import register_metric, register_task
 from fedtune.evaluation.types import EvalEnv, Outcome, Scored
 from fedtune.federation.data import prepare_data
 from fedtune.methods import registry as methods

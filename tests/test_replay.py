@@ -26,7 +26,7 @@ from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedkseed import method as fedkseed
-from fedtune.methods.fedkseed.settings import State
+from fedtune.methods.fedkseed.state import State
 
 
 def replay(path: Path, round: int, out: Path) -> list[Path]:

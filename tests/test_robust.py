@@ -20,8 +20,10 @@ from fedtune.core.gathered import InMemory, OnDisk
 from fedtune.core.robust import RobustMean, Updates
 from fedtune.core.types import Payload, Reply
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.method import Config, FedAvg
-from fedtune.protection.robust import Robust, robust_mean
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
+from fedtune.protection.robust import Robust
+from fedtune.protection.robust_mean import robust_mean
 
 SGD = {"trainable": "full", "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant", "batch_size": 8}
 

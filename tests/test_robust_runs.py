@@ -26,7 +26,8 @@ from fedtune.federation.run import run
 from fedtune.methods.fedcybgd.settings import FedBAvgConfig
 from fedtune.methods.registry import METHODS
 from fedtune.planning.plan import plan
-from fedtune.protection.robust import Robust, robust_mean
+from fedtune.protection.robust import Robust
+from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.settings import SecureAggregation
 from fedtune.transport.in_process import Simulation
 

@@ -24,7 +24,7 @@ from fedtune.evaluation import types as evaluation
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.federation import run as federation
 from fedtune.federation.progress import Silent
-from fedtune.methods.fedavg.method import Config
+from fedtune.methods.fedavg.settings import Config
 from fedtune.protection.robust import Robust
 from fedtune.protection.settings import Privacy, SecureAggregation
 

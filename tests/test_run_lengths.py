@@ -17,7 +17,7 @@ from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.federation.client import join
 from fedtune.federation.consent import Consent
-from fedtune.federation.encoding import Room, known_room, shortening
+from fedtune.federation.room import Room, known_room, shortening
 from fedtune.models.load import load_model
 from fedtune.transport.acceptance import Acceptance
 from fedtune.transport.messages import Message

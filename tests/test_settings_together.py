@@ -12,7 +12,7 @@ from fedtune.core.types import ServerEnv, SumMethod
 from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.methods import registry
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 
 SGD = {"optimizer": "sgd", "trainable": "full"}
 ASYNC = {"rounds": 1, "arrival": "asynchronous"}

@@ -18,8 +18,8 @@ from fedtune.core import seeds
 from fedtune.core.cohort import sample_cohort
 from fedtune.data.encode import Encoded
 from fedtune.methods.fedcybgd.badam import BAdam
-from fedtune.methods.fedcybgd.badam import Config as BAdamConfig
 from fedtune.methods.fedcybgd.order import turn
+from fedtune.methods.fedcybgd.settings import BAdamConfig
 from fedtune.models.tuning import attach_lora
 
 SEED = 5

@@ -18,7 +18,8 @@ from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods import registry
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.models.tuning import trainable
 from fedtune.theory.one_shot import measure
 from fedtune.theory.quantities import Measured, schemes

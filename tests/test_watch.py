@@ -15,7 +15,8 @@ from toy import Bench, Toy, items
 
 from fedtune.core.watch import WIDTH, Sketch, sketch, standings
 from fedtune.methods import registry
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 
 
 def seen(vectors: Mapping[int, list[float]]) -> dict[int, dict[str, Sketch]]:

@@ -58,7 +58,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
     apply_overrides(document, overrides)
     config = parse_config(document, name)
     try:
-        registry.build(config.method, config.seed)
+        registry.check(config.method, config.seed)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return config
@@ -246,9 +246,9 @@ def available(what: str) -> list[dict[str, str]]:
     """
     from fedtune.data.partition import PARTITIONERS
     from fedtune.data.templates import TEMPLATES
-    from fedtune.evaluation.tasks import TASKS
+    from fedtune.evaluation.registry import TASKS
     from fedtune.methods.registry import METHODS
-    from fedtune.models.load import listing
+    from fedtune.models.names import listing
 
     lists = {
         "methods": METHODS.listing,

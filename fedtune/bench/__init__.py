@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from fedtune.errors import InputError, nearest
-from fedtune.measure.environment import environment
 
 BENCHES = {
     "aggregation": "the server's exact streaming mean against list-then-mean, by number of clients",
@@ -26,8 +25,8 @@ BENCHES = {
 }
 
 
-def run_benches(name: str | None) -> list[dict[str, Any]]:
-    """Runs one benchmark, or all of them.
+def run_benches(name: str) -> list[dict[str, Any]]:
+    """Runs the benchmark of that name, or `all` of them.
 
     Returns:
         One document a benchmark: `bench`, `machine`, `rows` and `ratios`.
@@ -35,12 +34,14 @@ def run_benches(name: str | None) -> list[dict[str, Any]]:
     Raises:
         InputError: No benchmark has that name.
     """
-    if name is not None and name not in BENCHES:
+    if name != "all" and name not in BENCHES:
         raise InputError(
-            f"no benchmark is named {name!r}; there are {', '.join(BENCHES)}.{nearest(name, BENCHES)}"
+            f"no benchmark is named {name!r}; there are {', '.join(BENCHES)} and all.{nearest(name, BENCHES)}"
         )
+    from fedtune.measure.environment import environment  # here, so that they are listed without torch
+
     documents = []
-    for each in [name] if name else BENCHES:
+    for each in BENCHES if name == "all" else [name]:
         rows, ratios = importlib.import_module(f"fedtune.bench.{each.replace('-', '_')}").measure()
         documents.append({"bench": each, "machine": environment(), "rows": rows, "ratios": ratios})
     return documents

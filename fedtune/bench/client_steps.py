@@ -35,10 +35,10 @@ from fedtune.core.wire import Content, decode, empty_frame, encode
 from fedtune.data.batches import collate
 from fedtune.data.encode import Encoded
 from fedtune.measure.memory import MemoryMeter
-from fedtune.methods.fedavg import method as fedavg
-from fedtune.methods.fedcybgd import badam
+from fedtune.methods.fedavg.settings import Config as FedAvgConfig
 from fedtune.methods.fedcybgd import method as fedcybgd
 from fedtune.methods.fedcybgd.client import begin_turn
+from fedtune.methods.fedcybgd.settings import BAdamConfig
 from fedtune.methods.fedcybgd.settings import Config as BlockConfig
 from fedtune.methods.fedcybgd.training import train_blocks
 from fedtune.methods.local_training import build_optimizer, train
@@ -91,12 +91,12 @@ SHAPES = {
         {"vocab_size": 64, "n_embd": 32, "n_head": 2, "n_layer": 4, "bos_token_id": 0, "eos_token_id": 0},
     ),
 }
-FULL = fedavg.Config.model_validate({**STEPS, "trainable": "full"})
-WHOLE: dict[str, fedavg.Config] = {
+FULL = FedAvgConfig.model_validate({**STEPS, "trainable": "full"})
+WHOLE: dict[str, FedAvgConfig] = {
     "Fed-full": FULL,
     "Fed-full, memory-efficient": FULL,
-    "FedLoRA": fedavg.Config.model_validate({**STEPS, "trainable": "lora", "lora": {"rank": 16}}),
-    "FedAdapter": fedavg.Config.model_validate({**STEPS, "trainable": "adapter", "adapter": {"size": 32}}),
+    "FedLoRA": FedAvgConfig.model_validate({**STEPS, "trainable": "lora", "lora": {"rank": 16}}),
+    "FedAdapter": FedAvgConfig.model_validate({**STEPS, "trainable": "adapter", "adapter": {"size": 32}}),
 }
 CYCLE: dict[str, dict[str, Any]] = {
     "FedCyBGD": {},
@@ -200,7 +200,7 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
         model = SHAPES[shape].model().requires_grad_(False)
         parts = find_parts(model)
         block = parts.named([str(_place(where, parts.blocks))])
-        settings = badam.Config.model_validate(STEPS)
+        settings = BAdamConfig.model_validate(STEPS)
         yield lambda meter: train_blocks(
             _env(shape, model, meter), iter([block]), settings, checkpointing=settings.gradient_checkpointing
         )

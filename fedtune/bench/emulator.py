@@ -24,7 +24,8 @@ from fedtune.core.cohort import Cohort
 from fedtune.core.types import Method, ServerEnv
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encode import Encoded
-from fedtune.methods.fedavg import method as fedavg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config as FedAvgConfig
 from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.settings import Alignment, Config
 from fedtune.methods.tuning import Lora
@@ -40,7 +41,7 @@ def measure(
     hidden: int = HIDDEN, layers: int = LAYERS, repeats: int = REPEATS
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for LoRA on the whole model and for each dropout of the emulator, and their ratios."""
-    whole, row = _client(fedavg.FedAvg(fedavg.Config(lora=LORA, **TRAINING), 0), hidden, layers)
+    whole, row = _client(FedAvg(FedAvgConfig(lora=LORA, **TRAINING), 0), hidden, layers)
     rows = [{"case": "LoRA, whole model", **row}]
     ratios: dict[str, float] = {}
     for dropout in DROPOUTS:

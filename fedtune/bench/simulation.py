@@ -23,7 +23,8 @@ from fedtune.core.loop import RoundLoop
 from fedtune.data.encode import encode_causal
 from fedtune.data.sources import bundled_examples
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import Config, FedAvg
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.settings import Config
 from fedtune.models.load import load_model
 from fedtune.transport.in_process import InProcess, Simulation
 

@@ -189,26 +189,33 @@ def compare(
 
 @app.command(no_args_is_help=True)
 def validate(
-    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Settings files, and settings to change."),
+    ],
     as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
     """Check configurations without weights or data.
 
-    Example: fedtune validate configs/*.yaml
+    Example: fedtune validate configs/*.yaml seed=3
     """
-    from fedtune.federation.encoding import known_room, shortening
+    from fedtune.federation.room import known_room, shortening
 
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    configs = [argument for argument in arguments if argument not in overrides]
+    if not configs:
+        raise InputError(f"validate needs a configuration's file beside {' '.join(overrides)}")
     problems, good = [], []
     for path in configs:
         try:
-            config = fedtune.load(path)
+            config = fedtune.load(path, *overrides)
             room = known_room(config)
             notes = shortening(config, room) if room else []
-            about = {"config": str(path), "method": config.method_name, "model": config.model.name}
+            about = {"config": path, "method": config.method_name, "model": config.model.name}
             good.append({**about, "notes": notes} if notes else about)
         except InputError as error:
-            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            problems.append(str(error) if path in str(error) else f"{path}: {error}")
     if problems:
         raise InputError("\n".join(problems))
     if as_json:
@@ -311,18 +318,28 @@ def list_things(
 
 @app.command(no_args_is_help=False)
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One benchmark; default all.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="One benchmark, or all; without it, what there is."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure against plain references, as ratios within one run.
 
     Example: fedtune bench aggregation
     """
-    from fedtune.bench import run_benches
+    from fedtune.bench import BENCHES, run_benches
 
+    if name is None:
+        if as_json:
+            print_json([{"name": each, "summary": summary} for each, summary in BENCHES.items()])
+            return
+        for each, summary in {**BENCHES, "all": "all of these, one after another; an hour or more"}.items():
+            print(f"{each:{max(map(len, BENCHES))}}  {summary}")
+        return
     documents = run_benches(name)
     if as_json:
-        print_json(documents if name is None else documents[0])
+        print_json(documents if name == "all" else documents[0])
         return
     from fedtune.bench import bench_table
     from fedtune.report.tables import print_whole

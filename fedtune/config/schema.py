@@ -22,9 +22,9 @@ from fedtune.core.types import SumMethod
 from fedtune.data.sources import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
+from fedtune.evaluation.judge_settings import JudgeSettings
+from fedtune.evaluation.registry import TASKS, check_tasks, classifies
 from fedtune.evaluation.sandbox import CodeSettings
-from fedtune.evaluation.tasks import TASKS, check_tasks
-from fedtune.evaluation.types import JudgeSettings
 from fedtune.methods import registry
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
@@ -297,7 +297,7 @@ class RunConfig(Settings):
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         if self.model.task == "classification":
             for task in self.evaluation.tasks:
-                if task not in TASKS or not TASKS[task].classifier:
+                if not classifies(task):
                     raise ValueError(f"task {task} needs generated text; model.task is classification")
         return self
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedtune.core.seeds import numpy_generator
-from fedtune.core.watch import Seen
 from fedtune.errors import FederationError
+
+if TYPE_CHECKING:
+    from fedtune.core.watch import Seen
 
 TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
 
@@ -107,6 +109,16 @@ def sample_cohort(
 def quorum_of(cohort: int, quorum: float | int) -> int:
     """Replies a round needs: an integer is a count, a float the fraction of the cohort, rounded up."""
     return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
+
+
+def trimmed(trim: float, clients: int) -> int:
+    """Clients that a trimmed mean leaves out at each end."""
+    return math.floor(trim * clients + 1e-9)
+
+
+def most_byzantine(clients: int) -> int:
+    """The largest f for which n >= 2f + 3 holds, Krum's condition."""
+    return max(0, (clients - 3) // 2)
 
 
 def round_half_up(x: float) -> int:

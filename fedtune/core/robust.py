@@ -31,6 +31,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fedtune.core.cohort import most_byzantine, trimmed
 from fedtune.core.gathered import Gathered
 from fedtune.core.types import Payload, Reply
 
@@ -126,11 +127,6 @@ def median(rows: Tensor) -> Tensor:
     return ((ordered[n // 2 - 1].to(torch.float64) + ordered[n // 2].to(torch.float64)) / 2).to(torch.float32)
 
 
-def trimmed(trim: float, clients: int) -> int:
-    """Clients that a trimmed mean leaves out at each end."""
-    return math.floor(trim * clients + 1e-9)
-
-
 def trimmed_mean(rows: Tensor, trim: float) -> Tensor:
     """The mean of each column without the lowest and the highest, float32.
 
@@ -141,11 +137,6 @@ def trimmed_mean(rows: Tensor, trim: float) -> Tensor:
     cut = trimmed(trim, len(rows))
     kept = rows.sort(dim=0).values[cut : len(rows) - cut]
     return kept.to(torch.float64).mean(dim=0).to(torch.float32)
-
-
-def most_byzantine(clients: int) -> int:
-    """The largest f for which n >= 2f + 3 holds, Krum's condition."""
-    return max(0, (clients - 3) // 2)
 
 
 def krum(squares: Sequence[Sequence[float]], byzantine: int, keep: int) -> list[int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -21,6 +24,8 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator of its own for one purpose."""
+    import torch  # here, so that a configuration is checked without it
+
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
-import torch
-from torch import Tensor, nn
-
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from fedtune.data.encode import Encoded
     from fedtune.measure.memory import MemoryMeter
 

@@ -234,25 +234,21 @@ def _rouge_l_fedkseed(env: EvalEnv) -> Outcome:
 
 TASKS = {
     "gsm8k-0shot": Task(
-        "GSM8K without solved examples: the number after ####, in the run's template",
         _gsm8k,
         "exact_match",
         lambda: f"fedtune {__version__}, GSM8K 0-shot",
     ),
     "gsm8k-cot-8shot": Task(
-        "GSM8K after eight solved examples",
         _gsm8k_few_shot,
         "exact_match",
         lambda: f"fedtune {__version__}, GSM8K {SHOTS}-shot",
     ),
     "squad": Task(
-        "SQuAD answers in the run's template: exact match and token F1",
         _squad,
         "exact_match",
         lambda: f"fedtune {__version__}, SQuAD 1.1/2.0 normalisation",
     ),
     "rouge-l-fedkseed": Task(
-        "Rouge-L as in the FedKSeed paper: the scorer of the rouge package",
         _rouge_l_fedkseed,
         "rouge_l_fedkseed",
         _rouge_name,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedtune.evaluation.tasks import TASKS
+from fedtune.evaluation.registry import TASKS
 from fedtune.evaluation.types import Outcome, Scored
 
 CLIENT = "client-"  # what the name of one client's model begins with, before its number

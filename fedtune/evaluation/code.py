@@ -162,17 +162,12 @@ def _compiler(name: str) -> str:
         return f"{name} skipped: {why}"
 
 
-def _task(names: tuple[str, ...], summary: str) -> Task:
+def _task(names: tuple[str, ...]) -> Task:
     function: Callable[[EvalEnv], Outcome] = functools.partial(_score, names)
-    return Task(summary, function, "pass@1", functools.partial(_scorer, names))
+    return Task(function, "pass@1", functools.partial(_scorer, names))
 
 
 TASKS = {
-    **{
-        f"humaneval-x-{name}": _task((name,), f"HumanEval-X in {title}: Pass@1, from 10 samples on Pass@10")
-        for name, title in {"python": "Python", "cpp": "C++", "java": "Java", "go": "Go"}.items()
-    },
-    "humaneval-x": _task(
-        tuple(LANGUAGES), "HumanEval-X in Python, C++, Java and Go, over all and by language"
-    ),
+    **{f"humaneval-x-{name}": _task((name,)) for name in LANGUAGES},
+    "humaneval-x": _task(tuple(LANGUAGES)),
 }

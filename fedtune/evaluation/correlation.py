@@ -109,8 +109,6 @@ def _number(text: str) -> float | None:
 
 
 TASKS = {
-    "matthews": Task("Matthews correlation of labels", _matthews, "matthews", examples=True, classifier=True),
-    "pearson": Task(
-        "Pearson and Spearman correlation of numbers", _pearson, "pearson", examples=True, classifier=True
-    ),
+    "matthews": Task(_matthews, "matthews", examples=True, classifier=True),
+    "pearson": Task(_pearson, "pearson", examples=True, classifier=True),
 }

@@ -331,7 +331,6 @@ def _mt_bench(env: EvalEnv) -> Outcome:
 
 TASKS = {
     "mt-bench": Task(
-        "MT-bench: answers in two turns, marked from 1 to 10 by a judge behind an endpoint",
         _mt_bench,
         "score",
         lambda: f"fedtune {__version__}, MT-bench single-answer grading",

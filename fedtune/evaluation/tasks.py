@@ -1,10 +1,8 @@
-"""The tasks that a configuration can name: our own by name, and whatever lm-evaluation-harness has."""
+"""Tasks put to a model, and tasks that users bring."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -13,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedtune.data.examples import Example
-from fedtune.errors import InputError, nearest
-from fedtune.evaluation import answers, bootstrap, code, correlation, harness_names, judge
+from fedtune.errors import InputError
+from fedtune.evaluation import bootstrap
 from fedtune.evaluation.generation import evaluating
-from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
+from fedtune.evaluation.registry import TASKS, check_tasks, classifies
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored, Task
-from fedtune.registry import Registry
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -26,65 +23,6 @@ if TYPE_CHECKING:
 
 Score = Callable[[EvalEnv], Outcome]
 Metric = Callable[[str, str], float]
-
-
-def _loss(env: EvalEnv) -> Outcome:
-    if env.settings.labels is not None:
-        losses = env.class_scores[0]
-        counts = [1] * len(losses)
-    else:
-        totals, counts = env.token_losses
-        losses = [total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
-    if not any(counts):
-        raise InputError(
-            "no token of the evaluation examples carries loss: data.max_length cuts all of them."
-        )
-    scored = Scored(losses, weights=counts, lower_is_better=True)
-    perplexity = math.exp(scored.value) if scored.value < 700 else math.inf
-    cut = env.encoded.cut
-    notes = (f"{cut} of {len(losses)} examples are cut to {env.max_length} tokens",) if cut else ()
-    return Outcome({"loss": scored}, {"perplexity": perplexity, "tokens": sum(counts)}, notes)
-
-
-def _accuracy(env: EvalEnv) -> Outcome:
-    right = [exact_match(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
-    by_category: dict[str, list[bool]] = defaultdict(list)
-    for example, is_right in zip(env.examples, right, strict=True):
-        if example.category:
-            by_category[example.category].append(is_right)
-    parts = {f"accuracy/{name}": statistics.fmean(by_category[name]) for name in sorted(by_category)}
-    return Outcome({"accuracy": Scored(right)}, parts)
-
-
-def _rouge_l(env: EvalEnv) -> Outcome:
-    scores = [rouge_l(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
-    return Outcome({"rouge_l": Scored(scores)})
-
-
-OWN = {
-    "loss": Task(
-        "mean cross-entropy a token in nats, and perplexity", _loss, "loss", examples=True, classifier=True
-    ),
-    "accuracy": Task(
-        "share of answers that are exactly right, also by category",
-        _accuracy,
-        "accuracy",
-        examples=True,
-        classifier=True,
-    ),
-    "rouge-l": Task(
-        "longest common subsequence of generated answer and reference, F1",
-        _rouge_l,
-        "rouge_l",
-        rouge_scorer,
-        examples=True,
-    ),
-}
-
-TASKS: Registry[Task] = Registry("task", "evaluation.tasks", "fedtune.tasks")
-for _part in (OWN, answers.TASKS, correlation.TASKS, judge.TASKS, code.TASKS):
-    for _name, _task in _part.items():
-        TASKS.built_in(_name, _task.summary, lambda task=_task: task)  # type: ignore[misc]
 
 
 def register_task(
@@ -171,32 +109,8 @@ def _register(
     def scorer() -> str:
         return TASKS.part(name).origin
 
-    task = Task(summary or name, score, metric, scorer, examples=examples, classifier=classifier)
+    task = Task(score, metric, scorer, examples=examples, classifier=classifier)
     TASKS.register(name, source, task, summary)
-
-
-def check_tasks(tasks: Sequence[str], task_folder: str | None) -> None:
-    """Refuses names that are neither ours nor the harness's.
-
-    Raises:
-        InputError: An unknown name, with the nearest known one; or the harness is needed and not installed.
-    """
-    others = [task for task in tasks if task not in TASKS]
-    if not others:
-        return
-    if not harness_names.installed():
-        raise InputError(
-            f"task {others[0]} is not one of fedtune's own ({', '.join(TASKS)}); for the tasks of "
-            f"lm-evaluation-harness install fedtune[eval].{nearest(others[0], TASKS)}"
-        )
-    known = harness_names.known_names(task_folder)
-    for task in others:
-        if task not in known:
-            close = nearest(task, [*TASKS, *sorted(known)])
-            raise InputError(
-                f"task {task!r} is not known; fedtune's own are {', '.join(TASKS)}, and lm_eval ls tasks "
-                f"lists those of lm-evaluation-harness.{close}"
-            )
 
 
 def scorer(task: str, settings: EvalSettings) -> str:
@@ -234,7 +148,7 @@ def score(
         ours = TASKS.get(task)
         if ours is not None and ours.examples and not examples:
             raise InputError("there are no examples to evaluate on: give data.holdout a larger fraction.")
-        if settings.labels is not None and (ours is None or not ours.classifier):
+        if settings.labels is not None and not classifies(task):
             raise InputError(
                 f"evaluation.tasks: {task} is for generated text; a classifier has loss and accuracy."
             )

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedtune.core.seeds import derive_seed
-from fedtune.core.settings import Settings
 from fedtune.data.batches import collate
 from fedtune.data.control import Marked
 from fedtune.data.encode import (
@@ -32,8 +30,8 @@ from fedtune.data.encode import (
 )
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.evaluation.endpoint import check_judge
 from fedtune.evaluation.generation import Sampling, generate, prompt_room
+from fedtune.evaluation.judge_settings import JudgeSettings
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.models.context import context_length
@@ -42,26 +40,6 @@ from fedtune.version import __version__
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
-
-
-class JudgeSettings(Settings):
-    """A language model that marks answers (mt-bench), behind an OpenAI-compatible endpoint."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)  # someone may have put the key itself here
-
-    url: str  # base of the endpoint, as http://localhost:8000/v1
-    model: str  # the judge's name there
-    key_variable: str | None = None  # environment variable with the key, which is never written anywhere
-    timeout_s: float = Field(60.0, gt=0)  # of one request
-    retries: int = Field(2, ge=0)  # after a failed request; then the question counts as unjudged
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> Self:
-        try:
-            check_judge(self.url, self.key_variable)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        return self
 
 
 @dataclass(frozen=True)
@@ -363,7 +341,6 @@ class Task:
     """One way to score a model.
 
     Attributes:
-        summary: One line for people.
         function: Scores a model in its environment.
         metric: The main one of its outcome.
         scorer: Name and version of what scores.
@@ -371,7 +348,6 @@ class Task:
         classifier: Whether it can score a classifier.
     """
 
-    summary: str
     function: Callable[[EvalEnv], Outcome]
     metric: str
     scorer: Callable[[], str] = lambda: f"fedtune {__version__}"

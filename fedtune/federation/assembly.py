@@ -20,10 +20,11 @@ from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import Split, prepare_data, public_examples
-from fedtune.federation.encoding import Room, describe, encode_for, example_room, shortening
+from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
+from fedtune.federation.room import Room, example_room, shortening
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -31,7 +32,8 @@ from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
-from fedtune.protection.robust import check_replies, robust_mean
+from fedtune.protection.robust import check_replies
+from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.settings import require_packages, threshold_of
 
 if TYPE_CHECKING:

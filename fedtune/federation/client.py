@@ -29,8 +29,9 @@ from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection, device_of
 from fedtune.federation.consent import Consent
-from fedtune.federation.encoding import Room, describe, encode_for, example_room
+from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
+from fedtune.federation.room import Room, example_room
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer

@@ -18,7 +18,7 @@ from fedtune.federation.data import prepare_data
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.progress import Named, Progress
 from fedtune.federation.run import run
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
 

@@ -30,7 +30,7 @@ from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import Config
+from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.theory.one_shot import measure
 from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict

@@ -1,94 +1,15 @@
-"""A run's examples as token ids: how long they may be, what was cut, and what is said of it."""
+"""A run's examples as token ids: what was cut, and what is said of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
 from fedtune.data.encode import Counts, EncodedSet, encode_causal, encode_classification
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.methods.tuning import Tuning
-from fedtune.models.context import positions
-from fedtune.models.folders import BUNDLED
-from fedtune.models.load import model_config
-
-LEAST = 8  # tokens of an example: what data.max_length asks for
-
-
-@dataclass(frozen=True)
-class Room:
-    """How long a run's examples may be.
-
-    Attributes:
-        tokens: Of prompt and answer together.
-        shortened: Why that is less than `data.max_length`; empty where it is not.
-    """
-
-    tokens: int
-    shortened: str = ""
-
-
-def reserved_tokens(config: RunConfig) -> int:
-    """Tokens of the model's context that the method's soft prompt takes."""
-    method = config.method
-    if not isinstance(method, Tuning):
-        return 0
-    return (method.prompt.tokens if method.prompt else 0) + (method.p_tuning.tokens if method.p_tuning else 0)
-
-
-def example_room(config: RunConfig, model: PretrainedConfig) -> Room:
-    """`data.max_length`, or what the model sees beside the method's soft prompt if that is less.
-
-    Args:
-        config: The run's configuration.
-        model: Its model's.
-
-    Raises:
-        InputError: No example fits.
-    """
-    asked, limit, reserved = config.data.max_length, positions(model), reserved_tokens(config)
-    if limit is None or asked <= limit - reserved:
-        return Room(asked)
-    beside = f", of which the soft prompt takes {reserved}" if reserved else ""
-    if limit - reserved < LEAST:
-        raise InputError(
-            f"{config.model.name} sees {limit} tokens{beside}: no example fits. Take a model that sees more"
-            + (", or a shorter prompt" if reserved else "")
-        )
-    return Room(
-        limit - reserved,
-        f"data.max_length is {asked}, but {config.model.name} sees {limit} tokens{beside}: an example has at "
-        f"most {limit - reserved}",
-    )
-
-
-def shortening(config: RunConfig, room: Room, *, lost: bool = False) -> list[str]:
-    """What is said where the model sees less than `data.max_length`; nothing of a default that does no harm.
-
-    Args:
-        config: The run's configuration.
-        room: As `example_room` gives it.
-        lost: Whether an example was cut or dropped.
-    """
-    meant = config.data.max_length != type(config.data).model_fields["max_length"].default
-    return [room.shortened] if room.shortened and (meant or lost) else []
-
-
-def known_room(config: RunConfig) -> Room | None:
-    """As `example_room`, of a model that is on this machine; None of others: nothing is downloaded for it.
-
-    Raises:
-        InputError: No example fits, or the model's configuration cannot be read.
-    """
-    name = config.model.name
-    if name != BUNDLED and not Path(name).expanduser().is_dir():
-        return None
-    return example_room(config, model_config(name, base=Path("."), task=config.model.task))
 
 
 def encode_for(

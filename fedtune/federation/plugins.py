@@ -10,7 +10,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.data.partition import PARTITIONERS
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
-from fedtune.evaluation.tasks import TASKS
+from fedtune.evaluation.registry import TASKS
 from fedtune.federation.files import read_json
 from fedtune.methods.registry import METHODS
 from fedtune.registry import FEDTUNE, HERE, Part, load_plugin, plugins

@@ -16,7 +16,8 @@ from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
-from fedtune.evaluation.tasks import TASKS, score, scorer, summarize
+from fedtune.evaluation.registry import TASKS
+from fedtune.evaluation.tasks import score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly

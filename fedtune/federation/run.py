@@ -43,7 +43,7 @@ from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.account import PrivacyAccount
-from fedtune.protection.robust import robust_mean
+from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.summing import Summing
 
 

@@ -14,7 +14,7 @@ from fedtune.evaluation.clients import spread
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.data import Split
-from fedtune.federation.encoding import reserved_tokens
+from fedtune.federation.room import reserved_tokens
 
 Scores = dict[str, dict[str, float]]
 

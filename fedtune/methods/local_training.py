@@ -10,64 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.core.settings import Settings
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import endless_batches, epoch_batches
+from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
-
-
-class Training(Settings):
-    """How a client trains within one round."""
-
-    local_epochs: int | None = Field(None, ge=1)
-    local_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)  # batches a step, whose loss is the mean over their tokens
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    lr_schedule: Literal["linear", "constant"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.0, ge=0, lt=1)  # sgd
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
-    max_grad_norm: float | None = Field(None, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_epoch(cls, values: object) -> object:
-        if (
-            isinstance(values, dict)
-            and values.get("local_epochs") is None
-            and values.get("local_steps") is None
-        ):
-            return {**values, "local_epochs": 1}
-        return values
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.local_epochs is not None and self.local_steps is not None:
-            raise ValueError("local_epochs and local_steps are both set; keep the one that is meant")
-        if self.optimizer == "adamw" and self.momentum:
-            raise ValueError("momentum belongs to optimizer: sgd; adamw takes betas")
-        if self.optimizer == "sgd" and self.betas != [0.9, 0.999]:
-            raise ValueError("betas belong to optimizer: adamw; sgd takes momentum")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        return self
-
-    def steps(self, examples: int) -> int:
-        """Optimiser steps of a round for a client with that many examples."""
-        if self.local_steps is not None:
-            return self.local_steps
-        assert self.local_epochs is not None
-        return self.local_epochs * math.ceil(
-            math.ceil(examples / self.batch_size) / self.gradient_accumulation
-        )
 
 
 @dataclass(frozen=True)

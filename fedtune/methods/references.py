@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed
-from fedtune.core.settings import Settings
 from fedtune.core.types import (
     ArrivalOrder,
     ClientEnv,
@@ -25,29 +23,9 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.methods.fedavg.method import load
-from fedtune.methods.local_training import Training, train
-from fedtune.methods.tuning import Tuning
+from fedtune.methods.local_training import train
+from fedtune.methods.reference_settings import CentralizedConfig, StandaloneConfig, ZeroShotConfig
 from fedtune.models.tuning import trainable
-
-
-class ZeroShotConfig(Settings):
-    """Settings of `method.name: zero-shot`."""
-
-    float16: ClassVar[bool] = True
-
-    name: Literal["zero-shot"] = "zero-shot"
-
-
-class StandaloneConfig(Tuning, Training):
-    """Settings of `method.name: standalone`."""
-
-    name: Literal["standalone"] = "standalone"
-
-
-class CentralizedConfig(Tuning, Training):
-    """Settings of `method.name: centralized`."""
-
-    name: Literal["centralized"] = "centralized"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import importlib
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fedtune.core.settings import Settings
 from fedtune.core.types import ArrivalOrder, Method
@@ -17,9 +17,25 @@ from fedtune.registry import Registry
 M = TypeVar("M", bound=type)
 
 
-@dataclass(frozen=True)
-class Classes:
+class Classes(Protocol):
     """A method's class, that of its settings, and that of its server's state."""
+
+    @property
+    def method(self) -> type[Any]:
+        """`core.types.Method`."""
+
+    @property
+    def config(self) -> type[Settings]:
+        """Its settings."""
+
+    @property
+    def state(self) -> type[Any]:
+        """What its server keeps between rounds."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The classes of a method that somebody registered."""
 
     method: type[Any]
     config: type[Settings]
@@ -28,12 +44,30 @@ class Classes:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the three classes of one of fedtune's methods stand, as "module:class", and its summary."""
+    """Where the three classes of one of fedtune's methods stand, as "module:class", and its summary.
 
-    method: str
-    config: str
-    state: str
+    Each is imported when it is asked for: settings are read without torch.
+    """
+
+    method_place: str
+    config_place: str
+    state_place: str
     summary: str
+
+    @property
+    def method(self) -> type[Any]:
+        """As `Classes`."""
+        return _load(self.method_place)
+
+    @property
+    def config(self) -> type[Settings]:
+        """As `Classes`."""
+        return _load(self.config_place)
+
+    @property
+    def state(self) -> type[Any]:
+        """As `Classes`."""
+        return _load(self.state_place)
 
 
 METHODS: Registry[Classes] = Registry("method", "method.name", "fedtune.methods")
@@ -41,21 +75,20 @@ METHODS: Registry[Classes] = Registry("method", "method.name", "fedtune.methods"
 
 def register(name: str, entry: Entry) -> None:
     """Adds one of fedtune's own methods. Raises InputError if the name is taken."""
-    METHODS.built_in(
-        name, entry.summary, lambda: Classes(_load(entry.method), _load(entry.config), _load(entry.state))
-    )
+    METHODS.built_in(name, entry.summary, lambda: entry)
 
 
-def _load(place: str) -> Any:
+def _load(place: str) -> type[Any]:
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 register(
     "fedavg",
     Entry(
         "fedtune.methods.fedavg.method:FedAvg",
-        "fedtune.methods.fedavg.method:Config",
+        "fedtune.methods.fedavg.settings:Config",
         "fedtune.methods.fedavg.method:State",
         "FedAvg with full weights, LoRA, adapters or prompts; one-shot with rounds: 1, also asynchronous",
     ),
@@ -65,7 +98,7 @@ register(
     Entry(
         "fedtune.methods.fedkseed.method:FedKSeed",
         "fedtune.methods.fedkseed.settings:Config",
-        "fedtune.methods.fedkseed.settings:State",
+        "fedtune.methods.fedkseed.state:State",
         "all weights tuned with two forward passes and K shared seeds; under 18 kB a round",
     ),
 )
@@ -74,7 +107,7 @@ register(
     Entry(
         "fedtune.methods.fedkseed.method:FedKSeed",
         "fedtune.methods.fedkseed.settings:ProConfig",
-        "fedtune.methods.fedkseed.settings:State",
+        "fedtune.methods.fedkseed.state:State",
         "FedKSeed with seeds drawn by their importance, so that fewer are enough",
     ),
 )
@@ -82,7 +115,7 @@ register(
     "infinite-pool",
     Entry(
         "fedtune.methods.fedkseed.infinite_pool:InfinitePool",
-        "fedtune.methods.fedkseed.infinite_pool:Config",
+        "fedtune.methods.fedkseed.settings:InfinitePoolConfig",
         "fedtune.methods.fedkseed.infinite_pool:State",
         "FedKSeed's baselines: fresh seeds for ever, all steps replayed or the model downloaded",
     ),
@@ -92,7 +125,7 @@ register(
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
         "fedtune.methods.fedbiot.settings:Config",
-        "fedtune.methods.fedbiot.settings:State",
+        "fedtune.methods.fedbiot.state:State",
         "clients tune an adapter on a compressed emulator that the server aligns; they never get the model",
     ),
 )
@@ -101,7 +134,7 @@ register(
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
         "fedtune.methods.fedbiot.settings:OffsiteConfig",
-        "fedtune.methods.fedbiot.settings:State",
+        "fedtune.methods.fedbiot.state:State",
         "offsite-tuning by several clients: first and last blocks as adapter, the emulator fixed",
     ),
 )
@@ -110,7 +143,7 @@ register(
     Entry(
         "fedtune.methods.fedbiot.method:FedBiOT",
         "fedtune.methods.fedbiot.settings:OneClientConfig",
-        "fedtune.methods.fedbiot.settings:State",
+        "fedtune.methods.fedbiot.state:State",
         "the adapter tuned on a fixed emulator by one client that holds all data",
     ),
 )
@@ -119,7 +152,7 @@ register(
     Entry(
         "fedtune.methods.fedcybgd.method:FedCyBGD",
         "fedtune.methods.fedcybgd.settings:Config",
-        "fedtune.methods.fedcybgd.settings:State",
+        "fedtune.methods.fedcybgd.state:State",
         "all weights tuned, one block a client, one client after another; downloads can be compressed",
     ),
 )
@@ -128,7 +161,7 @@ register(
     Entry(
         "fedtune.methods.fedcybgd.method:FedCyBGD",
         "fedtune.methods.fedcybgd.settings:FedBAvgConfig",
-        "fedtune.methods.fedcybgd.settings:State",
+        "fedtune.methods.fedcybgd.state:State",
         "all clients train the same block and the server averages it; the next round takes the next block",
     ),
 )
@@ -136,8 +169,8 @@ register(
     "badam",
     Entry(
         "fedtune.methods.fedcybgd.badam:BAdam",
-        "fedtune.methods.fedcybgd.badam:Config",
-        "fedtune.methods.fedcybgd.badam:State",
+        "fedtune.methods.fedcybgd.settings:BAdamConfig",
+        "fedtune.methods.references:State",
         "all data in one place, Adam on one block at a time",
     ),
 )
@@ -145,7 +178,7 @@ register(
     "standalone",
     Entry(
         "fedtune.methods.references:Local",
-        "fedtune.methods.references:StandaloneConfig",
+        "fedtune.methods.reference_settings:StandaloneConfig",
         "fedtune.methods.references:State",
         "each client trains alone; mean over the clients' models",
     ),
@@ -154,7 +187,7 @@ register(
     "centralized",
     Entry(
         "fedtune.methods.references:Local",
-        "fedtune.methods.references:CentralizedConfig",
+        "fedtune.methods.reference_settings:CentralizedConfig",
         "fedtune.methods.references:State",
         "all data in one place: what federation gives up at most",
     ),
@@ -163,7 +196,7 @@ register(
     "zero-shot",
     Entry(
         "fedtune.methods.references:ZeroShot",
-        "fedtune.methods.references:ZeroShotConfig",
+        "fedtune.methods.reference_settings:ZeroShotConfig",
         "fedtune.methods.references:Nothing",
         "the pre-trained model as it is",
     ),
@@ -184,7 +217,7 @@ def register_method(
 
     Args:
         name: What a configuration calls it.
-        config: Its settings: derived from `core.settings.Settings`, or `methods.local_training.Training` for
+        config: Its settings: derived from `core.settings.Settings`, or `methods.settings.Training` for
             one that trains locally, with the field `name: Literal["NAME"] = "NAME"`. None: as the class
             annotates `config` of its `__init__`.
         state: What its server keeps between rounds: a frozen dataclass of scalars, tensors and mappings.
@@ -220,7 +253,7 @@ def register_method(
                 f"method {name}: state must be a frozen dataclass, got {kept!r}; give state=..., or annotate "
                 f"what init of {method.__name__} returns"
             )
-        METHODS.register(name, method, Classes(method, settings, typing.cast(type[Any], kept)), summary)
+        METHODS.register(name, method, Given(method, settings, typing.cast(type[Any], kept)), summary)
         return method
 
     return decorate
@@ -242,6 +275,15 @@ def config_class(name: str) -> type[Settings]:
 def state_class(name: str) -> type[Any]:
     """The class of a method's server state. Raises InputError for an unknown name."""
     return METHODS[name].state
+
+
+def check(config: Settings, seed: int) -> None:
+    """Raises InputError if a method that somebody brings refuses its settings or is not whole.
+
+    fedtune's own have said all that their settings can be refused for when these were read.
+    """
+    if not isinstance(METHODS[config.name], Entry):  # type: ignore[attr-defined]
+        build(config, seed)
 
 
 def build(config: Settings, seed: int) -> Method[Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import Field, model_validator
-from torch import nn
-from transformers import PreTrainedModel
 
 from fedtune.core.settings import Settings
-from fedtune.models import tuning as attach
-from fedtune.models.boundary import usable
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 class Lora(Settings):
@@ -82,7 +82,10 @@ class InBlocks(Settings):
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
-        base = cast(PreTrainedModel, model)
+        from fedtune.models import tuning as attach  # here, so that settings are read without torch
+        from fedtune.models.boundary import usable
+
+        base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
             if self.lora:
                 return attach.attach_lora(
@@ -110,7 +113,10 @@ class Tuning(InBlocks):
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """As `InBlocks.attach`, and prompts too."""
-        base = cast(PreTrainedModel, model)
+        from fedtune.models import tuning as attach
+        from fedtune.models.boundary import usable
+
+        base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
             if self.prompt:
                 return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)

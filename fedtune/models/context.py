@@ -7,10 +7,11 @@ layers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.nn import Module
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PretrainedConfig
 
 # Positions start after the padding token's id: so many of them are never used.
 _AFTER_PADDING = frozenset(

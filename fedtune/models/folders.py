@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from fedtune.data.places import require_hub_name, say_asking
 from fedtune.errors import InputError
 from fedtune.models.boundary import first_line
+from fedtune.models.names import BUNDLED, bundled_folder
 
-BUNDLED = "bundled"
 CONFIG = "config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -59,7 +58,7 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
             place on this machine is not looked for on the hub.
     """
     if name == BUNDLED:
-        return Path(str(importlib.resources.files("fedtune.models") / BUNDLED))
+        return bundled_folder()
     folder = base / Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -82,17 +82,6 @@ class Loaded:
     settings_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-def listing() -> list[dict[str, str]]:
-    """What `model.name` can be: `name`, `summary` and `origin` of each kind."""
-    bundled = "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text"
-    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors"
-    return [
-        {"name": "bundled", "summary": bundled, "origin": "fedtune"},
-        {"name": "FOLDER", "summary": folder, "origin": "this machine"},
-        {"name": "OWNER/NAME", "summary": "the same from the Hugging Face hub", "origin": "Hugging Face hub"},
-    ]
-
-
 def load_tokenizer(name: str, base: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model; the end-of-text token pads where there is no pad token.
 

@@ -26,16 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.errors import InputError
 from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.boundary import first_line, usable
-from fedtune.models.folders import (
-    BUNDLED,
-    CONFIG,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    local_folder,
-    weight_files,
-)
+from fedtune.models.folders import CONFIG, WEIGHTS, WEIGHTS_INDEX, local_folder, weight_files
 from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
+from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable

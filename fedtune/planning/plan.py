@@ -21,7 +21,7 @@ from fedtune.data.encode import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.methods import registry
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
@@ -30,7 +30,7 @@ from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
-from fedtune.protection.robust import robust_mean
+from fedtune.protection.robust_mean import robust_mean
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
 from fedtune.federation.data import prepare_data, public_examples
-from fedtune.federation.encoding import Room, describe, encode_for, example_room, shortening
+from fedtune.federation.encoding import describe, encode_for
+from fedtune.federation.room import Room, example_room, shortening
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
 from fedtune.models.load import load_tokenizer, model_config
 

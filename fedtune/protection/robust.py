@@ -6,14 +6,11 @@ server sees no single update, so all that is left is a fixed bound on norms, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedtune.core.gathered import Gathered, InMemory, OnDisk
-from fedtune.core.robust import MeanMethod, RobustMean, most_byzantine, trimmed
+from fedtune.core.cohort import most_byzantine, trimmed
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 
@@ -52,6 +49,8 @@ class Robust(Settings):
 
 def robust_refusal(robust: Robust, method: Any, *, secure: bool, privacy: bool) -> str | None:
     """Why the settings do not go with a method, or with masks or noise; None if they do."""
+    from fedtune.core.robust import MeanMethod  # here, so that settings are read without torch
+
     if privacy:
         return (
             "federation.privacy clips each update, and its noise is made for a sum of these; "
@@ -119,26 +118,3 @@ def check_replies(robust: Robust, quorum: int) -> None:
             f"federation.robust.keep is {robust.keep}, and {few}, of which {byzantine} may be bad: at most "
             f"{quorum - byzantine} can be kept"
         )
-
-
-def robust_mean(
-    robust: Robust, method: MeanMethod, folder: Path | None, gather: Callable[[], Gathered] | None = None
-) -> RobustMean:
-    """What makes a robust mean of a round's replies.
-
-    Args:
-        robust: The settings.
-        method: The method.
-        folder: Where replies are gathered; None: in memory.
-        gather: How, where it is another way than these.
-    """
-    return RobustMean(
-        method.updates(),
-        gather or (lambda: InMemory() if folder is None else OnDisk(folder)),
-        robust.mean,
-        trim=robust.trim,
-        byzantine=robust.byzantine,
-        keep=robust.keep,
-        max_norm=robust.max_norm,
-        norm_quantile=robust.norm_quantile,
-    )

@@ -48,7 +48,8 @@ from fedtune.data.encode import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.method import Config, FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.local_training import step_batches
 from fedtune.methods.step_loss import drawn
 from fedtune.models.tuning import trainable

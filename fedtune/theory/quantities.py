@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
-from fedtune.methods.fedavg.method import Config
+from fedtune.methods.fedavg.settings import Config
 
 
 @dataclass(frozen=True)

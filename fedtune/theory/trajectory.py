@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
-from fedtune.methods.local_training import Training, build_optimizer, take_step
+from fedtune.methods.local_training import build_optimizer, take_step
+from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import StepBatches, add_gradient
 
 Weights = Mapping[str, Tensor]

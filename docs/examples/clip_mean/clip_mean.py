@@ -16,7 +16,8 @@ from fedtune.core.cohort import Cohort
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientEnv, ClientResult, Order, Payload, Reply, ServerEnv, TensorSpec
 from fedtune.methods.fedavg.method import load
-from fedtune.methods.local_training import Training, train
+from fedtune.methods.local_training import train
+from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 from fedtune.models.tuning import trainable
 

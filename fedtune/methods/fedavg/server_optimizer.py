@@ -8,12 +8,14 @@ and τ outside the root.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from fedtune.core.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ServerOptimizer(Settings):

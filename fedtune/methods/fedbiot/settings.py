@@ -1,18 +1,18 @@
-"""Settings and state of FedBiOT, FedOT and Offsite-tuning; what they are for stands in method.py."""
+"""Settings of FedBiOT, FedOT and Offsite-tuning; what they are for stands in method.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from fedtune.core.settings import Settings
-from fedtune.data.encode import Encoded
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Lora
+
+if TYPE_CHECKING:
+    from fedtune.data.encode import Encoded
 
 
 class Alignment(Settings):
@@ -98,22 +98,3 @@ class OneClientConfig(OffsiteConfig):
     """Settings of `method.name: offsite-tuning`."""
 
     name: Literal["fedbiot", "fedot", "offsite-tuning"] = "offsite-tuning"  # the method
-
-
-@dataclass(frozen=True)
-class State:
-    """The server's state: LoRA factors by block and path, float32.
-
-    Attributes:
-        adapter: Of the adapter.
-        emulator: Of the emulator, on top of `merged`; empty where it never changes.
-        merged: What pre-alignment learnt; part of the emulator's weights.
-        holders: Clients that have the emulator's and the adapter's weights.
-        round: Rounds that are done.
-    """
-
-    adapter: dict[str, Tensor]
-    emulator: dict[str, Tensor] = field(default_factory=dict)
-    merged: dict[str, Tensor] = field(default_factory=dict)
-    holders: dict[str, bool] = field(default_factory=dict)
-    round: int = 0

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,21 +29,11 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.methods.fedavg.method import load
-from fedtune.methods.fedcybgd.order import BlockOrder, turns
+from fedtune.methods.fedcybgd.order import turns
+from fedtune.methods.fedcybgd.settings import BAdamConfig
 from fedtune.methods.fedcybgd.training import train_blocks
-from fedtune.methods.local_training import Training
 from fedtune.methods.references import State
 from fedtune.models.parts import CLASSIFIER, check_around, find_parts
-
-
-class Config(Training):
-    """Settings of `method.name: badam`."""
-
-    name: Literal["badam"] = "badam"
-    switch_interval: int = Field(100, ge=1)  # steps until the next block
-    block_order: BlockOrder = "random"  # of each pass over the blocks
-    extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
-    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
 
 
 class BAdam:
@@ -57,7 +46,7 @@ class BAdam:
     saves_merged = False
     sends_model = False
 
-    def __init__(self, config: Config, seed: int) -> None:
+    def __init__(self, config: BAdamConfig, seed: int) -> None:
         self.config, self._seed = config, seed
 
     def prepare(self, server: ServerEnv) -> None:

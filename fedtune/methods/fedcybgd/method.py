@@ -39,7 +39,8 @@ from fedtune.core.types import ArrivalOrder, ClientEnv, ClientResult, Order, Pay
 from fedtune.methods.fedcybgd.client import CHANNELS, HEADS, client_turn
 from fedtune.methods.fedcybgd.order import turn
 from fedtune.methods.fedcybgd.server import ServerModel
-from fedtune.methods.fedcybgd.settings import Config, State
+from fedtune.methods.fedcybgd.settings import Config
+from fedtune.methods.fedcybgd.state import State
 from fedtune.models.pruning import best
 
 log = logging.getLogger("fedtune")

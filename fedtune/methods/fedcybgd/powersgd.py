@@ -13,18 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fedtune.core.settings import Settings
-
-
-class PowerSGD(Settings):
-    """Each matrix's gradient is replaced by one of low rank; the rest is added to the next step's."""
-
-    rank: int = Field(2, ge=1)  # of the approximated gradient
-    iterations: int = Field(4, ge=1)  # of subspace iteration a step
-    start_step: int = Field(0, ge=0)  # steps before it begins, with whole gradients
+from fedtune.methods.fedcybgd.settings import PowerSGD
 
 
 class GradientFilter:

@@ -18,7 +18,8 @@ from fedtune.core.aggregate import LIMIT
 from fedtune.core.types import TensorSpec
 from fedtune.errors import InputError
 from fedtune.methods.fedcybgd.client import CHANNELS, HEADS
-from fedtune.methods.fedcybgd.settings import Config, State
+from fedtune.methods.fedcybgd.settings import Config
+from fedtune.methods.fedcybgd.state import State
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import architecture, check_blocks_go, check_drop, choose_blocks
 from fedtune.models.emulator import ARCHITECTURE

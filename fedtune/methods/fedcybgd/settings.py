@@ -1,18 +1,25 @@
-"""Settings and state of FedCyBGD and FedBAvg; what they are for stands in method.py."""
+"""Settings of FedCyBGD, FedBAvg and BAdam; what they are for stands in method.py and badam.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
+from fedtune.core.settings import Settings
 from fedtune.methods.fedcybgd.order import BlockOrder
-from fedtune.methods.fedcybgd.powersgd import PowerSGD
-from fedtune.methods.local_training import Training
+from fedtune.methods.settings import Training
 from fedtune.methods.tuning import InBlocks
-from fedtune.models.compression import Compression
+
+Compression = Literal["none", "layer-drop", "hybrid"]  # see models/compression.py
+
+
+class PowerSGD(Settings):
+    """Each matrix's gradient is replaced by one of low rank; the rest is added to the next step's."""
+
+    rank: int = Field(2, ge=1)  # of the approximated gradient
+    iterations: int = Field(4, ge=1)  # of subspace iteration a step
+    start_step: int = Field(0, ge=0)  # steps before it begins, with whole gradients
 
 
 class Config(InBlocks, Training):
@@ -63,27 +70,11 @@ class FedBAvgConfig(Config):
         return self
 
 
-@dataclass(frozen=True)
-class State:
-    """The server's state.
+class BAdamConfig(Training):
+    """Settings of `method.name: badam`."""
 
-    Attributes:
-        weights: Parameters that are trained, by "part:name", in the model's dtype: what clients get.
-        masters: Float32 values of those that have changed, where the model's dtype is narrower.
-        versions: The turn, from 1, that last changed a part, by its name.
-        held: What each client has, as JSON: the version of each part by its name.
-        answered: The turn, from 1, of each client's last reply.
-        heads, channels: What pruning keeps of a block in its present version, by its name.
-        turns: Turns that are over, answered or not.
-        missed: The last turn, from 1, that nobody answered; 0: none.
-    """
-
-    weights: dict[str, Tensor]
-    masters: dict[str, Tensor] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
-    held: dict[str, str] = field(default_factory=dict)
-    answered: dict[str, int] = field(default_factory=dict)
-    heads: dict[str, Tensor] = field(default_factory=dict)
-    channels: dict[str, Tensor] = field(default_factory=dict)
-    turns: int = 0
-    missed: int = 0
+    name: Literal["badam"] = "badam"
+    switch_interval: int = Field(100, ge=1)  # steps until the next block
+    block_order: BlockOrder = "random"  # of each pass over the blocks
+    extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
+    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass

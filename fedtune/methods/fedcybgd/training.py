@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.measure.memory import Resident
-from fedtune.methods.fedcybgd.powersgd import GradientFilter, PowerSGD
-from fedtune.methods.local_training import (
-    Trained,
-    Training,
-    build_optimizer,
-    float32_master,
-    step_batches,
-)
+from fedtune.methods.fedcybgd.powersgd import GradientFilter
+from fedtune.methods.fedcybgd.settings import PowerSGD
+from fedtune.methods.local_training import Trained, build_optimizer, float32_master, step_batches
+from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.models.memory_efficient import memory_efficient
 

@@ -17,17 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune.core.aggregate import LIMIT
 from fedtune.core.cohort import Cohort
 from fedtune.core.robust import Updates
 from fedtune.core.seeds import derive_seed
-from fedtune.core.settings import Settings
 from fedtune.core.types import (
     ArrivalOrder,
     ClientEnv,
@@ -43,7 +40,7 @@ from fedtune.data.batches import collate, endless_batches
 from fedtune.errors import InputError
 from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
-from fedtune.methods.fedkseed.settings import Epsilon
+from fedtune.methods.fedkseed.settings import InfinitePoolConfig
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -51,19 +48,6 @@ from fedtune.zeroth import SeedPool, perturb_all_
 
 SEEDS = 2**31
 _FOLDED = 2**20
-
-
-class Config(Settings):
-    """Settings of `method.name: infinite-pool`."""
-
-    name: Literal["infinite-pool"] = "infinite-pool"  # the method
-    rounds: int = Field(40, ge=1)  # communication rounds
-    download: Literal["steps", "model"] = "steps"  # how a client gets to the newest model
-    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
-    epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
-    lr: float = Field(3e-7, gt=0)  # η, constant
-    local_steps: int = Field(200, ge=1)  # τ, a client and round
-    batch_size: int = Field(1, ge=1)  # examples a step
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,7 @@ class InfinitePool:
     sends_model = False
     arrival: ArrivalOrder = "any-order"
 
-    def __init__(self, config: Config, seed: int) -> None:
+    def __init__(self, config: InfinitePoolConfig, seed: int) -> None:
         self.config = config
         self.rounds = config.rounds
         # directions of which slopes are looked at; no step is taken along them

@@ -65,7 +65,8 @@ from fedtune.methods.fedkseed.aggregation import (
 )
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
-from fedtune.methods.fedkseed.settings import Config, State
+from fedtune.methods.fedkseed.settings import Config
+from fedtune.methods.fedkseed.state import State
 from fedtune.methods.fedkseed.step import coefficients, step_weights
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk

@@ -1,18 +1,15 @@
-"""Settings and state of FedKSeed and FedKSeed-Pro; what they are for stands in method.py."""
+"""Settings of FedKSeed, FedKSeed-Pro (method.py) and of their baselines (infinite_pool.py)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
-from torch import Tensor
 
 from fedtune.core.settings import Settings
-from fedtune.core.types import Scalar
-from fedtune.zeroth import MAX_SEEDS
+
+MAX_SEEDS = 65_536  # of a pool (`fedtune.zeroth`, which settings are read without)
 
 
 def _scale(value: object) -> object:
@@ -63,26 +60,17 @@ class ProConfig(Config):
     seeds: int = Field(1024, ge=1, le=MAX_SEEDS)  # K, the shared seeds
 
 
-@dataclass(frozen=True)
-class State:
-    """The server's state: a few vectors of length K.
+class InfinitePoolConfig(Settings):
+    """Settings of `method.name: infinite-pool`."""
 
-    Attributes:
-        origin: The w0 and the pool that the accumulator belongs to.
-        accumulator: a, float32: server, clients and replay all rebuild from these bits.
-        before: The accumulator that the last round began with.
-        holders: Clients that replied in the last round, and so hold `before`.
-        magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
-        epsilon: ε, the same for all clients in all rounds.
-    """
-
-    origin: Mapping[str, Scalar]
-    accumulator: Tensor
-    before: Tensor
-    magnitude: Tensor
-    draws: Tensor
-    holders: Mapping[str, bool] = field(default_factory=dict)
-    epsilon: float = 0.0  # in the checkpoints of older runs, which have a number in their settings
+    name: Literal["infinite-pool"] = "infinite-pool"  # the method
+    rounds: int = Field(40, ge=1)  # communication rounds
+    download: Literal["steps", "model"] = "steps"  # how a client gets to the newest model
+    noise: Literal["hadamard4", "rademacher", "gaussian", "binomial32"] = "hadamard4"  # see noise.md
+    epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
+    lr: float = Field(3e-7, gt=0)  # η, constant
+    local_steps: int = Field(200, ge=1)  # τ, a client and round
+    batch_size: int = Field(1, ge=1)  # examples a step
 
 
 def paper_bytes(config: Config) -> int:

@@ -1,0 +1,103 @@
+"""The tasks that a configuration can name: our own by name, and whatever lm-evaluation-harness has.
+
+A task's module is imported only when it is put to a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedtune.errors import InputError, nearest
+from fedtune.evaluation import harness_names
+from fedtune.registry import Registry
+
+if TYPE_CHECKING:
+    from fedtune.evaluation.types import Task
+
+TASKS: Registry[Task] = Registry("task", "evaluation.tasks", "fedtune.tasks")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of fedtune's own tasks: the module that has it in its `TASKS`, and what is known before.
+
+    Attributes:
+        module: In this folder.
+        summary: One line for people.
+        classifier: Whether it can score a classifier, as the task itself says.
+    """
+
+    module: str
+    summary: str
+    classifier: bool = False
+
+
+def _humaneval(language: str) -> Entry:
+    return Entry("code", f"HumanEval-X in {language}: Pass@1, from 10 samples on Pass@10")
+
+
+OWN = {
+    "loss": Entry("basic", "mean cross-entropy a token in nats, and perplexity", classifier=True),
+    "accuracy": Entry("basic", "share of answers that are exactly right, also by category", classifier=True),
+    "rouge-l": Entry("basic", "longest common subsequence of generated answer and reference, F1"),
+    "gsm8k-0shot": Entry(
+        "answers", "GSM8K without solved examples: the number after ####, in the run's template"
+    ),
+    "gsm8k-cot-8shot": Entry("answers", "GSM8K after eight solved examples"),
+    "squad": Entry("answers", "SQuAD answers in the run's template: exact match and token F1"),
+    "rouge-l-fedkseed": Entry("answers", "Rouge-L as in the FedKSeed paper: the scorer of the rouge package"),
+    "matthews": Entry("correlation", "Matthews correlation of labels", classifier=True),
+    "pearson": Entry("correlation", "Pearson and Spearman correlation of numbers", classifier=True),
+    "mt-bench": Entry(
+        "judge", "MT-bench: answers in two turns, marked from 1 to 10 by a judge behind an endpoint"
+    ),
+    "humaneval-x-python": _humaneval("Python"),
+    "humaneval-x-cpp": _humaneval("C++"),
+    "humaneval-x-java": _humaneval("Java"),
+    "humaneval-x-go": _humaneval("Go"),
+    "humaneval-x": Entry("code", "HumanEval-X in Python, C++, Java and Go, over all and by language"),
+}
+
+
+def _load(name: str) -> Task:
+    found: Task = importlib.import_module(f"fedtune.evaluation.{OWN[name].module}").TASKS[name]
+    return found
+
+
+for _name, _entry in OWN.items():
+    TASKS.built_in(_name, _entry.summary, lambda name=_name: _load(name))  # type: ignore[misc]
+
+
+def classifies(task: str) -> bool:
+    """Whether a task, by its name, can score a classifier."""
+    if task in OWN:
+        return OWN[task].classifier
+    found = TASKS.get(task)
+    return found is not None and found.classifier
+
+
+def check_tasks(tasks: Sequence[str], task_folder: str | None) -> None:
+    """Refuses names that are neither ours nor the harness's.
+
+    Raises:
+        InputError: An unknown name, with the nearest known one; or the harness is needed and not installed.
+    """
+    others = [task for task in tasks if task not in TASKS]
+    if not others:
+        return
+    if not harness_names.installed():
+        raise InputError(
+            f"task {others[0]} is not one of fedtune's own ({', '.join(TASKS)}); for the tasks of "
+            f"lm-evaluation-harness install fedtune[eval].{nearest(others[0], TASKS)}"
+        )
+    known = harness_names.known_names(task_folder)
+    for task in others:
+        if task not in known:
+            close = nearest(task, [*TASKS, *sorted(known)])
+            raise InputError(
+                f"task {task!r} is not known; fedtune's own are {', '.join(TASKS)}, and lm_eval ls tasks "
+                f"lists those of lm-evaluation-harness.{close}"
+            )

@@ -1,0 +1,49 @@
+"""Settings of FedAvg and one-shot; what they are for stands in method.py."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
+from fedtune.methods.settings import Training
+from fedtune.methods.tuning import Tuning
+
+
+class Config(Tuning, Training):
+    """Settings of `method.name: fedavg`."""
+
+    name: Literal["fedavg"] = "fedavg"
+    rounds: int = Field(3, ge=1)
+    arrival: Literal["synchronous", "asynchronous"] = "synchronous"
+    aggregation: Literal["mean", "stack", "freeze-a"] = "mean"
+    server_optimizer: ServerOptimizer = ServerOptimizer()
+    proximal: float = Field(0.0, ge=0)
+    control_variates: bool = False
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.aggregation != "mean" and self.trainable != "lora":
+            raise ValueError(f"aggregation: {self.aggregation} is for trainable: lora, got {self.trainable}")
+        if self.aggregation == "stack" and (
+            self.arrival == "asynchronous" or self.control_variates or self.server_optimizer.name != "mean"
+        ):
+            raise ValueError(
+                "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
+                "server_optimizer mean and no control_variates"
+            )
+        if self.arrival == "asynchronous" and (self.rounds != 1 or self.control_variates):
+            raise ValueError(
+                f"arrival: asynchronous is one-shot: set rounds: 1 (got {self.rounds}), more local_epochs, "
+                "and no control_variates"
+            )
+        if self.arrival == "asynchronous" and self.server_optimizer.name != "mean":
+            raise ValueError("arrival: asynchronous keeps a running mean; it goes with server_optimizer mean")
+        if self.control_variates and (self.optimizer != "sgd" or self.momentum):
+            raise ValueError(
+                "control_variates (SCAFFOLD) correct plain SGD steps; set optimizer: sgd, momentum: 0"
+            )
+        if self.control_variates and self.lora and self.lora.client_ranks:
+            raise ValueError("control_variates need clients of one rank; leave lora.client_ranks out")
+        return self

@@ -1,0 +1,29 @@
+"""Settings of the rows beside the methods; see references.py."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fedtune.core.settings import Settings
+from fedtune.methods.settings import Training
+from fedtune.methods.tuning import Tuning
+
+
+class ZeroShotConfig(Settings):
+    """Settings of `method.name: zero-shot`."""
+
+    float16: ClassVar[bool] = True
+
+    name: Literal["zero-shot"] = "zero-shot"
+
+
+class StandaloneConfig(Tuning, Training):
+    """Settings of `method.name: standalone`."""
+
+    name: Literal["standalone"] = "standalone"
+
+
+class CentralizedConfig(Tuning, Training):
+    """Settings of `method.name: centralized`."""
+
+    name: Literal["centralized"] = "centralized"

@@ -1,0 +1,24 @@
+"""What `model.name` can be."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+BUNDLED = "bundled"
+
+
+def bundled_folder() -> Path:
+    """Where the bundled model's files are."""
+    return Path(str(importlib.resources.files("fedtune.models") / BUNDLED))
+
+
+def listing() -> list[dict[str, str]]:
+    """What `model.name` can be: `name`, `summary` and `origin` of each kind."""
+    bundled = "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text"
+    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors"
+    return [
+        {"name": "bundled", "summary": bundled, "origin": "fedtune"},
+        {"name": "FOLDER", "summary": folder, "origin": "this machine"},
+        {"name": "OWNER/NAME", "summary": "the same from the Hugging Face hub", "origin": "Hugging Face hub"},
+    ]
