@@ -126,7 +126,9 @@ def test_validate_takes_overrides_as_run_does(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_config(tmp_path / f"{name}.yaml", base())
     assert fedtune("validate", "a.yaml", "b.yaml", "method.lr=0.5", cwd=tmp_path).out.count("fedavg") == 2
-    usage_error(fedtune("validate", "a.yaml", "method.lr=0", cwd=tmp_path), "a.yaml: method.lr", "greater than 0")
+    usage_error(
+        fedtune("validate", "a.yaml", "method.lr=0", cwd=tmp_path), "a.yaml: method.lr", "greater than 0"
+    )
     usage_error(fedtune("validate", "method.lr=0", cwd=tmp_path), "a configuration's file", "method.lr=0")
     (tmp_path / "c=1.yaml").write_text((tmp_path / "a.yaml").read_text())
     assert fedtune("validate", "c=1.yaml", cwd=tmp_path).out.startswith("c=1.yaml: fedavg")

@@ -16,7 +16,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.config.yaml_text import dump_yaml, load_yaml, read_yaml
 from fedtune.core.settings import Settings
 from fedtune.data.partition import PARTITIONERS
-from fedtune.errors import InputError, nearest, short
+from fedtune.errors import InputError, foreign, nearest, short
 from fedtune.methods import registry
 
 
@@ -96,7 +96,7 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
     lines = []
     for problem in error.errors(include_url=False):
         path, known = _walk(cls, problem["loc"])
-        name = ".".join([*prefix, *path]) or "the configuration"
+        name = foreign(".".join([*prefix, *path])) or "the configuration"
         got = "" if isinstance(problem["input"], dict) else f", got {short(repr(problem['input']))}"
         if problem["type"] == "extra_forbidden":
             lines.append(

@@ -36,6 +36,15 @@ for _yaml_class in (_Loader, _Dumper):
     )
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """A character that YAML takes for a line's end would be lost outside of double quotes."""
+    style = '"' if any(sign in text for sign in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
