@@ -305,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
             }
             copy = free.pop()
             (copy / path).write_text(mutant, encoding="utf-8")
-            limit = 120 + 20 * sum(known["seconds"].get(test, 1.0) for test in tests)
+            limit = 120 + 5 * sum(known["seconds"].get(test, 1.0) for test in tests)
             pid = start(copy, tests, copy.parent / "log") if tests else -len(results) - 1
             running[pid] = copy, entry, time.monotonic() + limit
             if not tests:
