@@ -23,7 +23,7 @@ from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import Cohort
 from fedtune.core.types import Method, ServerEnv
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg import method as fedavg
 from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.settings import Alignment, Config

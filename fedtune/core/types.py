@@ -22,7 +22,7 @@ from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
-    from fedtune.data.encode import Encoded
+    from fedtune.data.encoded import Encoded
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool

@@ -25,7 +25,8 @@ from fedtune.models.folders import files_sha256, local_folder, settings_sha256, 
 from fedtune.models.load import Loaded
 
 EXAMPLES = "examples.json"
-_FREE = {"template", "loss_on", "max_length"}  # of `data`: how examples are shown, and not which they are
+# of `data`: how examples are shown, and not which they are
+_FREE = {"template", "loss_on", "max_length", "cache"}
 _SOURCES = {"train", "split", "fields"}
 log = logging.getLogger("fedtune")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
-from fedtune.data.encode import Counts, Encoded
+from fedtune.data.encoded import Counts, Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
