@@ -95,7 +95,9 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
-    values = [example.category or example.output for example in train]
+    # of answers in free text every one would stand in partition.json, word for word
+    classifies = config.model.task == "classification"
+    values = [example.category or (example.output if classifies else "") for example in train]
     named = [{"name": name} for name in dealt.names] or [{}] * len(indices)
     summary = {
         "name": config.data.partition_name,
