@@ -25,7 +25,10 @@ from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedList, EncodedS
 from fedtune.data.examples import Example
 from fedtune.data.templates import register_template
 from fedtune.errors import InputError
+from fedtune.federation.client import join
+from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import Keys
+from fedtune.models.load import load_model
 
 TOKENIZERS = {
     "words": tokenizer(),
@@ -398,3 +401,17 @@ def test_a_cache_that_is_no_folder_is_refused(model: Path, tmp_path: Path) -> No
     ):
         fedtune.run(config(model, cache=str(tmp_path / "file")), out=tmp_path / "run", data=CLIENTS)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_has_nothing_written_at_a_client(model: Path, tmp_path: Path) -> None:
+    document = config(model, cache=str(tmp_path / "cache"))
+    document["data"] |= {"train": "clients", "clients": None}
+    document["transport"] = {"name": "flower"}
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps(SHORT))
+    weights = load_model(str(model), dtype="float32", initial="pretrained", seed=0, base=Path("."))
+    asked = {"config": json.dumps(fedtune.load(document).resolved()), "client": 0}
+    asked["weights"] = weights.weights_sha256
+    joined = join(asked, data=own, fields={}, model=None, device="cpu", consent=Consent())
+    assert joined.examples == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
