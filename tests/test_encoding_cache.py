@@ -7,6 +7,8 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from fedtune.data.cache import EncodedCache, key_of, tokenizer_sha256
 from fedtune.data.encode import encode_causal, encode_classification
 from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedList, EncodedSet
 from fedtune.data.examples import Example
+from fedtune.data.objects import ObjectData
 from fedtune.data.templates import register_template
 from fedtune.errors import InputError
 from fedtune.federation.client import join
 from fedtune.federation.consent import Consent
+from fedtune.federation.data import prepare_data
 from fedtune.federation.encoding import Keys
+from fedtune.federation.recorded import examples_of
 from fedtune.models.load import load_model
 
 TOKENIZERS = {
@@ -328,6 +333,7 @@ def test_a_round_of_few_encodes_few_and_says_what_it_knows(
     assert files(tmp_path / ".encoded") == 2
     known = {*asked[0], *asked[1]}
     partition = json.loads((tmp_path / "run/partition.json").read_text())
+    assert all(entry["labels"] == {"": entry["examples"]} for entry in partition["clients"])  # and no answer
     for client, (entry, rows) in enumerate(zip(partition["clients"], CLIENTS.values(), strict=True)):
         assert entry["encoded"].get("waiting", 0) == (0 if client in known else len(rows))
         assert entry["encoded"]["examples"] == len(rows)
@@ -378,6 +384,25 @@ def test_a_length_that_decides_is_looked_at_in_everyone(model: Path, tmp_path: P
                 config(model, asked=1, too_long=how), out=tmp_path / how / "run", data=CLIENTS, progress=False
             )
         assert not (tmp_path / how).exists()  # and so no file of encoded examples
+
+
+odd = st.text(max_size=8)
+
+
+@given(st.lists(st.builds(Example, odd, odd, odd, odd), min_size=3, max_size=4))
+def test_data_have_the_digest_that_they_always_had(rows: list[Example]) -> None:
+    """Written with json.dumps, as the version that began older runs did."""
+    document = {"method": {"name": "fedavg"}, "evaluation": {"max_examples": 1}}
+    document["data"] = {"train": "objects", "clients": 1, "holdout": {"fraction": 0.3}}
+    split = prepare_data(fedtune.load(document), pooled=False, objects=ObjectData(tuple(rows), {}))
+    assert len(split.trained) == len(rows) - 1
+    text = b""
+    for part in (split.trained, split.evaluation):
+        text += b"".join(json.dumps(asdict(e), sort_keys=True).encode() + b"\n" for e in part) + b"\0"
+    assert split.sha256 == sha256(text).hexdigest()
+    e = split.held_out[0]
+    said = json.dumps([e.instruction, e.input, e.output, e.category]).encode()
+    assert examples_of(split)["held_out"] == [sha256(said).hexdigest()[:16]]
 
 
 def test_a_run_goes_on_with_another_place(model: Path, tmp_path: Path) -> None:
