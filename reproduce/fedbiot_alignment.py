@@ -27,7 +27,8 @@ from common import DATA, MODELS, RESULTS, Entry, Prepared, main, table
 
 from fedtune.core.types import ServerEnv
 from fedtune.data.batches import collate
-from fedtune.data.encode import IGNORED, Encoded, encode_causal
+from fedtune.data.encode import encode_causal
+from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.data.sources import load_examples
 from fedtune.methods import registry
 from fedtune.models.load import load_model

@@ -26,7 +26,7 @@ from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
 from fedtune.methods import step_loss

@@ -48,7 +48,7 @@ from fedtune.core.loop import RoundLoop
 from fedtune.core.seeds import numpy_generator, torch_generator
 from fedtune.core.types import Arrival, Transport
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.federation.guard import Guard, RoundRefused
 from fedtune.federation.scoring import Evaluated
 from fedtune.measure.clock import Clock

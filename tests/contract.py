@@ -21,7 +21,7 @@ from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Arrival, Payload, ServerEnv
 from fedtune.core.wire import Content, encode
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.federation import checkpoint
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry

@@ -15,7 +15,7 @@ from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.types import Arrival, ServerEnv
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.protection.robust import Robust

@@ -12,7 +12,7 @@ from toy import Bench
 
 from fedtune.core.types import ClientError, Payload
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedcybgd.method import FedCyBGD
 from fedtune.methods.fedcybgd.settings import Config
 

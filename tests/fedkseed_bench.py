@@ -10,7 +10,7 @@ from toy import Bench, Toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.core.types import Payload
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config
 from fedtune.zeroth import reference

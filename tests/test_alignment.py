@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from fedtune.core.types import ServerEnv
 from fedtune.data.batches import collate
-from fedtune.data.encode import IGNORED, Encoded
+from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
 from fedtune.methods.fedbiot.method import FedBiOT
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors

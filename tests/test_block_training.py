@@ -15,7 +15,7 @@ from toy import Bench
 
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, epoch_batches
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedcybgd.badam import BAdam
 from fedtune.methods.fedcybgd.order import turn

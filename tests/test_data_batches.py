@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data.batches import collate, endless_batches, epoch_batches
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 
 
 def generator(seed: int) -> torch.Generator:

@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedtune.data import templates
-from fedtune.data.encode import IGNORED, encode_causal, encode_classification, encode_prompts
+from fedtune.data.encode import encode_causal, encode_classification, encode_prompts
+from fedtune.data.encoded import IGNORED
 from fedtune.data.examples import Example
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from toy import Bench, Toy, items
 
 from fedtune.core.types import ClientError, Reply
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import CONTROL, FedAvg
 from fedtune.methods.fedavg.settings import Config

@@ -143,7 +143,7 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "op
 import torch
 from safetensors.torch import save_file
 from fedtune.core.client import ClientRunner
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods import registry
 torch.set_num_threads(1)
 about = json.loads(Path("client.json").read_text())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fedtune.core.seeds import derive_seed, torch_generator
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedbiot.server import ADAPTER, factors
 from fedtune.models.alignment import distillation_loss, representation_loss
 from fedtune.models.blocks import find_blocks

@@ -23,7 +23,7 @@ from fedtune.core.aggregate import WeightedSum
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import Payload
 from fedtune.data.batches import collate, epoch_batches
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedcybgd.order import turn, turns
 from fedtune.methods.fedcybgd.settings import Config, FedBAvgConfig

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import fedtune
 from fedtune.config.file import parse_config
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedcybgd.badam import BAdam
 from fedtune.methods.fedcybgd.method import FedCyBGD

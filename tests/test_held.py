@@ -12,7 +12,7 @@ from model_families import build
 from torch import Tensor, nn
 from toy import Bench
 
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config

@@ -10,7 +10,7 @@ import torch
 from toy import Bench, Toy, items
 
 from fedtune.core.types import Reply
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.infinite_pool import InfinitePool, State
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig as Config

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from toy import Bench
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedtune.bench.process_memory import rss
-from fedtune.data.encode import IGNORED
+from fedtune.data.encoded import IGNORED
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.models.memory_efficient import causal_loss, memory_efficient, release_memory

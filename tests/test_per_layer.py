@@ -14,7 +14,7 @@ from per_layer_models import BASE, KINDS, LATENT, LLAMA4, MOE, NEO, logits, made
 from toy import Bench
 
 from fedtune.config.file import parse_config
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.fedbiot.settings import Config as FedBiOTConfig

@@ -12,7 +12,8 @@ from model_families import edit_json, save_folder, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedtune
-from fedtune.data.encode import IGNORED, Counts, encode_causal, encode_classification
+from fedtune.data.encode import encode_causal, encode_classification
+from fedtune.data.encoded import IGNORED, Counts
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.federation.client import join

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from fedtune.core.types import ServerEnv, SumMethod
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.settings import Training

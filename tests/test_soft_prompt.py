@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.models.tuning import attach_p_tuning, attach_prompt
 
 TEXTS = [[5, 9, 11, 20, 30, 7, 8], [5, 40], [6, 7, 8, 9]]

@@ -25,7 +25,7 @@ import fedtune
 from fedtune.core.cohort import RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, trained_labels
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods import registry
 from fedtune.methods.step_loss import StepBatches, add_gradient
 from fedtune.models.tuning import trainable

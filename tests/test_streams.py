@@ -16,7 +16,7 @@ from toy import Bench
 
 from fedtune.core import seeds
 from fedtune.core.cohort import sample_cohort
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedcybgd.badam import BAdam
 from fedtune.methods.fedcybgd.order import turn
 from fedtune.methods.fedcybgd.settings import BAdamConfig

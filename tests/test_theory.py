@@ -14,7 +14,7 @@ from theory_reference import Plain
 from torch import Tensor, nn
 from toy import Bench, Toy
 
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods import registry

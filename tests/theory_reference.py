@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, endless_batches, epoch_batches
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
 from fedtune.models.tuning import trainable

@@ -14,7 +14,7 @@ from fedtune.core.cohort import RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.types import ServerEnv
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.transport.in_process import InProcess, Simulation
 

@@ -33,7 +33,7 @@ from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import ClientEnv, Payload
 from fedtune.core.wire import Content, decode, empty_frame, encode
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg.settings import Config as FedAvgConfig
 from fedtune.methods.fedcybgd import method as fedcybgd

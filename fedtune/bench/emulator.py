@@ -23,7 +23,7 @@ from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import Cohort
 from fedtune.core.types import Method, ServerEnv
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config as FedAvgConfig
 from fedtune.methods.fedbiot.method import FedBiOT

@@ -15,6 +15,7 @@ from fedtune.errors import InputError
 MOVABLE = ("model.name", "data.train", "data.holdout.source", "data.partition.path")
 _PLACES = (*MOVABLE, "data.public.source", "evaluation.task_folder", "evaluation.data_folder")
 _TASK_LISTS = ("data.split", "data.holdout.split", "data.public.split")  # where a split is a file
+CACHES = (BESIDE, NONE) = ("beside", "none")  # of data.cache; everything else is a folder
 _WORDS = ("bundled", CLIENTS, OBJECTS)
 
 
@@ -28,6 +29,9 @@ def located(config: RunConfig) -> RunConfig:
         block, key = _inside(document, setting)
         if block is not None and isinstance(name := block.get(key), str) and name not in _WORDS:
             block[key] = _absolute_list(name) if setting in _TASK_LISTS else _absolute(name)
+    cache = document["data"]["cache"]
+    if cache not in CACHES:
+        document["data"]["cache"] = str(Path(cache).expanduser().absolute())
     files = document["evaluation"]["files"]
     files.update({task: _absolute(name) for task, name in files.items()})
     if document == config.resolved():
@@ -75,8 +79,9 @@ def _places(document: dict[str, Any]) -> dict[str, str]:
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration but for where its inputs are."""
+    """The resolved configuration but for where its inputs are, and where what is made of them is kept."""
     document = located(config).resolved()
+    del document["data"]["cache"]
     for setting in _places(document):
         block, key = _inside(document, setting)
         assert block is not None

@@ -19,7 +19,7 @@ from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
-from fedtune.data.sources import no_null
+from fedtune.data.records import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
 from fedtune.evaluation.judge_settings import JudgeSettings
@@ -96,6 +96,7 @@ class DataSettings(Settings):
     loss_on: Literal["response", "all"] = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together; at most what the model sees
     too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer
+    cache: str = Field("beside", min_length=1)  # of encoded examples: beside the run, a folder, or none
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
     clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
     partition: SerializeAsAny[Settings] = Iid()

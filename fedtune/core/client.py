@@ -30,7 +30,7 @@ from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.measure.memory import MemoryMeter
 
 if TYPE_CHECKING:
-    from fedtune.data.encode import Encoded
+    from fedtune.data.encoded import Encoded
 
 
 V = TypeVar("V")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fedtune.data.encode import Encoded
+    from fedtune.data.encoded import Encoded
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.data.encode import IGNORED, Encoded
+from fedtune.data.encoded import IGNORED, Encoded
 
 
 def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

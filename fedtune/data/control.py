@@ -122,8 +122,21 @@ def marked(
     Raises:
         InputError: What the template writes depends so much on the fields that its own part cannot be told.
     """
-    text, special = make(fields), _special(tokenizer)
-    pattern = special.pattern
+    return marked_rows(make, [fields], tokenizer)[0]
+
+
+def marked_rows(
+    make: Callable[[Sequence[str]], str],
+    rows: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Marked]:
+    """As `marked`, for the fields of many examples."""
+    special = _special(tokenizer)
+    return [_marked(make, fields, special) for fields in rows]
+
+
+def _marked(make: Callable[[Sequence[str]], str], fields: Sequence[str], special: _Special) -> Marked:
+    text, pattern = make(fields), special.pattern
     if not isinstance(text, str) or pattern is None or not pattern.search(text):
         return text if isinstance(text, Marked) or not isinstance(text, str) else Marked(text)
     used = "".join(special.ids).lower()
@@ -188,13 +201,17 @@ def pair_tokens(
     special = _special(tokenizer)
     seen = set(special.ids.values())
     added = {size: tokenizer.num_special_tokens_to_add(pair=size > 1) for size in {len(row) for row in rows}}
-    found = []
-    for row in rows:
-        ids: list[int] = tokenizer(*row, verbose=False, **cut)["input_ids"]
-        if sum(i in seen for i in ids) != added[len(row)]:
-            ids = _pair_as_text(row, tokenizer, special, max_length)
-            _check(" ".join(row), ids, special, added[len(row)])
-        found.append(ids)
+    found: list[list[int]] = [[] for _ in rows]
+    for size in added:  # the library takes many texts or many pairs, and not both at once
+        places = [place for place, row in enumerate(rows) if len(row) == size]
+        columns = [[rows[place][column] for place in places] for column in range(size)]
+        whole: list[list[int]] = tokenizer(*columns, verbose=False, **cut)["input_ids"]
+        for place, ids in zip(places, whole, strict=True):
+            row = rows[place]
+            if sum(i in seen for i in ids) != added[size]:
+                ids = _pair_as_text(row, tokenizer, special, max_length)
+                _check(" ".join(row), ids, special, added[size])
+            found[place] = ids
     return found
 
 

@@ -8,79 +8,26 @@ What users write is text, whatever it looks like; see `fedtune.data.control`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.data import templates
-from fedtune.data.control import Marked, marked, pair_tokens, tokens
+from fedtune.data.control import Marked, marked, marked_rows, pair_tokens, tokens
+from fedtune.data.encoded import Counts, EncodedSet, Gathered
 from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 LOSS_ON = ("response", "all")
 TOO_LONG = ("cut", "drop", "error")
 _REMEDY = (
     "Raise data.max_length as far as the model sees, shorten the example, or set data.too_long to cut or drop"
 )
+AT_ONCE = 1024  # examples given to the tokenizer in one call, whose tokens are Python integers meanwhile
 PROMPT_SHARE = 4  # a long answer leaves its prompt one token in so many
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One encoded example.
-
-    Attributes:
-        input_ids: Token ids, without padding.
-        labels: For a causal model one label a token, -100 where no loss is taken, not shifted (the model
-            shifts them). For classification one class index.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-    @property
-    def trained(self) -> int:
-        """Labels that carry loss: a class, or a causal model's that are not -100, without the first."""
-        labels = self.labels if len(self.labels) == 1 else self.labels[1:]
-        return len(labels) - labels.count(IGNORED)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What became of examples when they were encoded; each may count in several of these.
-
-    Attributes:
-        examples: Those encoded.
-        cut: Of them, longer than the maximum length.
-        without_prompt: Of those cut, with no token of their prompt left.
-        without_eos: Of those cut, with the end of their answer gone, and so without the end token.
-        empty: With an answer of no text: the end token alone is trained.
-        duplicates: Equal to an earlier one in instruction, input and output.
-        dropped: Too long and left out; these are not among `examples`.
-    """
-
-    examples: int = 0
-    cut: int = 0
-    without_prompt: int = 0
-    without_eos: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    dropped: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedSet:
-    """Encoded examples in the order given, and what was cut, dropped or odd."""
-
-    items: list[Encoded]
-    counts: Counts
 
 
 def encode_causal(
@@ -121,36 +68,53 @@ def encode_causal(
             "set eos_token in its tokenizer_config.json."
         )
     begin = _begin(tokenizer)
-    prompts = tokens([prompt_text(example, template, tokenizer) for example in examples], tokenizer)
-    responses = tokens([response_text(example, template, tokenizer) for example in examples], tokenizer)
-    items, kept, counts = [], list[Example](), Counts()
+    into, kept, seen = Gathered(), list[Example](), Counter[str]()
     room = max_length - len(begin)
-    for place, (whole_prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for place, (example, whole_prompt, response) in enumerate(_spelled(examples, template, tokenizer)):
         over = len(whole_prompt) + len(response) + 1 > room
         if over and too_long == "error":
             raise InputError(
-                f"example {place} ({examples[place].instruction[:40]!r}) is too long: {len(whole_prompt)} "
+                f"example {place} ({example.instruction[:40]!r}) is too long: {len(whole_prompt)} "
                 f"tokens of prompt and {len(response)} of answer, and {room - 1} fit beside the begin and "
                 f"end tokens. {_REMEDY}"
             )
         if over and too_long == "drop":
-            counts += Counts(dropped=1)
+            seen["dropped"] += 1
             continue
-        prompt, answer = _fitted(whole_prompt, [*response, end], room)
-        counts += Counts(
-            examples=1,
-            cut=over,
-            without_prompt=bool(whole_prompt) and not prompt,
-            without_eos=len(answer) <= len(response),
-            empty=not examples[place].output.strip(),
-        )
-        kept.append(examples[place])
-        prompt_labels = prompt if loss_on == "all" else [IGNORED] * len(prompt)
-        labels = [IGNORED] * len(begin) + prompt_labels + answer
-        if len(labels) == 1:  # no token comes before the only one; and its label would look like a class
-            labels = [IGNORED]
-        items.append(Encoded(tuple(begin + prompt + answer), tuple(labels)))
-    return EncodedSet(items, counts + Counts(duplicates=_duplicates(kept)))
+        answer = [*response, end]
+        prompt, answer = _fitted(whole_prompt, answer, room) if over else (whole_prompt, answer)
+        seen["cut"] += over
+        seen["without_prompt"] += bool(whole_prompt) and not prompt
+        seen["without_eos"] += len(answer) <= len(response)
+        seen["empty"] += not example.output.strip()
+        kept.append(example)
+        ids = begin + prompt + answer
+        silent = len(begin) + (0 if loss_on == "all" else len(prompt))
+        # no token comes before the only one; and its label would look like a class
+        into.add(ids, 1 if len(ids) == 1 else silent)
+    counts = Counts(examples=len(kept), duplicates=duplicates(kept), **seen)
+    return EncodedSet(into.all(classes=False), counts)
+
+
+def _spelled(
+    examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Example, list[int], list[int]]]:
+    """Each example with the tokens of its prompt and of its answer, some of which are spelled at once."""
+    for start in range(0, len(examples), AT_ONCE):
+        part = examples[start : start + AT_ONCE]
+        prompts, responses = texts(part, template, tokenizer)
+        yield from zip(part, tokens(prompts, tokenizer), tokens(responses, tokenizer), strict=True)
+
+
+def texts(
+    examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Marked], list[Marked]]:
+    """Of each example the `prompt_text` and the `response_text`."""
+    rows = [_fields(example) for example in examples]
+    return (
+        marked_rows(lambda row: templates.prompt(Example(*row), template), rows, tokenizer),
+        marked_rows(lambda row: templates.response(Example(*row), template), rows, tokenizer),
+    )
 
 
 def _fitted(prompt: list[int], answer: list[int], room: int) -> tuple[list[int], list[int]]:
@@ -229,9 +193,8 @@ def encode_classification(
     _one_of(too_long, TOO_LONG, "data.too_long")
     special = tokenizer.num_special_tokens_to_add(pair=any(example.input for example in examples))
     _check_length(max_length, least=special + 2)
-    items, kept, counts = [], list[Example](), Counts()
-    rows = [[e.instruction, e.input] if e.input else [e.instruction] for e in examples]
-    for number, (example, ids) in enumerate(zip(examples, pair_tokens(rows, tokenizer), strict=True)):
+    into, kept, seen = Gathered(), list[Example](), Counter[str]()
+    for number, (example, ids) in enumerate(_paired(examples, tokenizer)):
         if example.output not in classes:
             raise InputError(
                 f'example {number} has the label "{example.output}", which is not among the labels '
@@ -244,17 +207,31 @@ def encode_classification(
                 f"{max_length} fit. {_REMEDY}"
             )
         if over and too_long == "drop":
-            counts += Counts(dropped=1)
+            seen["dropped"] += 1
             continue
         if over:
-            (ids,) = pair_tokens([rows[number]], tokenizer, max_length=max_length)
-        counts += Counts(examples=1, cut=over)
+            (ids,) = pair_tokens([_row(example)], tokenizer, max_length=max_length)
+        seen["cut"] += over
         kept.append(example)
-        items.append(Encoded(tuple(ids), (classes[example.output],)))
-    return EncodedSet(items, counts + Counts(duplicates=_duplicates(kept)))
+        into.add(ids, classes[example.output])
+    counts = Counts(examples=len(kept), duplicates=duplicates(kept), **seen)
+    return EncodedSet(into.all(classes=True), counts)
 
 
-def _duplicates(examples: Sequence[Example]) -> int:
+def _paired(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Example, list[int]]]:
+    for start in range(0, len(examples), AT_ONCE):
+        part = examples[start : start + AT_ONCE]
+        yield from zip(part, pair_tokens([_row(example) for example in part], tokenizer), strict=True)
+
+
+def _row(example: Example) -> list[str]:
+    return [example.instruction, example.input] if example.input else [example.instruction]
+
+
+def duplicates(examples: Sequence[Example]) -> int:
+    """How many are equal to an earlier one in instruction, input and output."""
     return len(examples) - len({(e.instruction, e.input, e.output) for e in examples})
 
 

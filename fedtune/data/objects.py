@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.data.examples import Example
-from fedtune.data.sources import examples_from
+from fedtune.data.records import examples_from
 from fedtune.errors import InputError
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedtune.config.yaml_text import read_yaml
 from fedtune.core.permissions import make_private
-from fedtune.data.sources import check_fields
+from fedtune.data.records import check_fields
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_client, read_identity
 from fedtune.errors import FederationError, FedtuneError, InputError

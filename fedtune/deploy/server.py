@@ -104,7 +104,7 @@ class Server:
         """
         run = str(known["run"]) if known else secrets.token_hex(8)
         document = self._config.resolved()
-        document["data"]["max_length"] = assembly.max_length  # clients may not have the model to ask
+        document["data"]["max_length"] = assembly.room.tokens  # clients may not have the model to ask
         config = json.dumps(document, separators=(",", ":"))
         self._invitation = Invitation(run, config, assembly.loaded.weights_sha256)
         self._channel = self.start()

@@ -19,15 +19,13 @@ from fedtune.core.seeds import derive_seed
 from fedtune.data.batches import collate
 from fedtune.data.control import Marked
 from fedtune.data.encode import (
-    IGNORED,
-    Counts,
-    Encoded,
     encode_causal,
     encode_classification,
     encode_prompts,
     prompt_text,
     response_text,
 )
+from fedtune.data.encoded import IGNORED, Counts, Encoded
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import Sampling, generate, prompt_room
@@ -318,7 +316,7 @@ class EvalEnv:
         context = context_length(self.model, reserved=self.settings.reserved)
         return self.settings.max_length if context is None else min(self.settings.max_length, context)
 
-    def _forward(self, encoded: list[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def _forward(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Places, logits and labels of each batch; like lengths share a batch."""
         device = next(self.model.parameters()).device
         pad = self.tokenizer.pad_token_id

@@ -11,7 +11,7 @@ from typing import Any
 from fedtune.config.schema import RunConfig
 from fedtune.core.types import Method
 from fedtune.data.examples import Example
-from fedtune.data.sources import FIELDS
+from fedtune.data.records import FIELDS
 from fedtune.errors import foreign
 
 
@@ -152,7 +152,7 @@ def settings_digest(config: RunConfig, weights: str) -> bytes:
     document = config.resolved()
     for block, elsewhere in (
         ("model", ("name", "device")),
-        ("data", ("train", "split", "clients", "partition", "holdout", "public", "max_examples")),
+        ("data", ("train", "split", "clients", "partition", "holdout", "public", "max_examples", "cache")),
     ):
         for key in elsewhere:  # where inputs lie, and what is done with examples of the server's own
             del document[block][key]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,12 +15,13 @@ from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
-from fedtune.data.encode import Counts, EncodedSet
+from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data, public_examples
-from fedtune.federation.encoding import describe, encode_for
+from fedtune.federation.encoding import Keys, describe, encode_for
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
@@ -51,20 +52,24 @@ class Assembly:
     runner: ClientRunner
     device: torch.device
     client_examples: dict[int, int]
-    max_length: int  # tokens of an example: data.max_length, as far as the model sees
-    counts: dict[str, Counts | None]  # what became of training, public and held-out examples; None: not here
-    notes: list[str]  # what a person should know of them
+    room: Room  # tokens of an example: data.max_length, as far as the model sees
+    data: ClientData
+    others: dict[str, Counts]  # what became of held-out and public examples
     environment: dict[str, Any]
     base_parameters: int
 
     @staticmethod
-    def assemble(config: RunConfig, clock: Clock, objects: ObjectData | None = None) -> Assembly:
-        """Loads and checks everything; writes nothing.
+    def assemble(
+        config: RunConfig, clock: Clock, objects: ObjectData | None = None, *, path: Path | None = None
+    ) -> Assembly:
+        """Loads and checks everything; writes nothing. Clients' examples are encoded when they are asked for.
 
         Args:
             config: The run's configuration.
             clock: Counts the encoding.
             objects: The examples, with `data.train: objects`.
+            path: The folder of a run that begins or goes on: what its first round needs is encoded now. None:
+                nothing is encoded but public and held-out examples.
 
         Raises:
             InputError: Data or model are not usable, or the settings do not go with them.
@@ -99,7 +104,6 @@ class Assembly:
                     too_long=too_long,
                 )
 
-            found = {c: encoded(items, split.owner(c)) for c, items in split.clients.items()}
             public = encoded(public_examples(config), "the server's public examples")
             # all models are scored on all of them, so they are cut and none is dropped
             held_out = encoded(
@@ -107,17 +111,16 @@ class Assembly:
                 "the held-out examples",
                 "error" if config.data.too_long == "error" else "cut",
             )
-        data = {client: each.items for client, each in found.items()}
-        counts = {
-            "train": sum((each.counts for each in found.values()), Counts()) if found else None,
-            "held_out": held_out.counts,
-        }
+        data = ClientData(
+            split.clients,
+            lambda client, items: encoded(items, split.owner(client)),
+            Keys(config, loaded.tokenizer, split.labels, room.tokens),
+            empty=config.model.task != "classification",
+            clock=clock,
+        )
+        others = {"held_out": held_out.counts}
         if config.data.public is not None:
-            counts["public"] = public.counts
-        if not method.pools_data:
-            for entry, each in zip(split.partition["clients"], found.values(), strict=True):
-                entry["encoded"] = asdict(each.counts)
-        split.partition["encoded"] = {group: one and asdict(one) for group, one in counts.items()}
+            others["public"] = public.counts
         method.prepare(ServerEnv(public.items, loaded.tokenizer.pad_token_id, device))
         runner = ClientRunner(
             method,
@@ -139,9 +142,9 @@ class Assembly:
             "device_used": str(device),
             **record(config),
         }
-        sizes = {client: len(items) for client, items in data.items()}
+        sizes = {client: len(items) for client, items in split.clients.items()}
         base = count_parameters(loaded.model)[0]
-        return Assembly(
+        assembly = Assembly(
             config,
             split,
             loaded,
@@ -149,12 +152,54 @@ class Assembly:
             runner,
             device,
             sizes,
-            max_length=room.tokens,
-            counts=counts,
-            notes=_notes(config, room, counts),
+            room=room,
+            data=data,
+            others=others,
             environment=about,
             base_parameters=base,
         )
+        if path is not None:
+            data.cache = cache_of(config, path)
+            assembly.look_ahead()
+        return assembly
+
+    @property
+    def counts(self) -> dict[str, Counts | None]:
+        """What became of training, held-out and public examples, as far as it is known; None: not here."""
+        train = [self.data.counts(client) for client in self.data]
+        return {"train": sum(train, Counts()) if train else None, **self.others}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the examples and of what is not looked at, a line each."""
+        return _notes(self.config, self.room, self.counts)
+
+    def look_ahead(self) -> None:
+        """Encodes what has to be known before the first round, and what is needed in it.
+
+        That is as many clients as a round asks: those of round 1, unless their draw is secret. Everyone's
+        where a length decides: `drop` changes what clients weigh, and with `error` no run begins.
+
+        Raises:
+            InputError: Something cannot be encoded, or no example of a client is left.
+        """
+        asked = self.config.federation.clients_per_round if self.method.uses_wire else None
+        everyone = asked is None or self.config.data.too_long != "cut"
+        first = sample_cohort(self.client_examples, asked, seed=self.config.seed, round=1).clients
+        self.look(self.data if everyone else first)
+
+    def look(self, clients: Iterable[int]) -> bool:
+        """Encodes what was not yet; says whether more is known than what was to stand in partition.json."""
+        before = self.split.partition.get("encoded")
+        self.data.look(clients)
+        counts = self.counts
+        each = {client: self.data.counts(client) for client in self.data}
+        self.client_examples |= {client: one.examples for client, one in each.items()}
+        if each and not self.method.pools_data:
+            for entry, one in zip(self.split.partition["clients"], each.values(), strict=True):
+                entry["encoded"] = one.document()
+        self.split.partition["encoded"] = {group: one and one.document() for group, one in counts.items()}
+        return bool(self.split.partition["encoded"] != before)
 
     @property
     def weights(self) -> dict[int, int]:

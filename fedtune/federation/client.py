@@ -28,6 +28,7 @@ from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
@@ -213,6 +214,8 @@ def _runner(
     given = ObjectData.from_json(objects) if objects else None
     assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
     assembly.runner.store = Store(Path(held))
+    assembly.data.cache = cache_of(assembly.config, Path(held).parent)
+    assembly.data.begin()
     if not assembly.method.sends_model:
         assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
     return assembly.runner

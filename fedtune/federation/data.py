@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,9 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
-    values = [example.category or example.output for example in train]
+    # of answers in free text every one would stand in partition.json, word for word
+    classifies = config.model.task == "classification"
+    values = [example.category or (example.output if classifies else "") for example in train]
     named = [{"name": name} for name in dealt.names] or [{}] * len(indices)
     summary = {
         "name": config.data.partition_name,
@@ -260,9 +262,13 @@ def _deal(config: RunConfig, train: Sequence[Example], objects: ObjectData | Non
 
 
 def _sha256(*parts: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
+    """Of each example as JSON with sorted keys; json.dumps of a dictionary takes several times as long."""
+    digest, text = hashlib.sha256(), encode_basestring_ascii
     for part in parts:
-        for example in part:
-            digest.update(json.dumps(asdict(example), sort_keys=True).encode() + b"\n")
+        for e in part:
+            digest.update(
+                f'{{"category": {text(e.category)}, "input": {text(e.input)}, '
+                f'"instruction": {text(e.instruction)}, "output": {text(e.output)}}}\n'.encode()
+            )
         digest.update(b"\0")
     return digest.hexdigest()

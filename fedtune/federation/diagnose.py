@@ -22,7 +22,7 @@ from torch import nn
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.assembly import Assembly
@@ -94,6 +94,7 @@ def diagnose(
     progress.stage("loading data and model")
     with torch_settings():
         assembly = Assembly.assemble(config, Clock(), objects)
+        assembly.look_ahead()
         for note in assembly.notes:
             progress.note(note)
         everyone = {client: count for client, count in assembly.client_examples.items() if count}
@@ -104,7 +105,7 @@ def diagnose(
         run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
         chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
         a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
-        data = {client: _encoded(config, assembly, client) for client in chosen}
+        data = {client: assembly.data[client] for client in chosen}
         if a_round is not None:
             shorter = {"local_epochs": None, "local_steps": a_round}
             multi = Config.model_validate({**multi.model_dump(), **shorter})
@@ -174,17 +175,6 @@ def _steps_a_round(steps: int | None, run_steps: float, rounds: int) -> int | No
     return wanted // rounds
 
 
-def _encoded(config: RunConfig, assembly: Assembly, client: int) -> list[Encoded]:
-    return encode_for(
-        config,
-        assembly.split.clients[client],
-        assembly.loaded.tokenizer,
-        assembly.split.labels,
-        max_length=assembly.max_length,
-        whose=assembly.split.owner(client),
-    ).items
-
-
 def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[Group]:
     """Held-out examples in groups, whose weighted mean is the loss of `compare`; `most` of them."""
     examples = assembly.split.evaluation[:most]
@@ -193,7 +183,7 @@ def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[G
         examples,
         assembly.loaded.tokenizer,
         assembly.split.labels,
-        max_length=assembly.max_length,
+        max_length=assembly.room.tokens,
         whose="the held-out examples",
         too_long="cut",
     ).items

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
-from fedtune.data.encode import Counts, EncodedSet, encode_causal, encode_classification
+from fedtune.data.cache import key_of, tokenizer_sha256
+from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, texts
+from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 
@@ -63,6 +68,50 @@ def encode_for(
     return found
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What encoded examples are called in a cache: a digest of all that they depend on.
+
+    Attributes:
+        config: The run's configuration.
+        tokenizer: Of the run's model.
+        labels: A classifier's classes.
+        max_length: As `example_room` gives it.
+    """
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    labels: Sequence[str]
+    max_length: int
+
+    def __call__(self, examples: Sequence[Example]) -> str | None:
+        """Of a client's examples; None of a tokenizer without, and where encoding says what is wrong."""
+        if self._tokenizer is None:
+            return None
+        data = self.config.data
+        settings: dict[str, Any] = {"max_length": self.max_length, "too_long": data.too_long}
+        if self.config.model.task == "classification":
+            settings |= {"labels": list(self.labels)}
+        else:
+            settings |= {"loss_on": data.loss_on}
+        try:
+            return key_of(self._tokenizer, settings, examples, self._texts(examples))
+        except InputError:
+            return None
+
+    @cached_property
+    def _tokenizer(self) -> str | None:
+        return tokenizer_sha256(self.tokenizer)
+
+    def _texts(self, examples: Sequence[Example]) -> Iterator[Sequence[str]]:
+        for start in range(0, len(examples), AT_ONCE):
+            part = examples[start : start + AT_ONCE]
+            if self.config.model.task == "classification":  # the fields themselves, which the key has anyway
+                yield from ([] for _ in part)
+            else:
+                yield from zip(*texts(part, self.config.data.template, self.tokenizer), strict=True)
+
+
 def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
     """One line for people a group of examples of which something was cut, dropped or odd.
 
@@ -89,5 +138,6 @@ def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
             said.append(f"{found.empty:,} have an empty answer")
         if said:
             name = {"train": "training", "held_out": "held-out"}.get(group, group)
-            lines.append(f"of {found.examples + found.dropped:,} {name} examples {', '.join(said)}")
+            later = f"; {found.waiting:,} of them no round has asked for yet" if found.waiting else ""
+            lines.append(f"of {found.examples + found.dropped:,} {name} examples {', '.join(said)}{later}")
     return lines

@@ -7,10 +7,10 @@ by one: they are looked for by what they say, never drawn again, and so none is 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from fedtune.models.folders import files_sha256, local_folder, settings_sha256, 
 from fedtune.models.load import Loaded
 
 EXAMPLES = "examples.json"
-_FREE = {"template", "loss_on", "max_length"}  # of `data`: how examples are shown, and not which they are
+# of `data`: how examples are shown, and not which they are
+_FREE = {"template", "loss_on", "max_length", "cache"}
 _SOURCES = {"train", "split", "fields"}
 log = logging.getLogger("fedtune")
 
@@ -239,9 +240,11 @@ def _short(digest: str | None) -> str:
 
 
 def _digest(example: Example) -> str:
-    """Identifies what an example says, with 64 bits."""
-    said: Sequence[str] = (example.instruction, example.input, example.output, example.category)
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    """Identifies what an example says, as a list in JSON, with 64 bits."""
+    said = map(
+        encode_basestring_ascii, (example.instruction, example.input, example.output, example.category)
+    )
+    return hashlib.sha256(f"[{', '.join(said)}]".encode()).hexdigest()[:16]
 
 
 def changed_inputs(path: Path, config: RunConfig) -> list[str]:

@@ -38,7 +38,7 @@ from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, evaluate, memory_for
-from fedtune.federation.summary import of_rounds, of_run
+from fedtune.federation.summary import count_asked, of_rounds, of_run
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -97,7 +97,7 @@ def run(
     progress.stage("loading data and model")
     with settings_kept(), torch_settings():
         with clock.part("setup"), faults("loading data and model"):
-            assembly = Assembly.assemble(config, clock, objects)
+            assembly = Assembly.assemble(config, clock, objects, path=path)
         for note in assembly.notes:
             progress.note(note)
         if resume:
@@ -123,6 +123,7 @@ def run(
             RunFolder.create(
                 path, config, assembly.environment, assembly.split.partition, examples_of(assembly.split)
             )
+        assembly.data.begin()
         try:
             reach = connected(config, assembly, path, clock, deployment, objects)
             with reach as transport, faults("the run"):
@@ -248,6 +249,7 @@ class _Federation:
             self._report(state)
         self._save_result(state, model)
         journal.clear()  # where a kill came between the last checkpoint and its own clearing
+        count_asked(self._assembly, self._rounds, self._folder.path, self._progress)
         return self.summarize("done")
 
     def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.ledger import Ledger
+from fedtune.data.encoded import Counts
 from fedtune.evaluation.tasks import scorer
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.encoding import describe
+from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.left_out import left_out
+from fedtune.federation.progress import Progress
 from fedtune.federation.scoring import eval_settings
 
 
@@ -43,10 +47,35 @@ def of_run(
         "seed": config.seed,
         "clients": len(assembly.client_examples),
         "left_out": left_out(rounds, assembly.split.partition["clients"]),
-        "examples": {group: one and asdict(one) for group, one in assembly.counts.items()},
+        "examples": {group: one and one.document() for group, one in assembly.counts.items()},
         "payload_bytes": dict(ledger.payload_bytes),
         "framed_bytes": dict(ledger.framed_bytes),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,
         "scorers": {task: scorer(task, settings) for task in config.evaluation.tasks},
     }
+
+
+def count_asked(
+    assembly: Assembly, rounds: Sequence[Mapping[str, Any]], path: Path, progress: Progress
+) -> None:
+    """Says, and writes into partition.json, what became of examples that no round had asked for at the start.
+
+    Args:
+        assembly: The run's.
+        rounds: The lines of rounds.jsonl.
+        path: The run's folder.
+        progress: Is told.
+    """
+    asked = {client for entry in rounds for client in entry["clients"]}
+    asked |= {int(client) for entry in rounds for client in entry.get("left_out", {})}
+    before = assembly.split.partition.get("encoded")
+    if not assembly.look(sorted(asked)):
+        return
+    with disk_errors("partition.json"):
+        write_json(path / "partition.json", assembly.split.partition)
+    known = {group: Counts(**one) for group, one in (before or {}).items() if one}
+    said = describe(known, assembly.room.tokens)
+    for note in describe({g: one for g, one in assembly.counts.items() if one}, assembly.room.tokens):
+        if note not in said:
+            progress.note(note)

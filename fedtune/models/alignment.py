@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtune.data.batches import collate, trained_labels
-from fedtune.data.encode import IGNORED, Encoded
+from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
 
 Form = Literal["mean", "paper", "rms-normalized"]

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fedtune.data.encode import IGNORED
+from fedtune.data.encoded import IGNORED
 from fedtune.errors import InputError
 
 ELEMENTS = 2**20  # logits in float32 at a time

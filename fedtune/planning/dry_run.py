@@ -24,7 +24,7 @@ from fedtune.core.state import to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
 from fedtune.data.batches import collate
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.measure.flops import FlopCounter
 from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.order import turns

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import sample_cohort
 from fedtune.core.types import ServerEnv
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.methods import registry

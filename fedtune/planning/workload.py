@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
-from fedtune.data.encode import Counts, Encoded
+from fedtune.data.encoded import Counts, Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
@@ -109,7 +109,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         )
         each["train"] = each.get("train", Counts()) + found.counts
         counts[client] = len(found.items)
-        longest = _longest([*longest, *found.items], rows)
+        longest = _longest([*longest, *found.items.longest(rows)], rows)
     if data.public is not None and _is_here(data.public.source):
         found = encode_for(
             config,
@@ -120,7 +120,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             whose="the server's public examples",
         )
         each["public"] = found.counts
-        public = _longest(found.items, rows)
+        public = tuple(found.items.longest(rows))
     notes += describe(each, room.tokens)
     return Workload(counts, len(counts), longest, public, split.labels, tuple(notes))
 

@@ -44,7 +44,7 @@ from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.store import Store
 from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg import lora_aggregation as lora

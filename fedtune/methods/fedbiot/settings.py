@@ -12,7 +12,7 @@ from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Lora
 
 if TYPE_CHECKING:
-    from fedtune.data.encode import Encoded
+    from fedtune.data.encoded import Encoded
 
 
 class Alignment(Settings):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedtune.core.seeds import torch_generator
 from fedtune.core.types import ClientEnv, ClientError, Payload
 from fedtune.data.batches import collate, endless_batches
-from fedtune.data.encode import Encoded
+from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.step import StepWeights, step_weights
 from fedtune.models.tuning import trainable
