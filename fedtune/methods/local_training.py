@@ -10,16 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from fedtune.core.settings import Settings
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
+from fedtune.models.memory_efficient import computed_again
+
+
+def _words(value: object) -> object:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Checkpointing = Annotated[
+    Literal["auto", "none", "full"] | Annotated[int, Field(ge=1)], BeforeValidator(_words)
+]
 
 
 class Training(Settings):
@@ -36,6 +46,7 @@ class Training(Settings):
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
     max_grad_norm: float | None = Field(None, gt=0)
+    gradient_checkpointing: Checkpointing = "auto"  # activations computed again: none, all, each N-th block's
 
     @model_validator(mode="before")
     @classmethod
@@ -125,21 +136,24 @@ def train(
     total_steps = settings.steps(len(env.items))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
-    for step, group in enumerate(step_batches(env, settings)):
-        if step == total_steps:
-            break
-        rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
-        for group_settings in optimizer.param_groups:
-            group_settings["lr"] = rate
-        rate_sum += rate
-        batches = drawn(env, group)
-        with env.memory.step(batches.size, resident=[env.model, optimizer, masters, start, correction or {}]):
-            loss.join(add_gradient(env.model, batches, env.device))
-            if not math.isfinite(loss.total):
-                raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
-            if penalty is not None:
-                penalty().backward()
-            take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
+    with computed_again(env.model, settings.gradient_checkpointing):
+        for step, group in enumerate(step_batches(env, settings)):
+            if step == total_steps:
+                break
+            rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
+            for group_settings in optimizer.param_groups:
+                group_settings["lr"] = rate
+            rate_sum += rate
+            batches = drawn(env, group)
+            with env.memory.step(
+                batches.size, resident=[env.model, optimizer, masters, start, correction or {}]
+            ):
+                loss.join(add_gradient(env.model, batches, env.device))
+                if not math.isfinite(loss.total):
+                    raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
+                if penalty is not None:
+                    penalty().backward()
+                take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
     env.model.eval()
     return Trained({name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss)
 

@@ -20,7 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import InputError
+from fedtune.models.blocks import find_blocks
 
+LARGE = 10**9  # parameters of a model from which on `auto` computes activations again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE = 2**20  # bytes; of less than that the pages cost more time than they save memory
 
@@ -31,30 +33,45 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def memory_efficient(model: nn.Module, *, checkpointing: bool) -> Iterator[None]:
-    """Inside, a step of the model needs less memory; then all is as before.
+def memory_efficient(model: nn.Module, *, checkpointing: int | str) -> Iterator[None]:
+    """`computed_again`, in a process that gives memory back to the system."""
+    release_memory()
+    with computed_again(model, checkpointing):
+        yield
+
+
+@contextmanager
+def computed_again(model: nn.Module, wanted: int | str) -> Iterator[None]:
+    """Inside, the backward pass of blocks computes their activations again; then all is as before.
 
     Args:
         model: Any model of transformers, wrapped by PEFT or not.
-        checkpointing: Compute activations again in the backward pass, block by block.
+        wanted: As `method.gradient_checkpointing`: none, full, auto or N (each N-th block).
 
     Raises:
         InputError: The family cannot do that.
     """
     base = base_model(model)
-    release_memory()
+    can = getattr(base, "supports_gradient_checkpointing", False)
+    if wanted == "auto":
+        wanted = "full" if can and sum(p.numel() for p in base.parameters()) >= LARGE else "none"
+    if wanted == "none":
+        yield
+        return
+    blocks = find_blocks(base).modules if can and wanted != "full" else []
+    if not can or not all(hasattr(block, "gradient_checkpointing") for block in blocks):
+        raise InputError(
+            f"method.gradient_checkpointing: {type(base).__name__} has none, got {wanted}; "
+            f"set it to {'full or ' if can else ''}none"
+        )
     try:
-        if checkpointing:
-            if not base.supports_gradient_checkpointing:
-                raise InputError(
-                    f"method.gradient_checkpointing: {type(base).__name__} has none; set it to false"
-                )
-            _checkpointing(base, "enable")({"use_reentrant": False})
-            base.disable_input_require_grads()  # else frozen blocks before the first that trains have a graph
+        _checkpointing(base, "enable")({"use_reentrant": False})
+        base.disable_input_require_grads()  # else frozen blocks before the first that trains have a graph
+        for place, block in enumerate(blocks):
+            cast(Any, block).gradient_checkpointing = place % int(wanted) == 0
         yield
     finally:
-        if checkpointing and base.supports_gradient_checkpointing:
-            _checkpointing(base, "disable")()
+        _checkpointing(base, "disable")()
 
 
 def _checkpointing(base: PreTrainedModel, what: str) -> Callable[..., None]:

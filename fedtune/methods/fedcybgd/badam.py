@@ -32,7 +32,7 @@ from fedtune.core.types import (
 from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedcybgd.order import BlockOrder, turns
 from fedtune.methods.fedcybgd.training import train_blocks
-from fedtune.methods.local_training import Training
+from fedtune.methods.local_training import Checkpointing, Training
 from fedtune.methods.references import State
 from fedtune.models.parts import CLASSIFIER, check_around, find_parts
 
@@ -44,7 +44,7 @@ class Config(Training):
     switch_interval: int = Field(100, ge=1)  # steps until the next block
     block_order: BlockOrder = "random"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
-    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: Checkpointing = "full"  # activations computed again: none, all, each N-th block's
 
 
 class BAdam:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.methods.fedcybgd.order import BlockOrder
 from fedtune.methods.fedcybgd.powersgd import PowerSGD
-from fedtune.methods.local_training import Training
+from fedtune.methods.local_training import Checkpointing, Training
 from fedtune.methods.tuning import InBlocks
 from fedtune.models.compression import Compression
 
@@ -28,7 +28,7 @@ class Config(InBlocks, Training):
     prune_ratio: float = Field(0.5, ge=0, lt=1)  # hybrid: of the heads and MLP channels of updated blocks
     importance_examples: int = Field(10, ge=1)  # hybrid: of the client's own, for first-order importance
     powersgd: PowerSGD | None = None  # gradients pass a low-rank filter before the optimiser
-    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: Checkpointing = "full"  # activations computed again: none, all, each N-th block's
 
     @field_validator("extra_blocks")
     @classmethod
