@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from fedtune.data.encode import IGNORED
 from fedtune.models.memory_efficient import base_model

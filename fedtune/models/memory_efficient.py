@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -58,7 +58,7 @@ def computed_again(model: nn.Module, wanted: int | str) -> Iterator[None]:
     if wanted == "none":
         yield
         return
-    blocks = find_blocks(base).modules if can and wanted != "full" else []
+    blocks: Sequence[nn.Module] = find_blocks(base).modules if can and wanted != "full" else ()
     if not can or not all(hasattr(block, "gradient_checkpointing") for block in blocks):
         raise InputError(
             f"method.gradient_checkpointing: {type(base).__name__} has none, got {wanted}; "
