@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import platform
+from functools import partial
 
 import pytest
 import torch
-from model_families import ATTACH, DECODERS, FAMILIES, batch, build
+from model_families import ATTACH, DECODERS, FAMILIES, batch, build, wake
+from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
 from fedtune.bench.process_memory import rss
-from fedtune.data.encoded import IGNORED
 from fedtune.errors import InputError
-from fedtune.measure.memory import MemoryMeter
-from fedtune.models.memory_efficient import causal_loss, memory_efficient, release_memory
+from fedtune.methods.fedavg import settings as fedavg
+from fedtune.methods.fedcybgd import settings as fedcybgd
+from fedtune.models import memory_efficient as memory
+from fedtune.models.blocks import find_blocks
+from fedtune.models.lean_loss import batch_loss
+from fedtune.models.memory_efficient import computed_again, memory_efficient, release_memory
+from fedtune.models.tuning import attach_lora
 
 
 def gradients(family: str, how: str, dtype: torch.dtype, is_lean: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -22,7 +28,7 @@ def gradients(family: str, how: str, dtype: torch.dtype, is_lean: bool) -> tuple
     model.train()
     torch.manual_seed(0)
     if is_lean:
-        with memory_efficient(model, checkpointing=True):
+        with memory_efficient(model, checkpointing="full"):
             loss = model(**batch(family)).loss
             loss.backward()
     else:
@@ -48,16 +54,14 @@ def test_loss_and_gradients_are_those_of_the_model_itself(family: str, how: str,
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model = build(family)
     before = model(**batch(family)).loss
-    cached = model.config.use_cache
 
     def computes_again() -> bool:  # the model's own property has two names
         return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
-    with pytest.raises(ZeroDivisionError), memory_efficient(model, checkpointing=True):
-        assert computes_again() and model.loss_function is causal_loss
+    with pytest.raises(ZeroDivisionError), memory_efficient(model, checkpointing="full"):
+        assert computes_again()
         raise ZeroDivisionError
-    assert not computes_again() and model.loss_function is not causal_loss
-    assert model.config.use_cache == cached
+    assert not computes_again()
     assert torch.equal(model(**batch(family)).loss, before)
 
 
@@ -65,7 +69,7 @@ def test_checkpointing_of_the_models_owner_stays() -> None:
     model = build("llama")
     # the name that transformers has from 5.24 on, or the one before
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    with memory_efficient(model, checkpointing=False):
+    with memory_efficient(model, checkpointing="none"):
         pass
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
@@ -76,33 +80,62 @@ def test_a_model_that_cannot_compute_again_is_refused() -> None:
     try:
         with (
             pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM has none"),
-            memory_efficient(model, checkpointing=True),
+            memory_efficient(model, checkpointing="full"),
         ):
             raise AssertionError("was entered")
-        assert model.loss_function is not causal_loss
     finally:
         del type(model).supports_gradient_checkpointing
 
 
-def test_the_loss_by_hand_and_with_one_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uniform logits over 4096 words: a loss of ln 4096, and a slope of 1/4096 − 1 at each right word."""
-    monkeypatch.setattr("fedtune.models.memory_efficient.ELEMENTS", 4 * 4096)  # few rows at a time
-    logits = torch.zeros(2, 300, 4096, requires_grad=True)
-    labels = torch.full((2, 300), 7)
-    labels[1, 100:] = IGNORED
-    meter = MemoryMeter("cpu")
-    with meter.whole([logits, labels]):
-        inner = logits * 1.0  # as a head's output would be: no leaf
-        loss = causal_loss(inner, labels, 4096)
-        loss.backward()
-    counted = 299 + 99
-    assert_close(float(loss.detach()), 8.317766, rtol=1e-6, atol=0)  # ln 4096
-    assert_close(float(logits.grad[0, 0, 7]), (1 / 4096 - 1) / counted, rtol=1e-5, atol=0)
-    assert_close(float(logits.grad[0, 0, 8]), 1 / 4096 / counted, rtol=1e-5, atol=0)
-    assert not logits.grad[0, 299].any() and not logits.grad[1, 99:].any()
-    one = logits.nbytes
-    # the leaf, what is made of it, its gradient in the same memory, the leaf's; torch's own loss has two more
-    assert meter.peak_bytes < 3.1 * one
+@pytest.mark.parametrize(("wanted", "again"), [("none", []), ("full", [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3, 4]),
+                                              (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_which_blocks_are_computed_again(family: str, wanted: int | str, again: list[int]) -> None:
+    """With dropout, whose random numbers are drawn again: no bit changes."""
+    model = attach_lora(build(family, blocks=5), rank=2, alpha=4, dropout=0.5, targets=None, seed=0).train()
+    wake(model)
+    found = []
+    for how in ("none", wanted):
+        calls = [0] * 5
+        handles = [
+            next(block.children()).register_forward_pre_hook(partial(_count, calls, place))
+            for place, block in enumerate(find_blocks(model).modules)
+        ]
+        model.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]), computed_again(model, how):
+            torch.manual_seed(4)
+            batch_loss(model, batch(family)).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        for handle in handles:
+            handle.remove()
+    assert [place for place, count in enumerate(calls) if count == 2] == again
+    assert found[0].keys() == found[1].keys() and all(map(torch.equal, found[0].values(), found[1].values()))
+
+
+def _count(calls: list[int], place: int, *_: object) -> None:
+    calls[place] += 1
+
+
+def test_auto_goes_by_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    size = sum(p.numel() for p in model.parameters())
+    for large, wanted in ((size, True), (size + 1, False)):
+        monkeypatch.setattr(memory, "LARGE", large)
+        with computed_again(model, "auto"):
+            assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == wanted
+    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with computed_again(model, "auto"):  # of a family that cannot, nothing
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_the_words_of_older_configurations_and_what_is_no_setting() -> None:
+    for given, meant in ((True, "full"), (False, "none"), ("auto", "auto"), (3, 3)):
+        for kind in (fedavg.Config, fedcybgd.Config, fedcybgd.BAdamConfig):
+            assert kind.model_validate({"gradient_checkpointing": given}).gradient_checkpointing == meant
+    for wrong in (0, -1, "some", 1.5, None):
+        with pytest.raises(ValidationError):
+            fedavg.Config.model_validate({"gradient_checkpointing": wrong})
 
 
 @pytest.mark.skipif(rss() is None or platform.libc_ver()[0] != "glibc", reason="glibc on Linux")

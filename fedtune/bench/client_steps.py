@@ -102,8 +102,8 @@ CYCLE: dict[str, dict[str, Any]] = {
     "FedCyBGD": {},
     "FedCyBGD, layer-drop": {"compression": "layer-drop"},
     "FedCyBGD, hybrid": {"compression": "hybrid"},
-    "FedCyBGD, no checkpointing": {"gradient_checkpointing": False},
-    "FedCyBGD, no checkpointing, usual loss": {"gradient_checkpointing": False},
+    "FedCyBGD, no checkpointing": {"gradient_checkpointing": "none"},
+    "FedCyBGD, no checkpointing, usual loss": {"gradient_checkpointing": "none"},
 }
 CASES = [
     *WHOLE,
@@ -162,8 +162,8 @@ def backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
     for block in range(0, parts.blocks, 1 if parts.blocks < 20 else 3):
         for case, checkpointing in (
             ("Fed-full", None),
-            ("FedCyBGD", True),
-            ("FedCyBGD, no checkpointing", False),
+            ("FedCyBGD", "full"),
+            ("FedCyBGD, no checkpointing", "none"),
         ):
             model.requires_grad_(checkpointing is None)
             for parameter in parts.parameters[str(block)].values():
@@ -188,7 +188,7 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
         config = WHOLE[case]
         model = config.attach(SHAPES[shape].model(), seed=0)
         inside = (
-            memory_efficient(model, checkpointing=True)
+            memory_efficient(model, checkpointing="full")
             if case == "Fed-full, memory-efficient"
             else nullcontext()
         )

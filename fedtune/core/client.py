@@ -170,7 +170,9 @@ class ClientRunner:
         lower = ["method.batch_size"] if batch > 1 else []
         lower += ["data.max_length"]
         other = (
-            [] if getattr(config, "gradient_checkpointing", True) else ["method.gradient_checkpointing=true"]
+            []
+            if getattr(config, "gradient_checkpointing", "full") in ("full", 1)
+            else ["method.gradient_checkpointing=full"]
         )
         if any(parameter.dtype == torch.float32 for parameter in self._model.parameters()):
             other.append("model.dtype=bfloat16")

@@ -32,6 +32,7 @@ from fedtune.federation.progress import Progress
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.models.lean_loss import batch_loss
 from fedtune.theory.one_shot import measure
 from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict
 from fedtune.theory.quantities import Measured, schemes
@@ -139,7 +140,7 @@ def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assem
             batch = collate(items[at : at + batch_size], assembly.loaded.tokenizer.pad_token_id)
             counted = trained_tokens(model, batch)
             if counted:
-                mean = model(**{key: value.to(assembly.device) for key, value in batch.items()}).loss
+                mean = batch_loss(model, {k: v.to(assembly.device) for k, v in batch.items()})
                 loss.add(float(mean), counted)
     if loss.value is None or not math.isfinite(loss.value):
         what = f"is {loss.value}" if loss.tokens else "is undefined: none of them has a token to predict"

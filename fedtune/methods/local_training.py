@@ -18,6 +18,7 @@ from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
+from fedtune.models.memory_efficient import computed_again
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,24 @@ def train(
     total_steps = settings.steps(len(env.items))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
-    for step, group in enumerate(step_batches(env, settings)):
-        if step == total_steps:
-            break
-        rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
-        for group_settings in optimizer.param_groups:
-            group_settings["lr"] = rate
-        rate_sum += rate
-        batches = drawn(env, group)
-        with env.memory.step(batches.size, resident=[env.model, optimizer, masters, start, correction or {}]):
-            loss.join(add_gradient(env.model, batches, env.device))
-            if not math.isfinite(loss.total):
-                raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
-            if penalty is not None:
-                penalty().backward()
-            take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
+    with computed_again(env.model, settings.gradient_checkpointing):
+        for step, group in enumerate(step_batches(env, settings)):
+            if step == total_steps:
+                break
+            rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
+            for group_settings in optimizer.param_groups:
+                group_settings["lr"] = rate
+            rate_sum += rate
+            batches = drawn(env, group)
+            with env.memory.step(
+                batches.size, resident=[env.model, optimizer, masters, start, correction or {}]
+            ):
+                loss.join(add_gradient(env.model, batches, env.device))
+                if not math.isfinite(loss.total):
+                    raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
+                if penalty is not None:
+                    penalty().backward()
+                take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
     env.model.eval()
     return Trained({name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss)
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedtune.core.settings import Settings
+
+
+def _words(value: object) -> object:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Checkpointing = Annotated[
+    Literal["auto", "none", "full"] | Annotated[int, Field(ge=1)], BeforeValidator(_words)
+]
 
 
 class Training(Settings):
@@ -24,6 +33,7 @@ class Training(Settings):
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
     max_grad_norm: float | None = Field(None, gt=0)
+    gradient_checkpointing: Checkpointing = "auto"  # activations computed again: none, all, each N-th block's
 
     @model_validator(mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedtune.core.cohort import TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
 from fedtune.data.batches import collate, trained_labels
+from fedtune.models.lean_loss import batch_loss
 
 Batch = Mapping[str, Tensor]
 
@@ -96,7 +97,7 @@ def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> T
     """
     loss, total = TokenMean(), sum(step.tokens)
     for batch, tokens in zip(step.batches, step.tokens, strict=True):
-        mean = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        mean = batch_loss(model, {key: value.to(device) for key, value in batch.items()})
         (mean / (total / tokens)).backward()  # one batch, or n alike: divided by 1 or n, to the bit
         loss.add(float(mean.detach()), tokens)
     return loss

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
+from fedtune.models.lean_loss import ROWS, Head, ends, in_pieces
 
 Form = Literal["mean", "paper", "rms-normalized"]
+End = tuple[Head, Tensor]
 
 
 @contextmanager
@@ -75,11 +77,12 @@ def representation_loss(student: Tensor, teacher: Tensor, form: Form) -> Tensor:
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher ‖ student), the mean over tokens in nats; both are logits (tokens, vocabulary)."""
+    return _divergences(student, teacher) / len(student)
+
+
+def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(
-        student.float().log_softmax(-1),
-        teacher.float().log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="sum", log_target=True
     )
 
 
@@ -103,18 +106,19 @@ class Teacher:
     kept: dict[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def ask(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """E*(x) and the logits for a batch of examples with these indices.
+    def ask(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> tuple[Tensor, End]:
+        """E*(x), and what the head makes the answers' logits of, of a batch of examples with these indices.
 
         With room, E*(x) of each example is computed from that example alone and the rest from it: so no bit
         depends on what was kept before, and a resumed run, which begins with nothing, ends as it would have.
         """
         lengths = batch["attention_mask"].sum(1).tolist()
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        answer = predicting(batch["labels"])
         if not self.room and not self.kept:
             with entering(self.block) as seen:
-                logits = self.model(**inputs).logits
-            return seen[0], logits
+                end = ends(self.model, inputs, answer)
+            return seen[0], end
         width = batch["input_ids"].shape[1]
         rows = []
         for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
@@ -122,7 +126,7 @@ class Teacher:
             rows.append(F.pad(self._of(index, alone), (0, 0, 0, width - length)))
         hidden = torch.stack(rows)
         with entering(self.tail_block, hidden):
-            return hidden, self.tail(**inputs).logits
+            return hidden, ends(self.tail, inputs, answer)
 
     def _of(self, index: int, alone: Mapping[str, Tensor]) -> Tensor:
         """E*(x) of one example, (tokens, width)."""
@@ -185,8 +189,8 @@ def align(
         batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
         if not trained_labels(batch["labels"]):  # no answer to compare on: the step counts nothing
             continue
-        hidden, logits = teacher.ask(indices, batch)
-        loss = alignment_loss(student, block, batch, hidden, logits, distill_weight, form)
+        hidden, end = teacher.ask(indices, batch)
+        loss = alignment_loss(student, block, batch, hidden, end, distill_weight, form)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FederationError(
@@ -204,16 +208,29 @@ def alignment_loss(
     block: nn.Module,
     batch: Mapping[str, Tensor],
     hidden: Tensor,
-    logits: Tensor,
+    end: End,
     distill_weight: float,
     form: Form,
 ) -> Tensor:
-    """Eq. 7 on one batch, from what the teacher gave."""
+    """Eq. 7 on one batch, from what the teacher gave; logits of either exist for some tokens at a time."""
+    answer = predicting(batch["labels"])
     with entering(block) as seen:
-        own = student(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # a token's output predicts the next one
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        own_head, own = ends(student, inputs, answer)
     counted = batch["attention_mask"].bool() if form == "rms-normalized" else answer
     loss = representation_loss(seen[0][counted], hidden[counted], form)
     if distill_weight:
-        loss = loss + distill_weight * distillation_loss(own[answer], logits[answer])
+        head, rows = end
+
+        def summed(some: Tensor, at: slice) -> Tensor:
+            with torch.no_grad():
+                wanted = head.logits(rows[at])
+            return _divergences(own_head.logits(some), wanted)
+
+        loss = loss + distill_weight * in_pieces(summed, own, own_head.parameters, ROWS) / len(own)
     return loss
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """The positions whose output predicts a token of the answer, boolean (batch, tokens)."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))

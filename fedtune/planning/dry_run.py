@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import JustInTimeWeights
+from fedtune.models.lean_loss import batch_loss
 from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
@@ -288,14 +289,14 @@ def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tup
     formed = config.name != "infinite-pool" and (config.noise == "hadamard4" or narrow)
     with values(), torch.no_grad():
         with counter:
-            model(**batch)
+            batch_loss(model, batch, whole=formed)
         with meter.whole([model]):
             if formed:
                 # PyTorch's fake tensors are for one thread: each operation marks the mode they share as busy
                 with JustInTimeWeights(parameters, _unwritten, threads=1):
-                    float(cast(Any, model(**batch)).loss)
+                    float(batch_loss(model, batch, whole=True))
             else:
-                float(cast(Any, model(**batch)).loss)
+                float(batch_loss(model, batch))
     meter.forward, meter.backward = 2 * getattr(config, "perturbations", 1) * counter.forward, 0
     return meter, float(batch["input_ids"].numel())
 

@@ -179,7 +179,7 @@ def _importance(
     for part in filter(str.isdigit, own):
         block = modules[blocks.index(int(part))].requires_grad_(True)
         with memory_efficient(
-            env.model, checkpointing=False
+            env.model, checkpointing="none"
         ):  # in eval mode, where nothing is computed again
             # one by one, so that this needs less memory than training did
             batches = StepBatches.of(env.model, (collate([env.items[i]], env.pad_id) for i in drawn))

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedtune.core.settings import Settings
 from fedtune.methods.fedcybgd.order import BlockOrder
-from fedtune.methods.settings import Training
+from fedtune.methods.settings import Checkpointing, Training
 from fedtune.methods.tuning import InBlocks
 
 Compression = Literal["none", "layer-drop", "hybrid"]  # see models/compression.py
@@ -35,7 +35,7 @@ class Config(InBlocks, Training):
     prune_ratio: float = Field(0.5, ge=0, lt=1)  # hybrid: of the heads and MLP channels of updated blocks
     importance_examples: int = Field(10, ge=1)  # hybrid: of the client's own, for first-order importance
     powersgd: PowerSGD | None = None  # gradients pass a low-rank filter before the optimiser
-    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: Checkpointing = "full"  # activations computed again: none, all, each N-th block's
 
     @field_validator("extra_blocks")
     @classmethod
@@ -77,4 +77,4 @@ class BAdamConfig(Training):
     switch_interval: int = Field(100, ge=1)  # steps until the next block
     block_order: BlockOrder = "random"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
-    gradient_checkpointing: bool = True  # activations of a block are computed again in the backward pass
+    gradient_checkpointing: Checkpointing = "full"  # activations computed again: none, all, each N-th block's

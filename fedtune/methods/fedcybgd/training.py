@@ -30,7 +30,7 @@ def train_blocks(
     blocks: Iterator[Mapping[str, nn.Parameter]],
     settings: Training,
     *,
-    checkpointing: bool,
+    checkpointing: int | str,
     interval: int | None = None,
     powersgd: PowerSGD | None = None,
     resident: Sequence[Resident] = (),
@@ -41,7 +41,7 @@ def train_blocks(
         env: The client; no parameter of its model asks for gradients.
         blocks: The parameters of each block, by name.
         settings: Epochs or steps, batch, optimiser, schedule.
-        checkpointing: Activations are computed again in the backward pass.
+        checkpointing: As `gradient_checkpointing`: which activations are computed again.
         interval: Steps until the next block; None: the first takes them all.
         powersgd: Filters gradients before the optimiser sees them.
         resident: What the client holds in memory besides, for the account of it.

@@ -42,6 +42,7 @@ from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig
 from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import SeedPool, perturb_all_
@@ -203,9 +204,9 @@ class InfinitePool:
                 continue
             with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
                 self._move(weights, seed, epsilon)
-                plus = float(env.model(**batch).loss)
+                plus = float(batch_loss(env.model, batch))
                 self._move(weights, seed, -2 * epsilon)
-                minus = float(env.model(**batch).loss)
+                minus = float(batch_loss(env.model, batch))
                 scalar = (plus - minus) / (2 * epsilon)
                 if not math.isfinite(scalar):
                     raise not_finite(plus, minus, step, env.model)

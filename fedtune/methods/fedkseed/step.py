@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.just_in_time import JustInTimeWeights
+from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import trainable
 from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
@@ -64,7 +65,7 @@ class _FromW0:
         shifted[j] += scale
         self._prepared = Prepared(self._pool, shifted)
         with torch.no_grad(), self._formed:
-            return float(self._model(**batch).loss)
+            return float(batch_loss(self._model, batch, whole=True))
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         for j, scalar in estimates:
@@ -86,7 +87,7 @@ class _InPlace:
     def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
         self._move(j, scale)
         with torch.no_grad():
-            value = float(self._model(**batch).loss)
+            value = float(batch_loss(self._model, batch))
         self._move(j, -scale)
         return value
 
