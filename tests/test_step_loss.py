@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from model_families import COMMON, FAMILIES, GROUPED, build
+from model_families import ATTACH, COMMON, FAMILIES, GROUPED, build
 from torch import Tensor, nn
 from toy import Bench
 
@@ -27,7 +27,7 @@ from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encoded import Encoded
 from fedtune.methods import registry
-from fedtune.methods.step_loss import StepBatches, add_gradient
+from fedtune.methods.step_loss import StepBatches, add_gradient, trained_tokens
 from fedtune.models.tuning import trainable
 
 FORMS = ((8, 1), (2, 4), (1, 8))  # batch_size x gradient_accumulation
@@ -459,3 +459,11 @@ def test_a_run_is_the_same_however_its_steps_are_cut(tmp_path: Path) -> None:
     for one, other in zip(whole, cut, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
     assert ends[0].summary["train_loss"] == whole[1][0]
+
+
+@pytest.mark.parametrize(
+    ("how", "tokens"), [("full", 2), ("lora", 2), ("adapter", 2), ("prompt", 3), ("p-tuning", 3)]
+)
+def test_the_first_label_counts_behind_a_soft_prompt_alone(how: str, tokens: int) -> None:
+    model = ATTACH[how](build("llama"), 3)
+    assert trained_tokens(model, {"labels": torch.tensor([[5, 6, 7]])}) == tokens
