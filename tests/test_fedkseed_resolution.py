@@ -133,6 +133,15 @@ def test_too_small_an_epsilon_is_said_once_with_the_one_to_take(
     assert said(caplog) == []
 
 
+def test_the_baselines_say_it_once_too(caplog: pytest.LogCaptureFixture) -> None:
+    config = PoolConfig(local_steps=3, epsilon=1e-30)
+    b = Bench(InfinitePool(config, seed=0), tiny(), text())
+    b.round(1)
+    b.round(2)
+    (warning,) = said(caplog)
+    assert "with epsilon 1e-30 and float32 weights" in warning
+
+
 def test_in_float32_nothing_is_said_of_the_papers_epsilon(caplog: pytest.LogCaptureFixture) -> None:
     for noise in NOISES:
         bench(noise=noise, epsilon=5e-4).round(1)

@@ -159,6 +159,11 @@ def test_no_such_folder(tmp_path, monkeypatch):
     (tmp_path / "models" / "base").mkdir(parents=True)
     refused('no "models/bsae" on this machine.*Did you mean "models/base"', tmp_path, "models/bsae")
     refused('no "bundeld" .*Did you mean "bundled".*written OWNER/NAME', tmp_path, "bundeld")
+    with pytest.raises(InputError) as found:
+        load_model("/nowhere/at/all", **PRETRAINED, base=tmp_path)
+    assert (
+        str(found.value) == 'model.name: there is no "/nowhere/at/all" on this machine.'
+    )  # nowhere else to look
     (tmp_path / "file").write_text("")
     refused("is no folder", tmp_path, "file")
 

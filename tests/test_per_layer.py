@@ -115,6 +115,14 @@ def test_infinity_in_a_configuration_reaches_the_clients() -> None:
     assert torch.equal(logits(small), logits(without(model, [0, 2])))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta"])
+def test_clients_are_not_told_where_the_servers_model_lies(name: str) -> None:
+    model = family(name)
+    model.name_or_path = model.config.name_or_path = "/home/somebody/secret"
+    sent = submodel(model, take(model, range(len(find_blocks(model).modules))))
+    assert b"somebody" not in b"".join(bytes(t.flatten().view(torch.uint8).tolist()) for t in sent.values())
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -138,7 +138,7 @@ def _signature(block: nn.Module, index: int, count: int) -> Signature:
             elif isinstance(value, list) and len(value) == count:  # of all blocks, kept in each
                 value = value[index]
             seen[f"{path}.{name}"] = value
-    for name, tensor in [*block.named_parameters(remove_duplicate=False), *block.named_buffers()]:
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
         seen[f"{name} "] = tuple(tensor.shape)
     return seen
 
