@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,14 @@ from toy import Toy
 from fedtune.core import wire
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum, round_half_up, sample_cohort
+from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.types import Payload, TensorSpec
 from fedtune.core.wire import Content, FrameError, check, decode, encode
 from fedtune.data.sources import part_of_task
 from fedtune.data.split import checked
-from fedtune.errors import InputError
+from fedtune.errors import InputError, ProgramError
 from fedtune.methods.fedkseed import order
 from fedtune.protection.share import flatten, unflatten
 
@@ -234,3 +236,9 @@ def test_a_part_of_a_task_and_the_examples_that_a_message_shows() -> None:
         [0, 2],
         [1],
     ]
+
+
+def test_a_fault_in_fedtunes_own_code_is_shown_by_its_place_in_it() -> None:
+    with pytest.raises(ProgramError) as found, faults("a part"):
+        round_half_up("a")  # type: ignore[arg-type]
+    assert re.search(r"It came out of fedtune/core/cohort\.py, line \d+\.$", str(found.value))

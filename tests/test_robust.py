@@ -85,6 +85,15 @@ def test_krum_by_hand() -> None:
     assert moved({"mean": "krum", "byzantine": 0}, -1, 1, 2, 4) == 1 + 0
 
 
+def test_krum_by_inner_products_is_that_by_differences() -> None:
+    """Far from the origin a distance is a small difference of large products; 0 is far off."""
+    cohort = {k: {"w": torch.tensor([value])} for k, value in enumerate((100.0, 101.0, 101.5, 103.0, 0.0))}
+    products = Updates(inner=lambda one, other: float(one["w"] @ other["w"]))
+    for updates in (Updates(), products):
+        made = RobustMean(updates, InMemory, "krum")(_reply(c, t, 5) for c, t in cohort.items())
+        assert {reply.client: reply.examples for reply in made} == {0: 0, 1: 1, 2: 0, 3: 0, 4: 0}
+
+
 def test_norm_bounds_by_hand() -> None:
     # |updates| 1, 2, 3, 49.5; 0.5 of four: the second, 2
     assert moved({"norm_quantile": 0.5}, 3, 5, -5, 100) == pytest.approx(1 + (1 + 2 - 2 + 2) / 4, abs=1e-5)

@@ -178,9 +178,7 @@ def _importance(
     scores: dict[str, Tensor] = {}
     for part in filter(str.isdigit, own):
         block = modules[blocks.index(int(part))].requires_grad_(True)
-        with memory_efficient(
-            env.model, checkpointing="none"
-        ):  # in eval mode, where nothing is computed again
+        with memory_efficient(env.model, checkpointing="none"):  # in eval mode nothing is computed again
             # one by one, so that this needs less memory than training did
             batches = StepBatches.of(env.model, (collate([env.items[i]], env.pad_id) for i in drawn))
             with env.memory.step(batches.size, resident=[env.model]):
