@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from fedtune.data.encoded import IGNORED
 from fedtune.measure.memory import MemoryMeter
-from fedtune.models import lean_loss
+from fedtune.models import alignment, lean_loss
+from fedtune.models.blocks import find_blocks
 from fedtune.models.lean_loss import batch_loss, ends, in_pieces, is_lean
 from fedtune.models.memory_efficient import base_model
 
@@ -179,6 +180,44 @@ def test_a_body_that_is_not_asked_leaves_the_usual_loss(monkeypatch: pytest.Monk
     inputs = {key: value for key, value in batch("llama").items() if key != "labels"}
     head, rows = ends(model, inputs, chosen)
     assert torch.equal(head.logits(rows), model(**inputs).logits[chosen])
+
+
+def test_a_model_that_names_itself_as_its_body_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama 4 does."""
+    model = build("llama", torch.float64)
+    monkeypatch.setattr(model, "get_decoder", lambda: model)
+    assert torch.equal(batch_loss(model, batch("llama")), model(**batch("llama")).loss)
+    inputs = {key: value for key, value in batch("llama").items() if key != "labels"}
+    chosen = inputs["attention_mask"].bool()
+    head, rows = ends(model, inputs, chosen)
+    assert torch.equal(head.logits(rows), model(**inputs).logits[chosen])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_divergence_in_pieces_is_that_of_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alignment, "ROWS", 2)
+    student, teacher = build(family, torch.float64), build(family, torch.float64)
+    with torch.no_grad():
+        for place, parameter in enumerate(teacher.parameters()):
+            parameter.add_(0.01 * (place + 1))
+    data = batch(family)
+    answer = alignment.predicting(data["labels"])
+    inputs = {key: value for key, value in data.items() if key != "labels"}
+    block = find_blocks(student).modules[-1]
+    hidden = torch.zeros(*data["input_ids"].shape, 32, dtype=torch.float64)
+    with torch.no_grad():
+        end = ends(teacher, inputs, answer)
+    found = alignment.alignment_loss(student, block, data, hidden, end, 1.0, "mean")
+    found = found - alignment.alignment_loss(student, block, data, hidden, end, 0.0, "mean")
+    found.backward()
+    slopes = {name: p.grad for name, p in student.named_parameters()}
+    student.zero_grad()
+    own, wanted = (model(**inputs).logits[answer].log_softmax(-1) for model in (student, teacher))
+    whole = (wanted.detach().exp() * (wanted.detach() - own)).sum() / answer.sum()
+    whole.backward()
+    assert_close(found, whole, rtol=1e-5, atol=1e-7, check_dtype=False)
+    for name, parameter in student.named_parameters():
+        assert_close(slopes[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -201,7 +201,10 @@ def test_a_package_is_known_without_being_imported(site: Site, tmp_path: Path) -
     site.add("loud-pack", {"fedtune.templates": {"loud": "loud_pack:loud"}})
     write_config(tmp_path / "c.yaml", DOCUMENT)
     assert fedtune("validate", "c.yaml", cwd=tmp_path).status == 0
-    refused(fedtune("validate", "c.yaml", "data.template=x", cwd=tmp_path), "data.template=x")
+    refused(
+        fedtune("validate", "c.yaml", "data.template=x", cwd=tmp_path),
+        "data.template: template 'x' is not known",
+    )
     write_config(tmp_path / "d.yaml", {**DOCUMENT, "data": {**DOCUMENT["data"], "template": "lout"}})
     refused(
         fedtune("validate", "d.yaml", cwd=tmp_path), "known are alpaca, plain, loud.", 'Did you mean "loud"'

@@ -186,6 +186,7 @@ MAY_STOP = {"model.device", "federation.quorum", "data.partition.rest"}
 ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
+    "method.gradient_checkpointing",  # test_memory_efficient.py
     "data.too_long",  # test_run_lengths.py
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -55,7 +55,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
     if not isinstance(base, PreTrainedModel):
         return cast(Tensor, model(**batch).loss)
     with _replaced(base.config, "use_cache", False):
-        if not is_lean(base) or batch["input_ids"].numel() * vocabulary(base) <= FEW:
+        if not is_lean(base) or _few(base, batch):
             return cast(Tensor, model(**batch).loss)
         head = Head(base, whole=whole)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
@@ -65,6 +65,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
 def vocabulary(base: PreTrainedModel) -> int:
     """Logits of a position."""
     return int(base.config.get_text_config().vocab_size)
+
+
+def _few(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> bool:
+    """Whether all logits of a batch are so few that pieces save nothing."""
+    return batch["input_ids"].numel() * vocabulary(base) <= FEW
 
 
 def is_lean(base: PreTrainedModel) -> bool:
@@ -154,8 +159,9 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     Returns:
         The head, and hidden states (chosen, width).
     """
-    head = Head(base_model(model))
-    with head.apart():
+    base = base_model(model)
+    head = Head(base)
+    with head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext():
         logits = model(**inputs).logits
     return head, (logits if head.hidden is None else head.hidden)[chosen]
 
