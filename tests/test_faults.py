@@ -37,7 +37,11 @@ KINDS = {
         "training of client 1 in round 2: out of memory (CUDA out of memory.",
         "method.batch_size",
     ],
-    "memory": ["training of client 1 in round 2: out of memory", "2 examples x ", "data.max_length"],
+    "memory": [
+        "training of client 1 in round 2: out of memory",
+        "2 examples x ",
+        "lower method.batch_size or data.max_length, or set method.gradient_checkpointing=full",
+    ],
     "allocator": ["out of memory ([enforce fail at alloc_cpu.cpp", "model.dtype=bfloat16"],
     "program": [
         "training of client 1 in round 2: a fault of the program",

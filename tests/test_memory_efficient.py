@@ -19,7 +19,7 @@ from fedtune.methods.fedcybgd import settings as fedcybgd
 from fedtune.models import memory_efficient as memory
 from fedtune.models.blocks import find_blocks
 from fedtune.models.lean_loss import batch_loss
-from fedtune.models.memory_efficient import computed_again, memory_efficient, release_memory
+from fedtune.models.memory_efficient import computed_again, memory_efficient, release_memory, resolved
 from fedtune.models.tuning import attach_lora
 
 
@@ -123,8 +123,10 @@ def test_auto_goes_by_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "LARGE", large)
         with computed_again(model, "auto"):
             assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == wanted
+        assert resolved(model, "auto") == ("full" if wanted else "none") and resolved(model, 3) == 3
     monkeypatch.setattr(memory, "LARGE", 1)
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    assert resolved(model, "auto") == "none"
     with computed_again(model, "auto"):  # of a family that cannot, nothing
         assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 

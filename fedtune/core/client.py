@@ -28,6 +28,7 @@ from fedtune.core.types import (
 )
 from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.measure.memory import MemoryMeter
+from fedtune.models.memory_efficient import can_compute_again, resolved
 
 if TYPE_CHECKING:
     from fedtune.data.encoded import Encoded
@@ -169,11 +170,13 @@ class ClientRunner:
         longest = max(len(item.input_ids) for item in items)
         lower = ["method.batch_size"] if batch > 1 else []
         lower += ["data.max_length"]
-        other = (
-            []
-            if getattr(config, "gradient_checkpointing", "full") in ("full", 1)
-            else ["method.gradient_checkpointing=full"]
-        )
+        again, other = getattr(config, "gradient_checkpointing", None), list[str]()
+        if (
+            again is not None
+            and can_compute_again(self._model)
+            and resolved(self._model, again) not in ("full", 1)
+        ):
+            other.append("method.gradient_checkpointing=full")
         if any(parameter.dtype == torch.float32 for parameter in self._model.parameters()):
             other.append("model.dtype=bfloat16")
         return (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.data import templates
 from fedtune.data.control import Marked, marked, marked_rows, pair_tokens, tokens
-from fedtune.data.encoded import Counts, EncodedSet, Gathered
+from fedtune.data.encoded import Counts, EncodedRows, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
 
@@ -68,7 +68,7 @@ def encode_causal(
             "set eos_token in its tokenizer_config.json."
         )
     begin = _begin(tokenizer)
-    into, kept, seen = Gathered(), list[Example](), Counter[str]()
+    into, kept, seen = EncodedRows(), list[Example](), Counter[str]()
     room = max_length - len(begin)
     for place, (example, whole_prompt, response) in enumerate(_spelled(examples, template, tokenizer)):
         over = len(whole_prompt) + len(response) + 1 > room
@@ -193,7 +193,7 @@ def encode_classification(
     _one_of(too_long, TOO_LONG, "data.too_long")
     special = tokenizer.num_special_tokens_to_add(pair=any(example.input for example in examples))
     _check_length(max_length, least=special + 2)
-    into, kept, seen = Gathered(), list[Example](), Counter[str]()
+    into, kept, seen = EncodedRows(), list[Example](), Counter[str]()
     for number, (example, ids) in enumerate(_paired(examples, tokenizer)):
         if example.output not in classes:
             raise InputError(

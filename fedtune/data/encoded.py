@@ -88,7 +88,7 @@ class EncodedList(Sequence[Encoded]):
         return [self[int(at)] for at in np.argsort(-self.lengths, kind="stable")[:count]]
 
 
-class Gathered:
+class EncodedRows:
     """Examples that are put one behind the other into an `EncodedList`."""
 
     def __init__(self) -> None:

@@ -32,6 +32,19 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def can_compute_again(model: nn.Module) -> bool:
+    """Whether the family knows how to."""
+    return bool(getattr(base_model(model), "supports_gradient_checkpointing", False))
+
+
+def resolved(model: nn.Module, wanted: int | str) -> int | str:
+    """`method.gradient_checkpointing`; of `auto` what it means: `full` of a large model that can, or `none`."""
+    if wanted != "auto":
+        return wanted
+    large = sum(p.numel() for p in base_model(model).parameters()) >= LARGE
+    return "full" if large and can_compute_again(model) else "none"
+
+
 @contextmanager
 def memory_efficient(model: nn.Module, *, checkpointing: int | str) -> Iterator[None]:
     """`computed_again`, in a process that gives memory back to the system."""
@@ -51,10 +64,7 @@ def computed_again(model: nn.Module, wanted: int | str) -> Iterator[None]:
     Raises:
         InputError: The family cannot do that.
     """
-    base = base_model(model)
-    can = getattr(base, "supports_gradient_checkpointing", False)
-    if wanted == "auto":
-        wanted = "full" if can and sum(p.numel() for p in base.parameters()) >= LARGE else "none"
+    base, can, wanted = base_model(model), can_compute_again(model), resolved(model, wanted)
     if wanted == "none":
         yield
         return
