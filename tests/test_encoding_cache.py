@@ -346,7 +346,7 @@ def test_a_round_of_few_encodes_few_and_says_what_it_knows(
     cut = sum(rows.count(LONG) for client, rows in enumerate(CLIENTS.values()) if client in known)
     assert train["waiting"] == waiting and train["cut"] == cut
     said = " ".join(capfd.readouterr().err.split())
-    assert f"{waiting} of them no round has asked for yet" in said  # at the end
+    assert f"{waiting} are of clients that no round has asked yet" in said  # at the end
 
 
 def test_results_are_the_same_without_a_cache_and_from_one(

@@ -19,7 +19,7 @@ from fedtune.errors import InputError
 from fedtune.federation.folder import RunFolder
 from fedtune.report.display import Display
 from fedtune.report.page import read_runs, report
-from fedtune.report.tables import print_whole
+from fedtune.report.tables import print_whole, rounds_and_clients
 
 pytest.importorskip("matplotlib")
 
@@ -175,3 +175,23 @@ def test_lengths_of_updates_are_shown_where_they_were_recorded(tmp_path: Path) -
     assert (lengths[0], float(lengths[1]), float(lengths[2]), lengths[3:]) == ("new", 2.0, 40.0, ["2", "1"])
     assert ["new", "1", "2", "the norm of its update, 40, is <32> times the median"] in rows
     assert "Clients' updates" not in report(read_runs([old]))
+
+
+def test_the_cost_says_how_many_clients_a_round_asked() -> None:
+    sent = {"down": 6_000, "up": 2_000}  # 8,000 bytes
+
+    def said(rounds: int, clients: int, each: float) -> str:
+        return rounds_and_clients(
+            {
+                "rounds": rounds,
+                "clients": clients,
+                "payload_bytes": sent,
+                "payload_bytes_per_client_round": each,
+            }
+        )
+
+    assert said(2, 20, 1_000.0) == "2 x 4 of 20"  # 8 client-rounds
+    assert said(4, 2, 1_000.0) == "4 x 2"
+    assert said(3, 20, 8_000 / 5) == "3 x 1.67 of 20"  # five answered
+    assert said(2, 1_200, 8_000 / 2_400) == "2 x 1200"
+    assert said(0, 7, 0.0) == "0 x 7" and said(1, 7, 0.0) == "1 x 7"

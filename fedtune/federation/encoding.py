@@ -138,6 +138,6 @@ def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
             said.append(f"{found.empty:,} have an empty answer")
         if said:
             name = {"train": "training", "held_out": "held-out"}.get(group, group)
-            later = f"; {found.waiting:,} of them no round has asked for yet" if found.waiting else ""
+            later = f"; {found.waiting:,} are of clients that no round has asked yet" if found.waiting else ""
             lines.append(f"of {found.examples + found.dropped:,} {name} examples {', '.join(said)}{later}")
     return lines

@@ -38,7 +38,7 @@ def can_compute_again(model: nn.Module) -> bool:
 
 
 def resolved(model: nn.Module, wanted: int | str) -> int | str:
-    """`method.gradient_checkpointing`; of `auto` what it means: `full` of a large model that can, or `none`."""
+    """`method.gradient_checkpointing`; of `auto` its meaning: `full` of a large model that can, or `none`."""
     if wanted != "auto":
         return wanted
     large = sum(p.numel() for p in base_model(model).parameters()) >= LARGE

@@ -49,7 +49,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     cost.add_column(justify="right")
     payload, framed, peak = summary["payload_bytes"], summary["framed_bytes"], summary["peak_memory_bytes"]
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
-    cost.add_row("rounds x clients", f"{summary['rounds']} x {summary['clients']}")
+    cost.add_row("rounds x clients", rounds_and_clients(summary))
     if left_out := counted(summary):
         cost.add_row("left out, of rounds", left_out)
     cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")
@@ -64,6 +64,15 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         f"evaluation {seconds['evaluation']:.1f})",
     )
     return [scores, cost]
+
+
+def rounds_and_clients(summary: Mapping[str, Any]) -> str:
+    """`3 x 10` where all ten clients were asked in each round; `3 x 4 of 10` where four were, on average."""
+    rounds, clients, each = summary["rounds"], summary["clients"], summary["payload_bytes_per_client_round"]
+    if not rounds or not each:  # nothing was sent, so no count follows from what was
+        return f"{rounds} x {clients}"
+    asked = round(sum(summary["payload_bytes"].values()) / each / rounds, 2)
+    return f"{rounds} x {asked:g}" + ("" if asked == clients else f" of {clients}")
 
 
 def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
