@@ -83,7 +83,7 @@ from common import (
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from fedtune.bench.client_steps import SHAPES, TINY
+from fedtune.bench.client_steps import BARE, SHAPES, TINY
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import kept_of
 from fedtune.models.load import load_model
@@ -143,7 +143,7 @@ def traffic() -> str:
 
 
 def memory(file: Path) -> str:
-    """Memory beside Fed-full and FedLoRA, of tensors and of the process; backward time beside Fed-full."""
+    """Memory beside Fed-full and FedLoRA of the same settings, of tensors and process; backward time too."""
     documents = json.loads(file.read_text(encoding="utf-8"))
     rows = (documents[0] if isinstance(documents, list) else documents)["rows"]
     tables = []
@@ -154,13 +154,19 @@ def memory(file: Path) -> str:
         body = [_memory_row(case, row, found) for case, row in found.items() if "peak_bytes" in row]
         header = ["case"]
         for what in ("peak", "process"):
-            header += [what, "of Fed-full", "of FedLoRA"]
+            header += [what, "of Fed-full, same settings", "of FedLoRA, same settings"]
         times = {case: row["backward_seconds"] for case, row in found.items() if "backward_seconds" in row}
         text = "; ".join(
-            f"{case} {time:.2f} s ({time / times['Fed-full']:.2f})" for case, time in times.items()
+            f"{case} {time:.2f} s ({time / times[_alike('Fed-full', case)]:.2f})"
+            for case, time in times.items()
         )
         tables.append(f"{shape}:\n\n{table(header, body)}\n\nBackward pass, mean over blocks: {text}.")
     return "\n\n".join(tables)
+
+
+def _alike(other: str, case: str) -> str:
+    """The case of another method with the settings of this one."""
+    return f"{other}{BARE}" if BARE in case else other
 
 
 def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -170,7 +176,7 @@ def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]
             return [*cells, "", "", ""]
         cells += [
             size(row[key]),
-            *(f"{row[key] / found[other][key]:.3f}" for other in ("Fed-full", "FedLoRA")),
+            *(f"{row[key] / found[_alike(other, case)][key]:.3f}" for other in ("Fed-full", "FedLoRA")),
         ]
     return cells
 

@@ -8,7 +8,15 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from fedtune.bench import client_steps
-from fedtune.bench.client_steps import CASES, TINY, Shape, backward_seconds, measure_case, write_order
+from fedtune.bench.client_steps import (
+    BARE,
+    CASES,
+    TINY,
+    Shape,
+    backward_seconds,
+    measure_case,
+    write_order,
+)
 from fedtune.models.tuning import count_parameters
 
 NARROW = {
@@ -37,15 +45,16 @@ def test_every_case_is_measured(case: str, tmp_path: Path) -> None:
     assert found > (4 if case.startswith("Fed-full") else 0.5 if dropped else 1) * weights
 
 
-def test_a_block_of_22_takes_less_than_three_tenths_of_all_and_less_than_lora(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_of_22_beside_all_and_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(client_steps.SHAPES, "narrow", Shape(LlamaForCausalLM, NARROW))
     monkeypatch.setattr(client_steps, "TOKENS", 64)
-    full, lora = (peak("narrow", case, tmp_path) for case in ("Fed-full", "FedLoRA"))
+    # the paper's own comparison, of unlike settings: a block with checkpointing, all weights without
+    full, lora = (peak("narrow", f"{name}{BARE}", tmp_path) for name in ("Fed-full", "FedLoRA"))
+    same = peak("narrow", "Fed-full", tmp_path)  # and the like one
     for place in client_steps.BLOCKS:
         found = peak("narrow", f"FedCyBGD, {place}", tmp_path)
         assert found <= 0.3 * full and found < lora
+        assert found <= 0.4 * same
         for compression in ("layer-drop", "hybrid"):
             assert peak("narrow", f"FedCyBGD, {compression}, {place}", tmp_path) < found
         assert peak("narrow", f"BAdam, {place}", tmp_path) <= 0.3 * full
@@ -53,5 +62,10 @@ def test_a_block_of_22_takes_less_than_three_tenths_of_all_and_less_than_lora(
 
 def test_backward_time_has_a_row_for_each_way(tmp_path: Path) -> None:
     seconds = backward_seconds(TINY, "", tmp_path)["backward_seconds"]
-    assert list(seconds) == ["Fed-full", "FedCyBGD", "FedCyBGD, no checkpointing"]
+    assert list(seconds) == [
+        "Fed-full",
+        "Fed-full, no checkpointing",
+        "FedCyBGD",
+        "FedCyBGD, no checkpointing",
+    ]
     assert min(seconds.values()) > 0

@@ -6,8 +6,8 @@ Each case runs the method's own training code in a process of its own. A client 
 a frame that another process wrote, and keeps what it holds on disk, as in a run; `rss_bytes` covers that too.
 The others have the model from the start, without the message that brought it.
 
-Fed-full as it is has the library's loss and no checkpointing; "Fed-full, memory-efficient" has the
-loss and checkpointing that FedCyBGD has, to tell what is due to them.
+All sides have the same settings: `gradient_checkpointing: full`, the loss of `models/lean_loss.py`, and an
+allocator that gives memory back. Cases with "no checkpointing" lack the first, on both sides of their ratios.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,10 +41,10 @@ from fedtune.methods.fedcybgd.client import begin_turn
 from fedtune.methods.fedcybgd.settings import BAdamConfig
 from fedtune.methods.fedcybgd.settings import Config as BlockConfig
 from fedtune.methods.fedcybgd.training import train_blocks
-from fedtune.methods.local_training import build_optimizer, train
+from fedtune.methods.local_training import train
 from fedtune.models.blocks import find_blocks
 from fedtune.models.load import quiet, seeded
-from fedtune.models.memory_efficient import memory_efficient
+from fedtune.models.memory_efficient import memory_efficient, release_memory
 from fedtune.models.parts import find_parts
 from fedtune.models.pruning import best, find_attention, find_mlp
 from fedtune.models.tuning import trainable
@@ -91,26 +91,31 @@ SHAPES = {
         {"vocab_size": 64, "n_embd": 32, "n_head": 2, "n_layer": 4, "bos_token_id": 0, "eos_token_id": 0},
     ),
 }
-FULL = FedAvgConfig.model_validate({**STEPS, "trainable": "full"})
-WHOLE: dict[str, FedAvgConfig] = {
-    "Fed-full": FULL,
-    "Fed-full, memory-efficient": FULL,
-    "FedLoRA": FedAvgConfig.model_validate({**STEPS, "trainable": "lora", "lora": {"rank": 16}}),
-    "FedAdapter": FedAvgConfig.model_validate({**STEPS, "trainable": "adapter", "adapter": {"size": 32}}),
+BARE = ", no checkpointing"
+TRAINED: dict[str, dict[str, Any]] = {
+    "Fed-full": {"trainable": "full"},
+    "FedLoRA": {"trainable": "lora", "lora": {"rank": 16}},
+    "FedAdapter": {"trainable": "adapter", "adapter": {"size": 32}},
+}
+WHOLE = {
+    f"{name}{bare}": FedAvgConfig.model_validate(
+        {**STEPS, **trained, "gradient_checkpointing": "none" if bare else "full"}
+    )
+    for bare in ("", BARE)
+    for name, trained in TRAINED.items()
 }
 CYCLE: dict[str, dict[str, Any]] = {
     "FedCyBGD": {},
     "FedCyBGD, layer-drop": {"compression": "layer-drop"},
     "FedCyBGD, hybrid": {"compression": "hybrid"},
-    "FedCyBGD, no checkpointing": {"gradient_checkpointing": "none"},
-    "FedCyBGD, no checkpointing, usual loss": {"gradient_checkpointing": "none"},
+    f"FedCyBGD{BARE}": {"gradient_checkpointing": "none"},
 }
 CASES = [
     *WHOLE,
     *(f"FedCyBGD, {block}" for block in BLOCKS),
     "FedCyBGD, layer-drop, first",
     *(f"FedCyBGD, hybrid, {block}" for block in BLOCKS[1:]),  # the first is that of layer-drop
-    *(f"{name}, first" for name in list(CYCLE)[3:]),
+    f"FedCyBGD{BARE}, first",
     "BAdam, first",
 ]
 """What is measured, of each shape; the first is what the others are compared with."""
@@ -125,14 +130,16 @@ def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str,
         for key in ("peak_bytes", "rss_bytes"):
             for case, row in found.items():
                 for other in ("Fed-full", "FedLoRA"):
-                    if case not in WHOLE and key in row and key in found[other]:
-                        ratios[f"{key}: {shape}: {case} / {other}"] = row[key] / found[other][key]
+                    alike = f"{other}{BARE}" if BARE in case else other
+                    if case not in WHOLE and key in row and key in found[alike]:
+                        ratios[f"{key}: {shape}: {case} / {alike}"] = row[key] / found[alike][key]
         times = _elsewhere(backward_seconds, shape, "FedCyBGD, first")
         for case, seconds in times["backward_seconds"].items():
             found[case] = found.get(case, {}) | {"backward_seconds": seconds}
-            if case != "Fed-full":
-                name = f"backward_seconds: {shape}: {case}, mean over blocks / Fed-full"
-                ratios[name] = seconds / times["backward_seconds"]["Fed-full"]
+            if not case.startswith("Fed-full"):
+                alike = f"Fed-full{BARE}" if BARE in case else "Fed-full"
+                name = f"backward_seconds: {shape}: {case}, mean over blocks / {alike}"
+                ratios[name] = seconds / times["backward_seconds"][alike]
         rows += [{"case": f"{shape}: {case}", **row} for case, row in found.items()]
     return rows, ratios
 
@@ -160,19 +167,11 @@ def backward_seconds(shape: str, case: str, folder: Path) -> dict[str, Any]:
     parts = find_parts(model)
     seconds: dict[str, list[float]] = {}
     for block in range(0, parts.blocks, 1 if parts.blocks < 20 else 3):
-        for case, checkpointing in (
-            ("Fed-full", None),
-            ("FedCyBGD", "full"),
-            ("FedCyBGD, no checkpointing", "none"),
-        ):
-            model.requires_grad_(checkpointing is None)
+        for case in ("Fed-full", f"Fed-full{BARE}", "FedCyBGD", f"FedCyBGD{BARE}"):
+            model.requires_grad_(case.startswith("Fed-full"))
             for parameter in parts.parameters[str(block)].values():
                 parameter.requires_grad_(True)
-            with (
-                nullcontext()
-                if checkpointing is None
-                else memory_efficient(model, checkpointing=checkpointing)
-            ):
+            with memory_efficient(model, checkpointing="none" if BARE in case else "full"):
                 loss = model(**batch).loss
                 started = time.process_time()  # of a busy machine the clock on the wall says little
                 loss.backward()
@@ -187,13 +186,8 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
     if case in WHOLE:
         config = WHOLE[case]
         model = config.attach(SHAPES[shape].model(), seed=0)
-        inside = (
-            memory_efficient(model, checkpointing="full")
-            if case == "Fed-full, memory-efficient"
-            else nullcontext()
-        )
-        with inside:
-            yield lambda meter: train(_env(shape, model, meter), trainable(model), config)
+        release_memory()
+        yield lambda meter: train(_env(shape, model, meter), trainable(model), config)
         return
     name, _, where = case.rpartition(", ")
     if name == "BAdam":
@@ -214,9 +208,6 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
     env = replace(_env(shape, nn.Module(), MemoryMeter("cpu")), store=Store(folder / "held"))
     turn = begin_turn(job, env, cycle)
     (own,) = turn.own.values()
-    if name.endswith("usual loss"):
-        yield lambda meter: _plain_steps(_env(shape, turn.model, meter), own, cycle)
-        return
     yield lambda meter: train_blocks(
         _env(shape, turn.model, meter),
         iter([own]),
@@ -224,20 +215,6 @@ def _client(shape: str, case: str, folder: Path) -> Iterator[Callable[[MemoryMet
         checkpointing=cycle.gradient_checkpointing,
         resident=[turn.resident],
     )
-
-
-def _plain_steps(env: ClientEnv, own: Any, config: BlockConfig) -> None:
-    """Steps on a block without what `models/memory_efficient.py` does."""
-    for parameter in own.values():
-        parameter.requires_grad_(True)
-    optimizer = build_optimizer(own, config)
-    env.model.train()
-    batch = collate(env.items, env.pad_id)
-    for _ in range(config.steps(len(env.items))):
-        with env.memory.step(batch["input_ids"].numel(), resident=[env.model, optimizer]):
-            env.model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
 
 def write_order(shape: str, case: str, folder: Path) -> dict[str, Any]:
