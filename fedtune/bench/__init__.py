@@ -22,6 +22,7 @@ BENCHES = {
     "generation": "answers in padded batches against transformers.generate, one example after the other",
     "proximal": "FedBiOT's proximal term from products of the rank's size, against the dense product",
     "emulator": "a client's step on an adapter and emulator, against LoRA on the whole model",
+    "federation": "rounds of twenty clients with a step each, against the same written by hand: CPU time",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
 }
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtune.core.one_pass import add_rounded, extremes
+
 FRACTION_BITS = 44
 LIMIT = 2.0**18  # largest |value| that can be added: shares sum to at most 1, so no sum overflows
 
@@ -22,7 +24,8 @@ LIMIT = 2.0**18  # largest |value| that can be added: shares sum to at most 1, s
 class WeightedSum:
     """Σ n_i·x_i over the updates so far, as integers, and Σ n_i.
 
-    Memory: 8 bytes a parameter plus one tensor of temporary float64, whatever the number of clients.
+    Memory: 8 bytes a parameter, whatever the number of clients; beside them 16 of each number of a tensor
+    that has fewer than `one_pass.PIECE`.
 
     Attributes:
         total: Σ n_i over all clients that may come; fixes the scale before the first one does.
@@ -50,15 +53,14 @@ class WeightedSum:
         if weight < 0 or self.weight + weight > self.total:
             raise ValueError(f"weight {weight} does not fit: {self.weight} of {self.total} are taken")
         for name, tensor in update.items():  # before anything is added: a refused update leaves no trace
-            if tensor.numel() and not float(tensor.abs().max()) < LIMIT:
+            low, high = extremes(tensor) if tensor.numel() else (0.0, 0.0)
+            if not -LIMIT < low <= high < LIMIT:
                 raise ValueError(f"tensor {name} holds values of {LIMIT:,.0f} or more")
         scale = weight / self.total * 2.0**FRACTION_BITS
         for name, tensor in update.items():
-            scaled = tensor.to(torch.float64, copy=True).mul_(scale).round_().to(torch.int64)
-            if name in self.sums:
-                self.sums[name].add_(scaled)
-            else:
-                self.sums[name] = scaled
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(tensor.shape, dtype=torch.int64, device=tensor.device)
+            add_rounded(self.sums[name], tensor, scale)
         return WeightedSum(self.total, self.weight + weight, self.sums)
 
     def mean(self, name: str) -> Tensor:

@@ -26,11 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedtune.core.one_pass import PIECE, floats, large
+from fedtune.zeroth.fast import run
 
 WIDTH = 4096
 NORM_TIMES = 8.0
@@ -93,23 +97,50 @@ def sketch(update: Iterable[Tensor]) -> Sketch:
 
     Entry c · WIDTH + j is added, with a random sign, at place j + s_c mod WIDTH, s_c random.
     """
-    twice, square, at = torch.zeros(2 * WIDTH, dtype=torch.float64), 0.0, 0
+    twice, at = torch.zeros(2 * WIDTH, dtype=torch.float64), 0
+    squares = torch.zeros(WIDTH, dtype=torch.float64)  # by column: with one sum the bits depend on threads
     signs = _random(1 << 62, WIDTH)[1]
     for tensor in update:
         flat, done = tensor.detach().cpu().reshape(-1), 0
         while done < flat.numel():
             place = at % WIDTH
-            piece = flat[done : done + _ROWS * WIDTH - place].to(torch.float64)
-            square += float(piece.dot(piece))
+            if not place and large(flat[done:]):
+                whole = flat[done : done + (len(flat) - done) // WIDTH * WIDTH]
+                _add_rows(twice, squares, whole, signs, at // WIDTH)
+                done, at = done + len(whole), at + len(whole)
+                continue
+            most = -place % WIDTH if large(flat[done:]) else _ROWS * WIDTH - place  # up to a row's end
+            piece = flat[done : done + most].to(torch.float64)
             rows = torch.zeros(-(-(place + len(piece)) // WIDTH), WIDTH, dtype=torch.float64)
             rows.view(-1)[place : place + len(piece)] = piece
+            squares += rows.square().sum(0)
             shifts, of_rows = _random(at // WIDTH, len(rows))
             drawn = zip(rows.mul_(signs), shifts.tolist(), of_rows.tolist(), strict=True)
             for row, shift, sign in drawn:
                 twice[shift : shift + WIDTH].add_(row, alpha=sign)
             done, at = done + len(piece), at + len(piece)
-    norm, sums = math.sqrt(square), twice[:WIDTH] + twice[WIDTH:]
+    norm, sums = math.sqrt(float(squares.sum())), twice[:WIDTH] + twice[WIDTH:]
     return Sketch(norm, (sums / norm if norm else sums).to(torch.float32))
+
+
+def _add_rows(twice: Tensor, squares: Tensor, whole: Tensor, signs: Tensor, first: int) -> None:
+    """Adds the whole rows of a large tensor, `first` and those behind it."""
+    from fedtune.core import kernels  # imports Numba
+
+    starts = range(0, len(whole), PIECE)
+    sums = np.zeros((len(starts), 2 * WIDTH))  # each piece's own, so that the bits do not depend on threads
+    square = np.zeros((len(starts), WIDTH))
+    of_columns = signs.to(torch.float32).numpy()
+
+    def add(number: int) -> None:
+        rows = floats(whole[starts[number] : starts[number] + PIECE]).reshape(-1, WIDTH)
+        shifts, of_rows = _random(first + starts[number] // WIDTH, len(rows))
+        of = of_rows.to(torch.float32).numpy()
+        kernels.add_rows(sums[number], square[number], rows, of_columns, shifts.numpy(), of)
+
+    run([partial(add, number) for number in range(len(starts))])
+    twice += torch.from_numpy(sums.sum(0))
+    squares += torch.from_numpy(square.sum(0))
 
 
 def standings(

@@ -24,8 +24,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from isal.isal_zlib import crc32  # as zlib's, in a seventh of the time
 from torch import Tensor
 
+from fedtune.core.one_pass import extremes
 from fedtune.core.types import Frame, Payload, Scalar, TensorSpec
 
 MAGIC = b"FTUN"
@@ -96,16 +98,16 @@ def encode(content: Content) -> bytes:
     fits = len(manifest) <= _manifest_limit(HEADER.size + len(deflated) + length)
     flags = _DEFLATED if len(deflated) < len(manifest) and fits else 0
     head = deflated if flags else manifest
-    crc = zlib.crc32(head, zlib.crc32(_COVERED.pack(flags, len(head), length)))
+    crc = crc32(head, crc32(_COVERED.pack(flags, len(head), length)))
     for part in data:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
 
 
 def decode(
     frame: Frame | memoryview, *, max_bytes: int | None = None, max_manifest: int = MANIFEST_LIMIT
 ) -> Content:
-    """The content of a frame. Tensors are views of the frame's own memory.
+    """The content of a frame. Tensors are copies: a frame's memory is not aligned, and may be others' too.
 
     Args:
         frame: The bytes that `encode` gave. A memory map is given back to the system as it is read, so that
@@ -130,8 +132,8 @@ def decode(
         raise FrameError(
             f"frame of {len(view):,} bytes; its header says {HEADER.size + head_length + length:,}"
         )
-    covered = zlib.crc32(_COVERED.pack(flags, head_length, length))
-    if zlib.crc32(view[HEADER.size :], covered) != crc or flags not in (0, _DEFLATED):
+    covered = crc32(_COVERED.pack(flags, head_length, length))
+    if crc32(view[HEADER.size :], covered) != crc or flags not in (0, _DEFLATED):
         raise FrameError("checksum does not match: the frame was altered on its way")
     meta, scalars, entries = _manifest(_head(view, flags, head_length, max_manifest))
     tensors: dict[str, Tensor] = {}
@@ -141,7 +143,7 @@ def decode(
         size = math.prod(shape) * dtype.itemsize
         if at + size > length:
             raise FrameError(f"tensor {name[:80]} of shape {shape} needs more bytes than the frame holds")
-        tensors[name] = _view(body[at : at + size], dtype, shape)
+        tensors[name] = _copied(body[at : at + size], dtype, shape)
         at += size
         if isinstance(frame, mmap.mmap):
             _give_back(frame, HEADER.size + head_length + at)
@@ -197,11 +199,14 @@ def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:
                 f"tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
                 f"{spec.dtype} of shape {spec.shape} was asked for"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.numel():
+            continue
+        low, high = extremes(tensor)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise FrameError(f"tensor {name} holds NaN or infinite values")
-        if tensor.numel() and spec.limit < math.inf and not float(tensor.abs().max()) < spec.limit:
+        if not -spec.limit < low <= high < spec.limit:
             raise FrameError(f"tensor {name} holds values of {spec.limit:,.0f} or more")
-        if tensor.numel() and float(tensor.min()) < spec.at_least:
+        if low < spec.at_least:
             raise FrameError(f"tensor {name} holds values below {spec.at_least:,.0f}")
     for name, value in payload.scalars.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -214,10 +219,9 @@ def _raw(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 
-def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not len(data):
         return torch.empty(shape, dtype=dtype)
-    # bytearray: torch wants memory it may write to, and a frame's bytes must not change under others
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 

@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -175,5 +175,5 @@ def _crc32(file: Path) -> int:
     crc = 0
     with file.open("rb") as opened:
         while chunk := opened.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
     return crc

@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 import os
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain, islice
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from fedtune.core.permissions import append_private
 from fedtune.core.types import Arrival, Payload, Transport
@@ -95,7 +96,7 @@ class Journal:
         with disk_errors(f"the reply of client {arrival.client}"), append_private(self._path(round)) as file:
             crc = 0
             for part in parts:
-                crc = zlib.crc32(part, crc)
+                crc = crc32(part, crc)
             file.write(_ENTRY.pack(turn, arrival.client, sent, *map(len, parts), crc))
             for part in parts:
                 file.write(part)
@@ -115,7 +116,7 @@ class Journal:
                     end = file.seek(sum(lengths), os.SEEK_CUR)
                     continue
                 body = file.read(sum(lengths))
-                if zlib.crc32(body) != crc:
+                if crc32(body) != crc:
                     break
                 if of > turn:
                     return

@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import faults
@@ -186,7 +187,7 @@ class Worker:
         return self._train(round, incoming.buffer, message.number("state"))
 
     def _train(self, round: int, frame: bytearray | mmap.mmap, state: int) -> Message:
-        crc, done = zlib.crc32(frame), self._done
+        crc, done = crc32(frame), self._done
         if done is None or (done.round, done.order_crc, done.state_before) != (round, crc, state):
             assert self.joined is not None
             runner, client = self.joined.runner, self._client

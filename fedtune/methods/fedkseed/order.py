@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import struct
 import weakref
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor, nn
 
 from fedtune.core.types import Scalar
@@ -136,4 +136,4 @@ def with_changes(before: Tensor, sent: Mapping[str, Tensor]) -> Tensor:
 
 def checksum(accumulator: Tensor) -> int:
     """CRC-32 of an accumulator's bytes: a client that held another one than the changes are to finds out."""
-    return zlib.crc32(accumulator.contiguous().numpy().tobytes())
+    return crc32(accumulator.contiguous().numpy().tobytes())
