@@ -175,7 +175,7 @@ TIMES_1000 = {"clients": [2], "rounds": [2], "factor": 1000.0}
 def test_one_of_three_that_sends_a_thousand_times_its_update_is_named_and_left_out(
     method: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = document()
+    config = document() | {"checkpoints": {"journal": "always"}}
     config["method"] |= method
     done = poisoned(tmp_path, TIMES_1000, config)
     assert done.status == 0, done.err
@@ -194,6 +194,10 @@ def test_one_of_three_that_sends_a_thousand_times_its_update_is_named_and_left_o
     again = poisoned(tmp_path, TIMES_1000, config, "--resume", "killed")
     assert again.status == 0, again.err
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "run")
+    config["checkpoints"] = {"journal": "never"}  # the round is done again by training again
+    unwritten = poisoned(tmp_path, TIMES_1000, config, "--out", "unwritten")
+    assert unwritten.status == 0, unwritten.err
+    assert outcome(tmp_path / "unwritten") == outcome(tmp_path / "run")
 
 
 def test_numbers_just_below_the_wires_bound_do_not_end_the_run(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ ALONG: dict[str, dict[str, Any]] = {
 MAY_STOP = {"model.device", "federation.quorum", "data.partition.rest"}
 
 ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
+    "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
     "method.gradient_checkpointing",  # test_memory_efficient.py

@@ -79,7 +79,11 @@ def _federation(here: Path, width: int, blocks: int, trained: dict[str, Any]) ->
     random_llama(width, blocks).save_pretrained(here / "model")
     load_tokenizer("bundled", here).save_pretrained(here / "model")
     lines = [
-        {"instruction": f"Add {n % 10} and {n % 7}, then {n % 3}.", "output": "So be it. " * 12}
+        {
+            "instruction": f"Add {n % 10} and {n % 7}, then {n % 3}.",
+            "output": "So be it. " * 12,
+            "category": f"{n // BATCH:02}",
+        }
         for n in range(CLIENTS * BATCH)
     ]
     for name, part in (("train", lines), ("test", lines[:BATCH])):
@@ -90,7 +94,8 @@ def _federation(here: Path, width: int, blocks: int, trained: dict[str, Any]) ->
             "model": {"name": str(here / "model")},
             "data": {
                 "train": str(here / "train.jsonl"),
-                "clients": CLIENTS,
+                "clients": None,
+                "partition": {"name": "by-field"},
                 "template": "plain",
                 "cache": "none",
                 "holdout": {"source": str(here / "test.jsonl")},

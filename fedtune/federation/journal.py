@@ -7,6 +7,11 @@ many orders had been sent when it came, so that the ledger's lines fall in their
 clients come in turn has an exchange for each of them; an entry says which it belongs to. It holds what each
 client sent, so only the user can read it.
 
+Writing costs time and room: a reply of all weights is as long as the model. Where clients train in this run,
+they can train once more, and in `auto` they do where that costs less than `WORTH_S`, as the round before tells:
+then nothing is written, and a round that is run again for another reason asks them again, with what they kept
+before it. The bits are the same.
+
 An arrival is written before anybody has looked into it, so that a reply that ends the server would be met
 again. None does: decoding raises nothing but a FrameError, and what the round refused once it refuses again.
 """
@@ -16,13 +21,16 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 from isal.isal_zlib import crc32
 
+from fedtune.config.schema import RunConfig
 from fedtune.core.permissions import append_private
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, FrameError, decode, encode
@@ -35,6 +43,19 @@ log = logging.getLogger("fedtune")
 _ENTRY = struct.Struct("<QqQQQQI")
 
 
+WORTH_S = 30.0  # seconds of a round from which on its replies are worth their room on disk
+
+
+Written = Literal["auto", "always", "never"]
+
+
+def written(config: RunConfig) -> Written:
+    """`checkpoints.journal`; always, where a client is not of this run, or would not give the same reply again."""
+    federation = config.federation
+    strict = config.transport.name == "flower" or federation.secure_aggregation or federation.privacy
+    return "always" if strict else config.checkpoints.journal
+
+
 class Journal:
     """A transport that writes down what another transport brings.
 
@@ -42,16 +63,28 @@ class Journal:
         inner: The transport that reaches the clients.
         folder: Where the journal of the round lies.
         states: What clients keep between rounds, where it is this process that keeps it.
+        keep: Which rounds' replies are written: all, none, or (auto) those after one of `WORTH_S` seconds, and
+            the first. Other than `always` is for clients who answer an order that comes again in the same way.
     """
 
-    def __init__(self, inner: Transport, folder: Path, states: MutableMapping[int, Payload]) -> None:
-        self._inner, self._folder, self._states = inner, folder, states
+    def __init__(
+        self,
+        inner: Transport,
+        folder: Path,
+        states: MutableMapping[int, Payload],
+        keep: Written = "always",
+    ) -> None:
+        self._inner, self._folder, self._states, self._keep = inner, folder, states, keep
         self._exchanges = Counter[int]()  # of each round, so far
+        self._began, self._took = 0.0, WORTH_S  # this round, the round before; seconds
+        self._before: dict[int, Payload] = {}  # what clients kept before this round
 
     def exchange(
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """First the arrivals kept from before a kill, then new ones, each written before it is yielded."""
+        if not self._exchanges:
+            self._began, self._before = time.monotonic(), dict(self._states)
         sent, turn = 0, self._exchanges[round]
         self._exchanges[round] += 1
 
@@ -70,17 +103,26 @@ class Journal:
             yield arrival
         rest = chain(unanswered.items(), orders)
         for arrival in self._inner.exchange(round, rest, in_plan_order=in_plan_order):
-            self._write(round, turn, sent, arrival)
+            if self._writes:
+                self._write(round, turn, sent, arrival)
             yield arrival
 
     def again(self, round: int) -> None:
-        """Lets a round be run once more from the replies that are kept."""
+        """Lets a round be run once more from the replies that are kept, or by who gave them."""
         del self._exchanges[round]
+        self._states.clear()
+        self._states.update(self._before)
+
+    @property
+    def _writes(self) -> bool:
+        return self._keep == "always" or (self._keep == "auto" and self._took >= WORTH_S)
 
     def clear(self) -> None:
         """Forgets the rounds: their checkpoint is written, or they are to be asked again."""
         for path in self._folder.glob("round-*.replies"):
             path.unlink()
+        if self._exchanges:
+            self._took = time.monotonic() - self._began
         self._exchanges.clear()
 
     def _path(self, round: int) -> Path:

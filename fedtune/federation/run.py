@@ -32,7 +32,7 @@ from fedtune.federation.connect import Deployment, check_transport, connected
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
-from fedtune.federation.journal import Journal
+from fedtune.federation.journal import Journal, written
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
@@ -221,7 +221,7 @@ class _Federation:
             else method.init(model)
         )
         robust, secure = self._config.federation.robust, self._config.federation.secure_aggregation
-        journal = Journal(transport, checkpoints, self._assembly.runner.states)
+        journal = Journal(transport, checkpoints, self._assembly.runner.states, written(self._config))
         privacy = self._config.federation.privacy
         if self._account is not None and self._account.ahead:
             journal.clear()  # its replies must not be summed once more, with other noise
