@@ -20,6 +20,10 @@ Time:    half a minute
 Needs:   nothing
 Result:  of 19.6 seconds training takes 16.3 and evaluation 2.9
 
+Table:   rounds of twenty clients against the same written by hand; docs/results.md, block bench-federation
+Command: python reproduce/bundled.py bench-federation
+Time:    4 minutes
+
 Table:   the server's exact sum against a list and its mean; docs/results.md, block bench-aggregation
 Command: python reproduce/bundled.py bench-aggregation
 Time:    20 seconds
@@ -50,6 +54,7 @@ ENTRIES = {
     "demo": federation("demo", columns=90),
     "overhead": federation("overhead", columns=80),
     "bench-aggregation": bench("aggregation", columns=110),
+    "bench-federation": bench("federation", columns=110),
     "bench-simulation": bench("simulation", columns=110),
 }
 

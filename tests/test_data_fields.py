@@ -305,6 +305,8 @@ def test_a_needed_field_does_not_double_another_ones_key(
     (tmp_path / "d.jsonl").write_text('{"instruction": "who", "output": "me"}\n')
     with pytest.raises(InputError, match=rf'data\.fields\.{taker} takes the key "{left}"'):
         load_examples("d.jsonl", fields=fields, base=tmp_path)
+    with pytest.raises(InputError, match=rf'data\.fields\.{taker} takes the key "{left}"'):
+        ObjectData.read([{"instruction": "who", "output": "me"}], fields)
     both = load_examples("d.jsonl", fields={**fields, left: left}, base=tmp_path)  # asked for by name
     assert getattr(both[0], taker) == getattr(both[0], left)
 

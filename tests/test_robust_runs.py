@@ -91,7 +91,8 @@ def test_a_bound_takes_no_more_memory_than_none_and_a_median_no_cohort(
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     from command import Command
 
-    write_config(tmp_path / "c.yaml", document({"mean": "median", "norm_quantile": 0.6}, LORA))
+    given = document({"mean": "median", "norm_quantile": 0.6}, LORA)
+    write_config(tmp_path / "c.yaml", given | {"checkpoints": {"journal": "always"}})
     whole = fedtune("run", "c.yaml", "--out", "whole", "--quiet", cwd=tmp_path)
     assert whole.status == 0, whole.err
     for watched, at in (("round-0002.replies", 4), ("checkpoints/.round", 3)):

@@ -28,7 +28,7 @@ def config(name: str, keep: int | None = None) -> dict[str, Any]:
         "method": {**METHODS[name], "rounds": 3, "batch_size": 2},
         "federation": {"clients_per_round": 0.75},  # so that some hold an older round's content
         "evaluation": {"tasks": ["loss"], "max_examples": 4, "every": 0},
-        "checkpoints": {"keep": keep},
+        "checkpoints": {"keep": keep, "journal": "always"},
     }
 
 

@@ -26,7 +26,10 @@ from fedtune.federation.journal import Journal
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"rounds": 2}},
-    "scaffold": {"method": {"rounds": 2, "control_variates": True, "optimizer": "sgd", "lr": 0.05}},
+    "scaffold": {
+        "method": {"rounds": 2, "control_variates": True, "optimizer": "sgd", "lr": 0.05},
+        "checkpoints": {"journal": "never"},
+    },
     "one-shot": {
         "method": {"rounds": 1, "local_epochs": 2, "arrival": "asynchronous"},
         "evaluation": {"arrivals": True},
@@ -42,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "simulate": {"dropout": 0.2, "delay_s": 1.0},
             "deadline_s": 1.9,
         },
-        "checkpoints": {"keep": 1},
+        "checkpoints": {"keep": 1, "journal": "auto"},
     },
     "standalone": {"method": {"name": "standalone"}},
 }
@@ -56,7 +59,7 @@ def config(name: str) -> dict[str, Any]:
         "method": {"name": "fedavg", "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}, **blocks["method"]},
         "evaluation": {"tasks": ["loss"], "max_examples": 8, **blocks.get("evaluation", {})},
         "federation": blocks.get("federation", {}),
-        "checkpoints": blocks.get("checkpoints", {}),
+        "checkpoints": {"journal": "always", **blocks.get("checkpoints", {})},
     }
 
 

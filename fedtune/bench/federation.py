@@ -38,11 +38,11 @@ from fedtune.models.load import load_model, load_tokenizer
 from fedtune.models.tuning import trainable
 
 CLIENTS, BATCH, ROUNDS, TIMES, LR = 20, 4, 4, 3, 1e-3
-CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # width and blocks of the model, and what is trained
-    "LoRA, Llama of 19 M": (384, 4, {"trainable": "lora", "lora": {"rank": 8}}),
-    "LoRA, Llama of 42 M": (512, 8, {"trainable": "lora", "lora": {"rank": 16}}),
-    "all weights, Llama of 19 M": (384, 4, {"trainable": "full"}),
-    "all weights, Llama of 42 M": (512, 8, {"trainable": "full"}),
+CASES: dict[str, tuple[tuple[int, int] | None, dict[str, Any]]] = {  # width and blocks, and what is trained
+    "LoRA, bundled model": (None, {"trainable": "lora", "lora": {"rank": 8}}),
+    "LoRA, Llama of 42 M": ((512, 8), {"trainable": "lora", "lora": {"rank": 16}}),
+    "all weights, bundled model": (None, {"trainable": "full"}),
+    "all weights, Llama of 42 M": ((512, 8), {"trainable": "full"}),
 }
 
 
@@ -51,9 +51,9 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with temporary_folder() as folder, torch_settings():
-        for case, (width, blocks, trained) in CASES.items():
+        for case, (shape, trained) in CASES.items():
             here = folder / str(len(rows))
-            config = _federation(here, width, blocks, trained)
+            config = _federation(here, shape, trained)
             found: dict[str, list[tuple[float, dict[str, Tensor]]]] = {"fedtune": [], "by hand": []}
             for turn in range(TIMES):
                 found["fedtune"].append(_run(config, here / f"run-{turn}"))
@@ -74,10 +74,12 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     return rows, ratios
 
 
-def _federation(here: Path, width: int, blocks: int, trained: dict[str, Any]) -> RunConfig:
-    """A model and data on disk, and the configuration of their federation."""
-    random_llama(width, blocks).save_pretrained(here / "model")
-    load_tokenizer("bundled", here).save_pretrained(here / "model")
+def _federation(here: Path, shape: tuple[int, int] | None, trained: dict[str, Any]) -> RunConfig:
+    """Data on disk, and a model where it is not the bundled one; the configuration of their federation."""
+    here.mkdir()
+    if shape:
+        random_llama(*shape).save_pretrained(here / "model")
+        load_tokenizer("bundled", here).save_pretrained(here / "model")
     lines = [
         {
             "instruction": f"Add {n % 10} and {n % 7}, then {n % 3}.",
@@ -91,7 +93,7 @@ def _federation(here: Path, width: int, blocks: int, trained: dict[str, Any]) ->
         (here / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return parse_config(
         {
-            "model": {"name": str(here / "model")},
+            "model": {"name": str(here / "model") if shape else "bundled"},
             "data": {
                 "train": str(here / "train.jsonl"),
                 "clients": None,
@@ -135,7 +137,7 @@ def _run(config: RunConfig, folder: Path) -> tuple[float, dict[str, Tensor]]:
 
 
 def _by_hand(config: RunConfig, here: Path) -> tuple[float, dict[str, Tensor]]:
-    loaded = load_model(str(here / "model"), dtype="float32", initial="pretrained", seed=0, base=here)
+    loaded = load_model(config.model.name, dtype="float32", initial="pretrained", seed=0, base=here)
     examples = load_examples(str(here / "train.jsonl"), fields={}, base=here)
     items = encode_causal(
         examples, loaded.tokenizer, template="plain", loss_on="response", max_length=config.data.max_length

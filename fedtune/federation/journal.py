@@ -7,10 +7,10 @@ many orders had been sent when it came, so that the ledger's lines fall in their
 clients come in turn has an exchange for each of them; an entry says which it belongs to. It holds what each
 client sent, so only the user can read it.
 
-Writing costs time and room: a reply of all weights is as long as the model. Where clients train in this run,
-they can train once more, and in `auto` they do where that costs less than `WORTH_S`, as the round before tells:
-then nothing is written, and a round that is run again for another reason asks them again, with what they kept
-before it. The bits are the same.
+Writing costs time and room: a reply of all weights is as long as the model. Where the clients are of this
+run, they can train once more, and in `auto` they do where that costs less than `WORTH_S`, as the round before
+tells: then nothing is written, and a round that is run again for another reason asks them again, with what
+they kept before it. The bits are the same.
 
 An arrival is written before anybody has looked into it, so that a reply that ends the server would be met
 again. None does: decoding raises nothing but a FrameError, and what the round refused once it refuses again.
@@ -50,7 +50,7 @@ Written = Literal["auto", "always", "never"]
 
 
 def written(config: RunConfig) -> Written:
-    """`checkpoints.journal`; always, where a client is not of this run, or would not give the same reply again."""
+    """`checkpoints.journal`; always, where a client is not of this run or would not reply the same again."""
     federation = config.federation
     strict = config.transport.name == "flower" or federation.secure_aggregation or federation.privacy
     return "always" if strict else config.checkpoints.journal
@@ -63,8 +63,8 @@ class Journal:
         inner: The transport that reaches the clients.
         folder: Where the journal of the round lies.
         states: What clients keep between rounds, where it is this process that keeps it.
-        keep: Which rounds' replies are written: all, none, or (auto) those after one of `WORTH_S` seconds, and
-            the first. Other than `always` is for clients who answer an order that comes again in the same way.
+        keep: Which rounds' replies are written: all, none, or (auto) the first's, and those after a round of
+            `WORTH_S` seconds. But for `always`, clients must answer an order that comes again as before.
     """
 
     def __init__(
