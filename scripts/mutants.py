@@ -207,6 +207,11 @@ def tests_of(known: dict, path: str, line: int, source: str, budget: float) -> l
     around = [node for node in statements if node.lineno <= line <= (node.end_lineno or 0)]
     inside = any(isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line for node in around)
     reached = {test for tests in found.values() for test in tests}
+    if not reached:  # a module without functions runs in imports alone: what reaches those that import it
+        module = path.removesuffix(".py").replace("/", ".")
+        for other, lines in known["lines"].items():
+            if f"from {module} import" in (ROOT / other).read_text(encoding="utf-8"):
+                reached |= {test for tests in lines.values() for test in tests}
     if inside:
         narrow = max(around, key=lambda node: node.lineno)
         span = [line, *range(narrow.lineno, (narrow.end_lineno or line) + 1)]

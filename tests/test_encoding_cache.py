@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -230,6 +231,19 @@ def test_a_place_that_cannot_be_written_is_said_once(
     assert not cache.begin()
     assert cache.fetch("1" * 64, lambda: made) == (made, False)
     assert caplog.text.count("are not kept there (data.cache)") == 1
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, made = begun(tmp_path), encoded()
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)  # of the file, whole, to its name
+    assert cache.fetch(KEY, lambda: made) == (made, False)
+    assert list(tmp_path.iterdir()) == [] and "are not kept there" in caplog.text
 
 
 def test_who_write_the_same_file_at_once_leave_a_whole_one(

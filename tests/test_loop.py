@@ -15,6 +15,7 @@ from toy import Bench, Toy, items
 
 from fedtune.core.cohort import Cohort, QuorumError, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
+from fedtune.core.reported import reported
 from fedtune.core.types import (
     Arrival,
     ClientEnv,
@@ -26,7 +27,7 @@ from fedtune.core.types import (
     ServerEnv,
     TensorSpec,
 )
-from fedtune.core.wire import Content, decode, encode
+from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.errors import ProgramError
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
@@ -208,6 +209,28 @@ def test_replies_of_others_are_not_believed(
     else:
         assert list(outcome.left_out) == [2]
         assert reason in outcome.left_out[2]
+
+
+def test_a_round_that_is_run_again_without_one_takes_all_others() -> None:
+    federation = bench()
+    cohort = sample_cohort({client: 1 for client in DATA}, None, seed=0, round=1)
+    state, outcome = federation.loop.run(
+        federation.state,
+        cohort,
+        1,
+        quorum=3,
+        on_arrival=lambda state, outcome: None,
+        without={0: "it stands out"},
+    )
+    assert outcome.clients == [1, 2, 3] and outcome.left_out == {0: "it stands out"}
+    assert state.w.item() == 2.0 and federation.wire == []  # nothing is counted a second time
+
+
+def test_a_metric_that_is_not_known_is_told_which_are() -> None:
+    known = "known are how, mine, peak_bytes, steps, train_loss, trained_tokens"
+    with pytest.raises(FrameError, match=f"metric other was not asked for; {known}$"):
+        reported({"other": 1.0}, more=["mine"])
+    assert reported({"mine": 2.0, "round": 1}, more=["mine"]) == ({"mine": 2.0}, "not measured")
 
 
 class Reporting(Adding):

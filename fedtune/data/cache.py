@@ -204,7 +204,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
         {**document, "truncation": None, "padding": None},  # each call sets these two
         f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
         sorted(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)),
-        [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
         [tokenizer.truncation_side, str(getattr(tokenizer, "split_special_tokens", ""))],
         [tokenizers.__version__, transformers.__version__],
     ]
