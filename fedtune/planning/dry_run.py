@@ -57,6 +57,12 @@ class FakeStore(Store):
         """A number of its own."""
         return str(next(self._numbers))
 
+    def read(self, key: str, name: str) -> Tensor:
+        """Another such tensor."""
+        found = self.get(key)
+        assert found is not None
+        return torch.empty_like(found.tensors[name])
+
 
 def client_step(
     method: Any,

@@ -1,0 +1,99 @@
+"""What a client of FedCyBGD holds beside one of FedLoRA of the same settings, by part: plans, no weights.
+
+Table:   what a client's step holds at its peak, planned; docs/fedcybgd.md, block memory-parts
+Command: python reproduce/block_memory.py memory-parts
+Time:    not measured
+Needs:   nothing; the architectures alone are read
+Result:  RESULT
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, Entry, main, table
+from torch import nn
+
+from fedtune.config.file import parse_config
+from fedtune.core.cohort import Cohort
+from fedtune.core.types import ClientEnv
+from fedtune.data.encoded import Encoded
+from fedtune.methods import registry
+from fedtune.models.blocks import find_blocks
+from fedtune.planning.dry_run import FakeStore
+from fedtune.planning.fake import Fakes, values
+from fedtune.planning.memory import PartsMeter
+from fedtune.planning.traffic import first_state
+from fedtune.report.tables import size
+
+PLANNED = {  # name: configuration, examples, tokens of each
+    "GPT-2 small, float32, 2 x 256": ("gpt2", 2, 256),
+    "LLaMA-2-7B, bfloat16, 8 x 512": ("llama-2-7b", 8, 512),
+}
+SAME = {
+    "": {"gradient_checkpointing": "full"},
+    ", offloaded": {"gradient_checkpointing": "full", "offload_params": "disk"},
+    ", no checkpointing": {"gradient_checkpointing": "none"},
+}
+
+
+def parts() -> str:
+    """What a client's step holds at its peak, planned: FedLoRA, and FedCyBGD's first and last block."""
+    rows = []
+    for name, (kind, examples, tokens) in PLANNED.items():
+        folder = str(ROOT / "configs" / "papers" / "shapes" / kind)
+        for other, settings in SAME.items():
+            lora = 0
+            for case in ("FedLoRA", "FedCyBGD, first", "FedCyBGD, last"):
+                meter = _planned(folder, case, settings, examples, tokens)
+                lora = lora or meter.peak_bytes
+                kinds = ("weights", "gradients", "optimizer", "activations")
+                cells = [*(size(meter.parts[part]) for part in kinds), size(meter.peak_bytes)]
+                rows.append([name, f"{case}{other}", *cells, f"{meter.peak_bytes / lora:.2f}"])
+    header = ["model and batch", "case", "weights", "gradients", "masters, moments", "activations", "peak"]
+    return table([*header, "of FedLoRA, same settings"], rows)
+
+
+def _planned(folder: str, case: str, settings: dict[str, Any], examples: int, tokens: int) -> PartsMeter:
+    """A step of a model without values."""
+    fakes, meter = Fakes(), PartsMeter(repeats=True)
+    dtype = "bfloat16" if "llama-2" in folder else "float32"
+    base = fakes.model(
+        folder, base=Path(), initial="pretrained", task="causal-lm", num_labels=None, dtype=dtype
+    )
+    own = {"name": "fedcybgd"} if "CyBGD" in case else {"name": "fedavg", "trainable": "lora"}
+    document = {**own, **settings, "local_steps": 1, "batch_size": examples}
+    method: Any = registry.build(parse_config({"method": document}, "planned").method, 0)
+    model = method.client_model(lambda: base)
+    fakes.empty_out(model)
+    blocks = len(find_blocks(model).modules)
+    cohort = Cohort(tuple(range(blocks)), dict.fromkeys(range(blocks), examples), blocks)
+    ids = tuple(range(tokens))
+    with values():
+        state = first_state(method, model)
+        if case.endswith("last"):
+            state = replace(state, turns=blocks - 1)
+        order = next(iter(method.plan(state, 1, cohort)))
+        env = ClientEnv(
+            client=order.client,
+            round=1,
+            seed=0,
+            model=nn.Module() if method.sends_model else model,
+            items=[Encoded(ids, ids)] * examples,
+            pad_id=0,
+            state=None,
+            memory=meter,
+            device=torch.device("cpu"),
+            store=FakeStore(),
+        )
+        method.client_step(order.payload, env)
+    return meter
+
+
+ENTRIES = {"memory-parts": Entry(parts)}
+
+if __name__ == "__main__":
+    main(__doc__, ENTRIES)
