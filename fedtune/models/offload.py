@@ -66,7 +66,8 @@ def offloaded(model: nn.Module, where: str) -> Iterator[None]:
                 f"method.offload_params: {where} is for weights on a CPU, got some on {parameter.device}; "
                 "set it to none, or model.device to cpu"
             )
-    _put({str(key): p for key, p in frozen.items() if not _in_place(p)})
+    if elsewhere := {str(key): p for key, p in frozen.items() if not _in_place(p)}:
+        _put(elsewhere)
     handles, held = [], list[_Held]()
     try:
         for each in called:
