@@ -42,6 +42,14 @@ def lies(parameter: nn.Parameter, read: Read) -> None:
     setattr(parameter, _PLACE, _Place(read, *_values(parameter)))
 
 
+def blank(like: Tensor) -> Tensor:
+    """Another tensor without content, of a plan's kind; `like` is not looked at, and so not in memory."""
+    assert isinstance(like, FakeTensor)
+    with like.fake_mode:
+        made = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    return made.view(made.shape)  # in memory from here on, as what is mapped
+
+
 @contextmanager
 def offloaded(model: nn.Module, where: str) -> Iterator[None]:
     """Inside, frozen weights of blocks are in memory only while they are used; then all is as before.
@@ -91,7 +99,8 @@ class _Held:
     def __init__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         self.module, self.name, self.parameter = module, name, parameter
         self._read: Read = getattr(parameter, _PLACE).read
-        self._none = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        none = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        self._none = nn.Parameter(none, requires_grad=False)
 
     def take(self) -> None:
         """Into memory."""
@@ -156,7 +165,7 @@ def _put(parameters: Mapping[str, nn.Parameter]) -> None:
     """Writes parameters, and leaves them mapped from there."""
     if any(isinstance(parameter, FakeTensor) for parameter in parameters.values()):
         for parameter in parameters.values():  # a plan's, without content
-            lies(parameter, partial(torch.empty_like, parameter))
+            lies(parameter, partial(blank, parameter))
         return
     copies = Copies(parameters)
     for name, parameter in parameters.items():

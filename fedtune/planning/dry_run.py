@@ -31,6 +31,7 @@ from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lean_loss import batch_loss
+from fedtune.models.offload import blank
 from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
@@ -61,7 +62,7 @@ class FakeStore(Store):
         """Another such tensor."""
         found = self.get(key)
         assert found is not None
-        return torch.empty_like(found.tensors[name])
+        return blank(found.tensors[name])
 
 
 def client_step(

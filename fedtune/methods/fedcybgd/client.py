@@ -135,9 +135,9 @@ def begin_turn(job: Payload, env: ClientEnv, config: Config) -> Turn:
                         parameter.copy_(parts[part][name.partition(":")[2]])
     for part in set(forms) - {*own, *always} if env.store.on_disk else ():
         for name, parameter in of(part).items():
-            if parameter.device.type == "cpu":
-                key = str(kept[part]).partition(" ")[2]
-                lies(parameter, partial(env.store.read, key, name.partition(":")[2]))
+            inner, key = name.partition(":")[2], str(kept[part]).partition(" ")[2]
+            if parameter.device.type == "cpu" and parameter.dtype == held[part][inner].dtype:
+                lies(parameter, partial(env.store.read, key, inner))
     chosen = {part: of(part) | {n: p for also in always for n, p in of(also).items()} for part in own}
     start = {f"{part}:{inner}": tensor for part, named in held.items() for inner, tensor in named.items()}
     first = {name: start[name] for named in chosen.values() for name in named}
