@@ -40,21 +40,26 @@ SAME = {
 }
 
 
+CASES = ("Fed-full", "FedLoRA", "FedCyBGD, first", "FedCyBGD, last")
+
+
 def parts() -> str:
-    """What a client's step holds at its peak, planned: FedLoRA, and FedCyBGD's first and last block."""
+    """What a client's step holds at its peak, planned, and its ratios to that of others."""
     rows = []
     for name, (kind, examples, tokens) in PLANNED.items():
         folder = str(ROOT / "configs" / "papers" / "shapes" / kind)
+        meters: dict[str, PartsMeter] = {}
         for other, settings in SAME.items():
-            lora = 0
-            for case in ("FedLoRA", "FedCyBGD, first", "FedCyBGD, last"):
-                meter = _planned(folder, case, settings, examples, tokens)
-                lora = lora or meter.peak_bytes
+            own = CASES[1:] if "offload_params" in settings else CASES  # nothing of Fed-full is frozen
+            meters |= {case: _planned(folder, case, settings, examples, tokens) for case in own}
+            for case in own:
                 kinds = ("weights", "gradients", "optimizer", "activations")
-                cells = [*(size(meter.parts[part]) for part in kinds), size(meter.peak_bytes)]
-                rows.append([name, f"{case}{other}", *cells, f"{meter.peak_bytes / lora:.2f}"])
+                cells = [size(meters[case].parts[part]) for part in kinds]
+                peak = meters[case].peak_bytes
+                ratios = (f"{peak / meters[to].peak_bytes:.2f}" for to in CASES[:2])
+                rows.append([name, f"{case}{other}", *cells, size(peak), *ratios])
     header = ["model and batch", "case", "weights", "gradients", "masters, moments", "activations", "peak"]
-    return table([*header, "of FedLoRA, same settings"], rows)
+    return table([*header, *(f"of {to}, same settings" for to in CASES[:2])], rows)
 
 
 def _planned(folder: str, case: str, settings: dict[str, Any], examples: int, tokens: int) -> PartsMeter:
@@ -64,7 +69,8 @@ def _planned(folder: str, case: str, settings: dict[str, Any], examples: int, to
     base = fakes.model(
         folder, base=Path(), initial="pretrained", task="causal-lm", num_labels=None, dtype=dtype
     )
-    own = {"name": "fedcybgd"} if "CyBGD" in case else {"name": "fedavg", "trainable": "lora"}
+    trainable = "full" if case == "Fed-full" else "lora"
+    own = {"name": "fedcybgd"} if "CyBGD" in case else {"name": "fedavg", "trainable": trainable}
     document = {**own, **settings, "local_steps": 1, "batch_size": examples}
     method: Any = registry.build(parse_config({"method": document}, "planned").method, 0)
     model = method.client_model(lambda: base)
