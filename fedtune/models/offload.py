@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 def lies(parameter: nn.Parameter, read: Read) -> None:
     """Says where a parameter's values lie: `read` maps them anew. Nothing is read now."""
-    setattr(parameter, _PLACE, _Place(read, *_values(parameter)))
+    setattr(parameter, _PLACE, _Place(read, *_marks(parameter)))
 
 
 def blank(like: Tensor) -> Tensor:
@@ -153,10 +153,10 @@ def _frozen(called: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 def _in_place(parameter: nn.Parameter) -> bool:
     place: _Place | None = getattr(parameter, _PLACE, None)
-    return place is not None and place[1:] == _values(parameter)
+    return place is not None and place[1:] == _marks(parameter)
 
 
-def _values(parameter: nn.Parameter) -> tuple[int, int]:
+def _marks(parameter: nn.Parameter) -> tuple[int, int]:
     """Another pair where a parameter has got other values; a plan's have none."""
     return 0 if isinstance(parameter, FakeTensor) else parameter.data_ptr(), parameter._version
 
