@@ -89,7 +89,7 @@ CLIENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg, lora": ("fedavg", {"trainable": "lora"}),
     "fedavg, adapter": ("fedavg", {"trainable": "adapter"}),
     "fedavg, prompt": ("fedavg", {"trainable": "prompt"}),
-    "fedbiot": ("fedbiot", {"alignment": {"steps_before": 0, "steps": 0}}),
+    "fedbiot": ("fedbiot", {"adapter_layers": 1, "alignment": {"steps_before": 0, "steps": 0}}),
     "centralized, lora": ("centralized", {"trainable": "lora"}),
 }
 
