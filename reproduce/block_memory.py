@@ -4,8 +4,8 @@ Table:   what a client's step holds at its peak, planned; docs/fedcybgd.md, bloc
 Command: python reproduce/block_memory.py memory-parts
 Time:    not measured
 Needs:   nothing; the architectures alone are read
-Result:  with checkpointing FedCyBGD's first block takes 1.08 of FedLoRA (GPT-2) and 1.14 (LLaMA-2-7B), its last
-         1.05 and 1.08; without, the first 1.03 and 0.95, the last 0.56 and 0.48
+Result:  with checkpointing FedCyBGD's first block takes 1.08 of FedLoRA (GPT-2) and 1.14 (LLaMA-2-7B), its
+         last 1.05 and 1.08; without, the first 1.03 and 0.95, the last 0.56 and 0.48
 """
 
 from __future__ import annotations
