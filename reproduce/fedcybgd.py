@@ -83,7 +83,7 @@ from common import (
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from fedtune.bench.client_steps import BARE, SHAPES, TINY
+from fedtune.bench.client_steps import SHAPES, TINY, same_settings
 from fedtune.models.blocks import find_blocks
 from fedtune.models.compression import kept_of
 from fedtune.models.load import load_model
@@ -157,16 +157,11 @@ def memory(file: Path) -> str:
             header += [what, "of Fed-full, same settings", "of FedLoRA, same settings"]
         times = {case: row["backward_seconds"] for case, row in found.items() if "backward_seconds" in row}
         text = "; ".join(
-            f"{case} {time:.2f} s ({time / times[_alike('Fed-full', case)]:.2f})"
+            f"{case} {time:.2f} s ({time / times[same_settings(case, 'Fed-full')]:.2f})"
             for case, time in times.items()
         )
         tables.append(f"{shape}:\n\n{table(header, body)}\n\nBackward pass, mean over blocks: {text}.")
     return "\n\n".join(tables)
-
-
-def _alike(other: str, case: str) -> str:
-    """The case of another method with the settings of this one."""
-    return f"{other}{BARE}" if BARE in case else other
 
 
 def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -176,7 +171,7 @@ def _memory_row(case: str, row: dict[str, Any], found: dict[str, dict[str, Any]]
             return [*cells, "", "", ""]
         cells += [
             size(row[key]),
-            *(f"{row[key] / found[_alike(other, case)][key]:.3f}" for other in ("Fed-full", "FedLoRA")),
+            *(f"{row[key] / found[same_settings(case, to)][key]:.3f}" for to in ("Fed-full", "FedLoRA")),
         ]
     return cells
 

@@ -314,6 +314,24 @@ def test_ranking_orders_by_time_and_says_why_not(candidates: list[Candidate]) ->
     assert rows["fedcybgd"]["seconds"]["first_round"] == pytest.approx(in_turn)
 
 
+def test_methods_are_ranked_with_the_same_settings(
+    candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = judge(candidates, PLENTY)["same_settings"]
+    assert found == {"gradient_checkpointing": "full", "offload_params": "none"}
+    again = {c.name: getattr(c.config.method, "gradient_checkpointing", None) for c in candidates}
+    gradientless = {"fedkseed", "fedkseed-pro", "infinite-pool", "zero-shot"}
+    assert {name for name, value in again.items() if value != "full"} == gradientless
+    for name in CANDIDATES.keys() - {"fedavg, full", "fedavg, lora", "fedkseed", "fedcybgd", "zero-shot"}:
+        monkeypatch.delitem(CANDIDATES, name)
+    changed = ["method.gradient_checkpointing=2", "method.offload_params=disk", "data.max_length=8"]
+    other = plan_all(str(tiny(tmp_path)), changed)
+    assert judge(other, PLENTY)["same_settings"] == {"gradient_checkpointing": 2, "offload_params": "disk"}
+    where = {c.name: getattr(c.config.method, "offload_params", None) for c in other}
+    assert where.pop("fedavg, full") == "none"  # freezes nothing
+    assert where == {"fedavg, lora": "disk", "fedkseed": None, "fedcybgd": "disk", "zero-shot": None}
+
+
 def test_a_private_model_and_little_memory(candidates: list[Candidate]) -> None:
     private = judge(candidates, ClientResources(1e12, 1e6, 8e6, model_private=True))
     fitting = {row["method"] for row in private["methods"] if row["fits"]}

@@ -188,6 +188,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
+    "method.offload_params",  # test_offload.py
     "data.too_long",  # test_run_lengths.py
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),

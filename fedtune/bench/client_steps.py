@@ -7,7 +7,8 @@ a frame that another process wrote, and keeps what it holds on disk, as in a run
 The others have the model from the start, without the message that brought it.
 
 All sides have the same settings: `gradient_checkpointing: full`, the loss of `models/lean_loss.py`, and an
-allocator that gives memory back. Cases with "no checkpointing" lack the first, on both sides of their ratios.
+allocator that gives memory back. Cases with "no checkpointing" lack the first, on both sides of their ratios;
+those with "offloaded" have `offload_params: disk` on both sides.
 """
 
 from __future__ import annotations
@@ -92,30 +93,39 @@ SHAPES = {
     ),
 }
 BARE = ", no checkpointing"
+OFFLOADED = ", offloaded"
 TRAINED: dict[str, dict[str, Any]] = {
     "Fed-full": {"trainable": "full"},
     "FedLoRA": {"trainable": "lora", "lora": {"rank": 16}},
     "FedAdapter": {"trainable": "adapter", "adapter": {"size": 32}},
 }
 WHOLE = {
-    f"{name}{bare}": FedAvgConfig.model_validate(
-        {**STEPS, **trained, "gradient_checkpointing": "none" if bare else "full"}
+    f"{name}{other}": FedAvgConfig.model_validate(
+        {
+            **STEPS,
+            **trained,
+            "gradient_checkpointing": "none" if other == BARE else "full",
+            "offload_params": "disk" if other == OFFLOADED else "none",
+        }
     )
-    for bare in ("", BARE)
+    for other in ("", BARE, OFFLOADED)
     for name, trained in TRAINED.items()
+    if other != OFFLOADED or name != "Fed-full"  # nothing of it is frozen
 }
 CYCLE: dict[str, dict[str, Any]] = {
     "FedCyBGD": {},
     "FedCyBGD, layer-drop": {"compression": "layer-drop"},
     "FedCyBGD, hybrid": {"compression": "hybrid"},
     f"FedCyBGD{BARE}": {"gradient_checkpointing": "none"},
+    f"FedCyBGD{OFFLOADED}": {"offload_params": "disk"},
 }
 CASES = [
     *WHOLE,
     *(f"FedCyBGD, {block}" for block in BLOCKS),
     "FedCyBGD, layer-drop, first",
     *(f"FedCyBGD, hybrid, {block}" for block in BLOCKS[1:]),  # the first is that of layer-drop
-    f"FedCyBGD{BARE}, first",
+    *(f"FedCyBGD{BARE}, {block}" for block in BLOCKS),
+    *(f"FedCyBGD{OFFLOADED}, {block}" for block in BLOCKS),
     "BAdam, first",
 ]
 """What is measured, of each shape; the first is what the others are compared with."""
@@ -130,7 +140,7 @@ def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str,
         for key in ("peak_bytes", "rss_bytes"):
             for case, row in found.items():
                 for other in ("Fed-full", "FedLoRA"):
-                    alike = f"{other}{BARE}" if BARE in case else other
+                    alike = same_settings(case, other)
                     if case not in WHOLE and key in row and key in found[alike]:
                         ratios[f"{key}: {shape}: {case} / {alike}"] = row[key] / found[alike][key]
         times = _elsewhere(backward_seconds, shape, "FedCyBGD, first")
@@ -142,6 +152,12 @@ def measure(shapes: tuple[str, ...] = tuple(SHAPES)[:2]) -> tuple[list[dict[str,
                 ratios[name] = seconds / times["backward_seconds"][alike]
         rows += [{"case": f"{shape}: {case}", **row} for case, row in found.items()]
     return rows, ratios
+
+
+def same_settings(case: str, other: str) -> str:
+    """The case of another method that has the settings of `case`; offloading leaves Fed-full as it is."""
+    more = next((each for each in (BARE, OFFLOADED) if each in case), "")
+    return f"{other}{more}" if f"{other}{more}" in WHOLE else other
 
 
 def measure_case(shape: str, case: str, folder: Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
     table.add_column("method")
     table.add_column("fits")
     for column in (
-        "client memory",
+        "client memory, same settings",
         "trainable",
         "rounds",
         "payload down, up",
@@ -190,9 +190,11 @@ def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
 
 def _conclusion(document: Mapping[str, Any]) -> list[str]:
     pick = document["pick"]
+    same = ", ".join(f"method.{name}: {value}" for name, value in document["same_settings"].items())
     lines = [
         f"Taken: {document['clients']} clients, examples of {document['max_length']} tokens, "
-        f"{document['dtype']}, each method's own defaults for everything else."
+        f"{document['dtype']}, each method's own defaults for everything else.",
+        f"The same settings for all that take gradients: {same}.",
     ]
     if pick["method"] is None:
         return [*lines, "No method fits."]

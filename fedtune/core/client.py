@@ -177,6 +177,9 @@ class ClientRunner:
             and resolved(self._model, again) not in ("full", 1)
         ):
             other.append("method.gradient_checkpointing=full")
+        frozen = any(not parameter.requires_grad for parameter in self._model.parameters())
+        if getattr(config, "offload_params", None) == "none" and frozen and self._device.type == "cpu":
+            other.append("method.offload_params=disk")
         if any(parameter.dtype == torch.float32 for parameter in self._model.parameters()):
             other.append("model.dtype=bfloat16")
         return (

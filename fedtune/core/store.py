@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fedtune.core.permissions import as_the_umask_says
-from fedtune.core.types import Payload, Scalar
+from fedtune.core.types import ClientError, Payload, Scalar
 
 T = TypeVar("T")
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -73,10 +74,27 @@ class Store:
     def get(self, key: str) -> Payload | None:
         """What has this digest, or None: it never came, was lost, or is not what it was any more."""
         if key not in self._payloads and self._folder is not None:
-            payload = self._read(self._folder / f"{key}.safetensors")
+            path = self._folder / f"{key}.safetensors"
+            payload = self._read(path)
             if payload is not None and digest(payload) == key:
-                self._payloads[key] = payload
+                # mapped anew: every page of the first mapping has been read, and is in memory with it
+                self._payloads[key] = self._read(path) or payload
         return self._payloads.get(key)
+
+    def read(self, key: str, name: str) -> Tensor:
+        """A tensor of what was put under this digest; from disk it is mapped anew.
+
+        Raises:
+            ClientError: It is not there any more.
+        """
+        if self._folder is None:
+            return self._payloads[key].tensors[name]
+        try:
+            with safe_open(self._folder / f"{key}.safetensors", framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ClientError(f"it does not have {name} of {key} any more: {error}") from error
+        return tensor
 
     def built(self, key: str, build: Callable[[], T]) -> T:
         """What `build` makes, once for each key."""

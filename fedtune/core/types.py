@@ -109,6 +109,9 @@ class ContentStore(Protocol):
     def get(self, key: str) -> Payload | None:
         """What has this digest, or None if it is not there any more."""
 
+    def read(self, key: str, name: str) -> Tensor:
+        """A tensor of what was put under this digest; ClientError if that is gone."""
+
     def built(self, key: str, build: Callable[[], B]) -> B:
         """What `build` makes, once for each key."""
 

@@ -19,6 +19,7 @@ from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.models.memory_efficient import computed_again
+from fedtune.models.offload import offloaded
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def train(
     total_steps = settings.steps(len(env.items))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
-    with computed_again(env.model, settings.gradient_checkpointing):
+    with (
+        computed_again(env.model, settings.gradient_checkpointing),
+        offloaded(env.model, settings.offload_params),
+    ):
         for step, group in enumerate(step_batches(env, settings)):
             if step == total_steps:
                 break

@@ -34,6 +34,7 @@ class Training(Settings):
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
     max_grad_norm: float | None = Field(None, gt=0)
     gradient_checkpointing: Checkpointing = "auto"  # activations computed again: none, all, each N-th block's
+    offload_params: Literal["none", "disk"] = "none"  # where frozen weights of blocks are, but while in use
 
     @model_validator(mode="before")
     @classmethod

@@ -111,6 +111,16 @@ class Tuning(InBlocks):
     prompt: Prompt | None = None  # with trainable: prompt
     p_tuning: PTuning | None = None  # with trainable: p-tuning
 
+    @model_validator(mode="after")
+    def _something_frozen(self) -> Self:
+        where = getattr(self, "offload_params", "none")
+        if self.trainable == "full" and where != "none":
+            raise ValueError(
+                f"offload_params: {where} is for frozen weights, and trainable: full freezes none; "
+                "set it to none"
+            )
+        return self
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """As `InBlocks.attach`, and prompts too."""
         from fedtune.models import tuning as attach

@@ -31,6 +31,7 @@ from fedtune.methods.fedcybgd.order import turns
 from fedtune.models.blocks import find_blocks
 from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lean_loss import batch_loss
+from fedtune.models.offload import blank
 from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
@@ -56,6 +57,12 @@ class FakeStore(Store):
     def key_of(self, payload: Payload) -> str:
         """A number of its own."""
         return str(next(self._numbers))
+
+    def read(self, key: str, name: str) -> Tensor:
+        """Another such tensor."""
+        found = self.get(key)
+        assert found is not None
+        return blank(found.tensors[name])
 
 
 def client_step(

@@ -115,7 +115,10 @@ class _Scope(TorchDispatchMode):
         if self.off or op is torch.ops.prim.device.default:
             return op(*args, **kwargs)
         for value in (*args, *kwargs.values()):
-            self._follow(value, self._held)
+            if isinstance(value, nn.Parameter) and not value.requires_grad:
+                self._follow(value, "weights", change=True)  # also one that was not there from the start
+            else:
+                self._follow(value, self._held)
         out = op(*args, **kwargs)
         part = self._now
         if op is torch.ops.aten._to_copy.default and self._part(args[0]) == "gradients":
@@ -186,7 +189,7 @@ class _Scope(TorchDispatchMode):
     def _follow(self, value: Any, part: str, *, change: bool = False, made: bool = False) -> None:
         if isinstance(value, Tensor):
             if not isinstance(value, FakeTensor) and value.device.type == "meta":
-                return  # a skeleton that nothing computes with
+                return  # a skeleton that nothing computes with, or in the place of weights on disk
             storage = value.untyped_storage()
             known = self._known.get(storage._cdata)
             if known is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.models.load import meta_model
+from fedtune.models.memory_efficient import can_compute_again
 from fedtune.planning import workload
 from fedtune.planning.plan import Plan, plan
 from fedtune.planning.workload import Workload
@@ -46,8 +48,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "centralized": {"name": "centralized"},
     "zero-shot": {"name": "zero-shot"},
 }
-"""What is ranked, with each method's own defaults where nothing is said."""
+"""What is ranked, with each method's own defaults where nothing is said; `SAME` is the same for all."""
 
+SAME = ("gradient_checkpointing", "offload_params")  # of methods that take gradients; they cost time alone
 SETTINGS = (
     "seed",
     "model.dtype",
@@ -55,6 +58,7 @@ SETTINGS = (
     "data.max_length",
     "data.clients",
     "federation.clients_per_round",
+    *(f"method.{name}" for name in SAME),
 )
 """What can be set for all of them."""
 
@@ -110,12 +114,16 @@ def plan_all(
                 f"{override!r} cannot be set for all methods at once; {', '.join(SETTINGS)} can. "
                 "For anything else write a configuration and plan that: fedtune plan CONFIG"
             )
+    alike = [override for override in overrides if override.startswith("method.")]
+    overrides = [override for override in overrides if override not in alike]
     task = _config(model, CANDIDATES["zero-shot"], overrides).model.task
-    meta_model(model, base=Path("."), task=task)  # a wrong name is an error, not a row
+    base = meta_model(model, base=Path("."), task=task)  # a wrong name is an error, not a row
+    again = "full" if can_compute_again(base) else "none"
+    alike = [f"method.gradient_checkpointing={again}", *alike]
     found = []
     for name, settings in CANDIDATES.items():
         on_candidate(name)
-        config = _config(model, settings, overrides)
+        config = _config(model, settings, [*overrides, *filter(partial(_has, settings), alike)])
         try:
             found.append(Candidate(name, config, plan(config, _work(config, examples))))
         except InputError as error:
@@ -138,6 +146,7 @@ def judge(candidates: Sequence[Candidate], resources: ClientResources) -> dict[s
         "client_flops_per_second": resources.speed,
         "clients": first.data.clients,
         "max_length": workload.room_of(first).tokens,
+        "same_settings": _same(candidates),
         "methods": rows,
         "pick": _pick([row for row in rows if row["fits"]]),
     }
@@ -146,6 +155,20 @@ def judge(candidates: Sequence[Candidate], resources: ClientResources) -> dict[s
 def _order(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
     """Those that fit first, those that do not apply last, each by time."""
     return not row["fits"], row["plan"] is None, row["seconds"]["total"] if row["seconds"] else 0.0
+
+
+def _has(settings: Mapping[str, Any], override: str) -> bool:
+    """Whether it is a setting of a method; where nothing is frozen, nothing of that is offloaded."""
+    key = override.partition("=")[0].removeprefix("method.")
+    known = registry.config_class(settings["name"]).model_fields
+    return key in known and (key != "offload_params" or settings.get("trainable") != "full")
+
+
+def _same(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The values of `SAME`, by name; a candidate that lacks one takes no gradients, or freezes nothing."""
+    methods = [candidate.config.method for candidate in candidates]
+    values = {name: {getattr(method, name, None) for method in methods} - {None} for name in SAME}
+    return {name: max(found, key=lambda value: value != "none") for name, found in values.items() if found}
 
 
 def _config(model: str, method: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:

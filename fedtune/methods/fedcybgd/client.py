@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fedtune.models.compression import assemble
 from fedtune.models.emulator import ARCHITECTURE
 from fedtune.models.heads import mark_drawn
 from fedtune.models.memory_efficient import memory_efficient, release_memory
+from fedtune.models.offload import lies, offloaded
 from fedtune.models.parts import ADDED, CLASSIFIER, block_of, full_name, named_tensors
 from fedtune.models.pruning import group_scores
 
@@ -131,6 +133,11 @@ def begin_turn(job: Payload, env: ClientEnv, config: Config) -> Turn:
                 if part.endswith(ADDED) or part in always:
                     for name, parameter in of(part).items():
                         parameter.copy_(parts[part][name.partition(":")[2]])
+    for part in set(forms) - {*own, *always} if env.store.on_disk else ():
+        for name, parameter in of(part).items():
+            inner, key = name.partition(":")[2], str(kept[part]).partition(" ")[2]
+            if parameter.device.type == "cpu" and parameter.dtype == held[part][inner].dtype:
+                lies(parameter, partial(env.store.read, key, inner))
     chosen = {part: of(part) | {n: p for also in always for n, p in of(also).items()} for part in own}
     start = {f"{part}:{inner}": tensor for part, named in held.items() for inner, tensor in named.items()}
     first = {name: start[name] for named in chosen.values() for name in named}
@@ -178,7 +185,10 @@ def _importance(
     scores: dict[str, Tensor] = {}
     for part in filter(str.isdigit, own):
         block = modules[blocks.index(int(part))].requires_grad_(True)
-        with memory_efficient(env.model, checkpointing="none"):  # in eval mode nothing is computed again
+        with (
+            memory_efficient(env.model, checkpointing="none"),  # in eval mode nothing is computed again
+            offloaded(env.model, config.offload_params),
+        ):
             # one by one, so that this needs less memory than training did
             batches = StepBatches.of(env.model, (collate([env.items[i]], env.pad_id) for i in drawn))
             with env.memory.step(batches.size, resident=[env.model]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from fedtune.methods.local_training import Trained, build_optimizer, float32_mas
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.models.memory_efficient import memory_efficient
+from fedtune.models.offload import offloaded
 
 
 def train_blocks(
@@ -57,16 +59,18 @@ def train_blocks(
     active: ActiveBlock | None = None
     env.model.train()
     try:
-        with memory_efficient(env.model, checkpointing=checkpointing):
+        with memory_efficient(env.model, checkpointing=checkpointing), ExitStack() as others:
             for step, group in enumerate(step_batches(env, settings)):
                 if step == total:
                     break
                 if active is None or (interval is not None and step % interval == 0):
                     if active is not None:
+                        others.close()
                         active.end()
                     active = ActiveBlock.begin(
                         next(blocks), settings, powersgd, env.generator("powersgd", step)
                     )
+                    others.enter_context(offloaded(env.model, settings.offload_params))
                 rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
                 rate_sum += rate
                 batches = drawn(env, group)
