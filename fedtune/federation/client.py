@@ -1,7 +1,7 @@
 """A client's side of a run, built from the run's configuration alone: its data, its model, its runner.
 
-Over a network that is one client, with a file of its own on its own machine. In Flower's simulation it is any
-client of the run, in one of several processes that each hold the model once.
+Over a network that is one client, with a file of its own on its own machine. On one machine it is any client
+of the run, in one of several processes that each hold the model once.
 """
 
 from __future__ import annotations
@@ -174,13 +174,13 @@ def simulated(
     objects: str,
     plugins: tuple[tuple[str, str], ...],
 ) -> Message:
-    """The answer of any of a run's clients, in a process of Flower's simulation.
+    """The answer of any of a run's clients, in one of several processes of this machine.
 
     Args:
         message: The order; with it comes what the client keeps between rounds.
         config: The run's configuration, as JSON.
         held: The folder of what clients were sent to hold, which all processes share.
-        threads: PyTorch's, as many as the server has: with others a sum may round differently.
+        threads: PyTorch's, of this process.
         base: The folder that relative paths of the configuration start from.
         objects: The examples as JSON, with `data.train: objects`; else empty.
         plugins: Absolute path and sha256 of each plugin file of the run.

@@ -125,7 +125,7 @@ def run(
             )
         assembly.data.begin()
         try:
-            reach = connected(config, assembly, path, clock, deployment, objects)
+            reach = connected(config, assembly, path, clock, deployment, objects, progress.note)
             with reach as transport, faults("the run"):
                 summary = federation.run(transport, deployment)
         except KeyboardInterrupt:
