@@ -79,7 +79,7 @@ def _places(document: dict[str, Any]) -> dict[str, str]:
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration but for where things are: inputs, what is made of them, simulated clients."""
+    """The resolved configuration but for where inputs, caches and simulated clients are."""
     document = located(config).resolved()
     del document["data"]["cache"]
     if config.transport.name != "flower":

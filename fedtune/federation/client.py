@@ -171,6 +171,7 @@ def simulated(
     held: str,
     threads: int,
     base: str,
+    shared: str,
     objects: str,
     plugins: tuple[tuple[str, str], ...],
 ) -> Message:
@@ -182,6 +183,7 @@ def simulated(
         held: The folder of what clients were sent to hold, which all processes share.
         threads: PyTorch's, of this process.
         base: The folder that relative paths of the configuration start from.
+        shared: The folder that the base model's weights are mapped from; empty: each process has its own.
         objects: The examples as JSON, with `data.train: objects`; else empty.
         plugins: Absolute path and sha256 of each plugin file of the run.
 
@@ -190,7 +192,10 @@ def simulated(
     """
     try:
         with faults("a process of the simulation", passing=LEFT_OUT):
-            runner, client = _runner(config, held, threads, base, objects, plugins), message.number("client")
+            runner, client = (
+                _runner(config, held, threads, base, shared, objects, plugins),
+                message.number("client"),
+            )
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, bytes(message.body))
     except LEFT_OUT as error:
@@ -204,7 +209,13 @@ def simulated(
 
 @cache
 def _runner(
-    config: str, held: str, threads: int, base: str, objects: str, plugins: tuple[tuple[str, str], ...]
+    config: str,
+    held: str,
+    threads: int,
+    base: str,
+    shared: str,
+    objects: str,
+    plugins: tuple[tuple[str, str], ...],
 ) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(base)  # the process is this simulation's own
@@ -212,7 +223,8 @@ def _runner(
     torch.use_deterministic_algorithms(True, warn_only=True)
     load_again(plugins)
     given = ObjectData.from_json(objects) if objects else None
-    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
+    settings = parse_config(json.loads(config), "the run's configuration")
+    assembly = Assembly.assemble(settings, Clock(), given, shared=Path(shared) if shared else None)
     assembly.runner.store = Store(Path(held))
     assembly.data.cache = cache_of(assembly.config, Path(held).parent)
     assembly.data.begin()

@@ -15,11 +15,12 @@ from typing import Any, Protocol, cast
 import torch
 
 from fedtune.config.schema import RunConfig
+from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError, ProgramError
-from fedtune.federation.assembly import Assembly
+from fedtune.federation.assembly import Assembly, device_of
 from fedtune.federation.client import simulated
 from fedtune.federation.client_process import told
 from fedtune.federation.plugins import refuse_this_process
@@ -47,6 +48,20 @@ class Deployment(Protocol):
 
     def transport(self, assembly: Assembly, clock: Clock) -> Transport:
         """The way to the clients."""
+
+
+@contextmanager
+def shared_folder(config: RunConfig) -> Iterator[Path | None]:
+    """A folder for the weights that several processes map, as long as the run lasts; None where one has all.
+
+    On GPUs each process has a copy of its own.
+    """
+    alone = config.transport.name == "flower" or config.transport.workers == 1
+    if alone or device_of(config.model.device).type != "cpu":
+        yield None
+    else:
+        with temporary_folder() as folder:
+            yield folder
 
 
 @contextmanager
@@ -95,12 +110,15 @@ def connected(
         "held": str(folder.resolve() / "held"),
         "threads": workers.threads,
         "base": os.getcwd(),
+        "shared": str(assembly.shared or ""),
         "objects": objects.to_json() if objects else "",
         "plugins": tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
     }
     gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
     faults = SimulatedFaults(what, deadline_s, config.seed)
-    simulation = partial(Simulated, faults=faults, states=assembly.runner.states, window=2 * count, clock=clock)
+    simulation = partial(
+        Simulated, faults=faults, states=assembly.runner.states, window=2 * count, clock=clock
+    )
     if flower:
         from fedtune.transport.flower import simulation as flowers
 

@@ -50,7 +50,9 @@ def workers_of(config: RunConfig, assembly: Assembly) -> Workers:
             limits = {f"{gpus} GPUs": gpus, f"a round asks {asked} clients": asked}
         elif (free := free_bytes()) is not None:
             each = bytes_of_one(config, assembly)
-            said = f"{free / 1e9:.1f} GB of memory are free and a process is taken to need {each / 1e9:.1f} GB"
+            said = (
+                f"{free / 1e9:.1f} GB of memory are free and a process is taken to need {each / 1e9:.1f} GB"
+            )
             limits[said] = free // each
         if in_turn:
             limits = {f"{config.method_name} asks one client after another": 1}
@@ -69,7 +71,7 @@ def workers_of(config: RunConfig, assembly: Assembly) -> Workers:
 
 
 def threads_of(workers: int, cores: int) -> int:
-    """PyTorch's threads of one of several processes: no more than this one has, all of them no more than cores.
+    """PyTorch's threads of one of several processes: no more than here, and together no more than cores.
 
     With one process they are this one's. A sum that is shared out among threads rounds differently with other
     threads: where OMP_NUM_THREADS is `cores // workers` already, not even a large model's bits change.
