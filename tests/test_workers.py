@@ -87,9 +87,7 @@ def test_what_a_process_may_need_is_counted_from_sizes(assembly: Assembly) -> No
 def test_threads_of_all_processes_together_are_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert [threads_of(n, 8) for n in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]
-    monkeypatch.setattr(
-        torch, "get_num_threads", lambda: 2
-    )  # OMP_NUM_THREADS=2: one process's sums
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # OMP_NUM_THREADS=2: one process's sums
     assert [threads_of(n, 8) for n in (1, 2, 4, 8)] == [2, 2, 2, 1]
 
 

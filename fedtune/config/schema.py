@@ -214,7 +214,6 @@ class Transport(Settings):
     """How orders reach the clients."""
 
     name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
-    # processes that clients train in, each with cores / workers threads; auto: as there is use and memory for
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     wait_s: float | None = Field(None, gt=0)  # flower: for clients to join; null: until all have, or refused
 
