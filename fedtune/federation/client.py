@@ -7,8 +7,10 @@ of the run, in one of several processes that each hold the model once.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,8 @@ from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from fedtune.protection.identity import Identity
+
+log = logging.getLogger("fedtune")
 
 
 def local_records(data: Path) -> int:
@@ -190,8 +194,9 @@ def simulated(
     Returns:
         The reply; or `fault`, where the client is left out; or what `broken` makes, where the run has to end.
     """
+    said = list[str]()
     try:
-        with faults("a process of the simulation", passing=LEFT_OUT):
+        with faults("a process of the simulation", passing=LEFT_OUT), _listened(said):
             runner, client = (
                 _runner(config, held, threads, base, shared, objects, plugins),
                 message.number("client"),
@@ -204,7 +209,19 @@ def simulated(
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
-    return Message({}, frame, kept)
+    return Message({"said": json.dumps(said)} if said else {}, frame, kept)
+
+
+@contextmanager
+def _listened(said: list[str]) -> Iterator[None]:
+    """Inside, warnings go to the end of `said`: where the run is shown nobody sees this process's own."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @cache

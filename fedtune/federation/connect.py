@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -32,6 +33,7 @@ from fedtune.transport.messages import Message
 from fedtune.transport.processes import processes
 from fedtune.transport.remote import Channel, Exchange, Remote
 
+log = logging.getLogger("fedtune")
 PROGRAM = "fedtune.federation.client_process"
 
 
@@ -189,6 +191,8 @@ class Simulated:
         state = self._states.get(client)
         kept = encode(Content(state)) if state is not None else b""
         answer = yield Message({"client": client}, frame, kept)
+        for line in json.loads(str(answer.fields.get("said", "[]"))):
+            log.warning("%s", line)
         if "broken" in answer.fields:  # from a process of this run: over a network no client can end it
             error = ProgramError(str(answer.fields["broken"]))
             error.add_note(str(answer.fields["traceback"]))
