@@ -242,6 +242,7 @@ def _runner(
     given = ObjectData.from_json(objects) if objects else None
     settings = parse_config(json.loads(config), "the run's configuration")
     assembly = Assembly.assemble(settings, Clock(), given, shared=Path(shared) if shared else None)
+    assembly.train_as_begun(Path(held).parent)
     assembly.runner.store = Store(Path(held))
     assembly.data.cache = cache_of(assembly.config, Path(held).parent)
     assembly.data.begin()
