@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -92,7 +93,8 @@ def bytes_of_one(config: RunConfig, assembly: Assembly) -> int:
     model = assembly.loaded.model
     total, trainable = count_parameters(model)
     batch = getattr(config.method, "batch_size", 1)
-    logits = batch * assembly.room.tokens * model.get_input_embeddings().weight.shape[0] * 4
+    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    logits = batch * assembly.room.tokens * vocabulary * 4
     weights = total * next(model.parameters()).element_size()
     return int(PROCESS_BYTES + weights + TRAINED_BYTES * trainable + LOGITS * logits)
 

@@ -129,6 +129,7 @@ def load_model(
     folder = model_folder(name, base, weights=initial == "pretrained")
     config = _config(name, folder, task, num_labels)
     tokenizer = _tokenizer(name, folder)
+    model: Any
     before = known(shared)
     with seeded(seed), quiet():
         if shared is not None and before is not None and (before.written or initial == "pretrained"):
