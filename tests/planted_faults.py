@@ -1,6 +1,6 @@
 """A plugin file that plants a fault in a client's work, as long as `fault.json` lies in the run's folder.
 
-`fault.json` holds `kind`, `client` and `round`. Processes of Flower's simulation import the same file.
+`fault.json` holds `kind`, `client` and `round`. Processes of simulated clients import the same file.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_over_a_network_the_server_has_held_out_examples_alone() -> None:
             "data.labels is missing",
         ),
         ({"data": {"labels": ["a", "b"]}}, "data.labels are for model.task: classification"),
-        ({"transport": {"workers": 2}}, "workers belongs to name: flower-simulation, got flower"),
+        ({"transport": {"workers": 2}}, "workers are for simulated clients .name: in-process., got flower"),
     ],
 )
 def test_what_a_network_does_not_go_with(change: dict[str, Any], message: str) -> None:

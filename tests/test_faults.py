@@ -126,11 +126,23 @@ def test_what_any_client_would_meet_stops_the_run_and_is_resumed(
     assert outcome(tmp_path / "run") == whole(method)
 
 
-@pytest.mark.skipif(find_spec("flwr") is None, reason="Flower is not installed (the extra `flower`)")
-def test_the_same_in_flowers_simulation(tmp_path: Path, whole: Callable[[str], dict[str, Any]]) -> None:
-    write_config(
-        tmp_path / "c.yaml", document("fedavg", transport={"name": "flower-simulation", "workers": 1})
-    )
+@pytest.mark.parametrize(
+    "transport",
+    [
+        pytest.param(
+            {"name": "flower-simulation"},
+            marks=pytest.mark.skipif(
+                find_spec("flwr") is None, reason="Flower is not installed (the extra `flower`)"
+            ),
+        ),
+        {"workers": 2},
+    ],
+    ids=["flower", "processes"],
+)
+def test_the_same_in_processes_of_their_own(
+    transport: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, Any]]
+) -> None:
+    write_config(tmp_path / "c.yaml", document("fedavg", transport=transport))
     plant(tmp_path, "device memory")
     shown = run(tmp_path, "--out", "run", "--debug")
     assert shown.status == 3

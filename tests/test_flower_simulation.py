@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,56 +12,9 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 
 import torch
 from command import fedtune, lines, outcome, write_config
-from contract import FORMS, Federation, bits, whole
+from other_processes import TRIED, answer, payloads, same_bits
 
-from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop
-from fedtune.core.store import Store
-from fedtune.core.types import Payload
-from fedtune.core.wire import Content, decode, encode
-from fedtune.federation.connect import Simulated
-from fedtune.measure.clock import Clock
-from fedtune.methods import registry
 from fedtune.transport.flower import SimulatedChannel, simulation
-from fedtune.transport.in_process import SimulatedFaults, Simulation
-from fedtune.transport.messages import Message, fault
-
-TRIED = [(name, next(iter(FORMS.get(name, {"": None})))) for name in registry.METHODS]
-TRIED += [("fedavg", "scaffold"), ("fedavg", "asynchronous"), ("fedcybgd", "hybrid"), ("fedavg", "stack")]
-
-
-def answer(message: Message, *, held: str) -> Message:
-    """What a client of `Federation` answers, in a process of the simulation."""
-    what, _, frame = bytes(message.body).partition(b"\n")
-    name, label = what.decode().split()
-    runner = _runner(name, label, held)
-    client = message.number("client")
-    runner.states = {client: decode(message.state).payload} if message.state else {}
-    try:
-        reply = runner.handle(client, frame)
-    except Exception as error:
-        return fault(f"{type(error).__name__}: {error}")
-    state = runner.states.get(client)
-    return Message({}, reply, encode(Content(state)) if state is not None else b"")
-
-
-@cache
-def _runner(name: str, label: str, held: str):  # type: ignore[no-untyped-def]
-    torch.set_num_threads(1)
-    runner = Federation(name, label).runner
-    runner.store = Store(Path(held) / name / label)
-    return runner
-
-
-class Labelled:
-    """A channel that puts the method's name and form in front of each order."""
-
-    def __init__(self, channel: SimulatedChannel, what: str) -> None:
-        self.pull, self._channel, self._what = channel.pull, channel, what
-
-    def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
-        body = self._what.encode() + b"\n" + message.body
-        return self._channel.push(client, Message(message.fields, body, message.state), lifetime_s=lifetime_s)
 
 
 @pytest.fixture(scope="module")
@@ -79,32 +31,7 @@ def channel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedChann
 def test_every_method_ends_with_the_bits_of_a_run_in_process(
     name: str, label: str, channel: SimulatedChannel
 ) -> None:
-    federation = Federation(name, label)
-    clock = Clock()
-    transport = Simulated(
-        Labelled(channel, f"{name} {label}"),
-        SimulatedFaults(Simulation(), None, 0),
-        federation.runner.states,
-        window=2,
-        clock=clock,
-    )
-    ledger = Ledger(federation.wire.append, federation.memory.append)
-    federation.loop = RoundLoop(federation.method, transport, ledger, clock, torch.device("cpu"))
-    federation.run()
-    wanted = whole(name, label)
-    assert federation.state_bits() == wanted.state_bits()
-    assert federation.exported() == wanted.exported()
-    assert _kept(federation.runner.states) == _kept(wanted.runner.states)
-    assert _sent(federation) == _sent(wanted)
-
-
-def _sent(federation: Federation) -> list[tuple[object, ...]]:
-    """Every message, in any order; a frame's length also tells the peak of memory, which may differ."""
-    return _payloads(federation.wire)
-
-
-def _kept(states: dict[int, Payload]) -> dict[int, bytes]:
-    return {client: bits(state) for client, state in states.items()}
+    same_bits(name, label, channel)
 
 
 def test_secure_aggregation_has_the_same_sums(tmp_path: Path) -> None:
@@ -124,12 +51,8 @@ def test_secure_aggregation_has_the_same_sums(tmp_path: Path) -> None:
     assert there.status == 0, there.err
     wanted, found = outcome(tmp_path / "here"), outcome(tmp_path / "there")
     assert found["final"] == wanted["final"]
-    assert _payloads(found["wire"]) == _payloads(wanted["wire"])
+    assert payloads(found["wire"]) == payloads(wanted["wire"])
     assert {entry["kind"] for entry in found["wire"]} == {"train", "secure-aggregation"}
-
-
-def _payloads(wire: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return sorted((e["round"], e["client"], e["direction"], e["kind"], e["payload_bytes"]) for e in wire)
 
 
 def test_a_config_runs_unchanged_with_drop_outs_delays_and_a_resume(tmp_path: Path) -> None:
@@ -154,5 +77,5 @@ def test_a_config_runs_unchanged_with_drop_outs_delays_and_a_resume(tmp_path: Pa
     assert found["final"] == wanted["final"]
     assert found["rounds"] == wanted["rounds"]
     assert any(entry["left_out"] for entry in wanted["rounds"][1:])
-    assert sorted(map(str, found["wire"])) == sorted(map(str, wanted["wire"]))
+    assert found["wire"] == wanted["wire"]
     assert lines(tmp_path / "there/memory.jsonl") == lines(tmp_path / "here/memory.jsonl")

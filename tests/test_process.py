@@ -72,13 +72,13 @@ def settings():
             torch.random.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled()]
 
 before = settings()
-run = fedtune.run(CONFIG, "transport.name=" + sys.argv[1], out=sys.argv[2], data=ROWS)
+run = fedtune.run(CONFIG, "transport." + sys.argv[1], out=sys.argv[2], data=ROWS)
 after = settings()
 print([place for place, (was, now) in enumerate(zip(before, after)) if was != now], run.status)
 """
 
 
-@pytest.mark.parametrize("transport", ["in-process", "flower-simulation"])
+@pytest.mark.parametrize("transport", ["name=in-process", "name=flower-simulation", "workers=2"])
 def test_what_libraries_change_when_they_are_first_imported_is_put_back(
     tmp_path: Path, transport: str
 ) -> None:

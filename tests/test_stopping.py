@@ -89,9 +89,11 @@ def test_a_comparison_is_stopped_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_simulations_processes_end_with_it(tmp_path: Path) -> None:
-    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    document = {**RUN, "transport": {"name": "flower-simulation"}, "method": {**RUN["method"], "rounds": 99}}
+@pytest.mark.parametrize("transport", [{"name": "flower-simulation"}, {"workers": 2}], ids=str)
+def test_the_simulations_processes_end_with_it(transport: dict[str, Any], tmp_path: Path) -> None:
+    if "name" in transport:
+        pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    document = {**RUN, "transport": transport, "method": {**RUN["method"], "rounds": 99}}
     write_config(tmp_path / "c.yaml", document)
     running = Process("run", "c.yaml", "--out", "run", "--quiet", cwd=tmp_path)
     children = running.stop(signal.SIGTERM, (tmp_path / "run/checkpoints/round-0001").exists)

@@ -79,9 +79,11 @@ def _places(document: dict[str, Any]) -> dict[str, str]:
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration but for where its inputs are, and where what is made of them is kept."""
+    """The resolved configuration but for where inputs, caches and simulated clients are."""
     document = located(config).resolved()
     del document["data"]["cache"]
+    if config.transport.name != "flower":
+        del document["transport"]
     for setting in _places(document):
         block, key = _inside(document, setting)
         assert block is not None

@@ -214,13 +214,13 @@ class Transport(Settings):
     """How orders reach the clients."""
 
     name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
-    workers: int = Field(1, ge=1)  # flower-simulation: processes, each with the model, that clients train in
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     wait_s: float | None = Field(None, gt=0)  # flower: for clients to join; null: until all have, or refused
 
     @model_validator(mode="after")
     def _own(self) -> Self:
-        if self.workers != 1 and self.name != "flower-simulation":
-            raise ValueError(f"workers belongs to name: flower-simulation, got {self.name}")
+        if self.workers != 1 and self.name == "flower":
+            raise ValueError("workers are for simulated clients (name: in-process), got flower")
         if self.wait_s is not None and self.name != "flower":
             raise ValueError(f"wait_s belongs to name: flower, got {self.name}")
         return self

@@ -24,7 +24,6 @@ from fedtune.core.types import (
     MODEL,
     SECURE,
     Arrival,
-    Frame,
     Method,
     Order,
     Payload,
@@ -190,38 +189,53 @@ class RoundLoop:
     def _replies(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
         expects: dict[int, Order] = {}
         self._expects = expects
+        sent: dict[int, tuple[Order, int]] = {}  # and the bytes of its frame: not in the ledger yet
+
+        def enter(client: int) -> None:
+            order, framed = sent.pop(client)
+            self._enter(outcome.round, order, "down", order.payload, framed)
+
         arrivals = self.transport.exchange(
             outcome.round,
-            self._frames(orders, expects, outcome.round),
+            self._frames(orders, expects, sent, outcome.round),
             in_plan_order=self._method.arrival == "plan-order",
         )
-        for arrival in arrivals:
-            if arrival.client not in expects:
-                log.warning(
-                    "round %d: client %d was not asked, or replied twice", outcome.round, arrival.client
-                )
-                continue
-            asked = expects.pop(arrival.client)
-            if arrival.client in self._without:
-                outcome.left_out[arrival.client] = self._without[arrival.client]
-                continue
-            try:
-                if arrival.fault:
-                    raise FrameError(arrival.fault)
-                reply = self._reply(arrival, asked, cohort, outcome.round)
-            except FrameError as error:
-                reason = foreign(str(error))
-                outcome.left_out[arrival.client] = reason
-                if self._without:  # said when the round was run first
+        try:
+            for arrival in arrivals:
+                if arrival.client not in expects:
+                    log.warning(
+                        "round %d: client %d was not asked, or replied twice", outcome.round, arrival.client
+                    )
                     continue
-                log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
-                continue
-            outcome.clients.append(reply.client)
-            outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
-            yield reply
+                asked = expects.pop(arrival.client)
+                enter(arrival.client)  # only now: the same order, however many were sent ahead
+                if arrival.client in self._without:
+                    outcome.left_out[arrival.client] = self._without[arrival.client]
+                    continue
+                try:
+                    if arrival.fault:
+                        raise FrameError(arrival.fault)
+                    reply = self._reply(arrival, asked, cohort, outcome.round)
+                except FrameError as error:
+                    reason = foreign(str(error))
+                    outcome.left_out[arrival.client] = reason
+                    if self._without:  # said when the round was run first
+                        continue
+                    log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
+                    continue
+                outcome.clients.append(reply.client)
+                outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
+                yield reply
+        finally:
+            for client in list(sent):
+                enter(client)
 
     def _frames(
-        self, orders: Iterable[Order], expects: dict[int, Order], round: int
+        self,
+        orders: Iterable[Order],
+        expects: dict[int, Order],
+        sent: dict[int, tuple[Order, int]],
+        round: int,
     ) -> Iterator[tuple[int, bytes]]:
         payload, frame = None, b""
         for order in orders:
@@ -229,8 +243,7 @@ class RoundLoop:
                 with self._clock.part("wire"):
                     meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
                     payload, frame = order.payload, encode(Content(order.payload, meta))
-            expects[order.client] = order
-            self._enter(round, order, "down", order.payload, frame)
+            expects[order.client], sent[order.client] = order, (order, len(frame))
             yield order.client, frame
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
@@ -250,7 +263,7 @@ class RoundLoop:
             if foreign_scalars:
                 raise FrameError(f"scalars that were not asked for: {some(foreign_scalars)}")
             metrics, how = reported(content.meta, more=asked.metrics)
-        self._enter(round, asked, "up", content.payload, arrival.frame)
+        self._enter(round, asked, "up", content.payload, len(arrival.frame))
         if not asked.phase and not self._without:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
@@ -261,7 +274,7 @@ class RoundLoop:
             )
         return Reply(arrival.client, content.payload, metrics, cohort)
 
-    def _enter(self, round: int, order: Order, direction: str, payload: Payload, frame: Frame) -> None:
+    def _enter(self, round: int, order: Order, direction: str, payload: Payload, framed: int) -> None:
         if not self._method.uses_wire or self._without:
             return
         # what a client is sent to hold is entered on its own: papers count it once, or not at all; and so is
@@ -275,10 +288,10 @@ class RoundLoop:
         parts = {
             "model": (held, held),
             "secure-aggregation": (secure, secure),
-            "train": (payload.nbytes - held - secure, len(frame) - held - secure),
+            "train": (payload.nbytes - held - secure, framed - held - secure),
         }
         if order.phase and order.phase != "masked":
-            parts = {"secure-aggregation": (payload.nbytes, len(frame))}
+            parts = {"secure-aggregation": (payload.nbytes, framed)}
         for kind, (payload_bytes, framed_bytes) in parts.items():
             if kind == "train" or framed_bytes:
                 self._ledger.message(

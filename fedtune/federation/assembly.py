@@ -57,10 +57,16 @@ class Assembly:
     others: dict[str, Counts]  # what became of held-out and public examples
     environment: dict[str, Any]
     base_parameters: int
+    shared: Path | None = None  # where the processes of clients find the weights
 
     @staticmethod
     def assemble(
-        config: RunConfig, clock: Clock, objects: ObjectData | None = None, *, path: Path | None = None
+        config: RunConfig,
+        clock: Clock,
+        objects: ObjectData | None = None,
+        *,
+        path: Path | None = None,
+        shared: Path | None = None,
     ) -> Assembly:
         """Loads and checks everything; writes nothing. Clients' examples are encoded when they are asked for.
 
@@ -70,6 +76,7 @@ class Assembly:
             objects: The examples, with `data.train: objects`.
             path: The folder of a run that begins or goes on: what its first round needs is encoded now. None:
                 nothing is encoded but public and held-out examples.
+            shared: As `load_model` takes it.
 
         Raises:
             InputError: Data or model are not usable, or the settings do not go with them.
@@ -87,6 +94,7 @@ class Assembly:
             num_labels=len(split.labels) if split.labels else None,
             seed=derive_seed(config.seed, "model"),
             base=Path("."),
+            shared=shared,
         )
         torch.nn.Module.to(loaded.model, device)
         name_classes(loaded.model.config, split.labels)
@@ -157,6 +165,7 @@ class Assembly:
             others=others,
             environment=about,
             base_parameters=base,
+            shared=shared,
         )
         if path is not None:
             data.cache = cache_of(config, path)

@@ -1,14 +1,16 @@
 """A client's side of a run, built from the run's configuration alone: its data, its model, its runner.
 
-Over a network that is one client, with a file of its own on its own machine. In Flower's simulation it is any
-client of the run, in one of several processes that each hold the model once.
+Over a network that is one client, with a file of its own on its own machine. On one machine it is any client
+of the run, in one of several processes that each hold the model once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,8 @@ from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from fedtune.protection.identity import Identity
+
+log = logging.getLogger("fedtune")
 
 
 def local_records(data: Path) -> int:
@@ -171,26 +175,32 @@ def simulated(
     held: str,
     threads: int,
     base: str,
+    shared: str,
     objects: str,
     plugins: tuple[tuple[str, str], ...],
 ) -> Message:
-    """The answer of any of a run's clients, in a process of Flower's simulation.
+    """The answer of any of a run's clients, in one of several processes of this machine.
 
     Args:
         message: The order; with it comes what the client keeps between rounds.
         config: The run's configuration, as JSON.
         held: The folder of what clients were sent to hold, which all processes share.
-        threads: PyTorch's, as many as the server has: with others a sum may round differently.
+        threads: PyTorch's, of this process.
         base: The folder that relative paths of the configuration start from.
+        shared: The folder that the base model's weights are mapped from; empty: each process has its own.
         objects: The examples as JSON, with `data.train: objects`; else empty.
         plugins: Absolute path and sha256 of each plugin file of the run.
 
     Returns:
         The reply; or `fault`, where the client is left out; or what `broken` makes, where the run has to end.
     """
+    said = list[str]()
     try:
-        with faults("a process of the simulation", passing=LEFT_OUT):
-            runner, client = _runner(config, held, threads, base, objects, plugins), message.number("client")
+        with faults("a process of the simulation", passing=LEFT_OUT), _listened(said):
+            runner, client = (
+                _runner(config, held, threads, base, shared, objects, plugins),
+                message.number("client"),
+            )
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, bytes(message.body))
     except LEFT_OUT as error:
@@ -199,12 +209,30 @@ def simulated(
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
-    return Message({}, frame, kept)
+    return Message({"said": json.dumps(said)} if said else {}, frame, kept)
+
+
+@contextmanager
+def _listened(said: list[str]) -> Iterator[None]:
+    """Inside, warnings go to the end of `said`: where the run is shown nobody sees this process's own."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @cache
 def _runner(
-    config: str, held: str, threads: int, base: str, objects: str, plugins: tuple[tuple[str, str], ...]
+    config: str,
+    held: str,
+    threads: int,
+    base: str,
+    shared: str,
+    objects: str,
+    plugins: tuple[tuple[str, str], ...],
 ) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(base)  # the process is this simulation's own
@@ -212,7 +240,9 @@ def _runner(
     torch.use_deterministic_algorithms(True, warn_only=True)
     load_again(plugins)
     given = ObjectData.from_json(objects) if objects else None
-    assembly = Assembly.assemble(parse_config(json.loads(config), "the run's configuration"), Clock(), given)
+    settings = parse_config(json.loads(config), "the run's configuration")
+    assembly = Assembly.assemble(settings, Clock(), given, shared=Path(shared) if shared else None)
+    assembly.train_as_begun(Path(held).parent)
     assembly.runner.store = Store(Path(held))
     assembly.data.cache = cache_of(assembly.config, Path(held).parent)
     assembly.data.begin()

@@ -1,31 +1,40 @@
-"""How a run reaches its clients: in this process, in Flower's simulation, or over a network."""
+"""How a run reaches its clients: in this process, in several of this machine, or over a network."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from fedtune.config.schema import RunConfig
+from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError, ProgramError
-from fedtune.federation.assembly import Assembly
+from fedtune.federation.assembly import Assembly, device_of
 from fedtune.federation.client import simulated
+from fedtune.federation.client_process import told
 from fedtune.federation.plugins import refuse_this_process
+from fedtune.federation.workers import workers_of
 from fedtune.measure.clock import Clock
 from fedtune.registry import plugins
 from fedtune.transport.in_process import InProcess, SimulatedFaults, Simulation
 from fedtune.transport.messages import Message
+from fedtune.transport.processes import processes
 from fedtune.transport.remote import Channel, Exchange, Remote
+
+log = logging.getLogger("fedtune")
+PROGRAM = "fedtune.federation.client_process"
 
 
 class Deployment(Protocol):
@@ -44,6 +53,20 @@ class Deployment(Protocol):
 
 
 @contextmanager
+def shared_folder(config: RunConfig) -> Iterator[Path | None]:
+    """A folder for the weights that several processes map, as long as the run lasts; None where one has all.
+
+    On GPUs each process has a copy of its own.
+    """
+    alone = config.transport.name == "flower" or config.transport.workers == 1
+    if alone or device_of(config.model.device).type != "cpu":
+        yield None
+    else:
+        with temporary_folder() as folder:
+            yield folder
+
+
+@contextmanager
 def connected(
     config: RunConfig,
     assembly: Assembly,
@@ -51,6 +74,7 @@ def connected(
     clock: Clock,
     deployment: Deployment | None,
     objects: ObjectData | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Transport]:
     """The transport of a run, for as long as the run lasts.
 
@@ -61,6 +85,7 @@ def connected(
         clock: Counts the clients' training.
         deployment: The way to real clients, for `transport.name: flower`.
         objects: The examples, with `data.train: objects`.
+        note: Is told how many processes train clients, where that was not clear.
 
     Raises:
         FederationError: Flower's simulation does not start.
@@ -69,30 +94,42 @@ def connected(
     simulate = federation.simulate
     what = Simulation(simulate.dropout, simulate.delay_s) if real else Simulation()
     deadline_s = federation.deadline_s if real else None
-    if config.transport.name == "in-process":
+    if config.transport.name == "flower":
+        assert deployment is not None  # check_transport
+        yield deployment.transport(assembly, clock)
+        return
+    workers = workers_of(config, assembly)
+    if workers.note:
+        note(workers.note)
+    flower, count = config.transport.name == "flower-simulation", workers.count
+    if count == 1 and not flower:
         yield InProcess(
             assembly.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock
         )
-    elif config.transport.name == "flower-simulation":
-        answer = partial(
-            simulated,
-            config=json.dumps(config.resolved()),
-            held=str(folder.resolve() / "held"),
-            threads=torch.get_num_threads(),
-            base=os.getcwd(),
-            objects=objects.to_json() if objects else "",
-            plugins=tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
-        )
-        from fedtune.transport.flower import simulation
+        return
+    arguments = {
+        "config": json.dumps(config.resolved()),
+        "held": str(folder.resolve() / "held"),
+        "threads": workers.threads,
+        "base": os.getcwd(),
+        "shared": str(assembly.shared or ""),
+        "objects": objects.to_json() if objects else "",
+        "plugins": tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
+    }
+    gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
+    faults = SimulatedFaults(what, deadline_s, config.seed)
+    simulation = partial(
+        Simulated, faults=faults, states=assembly.runner.states, window=2 * count, clock=clock
+    )
+    if flower:
+        from fedtune.transport.flower import simulation as flowers
 
-        workers = config.transport.workers
-        gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
-        with simulation(answer, workers=workers, gpus=gpus) as channel:
-            faults = SimulatedFaults(what, deadline_s, config.seed)
-            yield Simulated(channel, faults, assembly.runner.states, window=2 * workers, clock=clock)
+        with flowers(partial(simulated, **cast(Any, arguments)), workers=count, gpus=gpus) as channel:
+            yield simulation(channel)
     else:
-        assert deployment is not None  # check_transport
-        yield deployment.transport(assembly, clock)
+        start = told(arguments)
+        with processes(PROGRAM, start, workers=count, threads=workers.threads, gpus=gpus) as own:
+            yield simulation(own, rest=own.wait)
 
 
 def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
@@ -102,7 +139,7 @@ def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
         raise InputError(
             f"transport.name is {name}, and Flower is not installed; pip install 'fedtune[flower]'"
         )
-    if name == "flower-simulation":
+    if name == "flower-simulation" or (name == "in-process" and config.transport.workers != 1):
         refuse_this_process(config)
     if (name == "flower") != (deployment is not None):
         raise InputError(
@@ -122,6 +159,7 @@ class Simulated:
         states: What each client keeps between rounds; travels with its orders.
         window: Clients that are spoken to at the same time.
         clock: Counts the clients' training.
+        rest: Waits as many seconds for answers, or less if one comes.
     """
 
     def __init__(
@@ -132,9 +170,12 @@ class Simulated:
         *,
         window: int,
         clock: Clock,
+        rest: Callable[[float], None] = time.sleep,
     ) -> None:
         self._faults, self._states = faults, states
-        self._remote = Remote(channel, self._exchange_with, window=window, deadline_s=None, clock=clock)
+        self._remote = Remote(
+            channel, self._exchange_with, window=window, deadline_s=None, clock=clock, rest=rest
+        )
 
     def exchange(
         self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
@@ -150,6 +191,8 @@ class Simulated:
         state = self._states.get(client)
         kept = encode(Content(state)) if state is not None else b""
         answer = yield Message({"client": client}, frame, kept)
+        for line in json.loads(str(answer.fields.get("said", "[]"))):
+            log.warning("%s", line)
         if "broken" in answer.fields:  # from a process of this run: over a network no client can end it
             error = ProgramError(str(answer.fields["broken"]))
             error.add_note(str(answer.fields["traceback"]))

@@ -61,7 +61,8 @@ def refuse_this_process(config: RunConfig) -> None:
     for part in _foreign(config):
         if part.origin == HERE:
             raise InputError(
-                f"transport.name is {config.transport.name}, whose clients run in processes of their own, "
+                f"transport.name is {config.transport.name} with workers: {config.transport.workers}, so "
+                "clients run in processes of their own, "
                 f"and the {part.kind} {part.name} was registered in this process alone; put it in a file "
                 "and pass that as a plugin (--plugin FILE), or make it a package with an entry point "
                 "(docs/plugins.md)"

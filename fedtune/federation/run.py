@@ -28,7 +28,7 @@ from fedtune.errors import FederationError, InputError, ProgramError
 from fedtune.federation import checkpoint, rollback
 from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
-from fedtune.federation.connect import Deployment, check_transport, connected
+from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
@@ -95,9 +95,9 @@ def run(
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
-    with settings_kept(), torch_settings():
+    with settings_kept(), torch_settings(), shared_folder(config) as shared:
         with clock.part("setup"), faults("loading data and model"):
-            assembly = Assembly.assemble(config, clock, objects, path=path)
+            assembly = Assembly.assemble(config, clock, objects, path=path, shared=shared)
         for note in assembly.notes:
             progress.note(note)
         if resume:
@@ -125,7 +125,7 @@ def run(
             )
         assembly.data.begin()
         try:
-            reach = connected(config, assembly, path, clock, deployment, objects)
+            reach = connected(config, assembly, path, clock, deployment, objects, progress.note)
             with reach as transport, faults("the run"):
                 summary = federation.run(transport, deployment)
         except KeyboardInterrupt:

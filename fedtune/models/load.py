@@ -39,7 +39,8 @@ from fedtune.models.folders import (
     tensor_shapes,
     weight_files,
 )
-from fedtune.models.heads import lacking_poolers, mark_drawn, outside_body, pooler_of
+from fedtune.models.heads import drawn_modules, lacking_poolers, mark_drawn, outside_body, pooler_of
+from fedtune.models.mapped import known, share
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INITIALS = ("pretrained", "scratch")
@@ -104,6 +105,7 @@ def load_model(
     num_labels: int | None = None,
     seed: int,
     base: Path,
+    shared: Path | None = None,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -116,6 +118,8 @@ def load_model(
             lack, or have for another number of classes, is drawn from `seed`.
         seed: The only source of randomness; torch's own generator is left as it was.
         base: The folder that relative names start from.
+        shared: A folder of several processes that hold the same model, empty for the first of them: their
+            weights are then mapped from one file.
 
     Raises:
         InputError: Anything wrong with the arguments, the folder, the weights or the hub.
@@ -125,8 +129,14 @@ def load_model(
     folder = model_folder(name, base, weights=initial == "pretrained")
     config = _config(name, folder, task, num_labels)
     tokenizer = _tokenizer(name, folder)
+    model: Any
+    before = known(shared)
     with seeded(seed), quiet():
-        if initial == "scratch":
+        if shared is not None and before is not None and (before.written or initial == "pretrained"):
+            digest = before.sha256
+            model = _pretrained(name, shared if before.written else folder, config, task, DTYPES[dtype])
+            mark_drawn(model, [f"{path}.weight" for path in before.drawn])
+        elif initial == "scratch":
             with usable(f"model {name}: no model can be made from {folder / CONFIG}"):
                 model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
             digest = _state_sha256(model)
@@ -146,6 +156,8 @@ def load_model(
         # A decoder with a head classifies from the last token that is no padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     _name(model, name)
+    if shared is not None and before is None:
+        share(model, shared, digest, drawn_modules(model))
     return Loaded(model, tokenizer, name, digest, settings_sha256(folder))
 
 

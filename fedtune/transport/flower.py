@@ -156,7 +156,7 @@ def simulation(
                         "log_to_driver": False,
                         "include_dashboard": False,
                     },
-                    "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+                    "client_resources": {"num_cpus": 1, "num_gpus": gpu_share(workers, gpus)},
                 },
             )
         except BaseException as error:  # SystemExit too: the thread must not end unseen
@@ -175,6 +175,17 @@ def simulation(
         finally:
             over.set()
             thread.join(60)
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """The part of a GPU that a process gets, such that all find a place; a client never takes more than one.
+
+    Ray places no process on parts of two GPUs, and counts in ten-thousandths.
+    """
+    if not gpus:
+        return 0.0
+    on_one = -(-workers // gpus)  # processes of the GPU that has most
+    return (10_000 // on_one) / 10_000
 
 
 def _own_signals() -> None:

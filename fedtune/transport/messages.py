@@ -97,12 +97,13 @@ def send(connection: Connection, message: Message) -> None:
     """Hands a message to the process at the other end."""
     connection.send_bytes(json.dumps(dict(message.fields)).encode())
     connection.send_bytes(message.body)
+    connection.send_bytes(message.state)
 
 
 def receive(connection: Connection) -> Message:
     """The next message of the process at the other end. Raises EOFError when there will be none."""
     fields = json.loads(connection.recv_bytes(_FIELDS_LIMIT))
-    return Message(fields, connection.recv_bytes())
+    return Message(fields, connection.recv_bytes(), connection.recv_bytes())
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Remote:
         window: Clients spoken to at the same time; None: all of a round.
         deadline_s: Seconds after which a round does not wait any more.
         clock: Counts the waiting as the clients' training.
+        rest: Waits as many seconds for answers, or less if one comes.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class Remote:
         window: int | None,
         deadline_s: float | None,
         clock: Clock,
+        rest: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._rest = rest
         self._channel, self._exchange_with, self._clock = channel, exchange, clock
         self._window = math.inf if window is None else window
         self._deadline_s = math.inf if deadline_s is None else deadline_s
@@ -123,7 +126,7 @@ class Remote:
                 open_[client].arrival = Arrival(client, fault=f"no reply within {self._deadline_s:g} s")
                 return client
             if not self._carry_on(open_, end, in_plan_order):
-                time.sleep(max(0.0, min(POLL_S, end - time.monotonic())))
+                self._rest(max(0.0, min(POLL_S, end - time.monotonic())))
 
     def _carry_on(self, open_: dict[int, _Open], end: float, in_plan_order: bool) -> bool:
         """Takes answers that are there; False if there are none.
