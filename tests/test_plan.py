@@ -25,7 +25,7 @@ from fedtune.planning.block_turns import Cost, Turn, mean_cost
 from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.plan import plan
-from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, quantity
+from fedtune.measure.quantities import BITS_PER_SECOND, BYTES, quantity
 from fedtune.planning.rank import CANDIDATES, Candidate, ClientResources, judge, plan_all
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ Scores do not depend on the cut but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,10 @@ class Room:
     def rows(self, tokens: int) -> int:
         """How many examples of so many tokens fit; one is tried in any case."""
         return max(1, int(max(0.0, self.memory - self.fixed) / max(self.row(tokens), 1.0)))
+
+    def largest(self, batches: Iterable[list[int]], lengths: Sequence[int]) -> list[int]:
+        """The batch of `cut` that takes most; empty without any."""
+        return max(batches, key=lambda places: len(places) * self.row(lengths[places[0]]), default=[])
 
 
 def cut(lengths: Sequence[int], most: int, room: Room | None) -> Iterator[list[int]]:

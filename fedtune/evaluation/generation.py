@@ -127,7 +127,7 @@ def generate_ids(
             batch = [texts[place] for place in places]
             choose = _Choice(sampling, places, max_new_tokens)
             longest = len(batch[0]) + max_new_tokens
-            with peaks.batch("answers", len(batch), longest, [model]) if peaks else nullcontext():
+            with peaks.batch("answers", len(batch), longest, model) if peaks else nullcontext():
                 decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped)
             for place, ids in zip(places, decoded, strict=True):
                 answers[place] = ids

@@ -7,6 +7,7 @@ the family has no body to ask for (`lean_loss.is_lean`). What a batch took is go
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -14,11 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune.data.encoded import IGNORED
+from fedtune.data.batches import collate
+from fedtune.data.encoded import IGNORED, Encoded
+from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.models.lean_loss import ends, without_cache
 from fedtune.models.memory_efficient import base_model
 
 Found = TypeVar("Found")
+Watched = Callable[[str, int, int], AbstractContextManager[None]]
+
+
+def example_losses(
+    model: nn.Module,
+    items: Sequence[Encoded],
+    *,
+    batch_size: int,
+    memory: int,
+    pad_id: int,
+    classes: bool = False,
+    watched: Watched = lambda kind, rows, tokens: nullcontext(),
+) -> tuple[list[float], list[int]]:
+    """Of each example, in the order given, what `token_losses` or `class_losses` finds.
+
+    Args:
+        model: In eval mode, where no gradients are taken.
+        items: Encoded examples.
+        batch_size: Examples a batch, at most.
+        memory: Bytes that a batch may take beside the weights, about.
+        pad_id: A token id.
+        classes: The model is a classifier.
+        watched: Entered around each batch, with its kind, its examples and the tokens of the longest.
+    """
+    device = next(model.parameters()).device
+    lengths, rows = [len(item.input_ids) for item in items], head_rows(model, memory)
+    losses, counts = [0.0] * len(items), [0] * len(items)
+    for places in cut(lengths, batch_size, scoring_room(model, memory)):
+        batch = {k: v.to(device) for k, v in collate([items[p] for p in places], pad_id).items()}
+        with watched("classes" if classes else "loss", *batch["input_ids"].shape):
+            found = class_losses(model, batch) if classes else token_losses(model, batch, rows)
+        for place, loss, count in zip(places, *found, strict=True):
+            losses[place], counts[place] = loss, count
+    return losses, counts
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> tuple[list[float], list[int]]:
@@ -49,7 +86,7 @@ def class_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[list[fl
 def likelihoods(
     model: nn.Module, ids: Tensor, asked: Sequence[Sequence[tuple[int, Sequence[int]]]], rows: int
 ) -> list[list[tuple[float, bool]]]:
-    """Of texts that may follow: the sum of their tokens' log-probabilities, and whether each is the likeliest.
+    """Of texts that may follow: the sum of their tokens' log-probabilities, and if all are the likeliest.
 
     Args:
         model: As for `token_losses`.
@@ -91,7 +128,7 @@ def _of_pieces(
     rows: int,
     take: Callable[[Tensor, slice], Found],
 ) -> list[Found]:
-    """What `take` makes of the logits (some, vocabulary) of the chosen positions, and which of these it is."""
+    """What `take` makes of each piece of the chosen positions: its logits and its place."""
     if isinstance(base_model(model), PreTrainedModel):
         head, hidden = ends(model, inputs, chosen)
         return [take(head.logits(hidden[at]), at) for at in _slices(len(hidden), rows)]

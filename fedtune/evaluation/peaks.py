@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from fedtune.measure.memory import MemoryMeter, Resident, paused
+from fedtune.measure.memory import MemoryMeter, paused
 
 
 class Peaks:
-    """Follows batches. On a CPU, where that costs time, only those that are larger than all before of a kind.
+    """Follows batches: on a CPU, where that costs time, those larger than all before of a kind and model.
 
     Args:
         device: Where the model is.
@@ -19,7 +20,7 @@ class Peaks:
 
     def __init__(self, device: torch.device) -> None:
         self._meter = MemoryMeter(device)
-        self._largest: dict[str, int] = {}
+        self._largest: dict[tuple[str, int], int] = {}
 
     @property
     def bytes(self) -> int:
@@ -32,18 +33,20 @@ class Peaks:
         return self._meter.how
 
     @contextmanager
-    def batch(self, kind: str, rows: int, tokens: int, resident: Sequence[Resident]) -> Iterator[None]:
+    def batch(self, kind: str, rows: int, tokens: int, model: nn.Module) -> Iterator[None]:
         """One batch.
 
         Args:
             kind: What is done with it.
             rows: Examples.
             tokens: Of the longest, answer included.
-            resident: What is in memory when it begins.
+            model: What it is given to; models of the same size count as one.
         """
-        if rows * tokens <= self._largest.get(kind, 0) and self._meter.device.type == "cpu":
+        like = kind, sum(parameter.numel() for parameter in model.parameters())
+        largest = self._largest.get(like, 0)
+        if rows * tokens <= largest and self._meter.device.type == "cpu":
             yield
             return
-        self._largest[kind] = max(rows * tokens, self._largest.get(kind, 0))
-        with paused(), self._meter.whole(resident):  # where replies are scored, the server's step is open
+        self._largest[like] = max(rows * tokens, largest)
+        with paused(), self._meter.whole([model]):  # where replies are scored, the server's step is open
             yield

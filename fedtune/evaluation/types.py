@@ -6,17 +6,14 @@ metric). Values, standard errors and intervals are computed from the outcome in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fedtune.core.seeds import derive_seed
-from fedtune.data.batches import collate
 from fedtune.data.control import Marked
 from fedtune.data.encode import (
     encode_causal,
@@ -28,10 +25,9 @@ from fedtune.data.encode import (
 from fedtune.data.encoded import Counts, Encoded
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.evaluation.generation import Sampling, generate, prompt_room
 from fedtune.evaluation.judge_settings import JudgeSettings
-from fedtune.evaluation.likelihoods import class_losses, token_losses
+from fedtune.evaluation.likelihoods import example_losses
 from fedtune.evaluation.peaks import Peaks
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
@@ -297,14 +293,7 @@ class EvalEnv:
             max_length=self.max_length,
         )
         encoded, self.encoded = found.items, found.counts
-        rows = head_rows(self.model, self.settings.memory)
-        totals, counts = [0.0] * len(encoded), [0] * len(encoded)
-        for places, batch in self._batches(encoded):
-            with self.watched("loss", *batch["input_ids"].shape):
-                sums = token_losses(self.model, batch, rows)
-            for place, total, count in zip(places, *sums, strict=True):
-                totals[place], counts[place] = total, count
-        return totals, counts
+        return self._losses(encoded)
 
     @cached_property
     def class_scores(self) -> tuple[list[float], list[int]]:
@@ -314,13 +303,7 @@ class EvalEnv:
             self.examples, self.tokenizer, labels=self.settings.labels, max_length=self.max_length
         )
         encoded, self.encoded = found.items, found.counts
-        losses, classes = [0.0] * len(encoded), [0] * len(encoded)
-        for places, batch in self._batches(encoded):
-            with self.watched("classes", *batch["input_ids"].shape):
-                scores = class_losses(self.model, batch)
-            for place, loss, index in zip(places, *scores, strict=True):
-                losses[place], classes[place] = loss, index
-        return losses, classes
+        return self._losses(encoded)
 
     @property
     def max_length(self) -> int:
@@ -328,19 +311,21 @@ class EvalEnv:
         context = context_length(self.model, reserved=self.settings.reserved)
         return self.settings.max_length if context is None else min(self.settings.max_length, context)
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Places of each batch, and the batch where the model is."""
-        device = next(self.model.parameters()).device
+    def _losses(self, encoded: Sequence[Encoded]) -> tuple[list[float], list[int]]:
         pad = self.tokenizer.pad_token_id
-        lengths = [len(item.input_ids) for item in encoded]
-        room = scoring_room(self.model, self.settings.memory)
-        for places in cut(lengths, self.settings.batch_size, room):
-            batch = collate([encoded[p] for p in places], pad if isinstance(pad, int) else 0)
-            yield places, {key: value.to(device) for key, value in batch.items()}
+        return example_losses(
+            self.model,
+            encoded,
+            batch_size=self.settings.batch_size,
+            memory=self.settings.memory,
+            pad_id=pad if isinstance(pad, int) else 0,
+            classes=self.settings.labels is not None,
+            watched=self.watched,
+        )
 
     def watched(self, kind: str, rows: int, tokens: int) -> AbstractContextManager[None]:
-        """Inside, a batch of a kind is put to the model: `rows` examples, of which the longest has `tokens`."""
-        return self.peaks.batch(kind, rows, tokens, [self.model]) if self.peaks else nullcontext()
+        """Inside, the model is given a batch of a kind: `rows` examples, the longest of so many tokens."""
+        return self.peaks.batch(kind, rows, tokens, self.model) if self.peaks else nullcontext()
 
 
 @dataclass(frozen=True)

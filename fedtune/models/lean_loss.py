@@ -64,7 +64,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, a model of transformers, wrapped by PEFT or not, keeps no keys and values of what it has read."""
+    """Inside, a model of transformers, wrapped by PEFT or not, keeps no keys and values of what it reads."""
     base = base_model(model)
     with _replaced(base.config, "use_cache", False) if isinstance(base, PreTrainedModel) else nullcontext():
         yield
