@@ -71,7 +71,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Simulate.delay_s": "mean time until a client's reply, exponentially distributed; virtual seconds",
     "Federation.deadline_s": "seconds after which a reply is late and its client is left out of the round",
     "Evaluation.tasks": "see `fedtune ls tasks`",
-    "Evaluation.batch_size": "examples a forward pass",
     "Transport.name": "all clients in this process, one after another, on one base model",
     "fedavg.rounds": "communication rounds; 1 is one-shot",
     "fedavg.arrival": "`asynchronous`: each arrival is folded in at once; needs `rounds: 1`",

@@ -13,8 +13,6 @@ from fedtune.evaluation.registry import check_tasks
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.measure.quantities import BYTES, quantity
 
-LEAST_MEMORY = 10**6  # bytes
-
 
 class Evaluation(Settings):
     """What is measured, on which examples, and when."""
@@ -24,8 +22,8 @@ class Evaluation(Settings):
     arrivals: bool = False  # asynchronous: also after each arrival
     max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
     max_new_tokens: int | None = Field(None, ge=1)  # of an answer; null: what each task needs
-    batch_size: int = Field(64, ge=1)  # examples together, at most
-    memory: str = "2GB"  # beside the weights, about, for the examples together; from 1MB
+    batch_size: int = Field(64, ge=1)  # examples together, at most; scores change by rounding only
+    memory: str = "2GB"  # of the examples together, beside the weights, about: a number with its unit
     bootstrap: int = Field(1000, ge=0)  # resamples of the 95 % interval; 0: no interval
     limit: int | None = Field(None, ge=1)  # examples of a task that brings its own; null: all
     files: dict[str, str] = Field(default_factory=dict)  # the data file of each task that reads one
@@ -42,11 +40,9 @@ class Evaluation(Settings):
     @classmethod
     def _size(cls, given: object) -> str:
         try:
-            size = quantity(str(given), BYTES, "a size")
+            quantity(str(given), BYTES, "a size")
         except InputError as error:
             raise ValueError(str(error)) from None
-        if size < LEAST_MEMORY:
-            raise ValueError(f"must be at least {LEAST_MEMORY / 1e6:g}MB, got {given}")
         return str(given)
 
     @property

@@ -255,6 +255,12 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
             "these bytes are what is to be expected"
         )
+    others = [task for task in config.evaluation.tasks if task != "loss"]
+    if others and config.model.task == "causal-lm":
+        notes.append(
+            f"of evaluation the loss of held-out examples is planned; batches of {', '.join(others)} are cut "
+            f"to about {config.evaluation.memory}"
+        )
     if config.model.device == "cuda":
         notes.append("memory is that of tensors; a GPU's allocator adds what it rounds up and keeps")
     return notes
