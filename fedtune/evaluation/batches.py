@@ -31,17 +31,15 @@ class Room:
 
     Attributes:
         memory: Bytes that it may take.
-        fixed: Bytes that every batch takes.
         row: Bytes that an example of so many tokens takes.
     """
 
     memory: int
-    fixed: float
     row: Callable[[int], float]
 
     def rows(self, tokens: int) -> int:
         """How many examples of so many tokens fit; one is tried in any case."""
-        return max(1, int(max(0.0, self.memory - self.fixed) / max(self.row(tokens), 1.0)))
+        return max(1, int(self.memory / max(self.row(tokens), 1.0)))
 
     def largest(self, batches: Iterable[list[int]], lengths: Sequence[int]) -> list[int]:
         """The batch of `cut` that takes most; empty without any."""
@@ -75,17 +73,14 @@ def head_rows(model: nn.Module, memory: int) -> int:
 
 
 def scoring_room(model: nn.Module, memory: int) -> Room:
-    """For a forward pass that keeps nothing, and the logits of `head_rows` positions."""
+    """For a forward pass that keeps nothing; logits come after, `head_rows` at a time."""
     base = base_model(model)
     token, pair = _activations(base)
-    fixed = 0.0
-    if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None:
-        if is_lean(base):
-            fixed = head_rows(model, memory) * LOGIT * vocabulary(base)
-        else:  # logits of all positions, and those of the labelled ones once more
-            token += 2 * _itemsize(base) * vocabulary(base)
+    causal = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
+    if causal and not is_lean(base):  # logits of all positions, and those of the labelled ones once more
+        token += 2 * _itemsize(base) * vocabulary(base)
     soft = virtual_tokens(model)
-    return Room(memory, fixed, lambda tokens: token * (tokens + soft) + pair * (tokens + soft) ** 2)
+    return Room(memory, lambda tokens: token * (tokens + soft) + pair * (tokens + soft) ** 2)
 
 
 def answering_room(model: nn.Module, memory: int, new: int, *, whole: bool, drawn: bool) -> Room:
@@ -114,7 +109,7 @@ def answering_room(model: nn.Module, memory: int, new: int, *, whole: bool, draw
         logits = words * (logit + (_itemsize(base) * seen if whole else 0))
         return (token + kept) * seen + pair * seen**2 + kept * new + logits
 
-    return Room(memory, 0.0, row)
+    return Room(memory, row)
 
 
 def _activations(base: nn.Module) -> tuple[float, float]:
