@@ -15,6 +15,7 @@ from answering_models import tokenizer as words
 from model_families import ATTACH, DECODERS, ENCODERS, FAMILIES, GROUPED, TOKENS, batch, build, wake
 from torch import nn
 
+from fedtune.bench import evaluation as bench
 from fedtune.config.file import parse_config
 from fedtune.data.batches import collate
 from fedtune.data.encoded import IGNORED, Encoded
@@ -334,3 +335,19 @@ def test_a_plan_keeps_to_the_memory(tmp_path: Path) -> None:
         parts = found["evaluation_peak_memory_bytes"]
         assert least < parts["total"] - parts["weights"] < {"2GB": 2e9, "100MB": 1e8}[memory]
         assert parts["gradients"] == parts["optimizer"] == 0
+
+
+def test_the_bench_finds_the_same_losses_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": shape})
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    rows, ratios = bench.measure(["tiny"], 8)
+    assert [row["case"] for row in rows][:3] == [
+        "tiny: as written",
+        "tiny: the model's own loss",
+        "tiny: fedtune",
+    ]
+    assert ratios["peak_bytes: tiny: fedtune / as written"] < 0.4
+    assert set(ratios) == {
+        f"{key}: {row['case']} / as written" for key in ("cpu_seconds", "peak_bytes") for row in rows[1:]
+    }

@@ -29,10 +29,10 @@ from fedtune.evaluation.types import MEMORY
 from fedtune.measure.memory import MemoryMeter
 from fedtune.models.load import load_tokenizer, seeded
 
-EXAMPLES, BATCH, REPEATS = 16, 8, 3
-SHAPES = {
-    "32,000 words": {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 8},
-    "151,936 words": {"vocab_size": 151936, "hidden_size": 256, "num_hidden_layers": 4},
+EXAMPLES, BATCH, REPEATS = 16, 8, 2
+SHAPES: dict[str, dict[str, Any]] = {
+    "32,000 words": {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 4},
+    "151,936 words": {"vocab_size": 151936, "hidden_size": 128, "num_hidden_layers": 4},
 }
 Way = Callable[[LlamaForCausalLM, Sequence[Encoded]], list[float]]
 
