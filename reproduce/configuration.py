@@ -71,7 +71,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Simulate.delay_s": "mean time until a client's reply, exponentially distributed; virtual seconds",
     "Federation.deadline_s": "seconds after which a reply is late and its client is left out of the round",
     "Evaluation.tasks": "see `fedtune ls tasks`",
-    "Evaluation.batch_size": "examples a forward pass",
     "Transport.name": "in-process: all clients on this machine, on one base model",
     "Transport.workers": "processes that simulated clients train in; `auto`: by cores, clients and memory",
     "fedavg.rounds": "communication rounds; 1 is one-shot",

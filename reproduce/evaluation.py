@@ -34,6 +34,12 @@ Command: python reproduce/evaluation.py bench-generation
 Time:    a minute
 Needs:   nothing
 Result:  12.1 times the tokens a second with batches of 32
+
+Table:   held-out losses against a loop with whole logits; docs/evaluation.md, block bench-evaluation
+Command: python reproduce/evaluation.py bench-evaluation
+Time:    a minute
+Needs:   extra `eval` for the row of lm-eval
+Result:  0.5 and 0.174 of the loop's CPU time, 0.139 and 0.138 of its memory
 """
 
 from __future__ import annotations
@@ -198,6 +204,7 @@ ENTRIES = {
     "eval-all": Entry(every_task, needs=(MODEL, DATA, "lm_eval", "rouge")),
     "humaneval-x-check": Entry(solutions, needs=[DATA / "humaneval_x"]),
     "bench-generation": bench("generation"),
+    "bench-evaluation": bench("evaluation"),
 }
 
 if __name__ == "__main__":

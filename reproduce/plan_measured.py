@@ -251,6 +251,8 @@ def compare(model: str, method: str) -> dict[str, float]:
         "memory": summary["peak_memory_bytes"]["client"],
         "planned_server_memory": document["server_peak_memory_bytes"]["total"],
         "server_memory": summary["peak_memory_bytes"]["server"],
+        "planned_evaluation_memory": document["evaluation_peak_memory_bytes"]["total"],
+        "evaluation_memory": summary["peak_memory_bytes"]["evaluation"],
         "planned_flops": sum(document["flops_per_token"].values()),
         "flops": found["flops"] / max(found["tokens"], 1.0),
         "planned_trainable": document["trainable_parameters"],

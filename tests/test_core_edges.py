@@ -158,18 +158,18 @@ def test_a_ledgers_mean_is_over_clients_and_rounds_that_sent_something() -> None
             payload_bytes=size,
             framed_bytes=size + 1,
         )
-    assert ledger.peak_memory_bytes == {"client": 0, "server": 0}
-    for where, peak in (("client", 5), ("client", 3), ("server", 9)):
+    assert ledger.peak_memory_bytes == {"client": 0, "server": 0, "evaluation": 0}
+    for where, peak in (("client", 5), ("client", 3), ("server", 9), ("evaluation", 4)):
         ledger.memory(round=1, where=where, client=0, peak_bytes=peak, how="counted")
     again = Ledger(wire.append, memory.append)
     again.restore(list(wire), list(memory))
-    assert len(wire) == 4 and len(memory) == 3  # nothing is written twice
+    assert len(wire) == 4 and len(memory) == 4  # nothing is written twice
     for account in (ledger, again):
         assert dict(account.payload_bytes) == {"down": 26, "up": 4} and dict(account.framed_bytes) == {
             "down": 29,
             "up": 5,
         }
-        assert account.peak_memory_bytes == {"client": 5, "server": 9}
+        assert account.peak_memory_bytes == {"client": 5, "server": 9, "evaluation": 4}
         assert account.payload_bytes_per_client_round() == 10.0
 
 

@@ -15,6 +15,7 @@ from command import Result, fedtune, lines, outcome, write_config
 from fedtune.config.file import parse_config
 from fedtune.errors import ProgramError
 from fedtune.federation import run as federation
+from fedtune.federation import scoring
 from fedtune.federation.progress import Silent
 from fedtune.methods.fedbiot import method as fedbiot
 from fedtune.methods.fedkseed.method import FedKSeed
@@ -190,11 +191,11 @@ def no_memory(*args: Any, **kwargs: Any) -> Any:
 PARTS: dict[str, tuple[str, Any, str, list[str]]] = {
     "fedavg": (
         "zero-shot evaluation: out of memory (CUDA out of memory. Tried to allocate 9 GiB.) Its batches have "
-        "up to 64 examples x 64 tokens: lower evaluation.batch_size, data.max_length or "
-        "evaluation.max_new_tokens, or set model.dtype=bfloat16.",
-        federation,
+        "up to 64 examples x 64 tokens, fewer where that is more than about 2GB: lower evaluation.memory, "
+        "evaluation.batch_size, data.max_length or evaluation.max_new_tokens, or set model.dtype=bfloat16.",
+        scoring,
         "evaluate",
-        [],
+        ["evaluation.memory"],
     ),
     "fedbiot": (
         "alignment before round 1: out of memory (CUDA out of memory. Tried to allocate 9 GiB.) Its batches "

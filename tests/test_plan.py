@@ -20,12 +20,12 @@ from torch import nn
 from fedtune.config.file import parse_config
 from fedtune.errors import InputError
 from fedtune.measure.flops import FlopCounter
+from fedtune.measure.quantities import BITS_PER_SECOND, BYTES, quantity
 from fedtune.methods.registry import METHODS
 from fedtune.planning.block_turns import Cost, Turn, mean_cost
 from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.plan import plan
-from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, quantity
 from fedtune.planning.rank import CANDIDATES, Candidate, ClientResources, judge, plan_all
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -41,6 +41,7 @@ def test_a_plan_is_what_a_run_measures(model: str, method: str, request: pytest.
     assert (row["planned_down"], row["planned_up"]) == (row["down"], row["up"])
     assert row["planned_trainable"] == row["trainable"]
     assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.15)
+    assert row["planned_evaluation_memory"] == pytest.approx(row["evaluation_memory"], rel=0.01)
     assert row["planned_flops"] == pytest.approx(row["flops"], rel=0.05)
     sends = method not in ("badam", "standalone", "centralized", "zero-shot")
     assert (row["up"] > 0) == sends and (row["memory"] > 0) == (method != "zero-shot")
@@ -72,6 +73,7 @@ def test_a_plan_of_a_form_is_what_a_run_measures(form: str, request: pytest.Fixt
     assert row["planned_trainable"] == row["trainable"]
     assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.01)
     assert row["planned_server_memory"] == pytest.approx(row["server_memory"], rel=0.02)
+    assert row["planned_evaluation_memory"] == pytest.approx(row["evaluation_memory"], rel=0.03)
     assert row["planned_flops"] == pytest.approx(row["flops"], rel=0.05) and row["flops"] > 0
 
 

@@ -20,6 +20,7 @@ from fedtune.config.file import load_config, parse_config, settings_blocks
 from fedtune.config.partitions import PARTITIONS
 from fedtune.config.schema import Public, RunConfig, Transport
 from fedtune.errors import FedtuneError
+from fedtune.evaluation import likelihoods
 from fedtune.evaluation import types as evaluation
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.federation import run as federation
@@ -162,6 +163,7 @@ FIELDS: Table = {
     "evaluation.max_examples": (3, {}),
     "evaluation.max_new_tokens": (2, WORDS),
     "evaluation.batch_size": (2, {}),
+    "evaluation.memory": ("50kB", {}),
     "evaluation.bootstrap": (0, {}),
     "evaluation.limit": (1, FILE),
     "evaluation.files": ({"gsm8k": "sums-b.jsonl"}, FILE),
@@ -343,7 +345,7 @@ def observe(tiny: Path, changes: dict[str, Any]) -> Observed:
         else:
             block[last] = value
     evaluated: list[Any] = []
-    collate, generate = evaluation.collate, evaluation.generate
+    collate, generate = likelihoods.collate, evaluation.generate
 
     def watched_collate(items: Any, pad: int) -> Any:
         evaluated.append(len(items))
@@ -356,7 +358,7 @@ def observe(tiny: Path, changes: dict[str, Any]) -> Observed:
 
     path = tiny / f"run-{next(_numbers)}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "collate", watched_collate)
+        patch.setattr(likelihoods, "collate", watched_collate)
         patch.setattr(evaluation, "generate", watched_generate)
         try:
             federation.run(parse_config(document, "test"), path, Silent())

@@ -26,7 +26,7 @@ def plan(
 
     Returns:
         The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
-        `flops_per_token` and so on, in bytes and operations.
+        `evaluation_peak_memory_bytes`, `flops_per_token` and so on, in bytes and operations.
 
     Raises:
         InputError: As the run would raise it.
@@ -67,7 +67,7 @@ def rank(
     Raises:
         InputError: A figure has no unit or is not above zero, or there is no such model.
     """
-    from fedtune.planning.quantities import BITS_PER_SECOND, BYTES, FLOPS, quantity
+    from fedtune.measure.quantities import BITS_PER_SECOND, BYTES, FLOPS, quantity
     from fedtune.planning.rank import ClientResources, judge, plan_all
 
     if examples is not None and examples < 1:

@@ -19,6 +19,7 @@ BENCHES = {
     "zo-step": "a zeroth-order step's time against its two forward passes",
     "encoding": "clients' examples to token ids, against the tokenizer alone: CPU time, bytes a token",
     "memory": "peak memory of a client by method, and backward time of one block against all",
+    "evaluation": "held-out losses against a loop with whole logits, and lm-eval: CPU time, peak memory",
     "generation": "answers in padded batches against transformers.generate, one example after the other",
     "proximal": "FedBiOT's proximal term from products of the rank's size, against the dense product",
     "emulator": "a client's step on an adapter and emulator, against LoRA on the whole model",

@@ -146,7 +146,7 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
     memory.add_column("")
     for part in (*PARTS, "total"):
         memory.add_column(part, justify="right")
-    for where in ("client", "server"):
+    for where in ("client", "server", "evaluation"):
         peak = document[f"{where}_peak_memory_bytes"]
         memory.add_row(where, *(size(peak[part]) for part in (*PARTS, "total")))
     return [cost, memory]

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.evaluation import Evaluation
 from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
@@ -22,9 +23,7 @@ from fedtune.core.types import SumMethod
 from fedtune.data.records import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
-from fedtune.evaluation.judge_settings import JudgeSettings
-from fedtune.evaluation.registry import TASKS, check_tasks, classifies
-from fedtune.evaluation.sandbox import CodeSettings
+from fedtune.evaluation.registry import TASKS, classifies
 from fedtune.methods import registry
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
@@ -178,36 +177,6 @@ class Federation(Settings):
         """Why clients cannot be weighed so."""
         secure, privacy = self.secure_aggregation is not None, self.privacy is not None
         return weights_refusal(self.weights, self.max_examples, secure=secure, privacy=privacy)
-
-
-class Evaluation(Settings):
-    """What is measured, on which examples, and when."""
-
-    tasks: list[str] = Field(["loss"], min_length=1)
-    every: int = Field(1, ge=0)  # rounds; 0: only at the end
-    arrivals: bool = False  # asynchronous: also after each arrival
-    max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
-    max_new_tokens: int | None = Field(None, ge=1)  # of an answer; null: what each task needs
-    batch_size: int = Field(64, ge=1)
-    bootstrap: int = Field(1000, ge=0)  # resamples of the 95 % interval; 0: no interval
-    limit: int | None = Field(None, ge=1)  # examples of a task that brings its own; null: all
-    files: dict[str, str] = Field(default_factory=dict)  # the data file of each task that reads one
-    task_folder: str | None = None  # YAML tasks for lm-evaluation-harness, beside its own
-    data_folder: str | None = None  # where those tasks read their files
-    few_shot: int | None = Field(None, ge=0)  # solved examples of a harness task; null: its own
-    samples: int = Field(1, ge=1)  # answers drawn for one question, for Pass@k
-    temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
-    top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum
-    judge: JudgeSettings | None = None  # who marks answers, for mt-bench
-    code: CodeSettings = CodeSettings()  # how programs that the model wrote are run
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        try:
-            check_tasks(self.tasks, self.task_folder)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        return self
 
 
 class Transport(Settings):

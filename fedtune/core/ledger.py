@@ -20,7 +20,7 @@ class Ledger:
         self._write_wire, self._write_memory = write_wire, write_memory
         self.payload_bytes = Counter(down=0, up=0)
         self.framed_bytes = Counter(down=0, up=0)
-        self.peak_memory_bytes = {"client": 0, "server": 0}
+        self.peak_memory_bytes = {"client": 0, "server": 0, "evaluation": 0}
         self._client_rounds: set[tuple[int, int]] = set()
 
     def restore(self, wire: Iterable[dict[str, Any]], memory: Iterable[dict[str, Any]]) -> None:
@@ -46,7 +46,7 @@ class Ledger:
         self._write_wire(entry)
 
     def memory(self, *, round: int, where: str, client: int | None, peak_bytes: int, how: str) -> None:
-        """Enters the peak of one measured scope; `where` is `client` or `server`, `how` the means."""
+        """Enters the peak of one measured scope; `where` is `client`, `server` or `evaluation`."""
         entry = {"round": round, "where": where, "client": client, "peak_bytes": peak_bytes, "how": how}
         self._count_memory(entry)
         self._write_memory(entry)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from fedtune.errors import InputError
+from fedtune.evaluation.batches import answering_room, cut
+from fedtune.evaluation.peaks import Peaks
 from fedtune.models.context import context_length, virtual_tokens
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    memory: int | None = None,
+    peaks: Peaks | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
 ) -> list[str]:
@@ -57,7 +61,9 @@ def generate(
         prompts: Token ids, begin token included. What is longer than the model's context less
             `max_new_tokens` loses its start.
         max_new_tokens: The most tokens of an answer, the end-of-sequence token included.
-        batch_size: Prompts decoded together.
+        batch_size: Prompts decoded together, at most.
+        memory: Bytes that they may take beside the weights, about; None: enough.
+        peaks: Told what they take.
         stop: Texts; an answer ends before the first of them.
         sampling: None: greedy.
 
@@ -73,6 +79,8 @@ def generate(
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        memory=memory,
+        peaks=peaks,
         stop=stop,
         sampling=sampling,
     )
@@ -91,6 +99,8 @@ def generate_ids(
     *,
     max_new_tokens: int,
     batch_size: int,
+    memory: int | None = None,
+    peaks: Peaks | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
 ) -> list[list[int]]:
@@ -106,15 +116,19 @@ def generate_ids(
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if isinstance(i, int)), 0)  # any id: it is masked
     stopped = _Stop(tokenizer, stop)
     answers: list[list[int]] = [[] for _ in prompts]
-    # Longest first: like lengths share a batch, and what does not fit in memory shows at once.
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    texts = [list(prompt)[-room if room is not None else None :] for prompt in prompts]
+    fits = None
+    if memory is not None:
+        whole = "logits_to_keep" not in inspect.signature(_inner(model).forward).parameters
+        fits = answering_room(model, memory, max_new_tokens, whole=whole, drawn=sampling is not None)
     # not inference mode: buffers that a model updates while it runs (rope) must stay usable in training
     with evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = [list(prompts[place])[-room if room is not None else None :] for place in places]
+        for places in cut([len(text) for text in texts], batch_size, fits):
+            batch = [texts[place] for place in places]
             choose = _Choice(sampling, places, max_new_tokens)
-            decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped)
+            longest = len(batch[0]) + max_new_tokens
+            with peaks.batch("answers", len(batch), longest, model) if peaks else nullcontext():
+                decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped)
             for place, ids in zip(places, decoded, strict=True):
                 answers[place] = ids
     return answers

@@ -14,6 +14,7 @@ from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation import bootstrap
 from fedtune.evaluation.generation import evaluating
+from fedtune.evaluation.peaks import Peaks
 from fedtune.evaluation.registry import TASKS, check_tasks, classifies
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored, Task
 
@@ -128,6 +129,7 @@ def score(
     examples: Sequence[Example],
     tasks: Sequence[str],
     settings: EvalSettings,
+    peaks: Peaks | None = None,
 ) -> dict[str, Outcome]:
     """Puts tasks to a model.
 
@@ -138,6 +140,7 @@ def score(
         examples: The held-out examples; may be empty where no task scores them.
         tasks: Names out of TASKS, or of lm-evaluation-harness.
         settings: How examples are put to the model.
+        peaks: Told what batches take.
 
     Raises:
         InputError: An unknown task, no examples, a missing or malformed file, or a task that does not suit
@@ -152,7 +155,7 @@ def score(
             raise InputError(
                 f"evaluation.tasks: {task} is for generated text; a classifier has loss and accuracy."
             )
-    env = EvalEnv(model, tokenizer, examples, settings)
+    env = EvalEnv(model, tokenizer, examples, settings, peaks)
     outcomes = {}
     with evaluating(model), torch.no_grad():
         for task in tasks:

@@ -6,17 +6,14 @@ metric). Values, standard errors and intervals are computed from the outcome in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from fedtune.core.seeds import derive_seed
-from fedtune.data.batches import collate
 from fedtune.data.control import Marked
 from fedtune.data.encode import (
     encode_causal,
@@ -25,11 +22,13 @@ from fedtune.data.encode import (
     prompt_text,
     response_text,
 )
-from fedtune.data.encoded import IGNORED, Counts, Encoded
+from fedtune.data.encoded import Counts, Encoded
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import Sampling, generate, prompt_room
 from fedtune.evaluation.judge_settings import JudgeSettings
+from fedtune.evaluation.likelihoods import example_losses
+from fedtune.evaluation.peaks import Peaks
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.models.context import context_length
@@ -38,6 +37,8 @@ from fedtune.version import __version__
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
+
+MEMORY = 2 * 10**9  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class EvalSettings:
         max_length: The most tokens of an example (loss) or a prompt (answers); a smaller context of the model
             goes before.
         max_new_tokens: The most tokens of an answer; None: what each task needs.
-        batch_size: Examples a forward pass. Changes scores by float rounding only.
+        batch_size: Examples a forward pass, at most. Changes scores by float rounding only.
+        memory: Bytes that a batch may take beside the weights, about: what has no room goes into another.
         labels: Class names in the order of the head's outputs; None for a causal language model.
         files: The local data file of each task that reads one.
         limit: The most examples of a task that brings its own; None: all.
@@ -73,6 +75,7 @@ class EvalSettings:
     max_length: int
     max_new_tokens: int | None = None
     batch_size: int = 32
+    memory: int = MEMORY
     labels: tuple[str, ...] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
@@ -148,8 +151,10 @@ class EvalEnv:
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         settings: EvalSettings,
+        peaks: Peaks | None = None,
     ) -> None:
         self.model, self.tokenizer, self.examples, self.settings = model, tokenizer, examples, settings
+        self.peaks = peaks
         self.truncated: int | None = None  # prompts that lost their start; None before any was answered
         self.encoded = Counts()  # what became of the examples, once a loss or a class was asked for
 
@@ -216,8 +221,8 @@ class EvalEnv:
             InputError: A prompt without tokens, or no room for a prompt in the model's context.
         """
         room = prompt_room(self.model, max_new_tokens, reserved=self.settings.reserved)
-        encoded, cut = encode_prompts(prompts, self.tokenizer, max_length=room)
-        self.truncated = (self.truncated or 0) + cut
+        encoded, shortened = encode_prompts(prompts, self.tokenizer, max_length=room)
+        self.truncated = (self.truncated or 0) + shortened
         if temperature == 0:
             sampling, repeats = None, 1
         else:
@@ -234,6 +239,8 @@ class EvalEnv:
             [ids for ids in encoded for _ in range(repeats)],
             max_new_tokens=max_new_tokens,
             batch_size=self.settings.batch_size,
+            memory=self.settings.memory,
+            peaks=self.peaks,
             stop=stop,
             sampling=sampling,
         )
@@ -251,7 +258,7 @@ class EvalEnv:
         tokens, length = self.max_new_tokens(64), self.settings.max_length
         room = prompt_room(self.model, tokens, reserved=self.settings.reserved)
         # Cut here, where the begin token is kept, and not by the length of the context in generate.
-        encoded, cut = encode_prompts(
+        encoded, shortened = encode_prompts(
             [prompt_text(example, self.settings.template, self.tokenizer) for example in self.examples],
             self.tokenizer,
             max_length=length if room is None else min(length, room),
@@ -262,8 +269,10 @@ class EvalEnv:
             encoded,
             max_new_tokens=tokens,
             batch_size=self.settings.batch_size,
+            memory=self.settings.memory,
+            peaks=self.peaks,
         )
-        return answers, cut
+        return answers, shortened
 
     @property
     def answers(self) -> list[str]:
@@ -284,16 +293,7 @@ class EvalEnv:
             max_length=self.max_length,
         )
         encoded, self.encoded = found.items, found.counts
-        totals, counts = [0.0] * len(encoded), [0] * len(encoded)
-        for places, logits, labels in self._forward(encoded):
-            targets = labels[:, 1:]
-            # from the right: a soft prompt's positions come before the text's
-            guesses = logits[:, -labels.shape[1] :][:, :-1]
-            for row, place in enumerate(places):
-                counted = targets[row] != IGNORED
-                totals[place] = float(_losses(guesses[row][counted], targets[row][counted]).sum())
-                counts[place] = int(counted.sum())
-        return totals, counts
+        return self._losses(encoded)
 
     @cached_property
     def class_scores(self) -> tuple[list[float], list[int]]:
@@ -303,12 +303,7 @@ class EvalEnv:
             self.examples, self.tokenizer, labels=self.settings.labels, max_length=self.max_length
         )
         encoded, self.encoded = found.items, found.counts
-        losses, classes = [0.0] * len(encoded), [0] * len(encoded)
-        for places, logits, labels in self._forward(encoded):
-            each = _losses(logits, labels).tolist()
-            for place, loss, index in zip(places, each, logits.argmax(-1).tolist(), strict=True):
-                losses[place], classes[place] = loss, index
-        return losses, classes
+        return self._losses(encoded)
 
     @property
     def max_length(self) -> int:
@@ -316,22 +311,21 @@ class EvalEnv:
         context = context_length(self.model, reserved=self.settings.reserved)
         return self.settings.max_length if context is None else min(self.settings.max_length, context)
 
-    def _forward(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Places, logits and labels of each batch; like lengths share a batch."""
-        device = next(self.model.parameters()).device
+    def _losses(self, encoded: Sequence[Encoded]) -> tuple[list[float], list[int]]:
         pad = self.tokenizer.pad_token_id
-        pad_id = pad if isinstance(pad, int) else 0
-        order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
-        for start in range(0, len(order), self.settings.batch_size):
-            places = order[start : start + self.settings.batch_size]
-            batch = {k: v.to(device) for k, v in collate([encoded[p] for p in places], pad_id).items()}
-            labels = batch.pop("labels")
-            yield places, self.model(**batch).logits, labels
+        return example_losses(
+            self.model,
+            encoded,
+            batch_size=self.settings.batch_size,
+            memory=self.settings.memory,
+            pad_id=pad if isinstance(pad, int) else 0,
+            classes=self.settings.labels is not None,
+            watched=self.watched,
+        )
 
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies in float64, so that how the set was cut into batches does not show in their sum."""
-    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+    def watched(self, kind: str, rows: int, tokens: int) -> AbstractContextManager[None]:
+        """Inside, the model is given a batch of a kind: `rows` examples, the longest of so many tokens."""
+        return self.peaks.batch(kind, rows, tokens, self.model) if self.peaks else nullcontext()
 
 
 @dataclass(frozen=True)

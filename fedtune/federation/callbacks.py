@@ -41,7 +41,7 @@ class RoundState:
         server: The method's server state, to be read only; None after round 0, the untrained model.
         payload_bytes: Of all messages so far, as the papers count them: `down`, `up`.
         framed_bytes: The same as the socket carries them.
-        peak_memory_bytes: The highest so far: `client`, `server`.
+        peak_memory_bytes: The highest so far: `client`, `server`, `evaluation`.
     """
 
     entry: Mapping[str, Any]

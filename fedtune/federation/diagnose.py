@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.config.evaluation import Evaluation
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
-from fedtune.data.batches import collate
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.evaluation.likelihoods import example_losses
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.settings import Config
-from fedtune.methods.step_loss import TokenMean, trained_tokens
-from fedtune.models.lean_loss import batch_loss
 from fedtune.theory.one_shot import measure
 from fedtune.theory.prediction import Prediction, caveats, growth, mean, predict
 from fedtune.theory.quantities import Measured, schemes
@@ -120,7 +119,7 @@ def diagnose(
             seed=config.seed,
             device=assembly.device,
             watch=lambda model: tuple(
-                mean_loss(model, group.items, config.evaluation.batch_size, assembly) for group in groups
+                mean_loss(model, group.items, config.evaluation, assembly) for group in groups
             ),
             on_round=progress.round,
             on_client=progress.client,
@@ -131,23 +130,29 @@ def diagnose(
     return _document(config, measured, prediction, groups, len(everyone), chosen, ratio, run_steps, tolerance)
 
 
-def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assembly: Assembly) -> float:
+def mean_loss(
+    model: nn.Module, items: Sequence[Encoded], evaluation: Evaluation, assembly: Assembly
+) -> float:
     """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
-    loss = TokenMean()
     model.eval()
+    classes = bool(assembly.split.labels)
     with torch.no_grad():
-        for at in range(0, len(items), batch_size):
-            batch = collate(items[at : at + batch_size], assembly.loaded.tokenizer.pad_token_id)
-            counted = trained_tokens(model, batch)
-            if counted:
-                mean = batch_loss(model, {k: v.to(assembly.device) for k, v in batch.items()})
-                loss.add(float(mean), counted)
-    if loss.value is None or not math.isfinite(loss.value):
-        what = f"is {loss.value}" if loss.tokens else "is undefined: none of them has a token to predict"
+        losses, counts = example_losses(
+            model,
+            items,
+            batch_size=evaluation.batch_size,
+            memory=evaluation.memory_bytes,
+            pad_id=assembly.loaded.tokenizer.pad_token_id,
+            classes=classes,
+        )
+    counted = len(items) if classes else sum(counts)
+    value = sum(losses) / counted if counted else math.nan
+    if not math.isfinite(value):
+        what = f"is {value}" if counted else "is undefined: none of them has a token to predict"
         raise InputError(
             f"the loss on the held-out examples {what}; lower method.lr, or raise data.max_length"
         )
-    return loss.value
+    return value
 
 
 def _drawn(everyone: Mapping[int, int], clients: int, seed: int) -> list[int]:

@@ -37,7 +37,7 @@ from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import Evaluated, evaluate, memory_for
+from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.summary import count_asked, of_rounds, of_run
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
@@ -172,6 +172,7 @@ class _Federation:
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
         self._zero_shot = Evaluated()
+        self._scoring = Scoring(config, assembly, self._ledger)
 
     def prepare(self) -> None:
         """Reads the newest checkpoint, scores the untrained model, attaches what is trained; writes nothing.
@@ -312,14 +313,13 @@ class _Federation:
 
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
-        loaded, method = self._assembly.loaded, self._assembly.method
-        part = "evaluation" if trained else "zero-shot evaluation"
-        with faults(part, lambda: memory_for(self._config)), self._clock.part("evaluation"):
-            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
-            return evaluate(models, loaded.tokenizer, self._assembly.split, self._config)
+        with self._clock.part("evaluation"):
+            return self._scoring(trained)
 
     def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
+        if scores.result:
+            self._scoring.enter_memory(entry["round"])
         if scores.models:
             entry["eval_clients"] = scores.models
         if scores.per_client:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
+from fedtune.core.faults import faults
+from fedtune.core.ledger import Ledger
 from fedtune.evaluation.clients import spread
+from fedtune.evaluation.peaks import Peaks
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
+from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import Split
 from fedtune.federation.room import reserved_tokens
 
@@ -35,6 +39,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
     config: RunConfig,
+    peaks: Peaks | None = None,
 ) -> Evaluated:
     """Scores models on the run's held-out examples.
 
@@ -43,12 +48,13 @@ def evaluate(
         tokenizer: Of all of them.
         split: Whose held-out examples they are.
         config: The run's configuration.
+        peaks: Told what batches take.
     """
     settings = eval_settings(config, split.labels)
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name, model in models:
         model.eval()
-        outcomes[name] = score(model, tokenizer, split.evaluation, config.evaluation.tasks, settings)
+        outcomes[name] = score(model, tokenizer, split.evaluation, config.evaluation.tasks, settings, peaks)
     each = {name: summarize([found], settings) for name, found in outcomes.items()}
     result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
     notes = {
@@ -70,15 +76,37 @@ def evaluate(
     )
 
 
+class Scoring:
+    """The evaluation of one run, with its account of memory."""
+
+    def __init__(self, config: RunConfig, assembly: Assembly, ledger: Ledger) -> None:
+        self._config, self._assembly, self._ledger = config, assembly, ledger
+        self._peaks = Peaks(assembly.device)
+
+    def __call__(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
+        """Scores a state's result, made with the model to train; None: the untrained model."""
+        loaded, method = self._assembly.loaded, self._assembly.method
+        part = "evaluation" if trained else "zero-shot evaluation"
+        with faults(part, lambda: memory_for(self._config)):
+            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            return evaluate(models, loaded.tokenizer, self._assembly.split, self._config, self._peaks)
+
+    def enter_memory(self, round: int) -> None:
+        """Enters the highest peak so far, since a batch like one before is not followed again."""
+        peak = max(self._peaks.bytes, self._ledger.peak_memory_bytes["evaluation"])
+        how = self._peaks.how
+        self._ledger.memory(round=round, where="evaluation", client=None, peak_bytes=peak, how=how)
+
+
 def memory_for(config: RunConfig) -> str:
     """A batch of evaluation, and what makes it smaller, for a machine whose memory is too small."""
     evaluation = config.evaluation
-    lower = ["evaluation.batch_size", "data.max_length"]
+    lower = ["evaluation.memory", "evaluation.batch_size", "data.max_length"]
     if config.model.task == "causal-lm":
         lower.append("evaluation.max_new_tokens")
     return (
-        f"Its batches have up to {evaluation.batch_size} examples x {config.data.max_length} tokens: lower "
-        f"{', '.join(lower[:-1])} or {lower[-1]}"
+        f"Its batches have up to {evaluation.batch_size} examples x {config.data.max_length} tokens, fewer "
+        f"where that is more than about {evaluation.memory}: lower {', '.join(lower[:-1])} or {lower[-1]}"
         f"{', or set model.dtype=bfloat16' if config.model.dtype == 'float32' else ''}."
     )
 
@@ -95,5 +123,8 @@ def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
         reserved=reserved_tokens(config),
         judge=evaluation.judge,
         code=evaluation.code,
-        **evaluation.model_dump(exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code"}),
+        memory=evaluation.memory_bytes,
+        **evaluation.model_dump(
+            exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code", "memory"}
+        ),
     )

@@ -54,12 +54,20 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         return cast(Tensor, model(**batch).loss)
-    with _replaced(base.config, "use_cache", False):
+    with without_cache(base):
         if not is_lean(base) or _few(base, batch):
             return cast(Tensor, model(**batch).loss)
         head = Head(base, whole=whole)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
             return cast(Tensor, model(**batch).loss)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of transformers, wrapped by PEFT or not, keeps no keys and values of what it reads."""
+    base = base_model(model)
+    with _replaced(base.config, "use_cache", False) if isinstance(base, PreTrainedModel) else nullcontext():
+        yield
 
 
 def vocabulary(base: PreTrainedModel) -> int:
@@ -149,21 +157,23 @@ class Head:
 
 
 def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tuple[Head, Tensor]:
-    """The model up to its head, and what `Head.logits` makes logits of.
+    """The model up to its head, and what `Head.logits` makes logits of. Keys and values are not cached.
 
     Args:
         model: As in `batch_loss`.
         inputs: A batch without labels.
-        chosen: Which positions, boolean (batch, tokens).
+        chosen: Which positions, boolean (batch, tokens); a soft prompt's, which come before, are not counted.
 
     Returns:
         The head, and hidden states (chosen, width).
     """
     base = base_model(model)
     head = Head(base)
-    with head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext():
-        logits = model(**inputs).logits
-    return head, (logits if head.hidden is None else head.hidden)[chosen]
+    apart = head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext()
+    with without_cache(base), apart:
+        whole = model(**inputs).logits
+    whole, head.hidden = whole if head.hidden is None else head.hidden, None
+    return head, whole[:, -chosen.shape[1] :][chosen]
 
 
 def in_pieces(summed: Summed, rows: Tensor, parameters: Sequence[Tensor], size: int) -> Tensor:

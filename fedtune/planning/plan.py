@@ -22,9 +22,11 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
+from fedtune.models.memory_efficient import base_model
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
+from fedtune.planning.evaluation import evaluation_step
 from fedtune.planning.fake import Fakes
 from fedtune.planning.memory import PARTS, PartsMeter
 from fedtune.planning.published import published
@@ -97,7 +99,11 @@ def plan(
     traffic = simulate(
         method, model, fakes, clients=clients, per_round=per_round, seed=config.seed, robust=robust
     )
-    client, server, tokens = PartsMeter(), PartsMeter(), 1.0
+    client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
+    if steps:
+        scored = [model] if base_model(model) is base else [base, model]
+        held_out, classes = workload.within(work.held_out, vocabulary), config.model.task == "classification"
+        evaluation = evaluation_step(scored, held_out, config.evaluation, classes=classes)
     if steps and method.rounds:
         client, tokens = dry_run.client_step(
             method,
@@ -123,6 +129,7 @@ def plan(
         "payload_bytes": _bytes(traffic),
         "client_peak_memory_bytes": _memory(client),
         "server_peak_memory_bytes": _memory(server),
+        "evaluation_peak_memory_bytes": _memory(evaluation),
         "flops_per_token": {
             "forward": round(client.forward / tokens),
             "backward": round(client.backward / tokens),
@@ -247,6 +254,12 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
         notes.append(
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
             "these bytes are what is to be expected"
+        )
+    others = [task for task in config.evaluation.tasks if task != "loss"]
+    if others and config.model.task == "causal-lm":
+        notes.append(
+            f"of evaluation the loss of held-out examples is planned; batches of {', '.join(others)} are cut "
+            f"to about {config.evaluation.memory}"
         )
     if config.model.device == "cuda":
         notes.append("memory is that of tensors; a GPU's allocator adds what it rounds up and keeps")

@@ -8,7 +8,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Workload:
         population: How many clients there are.
         longest: The longest examples, of any client, in descending order.
         public: The server's longest public examples, likewise; empty without any.
+        held_out: All held-out examples that are scored; as many of the longest as a batch has where they are
+            not known.
         labels: Of a classifier, its classes, where they are known.
         notes: What had to be assumed.
     """
@@ -42,6 +44,7 @@ class Workload:
     population: int
     longest: tuple[Encoded, ...]
     public: tuple[Encoded, ...]
+    held_out: Sequence[Encoded]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -78,6 +81,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     tokenized = _has_tokenizer(config.model.name)
     longest = _assumed(config, rows, room.tokens)
     public = longest if data.public is not None else ()
+    held_out: Sequence[Encoded] = _assumed_held_out(config, room.tokens)
     if not here:
         clients = (
             len(load_split(data.partition.path)) if isinstance(data.partition, FromFile) else data.clients
@@ -92,7 +96,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             f"taken to have {_in_words(config, room)} tokens, and each client a full batch"
         )
         population = 1 if pooled else clients
-        return Workload(None, population, longest, public, tuple(data.labels or ()), tuple(notes))
+        return Workload(None, population, longest, public, held_out, tuple(data.labels or ()), tuple(notes))
     split = prepare_data(config, pooled=pooled, objects=objects)
     counts = {client: len(items) for client, items in split.clients.items()}
     if not tokenized:
@@ -100,7 +104,8 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             f"model {config.model.name} has no tokenizer here: every example is taken to have "
             f"{_in_words(config, room)} tokens"
         )
-        return Workload(counts, len(counts), longest, public, split.labels, tuple(notes))
+        held_out = held_out[: len(split.evaluation)]
+        return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
     tokenizer = load_tokenizer(config.model.name, Path("."))
     longest, each = (), dict[str, Counts]()
     for client, items in split.clients.items():
@@ -121,8 +126,17 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         )
         each["public"] = found.counts
         public = tuple(found.items.longest(rows))
+    held_out = encode_for(
+        config,
+        split.evaluation,
+        tokenizer,
+        split.labels,
+        max_length=room.tokens,
+        whose="the held-out examples",
+        too_long="cut",
+    ).items
     notes += describe(each, room.tokens)
-    return Workload(counts, len(counts), longest, public, split.labels, tuple(notes))
+    return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
@@ -130,7 +144,8 @@ def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
     room = room_of(config)
     notes = [f"every example is taken to have {_in_words(config, room)} tokens, and each client a full batch"]
     longest = _assumed(config, rows, room.tokens)
-    return Workload(None, clients, longest, longest, (), tuple(notes))
+    held_out = _assumed_held_out(config, room.tokens)
+    return Workload(None, clients, longest, longest, held_out, (), tuple(notes))
 
 
 def room_of(config: RunConfig) -> Room:
@@ -151,6 +166,12 @@ def _assumed(config: RunConfig, rows: int, length: int) -> tuple[Encoded, ...]:
         Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1))
         for row in range(rows)
     )
+
+
+def _assumed_held_out(config: RunConfig, length: int) -> tuple[Encoded, ...]:
+    """A full batch of evaluation, as far as its memory goes."""
+    most = config.evaluation.max_examples or config.evaluation.batch_size
+    return _assumed(config, min(most, config.evaluation.batch_size), length)
 
 
 def within(items: Iterable[Encoded], vocabulary: int) -> list[Encoded]:

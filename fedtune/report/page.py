@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 log = logging.getLogger("fedtune")
+WHERE = ("client", "server", "evaluation")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
@@ -158,11 +159,11 @@ def _costs(runs: Sequence[RunData]) -> str:
                 size(down),
                 size(up),
                 "" if each is None else size(each),
-                *(size(run.peaks[where]) if where in run.peaks else "" for where in ("client", "server")),
+                *(size(run.peaks[where]) if where in run.peaks else "" for where in WHERE),
                 f"{sum(entry['seconds'] for entry in run.rounds):.1f}",
             ]
         )
-    return _table("What it cost", [*header, "client memory", "server memory", "seconds"], rows)
+    return _table("What it cost", [*header, *(f"{where} memory" for where in WHERE), "seconds"], rows)
 
 
 def _scores(runs: Sequence[RunData]) -> Iterator[str]:

@@ -57,6 +57,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     cost.add_row("on the wire down, up", f"{size(framed['down'])}, {size(framed['up'])}")
     cost.add_row("payload a client and round", size(summary["payload_bytes_per_client_round"]))
     cost.add_row("peak memory client, server", f"{size(peak['client'])}, {size(peak['server'])}")
+    if peak.get("evaluation"):  # a run of an earlier version has none
+        cost.add_row("peak memory of evaluation", size(peak["evaluation"]))
     seconds = summary["seconds"]
     cost.add_row(
         "seconds",
