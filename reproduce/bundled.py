@@ -23,6 +23,8 @@ Result:  of 19.6 seconds training takes 16.3 and evaluation 2.9
 Table:   rounds of twenty clients against the same written by hand; docs/results.md, block bench-federation
 Command: python reproduce/bundled.py bench-federation
 Time:    4 minutes
+Needs:   nothing
+Result:  not measured yet
 
 Table:   the server's exact sum against a list and its mean; docs/results.md, block bench-aggregation
 Command: python reproduce/bundled.py bench-aggregation

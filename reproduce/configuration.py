@@ -71,6 +71,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Simulate.delay_s": "mean time until a client's reply, exponentially distributed; virtual seconds",
     "Federation.deadline_s": "seconds after which a reply is late and its client is left out of the round",
     "Evaluation.tasks": "see `fedtune ls tasks`",
+    "Checkpoints.journal": "keep replies on disk until their round ends, so that a killed run need not train "
+    "them again; `auto`: not where the round before took less than 30 s and its clients are of this machine",
     "Transport.name": "in-process: all clients on this machine, on one base model",
     "Transport.workers": "processes that simulated clients train in; `auto`: by cores, clients and memory",
     "fedavg.rounds": "communication rounds; 1 is one-shot",

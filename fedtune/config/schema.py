@@ -200,8 +200,6 @@ class Checkpoints(Settings):
 
     keep: int | None = Field(2, ge=1)  # newest rounds; None: all
     rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
-    # keep replies on disk until their round ends, so that a killed run need not train them again: in auto not
-    # where the clients are this machine's and the round before took less than half a minute
     journal: Literal["auto", "always", "never"] = "auto"
 
 
