@@ -103,7 +103,8 @@ def diagnose(
             raise InputError(
                 "no client has an example on this machine; diagnose needs data of its own to probe"
             )
-        run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
+        steps_of = {client: multi.steps(assembly.rows(client)) for client in everyone}
+        run_steps = multi.rounds * sum(steps_of.values()) / len(everyone)
         chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
         a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
         data = {client: assembly.data[client] for client in chosen}
@@ -119,6 +120,7 @@ def diagnose(
             pad_id=assembly.loaded.tokenizer.pad_token_id,
             seed=config.seed,
             device=assembly.device,
+            batching=assembly.batching,
             watch=lambda model: tuple(
                 mean_loss(model, group.items, config.evaluation.batch_size, assembly) for group in groups
             ),
@@ -141,7 +143,7 @@ def mean_loss(model: nn.Module, items: Sequence[Encoded], batch_size: int, assem
             counted = trained_tokens(model, batch)
             if counted:
                 mean = batch_loss(model, {k: v.to(assembly.device) for k, v in batch.items()})
-                loss.add(float(mean), counted)
+                loss.add(float(mean), counted, batch)
     if loss.value is None or not math.isfinite(loss.value):
         what = f"is {loss.value}" if loss.tokens else "is undefined: none of them has a token to predict"
         raise InputError(

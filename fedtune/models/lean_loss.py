@@ -48,10 +48,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
 
     Args:
         model: Any model of transformers, wrapped by PEFT or not.
-        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them.
+        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them, and `position_ids` of rows
+            of several examples.
         whole: Run the head once, on all labelled positions: for weights that cost time when they are used.
     """
-    base = base_model(model)
+    base, batch = base_model(model), given(batch)
     if not isinstance(base, PreTrainedModel):
         return cast(Tensor, model(**batch).loss)
     with _replaced(base.config, "use_cache", False):
@@ -60,6 +61,17 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
         head = Head(base, whole=whole)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
             return cast(Tensor, model(**batch).loss)
+
+
+def given(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a model is given of a batch.
+
+    Of rows of several examples that is no mask: where there is none, transformers makes one from positions
+    that begin again, in which each token sees its own example alone.
+    """
+    if "position_ids" not in batch:
+        return batch
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
 
 
 def vocabulary(base: PreTrainedModel) -> int:
@@ -162,7 +174,7 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     base = base_model(model)
     head = Head(base)
     with head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext():
-        logits = model(**inputs).logits
+        logits = model(**given(inputs)).logits
     return head, (logits if head.hidden is None else head.hidden)[chosen]
 
 
