@@ -52,26 +52,27 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
             of several examples.
         whole: Run the head once, on all labelled positions: for weights that cost time when they are used.
     """
-    base, batch = base_model(model), given(batch)
+    base = base_model(model)
     if not isinstance(base, PreTrainedModel):
-        return cast(Tensor, model(**batch).loss)
+        return cast(Tensor, outputs(model, batch).loss)
     with _replaced(base.config, "use_cache", False):
         if not is_lean(base) or _few(base, batch):
-            return cast(Tensor, model(**batch).loss)
+            return cast(Tensor, outputs(model, batch).loss)
         head = Head(base, whole=whole)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
-            return cast(Tensor, model(**batch).loss)
+            return cast(Tensor, outputs(model, batch).loss)
 
 
-def given(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What a model is given of a batch.
+def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What a model makes of a batch, labels or none.
 
-    Of rows of several examples that is no mask: where there is none, transformers makes one from positions
-    that begin again, in which each token sees its own example alone.
+    Of rows of several examples it is given no mask and caches nothing: only then does transformers make a
+    mask from positions that begin again, in which each token sees its own example alone.
     """
     if "position_ids" not in batch:
-        return batch
-    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+        return model(**batch)
+    with _replaced(base_model(model).config, "use_cache", False):
+        return model(**{name: tensor for name, tensor in batch.items() if name != "attention_mask"})
 
 
 def vocabulary(base: PreTrainedModel) -> int:
@@ -174,7 +175,7 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     base = base_model(model)
     head = Head(base)
     with head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext():
-        logits = model(**given(inputs)).logits
+        logits = outputs(model, inputs).logits
     return head, (logits if head.hidden is None else head.hidden)[chosen]
 
 

@@ -19,7 +19,7 @@ from fedtune.data.batches import collate
 from fedtune.data.encoded import Encoded
 from fedtune.data.packing import joined
 from fedtune.errors import InputError
-from fedtune.models.lean_loss import given
+from fedtune.models.lean_loss import outputs
 
 PARTS = (3, 3, 1)  # tokens of the examples; with one of padding they fit into the shortest row there can be
 
@@ -73,7 +73,7 @@ def _compared(model: PreTrainedModel, examples: list[Encoded], device: torch.dev
     handle = model.get_input_embeddings().register_forward_hook(embedded)
     try:
         with torch.enable_grad():
-            out = model(**given(batch), use_cache=False)
+            out = outputs(model, batch)
     finally:
         handle.remove()
     if getattr(out, "aux_loss", None) is not None:
