@@ -85,10 +85,6 @@ class EncodedList(Sequence[Encoded]):
         """Bytes of all arrays."""
         return self.lengths.nbytes + self.heads.nbytes + self.ids.nbytes + self._ends.nbytes
 
-    def longest(self, count: int) -> list[Encoded]:
-        """The `count` longest in descending order, of equal ones the first."""
-        return [self[int(at)] for at in np.argsort(-self.lengths, kind="stable")[:count]]
-
 
 def lengths_of(items: Sequence[Encoded]) -> list[int]:
     """Tokens of each example."""
@@ -96,6 +92,11 @@ def lengths_of(items: Sequence[Encoded]) -> list[int]:
     if lengths is None:
         return [len(item.input_ids) for item in items]
     return [int(length) for length in lengths]
+
+
+def longest_of(items: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The `count` longest in descending order, of equal ones the first."""
+    return [items[int(at)] for at in np.argsort(-np.array(lengths_of(items)), kind="stable")[:count]]
 
 
 class EncodedRows:

@@ -8,7 +8,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import torch_generator
 from fedtune.data.batches import epoch_batches, padding
-from fedtune.data.encoded import Counts, Encoded, lengths_of
+from fedtune.data.encoded import Counts, Encoded, lengths_of, longest_of
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
@@ -125,7 +125,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         counts[client] = len(found.items)
         drawn = torch_generator(config.seed, "plan", client)
         of_client = batching.rows(found.items, drawn)
-        longest = _longest([*longest, *_longest_of(of_client, rows)], rows)
+        longest = _longest([*longest, *longest_of(of_client, rows)], rows)
         if not len(of_client):
             continue
         if batching.name == "packed":
@@ -143,7 +143,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             whose="the server's public examples",
         )
         each["public"] = found.counts
-        public = tuple(_longest_of(batching.rows(found.items, torch_generator(config.seed, "plan")), rows))
+        public = tuple(longest_of(batching.rows(found.items, torch_generator(config.seed, "plan")), rows))
     notes += describe(each, room.tokens)
     tokens = (computed, padded) if computed else None
     return Workload(counts, len(counts), longest, public, split.labels, tuple(notes), tokens, packed or None)
@@ -190,12 +190,6 @@ def _shorter(item: Encoded) -> Encoded:
     labels = item.labels[:-1] if len(item.labels) > 1 else item.labels
     parts = (*item.parts[:-1], item.parts[-1] - 1) if item.parts else ()
     return Encoded(item.input_ids[:-1], labels, tuple(filter(None, parts)))
-
-
-def _longest_of(rows: Sequence[Encoded], count: int) -> list[Encoded]:
-    """So many of the longest."""
-    lengths = lengths_of(rows)
-    return [rows[at] for at in sorted(range(len(rows)), key=lambda at: -lengths[at])[:count]]
 
 
 def _longest(items: Iterable[Encoded], rows: int) -> tuple[Encoded, ...]:
