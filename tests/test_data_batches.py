@@ -76,6 +76,18 @@ def test_examples_of_like_length_share_a_batch(lengths: list[int], size: int, se
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
+def test_groups_by_hand() -> None:
+    # by length the examples are 1, 3, 2, 0, 4: cut by two, the longest is left over
+    batches = list(epoch_batches(5, 2, generator(3), [4, 1, 3, 2, 5]))
+    assert sorted(batches) == [[1, 3], [2, 0], [4]]
+    # three batches of a pass come in the order of a permutation drawn behind that of the examples
+    drawn = generator(3)
+    torch.randperm(5, generator=drawn)
+    assert batches == [[[1, 3], [2, 0], [4]][at] for at in torch.randperm(3, generator=drawn).tolist()]
+    # 1 + 2 and 3 + 4 pad one token each
+    assert padding(batches, [4, 1, 3, 2, 5]) == (2 * 2 + 2 * 4 + 5, 2)
+
+
 def test_batches_of_like_lengths_come_in_random_order_and_pad_little() -> None:
     lengths = [1 + 7 * i % 100 for i in range(1000)]
     passes = islice(endless_batches(1000, 10, generator(1), lengths), 300)

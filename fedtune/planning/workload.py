@@ -8,14 +8,17 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import torch_generator
 from fedtune.data.batches import epoch_batches, padding
+from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, Encoded, lengths_of, longest_of
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
@@ -124,15 +127,11 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         each["train"] = each.get("train", Counts()) + found.counts
         counts[client] = len(found.items)
         drawn = torch_generator(config.seed, "plan", client)
-        of_client = batching.rows(found.items, drawn)
+        of_client, (more, waste) = a_pass(found.items, batching, size, drawn)
         longest = _longest([*longest, *longest_of(of_client, rows)], rows)
-        if not len(of_client):
-            continue
         if batching.name == "packed":
             packed[client] = len(of_client)
-        batches = epoch_batches(len(of_client), size, drawn, batching.lengths(of_client))
-        shares = padding(batches, lengths_of(of_client))
-        computed, padded = computed + shares[0], padded + shares[1]
+        computed, padded = computed + more, padded + waste
     if data.public is not None and _is_here(data.public.source):
         found = encode_for(
             config,
@@ -147,6 +146,23 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     notes += describe(each, room.tokens)
     tokens = (computed, padded) if computed else None
     return Workload(counts, len(counts), longest, public, split.labels, tuple(notes), tokens, packed or None)
+
+
+def a_pass(
+    items: Sequence[Encoded], batching: Batching, size: int, generator: torch.Generator
+) -> tuple[Sequence[Encoded], tuple[int, int]]:
+    """What the batches of a client's pass are made of, their tokens, and how many of these are padding.
+
+    Args:
+        items: The client's examples.
+        batching: How they become batches.
+        size: Rows of a batch.
+        generator: A CPU generator.
+    """
+    rows = batching.rows(items, generator)
+    if not len(rows):
+        return rows, (0, 0)
+    return rows, padding(epoch_batches(len(rows), size, generator, batching.lengths(rows)), lengths_of(rows))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
