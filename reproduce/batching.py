@@ -4,9 +4,9 @@ Dolly with a small model's tokenizer, batches of 8 of at most 512 tokens, one lo
 
 Table:   padding, tokens and steps of an epoch by `data.batching`; docs/data.md, block padding
 Command: python reproduce/batching.py padding
-Time:    two minutes
+Time:    half a minute
 Needs:   Dolly and instruct-7m of ../shared
-Result:  PENDING
+Result:  with ten clients 51.4 % of the tokens are padding at random, 1.1 % grouped and 0.6 % packed
 """
 
 from __future__ import annotations

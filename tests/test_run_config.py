@@ -82,7 +82,6 @@ FIELDS: Table = {
     "data.loss_on": ("all", {}),
     "data.max_length": (8, {}),
     "data.batching": ("length-grouped", {}),
-    "packed:data.batching": ("packed", {}),
     "data.max_examples": (10, {}),
     "data.clients": (3, {}),
     "data.partition.name": ("by-field", {}),
