@@ -82,7 +82,7 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "fedavg.control_variates": "SCAFFOLD; needs `optimizer: sgd` and `momentum: 0`",
     "Training.local_epochs": "passes over a client's examples a round; 1 if `local_steps` is not set either",
     "Training.local_steps": "or optimiser steps a round",
-    "Training.batch_size": "examples a batch",
+    "Training.batch_size": "examples a batch; rows with data.batching: packed",
     "Training.optimizer": "rebuilt for each client and round",
     "Training.lr": "learning rate at the first step of a round",
     "Training.lr_schedule": "`linear`: falls to 0 over the round's steps, no warm-up",

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 import fedtune
 from fedtune.data.cache import EncodedCache, key_of, tokenizer_sha256
 from fedtune.data.encode import encode_causal, encode_classification
-from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedList, EncodedSet
+from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedList, EncodedSet, longest_of
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.templates import register_template
@@ -109,7 +109,7 @@ def test_a_token_takes_less_than_six_bytes() -> None:
     items = encode_causal(rows, tokenizer(), template="plain", loss_on="response", max_length=512).items
     assert items.ids.dtype == items.heads.dtype == items.lengths.dtype == np.int32
     assert len(items.ids) == 50 * 63 and items.nbytes == 4 * 50 * 63 + 16 * 50  # 4.25 a token
-    assert [len(item.input_ids) for item in items.longest(2)] == [63, 63]
+    assert [len(item.input_ids) for item in longest_of(items, 2)] == [63, 63]
     with pytest.raises(IndexError, match="example 50 of 50"):
         items[50]
 

@@ -25,7 +25,7 @@ def test_a_run_of_version_0_1_0_before_the_move_is_resumed(tmp_path: Path, name:
 
     Weights, scores and payloads are those of that code to the end. Two things are not, from the rounds on
     that this version trains: `train_loss` is a mean over trained tokens and no longer over examples, and a
-    reply's frame also says how many tokens those were.
+    reply's frame also says how many tokens those were, and of how many that were computed.
     """
     old = DATA / f"run-0.1.0-{name}"
     path = tmp_path / "run"
@@ -44,9 +44,11 @@ def test_a_run_of_version_0_1_0_before_the_move_is_resumed(tmp_path: Path, name:
     ]
     assert wire == before
     for entry, (now, then) in zip(wire, frames, strict=True):
-        if entry["round"] > 1 and entry["direction"] == "up":  # with `trained_tokens`, in a deflated manifest
+        if (
+            entry["round"] > 1 and entry["direction"] == "up"
+        ):  # with three counts of tokens, in a deflated manifest
             # the training loss is there too, whose last digits are the processor's
-            assert 0 < now - then < len('"trained_tokens":1234,')
+            assert 0 < now - then < len('"trained_tokens":1234,"computed_tokens":1234,"padding_tokens":123,')
         else:
             assert now == then
     weights = path / "final" / result

@@ -141,7 +141,7 @@ def test_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     assert payload["down_per_client_round"] == payload["up_per_client_round"] == 4 * ALL
     assert payload["total"] == 3 * 2 * 2 * 4 * ALL
     assert found["local_steps"] == {"least": 7, "most": 7}
-    assert found["batch"] == {"examples": 2, "longest": 16}
+    assert found["batch"].items() >= {"examples": 2, "longest": 16}.items()
     memory = found["client_peak_memory_bytes"]
     buffers = 4 * 2  # rotary frequencies of a head: half of its width of 4
     assert memory["weights"] in (4 * ALL + buffers, 4 * ALL + 2 * buffers)

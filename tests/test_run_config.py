@@ -82,6 +82,7 @@ FIELDS: Table = {
     "data.template": ("alpaca", {}),
     "data.loss_on": ("all", {}),
     "data.max_length": (8, {}),
+    "data.batching": ("length-grouped", {}),
     "data.max_examples": (10, {}),
     "data.clients": (3, {}),
     "data.partition.name": ("by-field", {}),

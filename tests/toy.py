@@ -14,6 +14,7 @@ from fedtune.core.cohort import RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.types import ServerEnv
+from fedtune.data.batching import RANDOM, Batching
 from fedtune.data.encoded import Encoded
 from fedtune.measure.clock import Clock
 from fedtune.transport.in_process import InProcess, Simulation
@@ -45,15 +46,18 @@ class Bench:
         simulation: Simulation = Simulation(),  # noqa: B008
         deadline_s: float | None = None,
         robust: Any = None,
+        batching: Batching = RANDOM,
     ) -> None:
         self.method, self.data = method, data
-        method.prepare(ServerEnv((), 0, torch.device("cpu")))
+        method.prepare(ServerEnv((), 0, torch.device("cpu"), batching))
         self.model = method.client_model(lambda: model)
         self.wire: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
         clock = Clock()
         self.ledger = Ledger(self.wire.append, self.memory.append)
-        self.runner = ClientRunner(method, self.model, data, pad_id=0, seed=0, device=torch.device("cpu"))
+        self.runner = ClientRunner(
+            method, self.model, data, pad_id=0, seed=0, device=torch.device("cpu"), batching=batching
+        )
         transport = InProcess(self.runner, simulation=simulation, deadline_s=deadline_s, seed=0, clock=clock)
         device = torch.device("cpu")
         self.loop = RoundLoop(method, transport, self.ledger, clock, device, robust=robust)

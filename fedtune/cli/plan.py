@@ -128,7 +128,10 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
     else:
         shown = f"{steps['least']:,} to {steps['most']:,}"
     cost.add_row("local steps", shown)
-    cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens")
+    what = "rows of several examples" if batch["batching"] == "packed" else batch["batching"]
+    cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens ({what})")
+    if batch["padding"] is not None:
+        cost.add_row("padding, of all tokens", f"{batch['padding']:.1%} of the tokens")
     payload = document["payload_bytes"]
     for key, label in (
         ("first_time", "payload down, up, a client's first time"),

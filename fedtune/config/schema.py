@@ -20,6 +20,7 @@ from fedtune.config.partitions import ByField, FromFile, Given, Iid
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
+from fedtune.data.batching import Name, batching_refusal
 from fedtune.data.records import no_null
 from fedtune.data.templates import TEMPLATES
 from fedtune.errors import InputError
@@ -97,6 +98,7 @@ class DataSettings(Settings):
     too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer
     cache: str = Field("beside", min_length=1)  # of encoded examples: beside the run, a folder, or none
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
+    batching: Name = "random"  # what shares a batch: any examples, those of like length, or rows of several
     clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
     partition: SerializeAsAny[Settings] = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
@@ -240,6 +242,9 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
+        prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
+        if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
+            raise ValueError(f"data.batching: {reason}")
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         for name in ("secure_aggregation", "privacy"):

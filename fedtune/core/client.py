@@ -27,6 +27,8 @@ from fedtune.core.types import (
     Scalar,
 )
 from fedtune.core.wire import Content, FrameError, decode, encode
+from fedtune.data.batching import RANDOM, Batching
+from fedtune.data.encoded import lengths_of
 from fedtune.measure.memory import MemoryMeter
 from fedtune.models.memory_efficient import can_compute_again, resolved
 
@@ -50,6 +52,7 @@ class ClientRunner:
         store: What clients were sent to hold; in memory by default.
         protection: With it a client answers to secure aggregation and never sends a plain update.
         gate: What its operator accepts of single orders; None: anything.
+        batching: How examples become batches.
     """
 
     def __init__(
@@ -64,10 +67,11 @@ class ClientRunner:
         store: Store | None = None,
         protection: ClientProtection | None = None,
         gate: Gate | None = None,
+        batching: Batching = RANDOM,
     ) -> None:
         self.store = store or Store()
         self._protection, self._gate = protection, gate
-        self._method, self._data = method, data
+        self._method, self._data, self._batching = method, data, batching
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
         self.states: dict[int, Payload] = {}  # what each client keeps between its rounds
@@ -143,6 +147,7 @@ class ClientRunner:
             memory=meter,
             device=self._device,
             store=self.store,
+            batching=self._batching,
         )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -165,9 +170,9 @@ class ClientRunner:
 
     def _memory(self, client: int) -> str:
         """The batch that memory was not enough for, and what makes it smaller."""
-        config, items = self._method.config, self._data[client]
-        batch = getattr(config, "batch_size", 1)
-        longest = max(len(item.input_ids) for item in items)
+        config, rows = self._method.config, self._batching.rows(self._data[client], torch.Generator())
+        batch, what = getattr(config, "batch_size", 1), "examples" if rows is self._data[client] else "rows"
+        longest = max(lengths_of(rows))
         lower = ["method.batch_size"] if batch > 1 else []
         lower += ["data.max_length"]
         again, other = getattr(config, "gradient_checkpointing", None), list[str]()
@@ -183,7 +188,7 @@ class ClientRunner:
         if any(parameter.dtype == torch.float32 for parameter in self._model.parameters()):
             other.append("model.dtype=bfloat16")
         return (
-            f"Its batches have up to {min(batch, len(items))} examples x {longest} tokens: lower "
+            f"Its batches have up to {min(batch, len(rows))} {what} x {longest} tokens: lower "
             f"{' or '.join(lower)}{', or set ' + ' or '.join(other) if other else ''}."
         )
 

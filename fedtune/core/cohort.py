@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.core.watch import Seen
 
 TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
+COMPUTED_TOKENS, PADDING_TOKENS = "computed_tokens", "padding_tokens"  # of its batches; padding is of both
 
 
 class QuorumError(FederationError):
@@ -64,6 +65,12 @@ class RoundOutcome:
             weights = {c: self.metrics[c][TRAINED_TOKENS] for c in having}
         total = sum(weights[c] for c in having)
         return sum(self.metrics[c][metric] * weights[c] for c in having) / total if total else None
+
+    def total(self, metric: str) -> int | None:
+        """A count's sum over the clients that replied; None where one of them did not report it."""
+        if not self.clients or any(metric not in self.metrics[c] for c in self.clients):
+            return None
+        return int(sum(self.metrics[c][metric] for c in self.clients))
 
 
 def weights_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from fedtune.core.cohort import TRAINED_TOKENS
+from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import Scalar
 from fedtune.core.wire import FrameError
 from fedtune.errors import foreign
@@ -17,7 +17,7 @@ from fedtune.errors import foreign
 LOSS = "train_loss"
 PEAK_BYTES, HOW = "peak_bytes", "how"  # the client's memory, and how it was measured
 MOST = 1 << 53  # of a count: a whole number, as a float holds it
-COUNTS = frozenset({TRAINED_TOKENS, "steps", PEAK_BYTES})
+COUNTS = frozenset({TRAINED_TOKENS, COMPUTED_TOKENS, PADDING_TOKENS, "steps", PEAK_BYTES})
 KNOWN = COUNTS | {LOSS, HOW}
 _ADDRESS = frozenset({"round", "client"})
 

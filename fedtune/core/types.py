@@ -11,11 +11,13 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.settings import Settings
+from fedtune.data.batching import RANDOM, Batching
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,6 +132,17 @@ class ClientEnv:
     memory: MemoryMeter
     device: torch.device
     store: ContentStore  # what it was sent to hold, by digest
+    batching: Batching = RANDOM
+
+    @cached_property
+    def rows(self) -> Sequence[Encoded]:
+        """What its batches are made of: its examples, or with `data.batching: packed` rows of several."""
+        return self.batching.rows(self.items, self.generator("rows"))
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of each row, where they decide which ones share a batch; else None."""
+        return self.batching.lengths(self.rows)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator of this client and round for one purpose."""
@@ -156,6 +169,7 @@ class ServerEnv:
     public: Sequence[Encoded]  # the public examples of `data.public`; empty without them
     pad_id: int
     device: torch.device
+    batching: Batching = RANDOM
 
     def refuse_public(self, method: str) -> None:
         """Raises InputError if there are public examples, for a method that has no use for them."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fedtune.data.encoded import IGNORED, Encoded
+
+ALIKE = 100  # batches that are sorted by length together: more leave hardly less padding, and less to chance
 
 
 def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
@@ -17,25 +19,33 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     end-of-sequence token, which must stay visible where it ends an answer.
 
     Args:
-        items: At least one encoded example, all for the same task.
+        items: At least one encoded example, all for the same task; or all are rows of several.
         pad_id: The token id that fills `input_ids`.
 
     Returns:
         int64 tensors `input_ids` and `attention_mask`, (batch, tokens), and `labels`: (batch, tokens) padded
-        with -100 for a causal model, (batch,) for classification, where an example has one label.
+        with -100 for a causal model, (batch,) for classification, where an example has one label. Of rows
+        also `position_ids`, (batch, tokens), which begin at 0 with each example, and with the padding.
 
     Raises:
-        ValueError: `items` is empty.
+        ValueError: `items` is empty, or of both kinds.
     """
     if not items:
         raise ValueError("collate needs at least one example")
+    if len({bool(item.parts) for item in items}) > 1:
+        raise ValueError("collate needs examples or rows of them, got both")
     width = max(len(item.input_ids) for item in items)
     label_width = max(len(item.labels) for item in items)
     labels = torch.tensor([_padded(item.labels, label_width, IGNORED) for item in items])
+    places = {}
+    if items[0].parts:
+        each = ((*item.parts, width - len(item.input_ids)) for item in items)
+        places["position_ids"] = torch.tensor([[at for part in row for at in range(part)] for row in each])
     return {
         "input_ids": torch.tensor([_padded(item.input_ids, width, pad_id) for item in items]),
         "attention_mask": torch.tensor([_padded((1,) * len(item.input_ids), width, 0) for item in items]),
         "labels": labels.squeeze(1) if label_width == 1 else labels,
+        **places,
     }
 
 
@@ -53,13 +63,17 @@ def trained_labels(labels: Tensor, *, first: bool = False) -> int:
     return int((labels != IGNORED).sum())
 
 
-def epoch_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yields one shuffled pass over 0..n-1 in batches; the last one may be short.
+def epoch_batches(
+    n: int, batch_size: int, generator: torch.Generator, lengths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Yields one shuffled pass over 0..n-1 in batches; one of them, the last of a random pass, may be short.
 
     Args:
         n: The number of examples.
         batch_size: Examples a batch.
-        generator: A CPU generator; one permutation is drawn when the pass starts.
+        generator: A CPU generator; one permutation is drawn when the pass starts, and with `lengths` another.
+        lengths: Tokens of each example. Then examples of like length share a batch: the shuffled ones are
+            sorted by length, `ALIKE` batches' worth of them at a time, cut, and the batches shuffled.
 
     Raises:
         ValueError: `n` or `batch_size` is under 1.
@@ -67,14 +81,32 @@ def epoch_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterat
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     order = torch.randperm(n, generator=generator).tolist()
-    for start in range(0, n, batch_size):
-        yield order[start : start + batch_size]
+    if lengths is None:
+        yield from (order[start : start + batch_size] for start in range(0, n, batch_size))
+        return
+    window = ALIKE * batch_size
+    order = [
+        i for at in range(0, n, window) for i in sorted(order[at : at + window], key=lengths.__getitem__)
+    ]
+    batches = [order[start : start + batch_size] for start in range(0, n, batch_size)]
+    yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def endless_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+def endless_batches(
+    n: int, batch_size: int, generator: torch.Generator, lengths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Yields `epoch_batches` again and again, shuffled anew each pass. Arguments and errors are the same."""
     while True:
-        yield from epoch_batches(n, batch_size, generator)
+        yield from epoch_batches(n, batch_size, generator, lengths)
+
+
+def padding(batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> tuple[int, int]:
+    """Tokens of batches: those that are computed, padding among them, and those that are padding."""
+    computed = own = 0
+    for batch in batches:
+        sizes = [lengths[i] for i in batch]
+        computed, own = computed + len(sizes) * max(sizes), own + sum(sizes)
+    return computed, computed - own
 
 
 def _padded(values: tuple[int, ...], width: int, fill: int) -> tuple[int, ...]:

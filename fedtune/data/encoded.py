@@ -17,16 +17,18 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One encoded example.
+    """One encoded example, or a row of several (`packing.py`).
 
     Attributes:
         input_ids: Token ids, without padding.
         labels: For a causal model one label a token, -100 where no loss is taken, not shifted (the model
             shifts them). For classification one class index.
+        parts: Of a row, the tokens of each example in it; empty of an example.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -83,9 +85,18 @@ class EncodedList(Sequence[Encoded]):
         """Bytes of all arrays."""
         return self.lengths.nbytes + self.heads.nbytes + self.ids.nbytes + self._ends.nbytes
 
-    def longest(self, count: int) -> list[Encoded]:
-        """The `count` longest in descending order, of equal ones the first."""
-        return [self[int(at)] for at in np.argsort(-self.lengths, kind="stable")[:count]]
+
+def lengths_of(items: Sequence[Encoded]) -> list[int]:
+    """Tokens of each example."""
+    lengths = getattr(items, "lengths", None)  # of a collection that knows them without making each item
+    if lengths is None:
+        return [len(item.input_ids) for item in items]
+    return [int(length) for length in lengths]
+
+
+def longest_of(items: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The `count` longest in descending order, of equal ones the first."""
+    return [items[int(at)] for at in np.argsort(-np.array(lengths_of(items)), kind="stable")[:count]]
 
 
 class EncodedRows:

@@ -15,6 +15,7 @@ from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
+from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
@@ -25,12 +26,13 @@ from fedtune.federation.encoding import Keys, describe, encode_for
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
-from fedtune.federation.room import Room, example_room, shortening
+from fedtune.federation.room import Room, batching_of, example_room, shortening
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded, load_model
+from fedtune.models.packable import check_packable
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.robust import check_replies
@@ -53,6 +55,7 @@ class Assembly:
     device: torch.device
     client_examples: dict[int, int]
     room: Room  # tokens of an example: data.max_length, as far as the model sees
+    batching: Batching
     data: ClientData
     others: dict[str, Counts]  # what became of held-out and public examples
     environment: dict[str, Any]
@@ -97,9 +100,12 @@ class Assembly:
             shared=shared,
         )
         torch.nn.Module.to(loaded.model, device)
+        if config.data.batching == "packed":
+            check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
+            batching = batching_of(config, room)
 
             def encoded(items: Sequence[Example], whose: str, too_long: str | None = None) -> EncodedSet:
                 return encode_for(
@@ -129,7 +135,7 @@ class Assembly:
         others = {"held_out": held_out.counts}
         if config.data.public is not None:
             others["public"] = public.counts
-        method.prepare(ServerEnv(public.items, loaded.tokenizer.pad_token_id, device))
+        method.prepare(ServerEnv(public.items, loaded.tokenizer.pad_token_id, device, batching))
         runner = ClientRunner(
             method,
             loaded.model,
@@ -138,6 +144,7 @@ class Assembly:
             seed=config.seed,
             device=device,
             protection=client_protection(config, method),
+            batching=batching,
         )
         about = environment() | {
             "model": {
@@ -161,6 +168,7 @@ class Assembly:
             device,
             sizes,
             room=room,
+            batching=batching,
             data=data,
             others=others,
             environment=about,
@@ -209,6 +217,12 @@ class Assembly:
                 entry["encoded"] = one.document()
         self.split.partition["encoded"] = {group: one and one.document() for group, one in counts.items()}
         return bool(self.split.partition["encoded"] != before)
+
+    def rows(self, client: int) -> int:
+        """Of how many rows a pass over a client's examples is; of examples, where they are not packed."""
+        if self.batching.name != "packed":
+            return self.client_examples[client]
+        return len(self.batching.rows(self.data[client], torch.Generator()))
 
     @property
     def weights(self) -> dict[int, int]:

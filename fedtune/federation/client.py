@@ -34,10 +34,11 @@ from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
-from fedtune.federation.room import Room, example_room
+from fedtune.federation.room import Room, batching_of, example_room
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.packable import check_packable
 from fedtune.transport.acceptance import NotAccepted
 from fedtune.transport.messages import Field, Message, broken, fault
 from fedtune.transport.worker import JoinedRun
@@ -151,6 +152,8 @@ def join(
                 f"server's ({weights[:12]})"
             )
         torch.nn.Module.to(loaded.model, where)
+        if config.data.batching == "packed":
+            check_packable(loaded.model)
         room = example_room(config, loaded.model.config)
         tokenizer, held = loaded.tokenizer, method.client_model(lambda: loaded.model)
     found = encode_for(config, examples, tokenizer, labels, max_length=room.tokens, whose=str(data))
@@ -163,6 +166,7 @@ def join(
         device=where,
         protection=client_protection(config, method, identity, settings_digest(config, weights)),
         gate=consent,
+        batching=batching_of(config, room),
     )
     notes = describe({"train": found.counts}, room.tokens)
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))

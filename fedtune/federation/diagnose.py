@@ -102,7 +102,8 @@ def diagnose(
             raise InputError(
                 "no client has an example on this machine; diagnose needs data of its own to probe"
             )
-        run_steps = multi.rounds * sum(multi.steps(count) for count in everyone.values()) / len(everyone)
+        steps_of = {client: multi.steps(assembly.rows(client)) for client in everyone}
+        run_steps = multi.rounds * sum(steps_of.values()) / len(everyone)
         chosen = sorted(everyone) if whole else _drawn(everyone, clients, config.seed)
         a_round = None if whole else _steps_a_round(steps, run_steps, multi.rounds)
         data = {client: assembly.data[client] for client in chosen}
@@ -118,6 +119,7 @@ def diagnose(
             pad_id=assembly.loaded.tokenizer.pad_token_id,
             seed=config.seed,
             device=assembly.device,
+            batching=assembly.batching,
             watch=lambda model: tuple(
                 mean_loss(model, group.items, config.evaluation, assembly) for group in groups
             ),

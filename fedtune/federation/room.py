@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config.schema import RunConfig
+from fedtune.data.batching import Batching
 from fedtune.errors import InputError
 from fedtune.methods.tuning import Tuning
 from fedtune.models.context import positions
@@ -68,6 +69,11 @@ def _room(config: RunConfig, limit: int | None) -> Room:
         f"data.max_length is {asked}, but {config.model.name} sees {limit} tokens{beside}: an example has at "
         f"most {limit - reserved}",
     )
+
+
+def batching_of(config: RunConfig, room: Room) -> Batching:
+    """How the run's examples become batches; a row of several is as long as one may be."""
+    return Batching(config.data.batching, room.tokens)
 
 
 def shortening(config: RunConfig, room: Room, *, lost: bool = False) -> list[str]:

@@ -38,7 +38,7 @@ from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
-from fedtune.federation.summary import count_asked, of_rounds, of_run
+from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -295,7 +295,7 @@ class _Federation:
             "round": round,
             "clients": sorted(outcome.clients),
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
-            "train_loss": outcome.mean("train_loss"),
+            **of_training(outcome),
         }
         entry |= settled.entry
         entry |= {"privacy": privacy} if privacy else {}

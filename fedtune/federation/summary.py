@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import RunConfig
+from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, RoundOutcome
 from fedtune.core.ledger import Ledger
 from fedtune.data.encoded import Counts
 from fedtune.evaluation.tasks import scorer
@@ -18,6 +19,16 @@ from fedtune.federation.progress import Progress
 from fedtune.federation.scoring import eval_settings
 
 
+def of_training(outcome: RoundOutcome) -> dict[str, Any]:
+    """What a round's clients did: their loss, and the tokens of their batches, where all said it."""
+    computed, padding = (outcome.total(name) for name in (COMPUTED_TOKENS, PADDING_TOKENS))
+    known = computed is not None and padding is not None
+    return {
+        "train_loss": outcome.mean("train_loss"),
+        "tokens": {"computed": computed, "padding": padding} if known else None,
+    }
+
+
 def of_rounds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The first and the newest of a run's rounds.
 
@@ -26,14 +37,20 @@ def of_rounds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     evaluated = [entry for entry in rounds if entry["eval"]]
     trained = [entry for entry in rounds if entry["train_loss"] is not None]
+    tokens = [entry.get("tokens") or {} for entry in rounds if entry["round"]]
     return {
         "rounds": rounds[-1]["round"] if rounds else 0,
+        "tokens": _sum(tokens) if tokens and all(tokens) else None,
         "train_loss": trained[-1]["train_loss"] if trained else None,
         "evaluation": evaluated[-1]["eval"] if evaluated else {},
         "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
         "zero_shot": rounds[0]["eval"] if rounds else {},
         "zero_shot_per_client": rounds[0].get("per_client", {}) if rounds else {},
     }
+
+
+def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(each[key] for each in counts) for key in ("computed", "padding")}
 
 
 def of_run(

@@ -40,7 +40,7 @@ class Trained:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a client reports: `train_loss`, `trained_tokens` and `steps`."""
+        """What a client reports: `train_loss`, `steps`, and tokens: trained, computed, of these padding."""
         return self.loss.metrics | {"steps": self.steps}
 
 
@@ -74,7 +74,7 @@ def train(
     masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
     start = {name: master.detach().clone() for name, master in masters.items()} if proximal else {}
     optimizer = build_optimizer(masters, settings)
-    total_steps = settings.steps(len(env.items))
+    total_steps = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
     with (
@@ -107,12 +107,12 @@ def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]
     generator = env.generator("batches")
     size, together = settings.batch_size, settings.gradient_accumulation
     if settings.local_steps is not None:
-        endless = endless_batches(len(env.items), size, generator)
+        endless = endless_batches(len(env.rows), size, generator, env.lengths)
         while True:
             yield [next(endless) for _ in range(together)]
     assert settings.local_epochs is not None
     for _ in range(settings.local_epochs):
-        batches = list(epoch_batches(len(env.items), size, generator))
+        batches = list(epoch_batches(len(env.rows), size, generator, env.lengths))
         yield from (batches[at : at + together] for at in range(0, len(batches), together))
 
 

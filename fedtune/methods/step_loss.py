@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.core.cohort import TRAINED_TOKENS
+from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
 from fedtune.data.batches import collate, trained_labels
 from fedtune.models.lean_loss import batch_loss
@@ -30,20 +30,28 @@ class TokenMean:
     Attributes:
         total: Σ mean · tokens.
         tokens: Σ tokens; with epochs a token counts as often as it was trained on.
+        computed: Tokens of the batches that they are in, those without a label and padding included.
+        padding: Of these, padding.
     """
 
     total: float = 0.0
     tokens: int = 0
+    computed: int = 0
+    padding: int = 0
 
-    def add(self, mean: float, tokens: int) -> None:
-        """Takes in the mean over so many tokens."""
+    def add(self, mean: float, tokens: int, batch: Batch) -> None:
+        """Takes in the mean over so many tokens of a batch."""
         self.total += mean * tokens
         self.tokens += tokens
+        self.computed += batch["input_ids"].numel()
+        self.padding += batch["attention_mask"].numel() - int(batch["attention_mask"].sum())
 
     def join(self, other: TokenMean) -> None:
         """Takes in another's tokens."""
         self.total += other.total
         self.tokens += other.tokens
+        self.computed += other.computed
+        self.padding += other.padding
 
     @property
     def value(self) -> float | None:
@@ -52,9 +60,13 @@ class TokenMean:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a client reports of it: `train_loss`, where there is one, and `trained_tokens`."""
+        """What a client reports of it: `train_loss`, where there is one, and the three counts of tokens."""
         value = self.value
-        return ({} if value is None else {"train_loss": value}) | {TRAINED_TOKENS: self.tokens}
+        return ({} if value is None else {"train_loss": value}) | {
+            TRAINED_TOKENS: self.tokens,
+            COMPUTED_TOKENS: self.computed,
+            PADDING_TOKENS: self.padding,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,8 @@ class StepBatches:
 
 
 def drawn(env: ClientEnv, group: Iterable[Sequence[int]]) -> StepBatches:
-    """The batches of one of a client's steps, from the indices of its examples."""
-    return StepBatches.of(env.model, (collate([env.items[i] for i in part], env.pad_id) for part in group))
+    """The batches of one of a client's steps, from the indices of its rows."""
+    return StepBatches.of(env.model, (collate([env.rows[i] for i in part], env.pad_id) for part in group))
 
 
 def trained_tokens(model: nn.Module, batch: Batch) -> int:
@@ -99,5 +111,5 @@ def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> T
     for batch, tokens in zip(step.batches, step.tokens, strict=True):
         mean = batch_loss(model, {key: value.to(device) for key, value in batch.items()})
         (mean / (total / tokens)).backward()  # one batch, or n alike: divided by 1 or n, to the bit
-        loss.add(float(mean.detach()), tokens)
+        loss.add(float(mean.detach()), tokens, batch)
     return loss

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from fedtune.data.batches import collate, trained_labels
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
-from fedtune.models.lean_loss import ROWS, Head, ends, in_pieces
+from fedtune.models.lean_loss import ROWS, Head, ends, in_pieces, outputs
 
 Form = Literal["mean", "paper", "rms-normalized"]
 End = tuple[Head, Tensor]
@@ -133,7 +133,7 @@ class Teacher:
         if index in self.kept:
             return self.kept[index]
         with entering(self.block) as seen:
-            self.model(**alone)
+            outputs(self.model, alone)
         hidden = seen[0][0].clone()
         if hidden.nbytes <= self.room:
             self.kept[index] = hidden

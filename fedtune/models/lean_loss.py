@@ -48,18 +48,31 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
 
     Args:
         model: Any model of transformers, wrapped by PEFT or not.
-        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them.
+        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them, and `position_ids` of rows
+            of several examples.
         whole: Run the head once, on all labelled positions: for weights that cost time when they are used.
     """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
-        return cast(Tensor, model(**batch).loss)
+        return cast(Tensor, outputs(model, batch).loss)
     with without_cache(base):
         if not is_lean(base) or _few(base, batch):
-            return cast(Tensor, model(**batch).loss)
+            return cast(Tensor, outputs(model, batch).loss)
         head = Head(base, whole=whole)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
-            return cast(Tensor, model(**batch).loss)
+            return cast(Tensor, outputs(model, batch).loss)
+
+
+def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What a model makes of a batch, labels or none.
+
+    Of rows of several examples it is given no mask and caches nothing: only then does transformers make a
+    mask from positions that begin again, in which each token sees its own example alone.
+    """
+    if "position_ids" not in batch:
+        return model(**batch)
+    with _replaced(base_model(model).config, "use_cache", False):
+        return model(**{name: tensor for name, tensor in batch.items() if name != "attention_mask"})
 
 
 @contextmanager
@@ -171,7 +184,7 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     head = Head(base)
     apart = head.apart() if is_lean(base) and not _few(base, inputs) else nullcontext()
     with without_cache(base), apart:
-        whole = model(**inputs).logits
+        whole = outputs(model, inputs).logits
     whole, head.hidden = whole if head.hidden is None else head.hidden, None
     return head, whole[:, -chosen.shape[1] :][chosen]
 

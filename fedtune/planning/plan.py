@@ -137,7 +137,12 @@ def plan(
         "flops_per_client_round": _whole_round(client, tokens, items, config.method, work, most),
         "clients_hold_model": _hold_model(config.method),
         "local_steps": {"least": _steps(config.method, work, min), "most": most},
-        "batch": {"examples": len(items), "longest": max((len(item.input_ids) for item in items), default=0)},
+        "batch": {
+            "examples": len(items),
+            "longest": max((len(item.input_ids) for item in items), default=0),
+            "padding": work.tokens and work.tokens[1] / work.tokens[0],
+            "batching": config.data.batching,
+        },
         "published": published(config.method, base, traffic),
         "notes": [*work.notes, *_notes(config, method, traffic)],
     }
@@ -149,13 +154,13 @@ def _steps(settings: Any, work: Workload, choose: Any) -> int | None:
     if isinstance(settings, Training):
         if settings.local_steps is None and work.clients is None:
             return None
-        return int(choose(settings.steps(n) for n in (work.clients or {0: 1}).values()))
+        return int(choose(settings.steps(n) for n in (work.passes or {0: 1}).values()))
     return getattr(settings, "local_steps", 0)
 
 
 def _batches(settings: Training, work: Workload) -> int | None:
     """Batches of an epoch of the client that has most; None where that depends on data not here."""
-    return None if work.clients is None else -(-max(work.clients.values()) // settings.batch_size)
+    return None if work.passes is None else -(-max(work.passes.values()) // settings.batch_size)
 
 
 def _together(settings: Any, work: Workload) -> int:

@@ -9,18 +9,23 @@ are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from fedtune.config.partitions import FromFile
 from fedtune.config.schema import RunConfig
-from fedtune.data.encoded import Counts, Encoded
+from fedtune.core.seeds import torch_generator
+from fedtune.data.batches import epoch_batches, padding
+from fedtune.data.batching import Batching
+from fedtune.data.encoded import Counts, Encoded, lengths_of, longest_of
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
 from fedtune.federation.data import prepare_data, public_examples
 from fedtune.federation.encoding import describe, encode_for
-from fedtune.federation.room import Room, example_room, shortening
+from fedtune.federation.room import Room, batching_of, example_room, shortening
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
 from fedtune.models.load import load_tokenizer, model_config
 
@@ -38,6 +43,9 @@ class Workload:
             not known.
         labels: Of a classifier, its classes, where they are known.
         notes: What had to be assumed.
+        tokens: Of all clients' batches, over one pass, and how many of them are padding; None where the data
+            or a tokenizer are not here.
+        packed: Rows of each client, where a batch is of rows of several examples; `longest` are rows then.
     """
 
     clients: dict[int, int] | None
@@ -47,15 +55,21 @@ class Workload:
     held_out: Sequence[Encoded]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
+    tokens: tuple[int, int] | None = None
+    packed: dict[int, int] | None = None
+
+    @property
+    def passes(self) -> dict[int, int] | None:
+        """Of how many rows a pass of each client is: of its examples, where they are not packed."""
+        return self.packed or self.clients
 
     def batch(self, size: int) -> list[Encoded]:
         """The largest batch of `size` examples (fewer where no client has as many): no other is larger."""
-        rows = size if self.clients is None else min(size, max(self.clients.values()))
+        rows = size if self.passes is None else min(size, max(self.passes.values()))
         items = list(self.longest[:rows])
         if len({len(item.input_ids) for item in items}) == 1 < len(items):
-            last = items.pop()  # with padding there is a mask, and with a mask a step needs more memory
-            labels = last.labels[:-1] if len(last.labels) > 1 else last.labels
-            items.append(Encoded(last.input_ids[:-1] or last.input_ids, labels))
+            # with padding there is a mask, and with a mask a step needs more memory
+            items.append(_shorter(items.pop()))
         return items
 
 
@@ -108,13 +122,21 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
     tokenizer = load_tokenizer(config.model.name, Path("."))
     longest, each = (), dict[str, Counts]()
+    batching, packed = batching_of(config, room), dict[int, int]()
+    computed = padded = 0
+    size = getattr(config.method, "batch_size", 1)
     for client, items in split.clients.items():
         found = encode_for(
             config, items, tokenizer, split.labels, max_length=room.tokens, whose=split.owner(client)
         )
         each["train"] = each.get("train", Counts()) + found.counts
         counts[client] = len(found.items)
-        longest = _longest([*longest, *found.items.longest(rows)], rows)
+        drawn = torch_generator(config.seed, "plan", client)
+        of_client, (more, waste) = a_pass(found.items, batching, size, drawn)
+        longest = _longest([*longest, *longest_of(of_client, rows)], rows)
+        if batching.name == "packed":
+            packed[client] = len(of_client)
+        computed, padded = computed + more, padded + waste
     if data.public is not None and _is_here(data.public.source):
         found = encode_for(
             config,
@@ -125,7 +147,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
             whose="the server's public examples",
         )
         each["public"] = found.counts
-        public = tuple(found.items.longest(rows))
+        public = tuple(longest_of(batching.rows(found.items, torch_generator(config.seed, "plan")), rows))
     held_out = encode_for(
         config,
         split.evaluation,
@@ -136,7 +158,26 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         too_long="cut",
     ).items
     notes += describe(each, room.tokens)
-    return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
+    tokens = (computed, padded) if computed else None
+    about = split.labels, tuple(notes), tokens, packed or None
+    return Workload(counts, len(counts), longest, public, held_out, *about)
+
+
+def a_pass(
+    items: Sequence[Encoded], batching: Batching, size: int, generator: torch.Generator
+) -> tuple[Sequence[Encoded], tuple[int, int]]:
+    """What the batches of a client's pass are made of, their tokens, and how many of these are padding.
+
+    Args:
+        items: The client's examples.
+        batching: How they become batches.
+        size: Rows of a batch.
+        generator: A CPU generator.
+    """
+    rows = batching.rows(items, generator)
+    if not len(rows):
+        return rows, (0, 0)
+    return rows, padding(epoch_batches(len(rows), size, generator, batching.lengths(rows)), lengths_of(rows))
 
 
 def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
@@ -162,8 +203,9 @@ def _in_words(config: RunConfig, room: Room) -> str:
 def _assumed(config: RunConfig, rows: int, length: int) -> tuple[Encoded, ...]:
     """Examples as long as allowed, of tokens that differ: so they cost most."""
     wide = config.model.task == "causal-lm"
+    parts = (length // 2, length - length // 2) if config.data.batching == "packed" else ()
     return tuple(
-        Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1))
+        Encoded(tuple(range(row * length, (row + 1) * length)), (0,) * (length if wide else 1), parts)
         for row in range(rows)
     )
 
@@ -176,7 +218,16 @@ def _assumed_held_out(config: RunConfig, length: int) -> tuple[Encoded, ...]:
 
 def within(items: Iterable[Encoded], vocabulary: int) -> list[Encoded]:
     """Examples with token ids that a model has."""
-    return [Encoded(tuple(i % vocabulary for i in item.input_ids), item.labels) for item in items]
+    return [replace(item, input_ids=tuple(i % vocabulary for i in item.input_ids)) for item in items]
+
+
+def _shorter(item: Encoded) -> Encoded:
+    """Without its last token, if it has another."""
+    if len(item.input_ids) == 1:
+        return item
+    labels = item.labels[:-1] if len(item.labels) > 1 else item.labels
+    parts = (*item.parts[:-1], item.parts[-1] - 1) if item.parts else ()
+    return Encoded(item.input_ids[:-1], labels, tuple(filter(None, parts)))
 
 
 def _longest(items: Iterable[Encoded], rows: int) -> tuple[Encoded, ...]:

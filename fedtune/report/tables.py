@@ -53,6 +53,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     if left_out := counted(summary):
         cost.add_row("left out, of rounds", left_out)
     cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")
+    if tokens := summary.get("tokens"):
+        share = tokens["padding"] / tokens["computed"] if tokens["computed"] else 0.0
+        cost.add_row("tokens computed, of them padding", f"{tokens['computed']:,}, {share:.1%}")
     cost.add_row("payload down, up", f"{size(payload['down'])}, {size(payload['up'])}")
     cost.add_row("on the wire down, up", f"{size(framed['down'])}, {size(framed['up'])}")
     cost.add_row("payload a client and round", size(summary["payload_bytes_per_client_round"]))

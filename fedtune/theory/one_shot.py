@@ -44,6 +44,7 @@ from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.store import Store
 from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import ClientEnv, Order, Payload, Reply
+from fedtune.data.batching import RANDOM, Batching
 from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
@@ -70,6 +71,7 @@ def measure(
     pad_id: int,
     seed: int,
     device: torch.device,
+    batching: Batching = RANDOM,
     smoothness_batches: int = 8,
     watch: Watch = lambda model: (),
     on_round: Callable[[int, int], None] = lambda round, clients: None,
@@ -84,6 +86,7 @@ def measure(
         pad_id: The padding token.
         seed: The run's seed: batches and adapters are those of the run.
         device: Where the model lies.
+        batching: How examples become batches, as in the run.
         smoothness_batches: Mini-batches on which L is estimated, from the clients in turn.
         watch: Looks at the global models, for instance at their losses.
         on_round: Called with each round that begins and its clients.
@@ -98,14 +101,25 @@ def measure(
     parameters = trainable(attached)
     with temporary_folder() as folder, lent(parameters):
         running = _Running(
-            multi, one, attached, parameters, data, pad_id, seed, device, folder, on_round, on_client
+            multi,
+            one,
+            attached,
+            parameters,
+            data,
+            pad_id,
+            seed,
+            device,
+            folder,
+            on_round,
+            on_client,
+            batching,
         )
         return running.measure(watch, smoothness_batches)
 
 
 @dataclass
 class _Running:
-    """A measurement on its way; the fields after `on_client` are what it has seen so far."""
+    """A measurement on its way; the fields after `batching` are what it has seen so far."""
 
     multi: Config
     one: Config
@@ -118,6 +132,7 @@ class _Running:
     folder: Path
     on_round: Callable[[int, int], None]
     on_client: Callable[[int], None]
+    batching: Batching
     largest_move: float = 0.0
     largest_smoothness: float | None = None
     gradient_differences: float = 0.0
@@ -156,7 +171,7 @@ class _Running:
             clients=len(self.data),
             rounds=self.multi.rounds,
             steps=self.multi.rounds
-            * sum(self.multi.steps(len(items)) for items in self.data.values())
+            * sum(self.multi.steps(len(self._env(client, 1).rows)) for client in self.data)
             / len(self.data),
             trainable=sum(w.numel() for w in first.weights.values()),
             norm=norm(first.weights),
@@ -196,7 +211,7 @@ class _Running:
         """One round of one client in both schemes, step by step on the same mini-batches."""
         client, env = order.client, self._env(order.client, round)
         begun = lora.pad(self.begun[client].tensors, self.parameters)
-        steps = self.multi.steps(len(env.items))
+        steps = self.multi.steps(len(env.rows))
         common: dict[str, Any] = {"proximal": self.multi.proximal, "device": self.device}
         one = Trajectory(begun, self.one, self.multi.rounds * steps, **common)
         many = Trajectory(lora.pad(order.payload.tensors, self.parameters), self.multi, steps, **common)
@@ -262,9 +277,8 @@ class _Running:
 
     def _smoothnesses(self, first: State, last: State, moved: float, batches: int) -> Iterator[float]:
         """‖∇F(w(0,0)) − ∇F(w(T,k))‖ / ‖w(0,0) − w(T,k)‖ on random mini-batches of clients in turn."""
-        trained = {
-            c: [at for at, item in enumerate(self.data[c]) if item.trained] for c in self.cohort.clients
-        }
+        envs = {client: self._env(client, 1) for client in self.cohort.clients}
+        trained = {c: [at for at, row in enumerate(env.rows) if row.trained] for c, env in envs.items()}
         clients = [client for client, places in trained.items() if places]
         for number in range(batches):
             client = clients[number % len(clients)]
@@ -272,9 +286,7 @@ class _Running:
             order = torch.randperm(
                 len(places), generator=torch_generator(self.seed, "smoothness", client, number)
             )
-            batch = drawn(
-                self._env(client, 1), [[places[i] for i in order[: self.multi.batch_size].tolist()]]
-            )
+            batch = drawn(envs[client], [[places[i] for i in order[: self.multi.batch_size].tolist()]])
             put(self.parameters, first.weights)
             before = gradient(self.model, self.parameters, batch, self.device)
             put(self.parameters, last.weights)
@@ -309,6 +321,7 @@ class _Running:
             memory=MemoryMeter(self.device),
             device=self.device,
             store=Store(),
+            batching=self.batching,
         )
 
 

@@ -293,18 +293,23 @@ class FedBiOT:
         student.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+        # the same rows throughout: what E* makes of one is kept by its place
+        public = env.batching.rows(env.public, torch_generator(self._seed, "alignment", "rows"))
         batches = endless_batches(
-            len(env.public), alignment.batch_size, torch_generator(self._seed, "alignment", when)
+            len(public),
+            alignment.batch_size,
+            torch_generator(self._seed, "alignment", when),
+            env.batching.lengths(public),
         )
         part = f"alignment {'before round 1' if when == 'before' else f'after round {when}'}"
-        with faults(part, lambda: alignment.batch(env.public)):
+        with faults(part, lambda: alignment.batch(public)):
             loss = align(
                 student.eval(),
                 find_blocks(student).modules[places.back[0]],
                 list(parameters.values()),
                 teacher,
                 batches,
-                env.public,
+                public,
                 pad_id=env.pad_id,
                 device=env.device,
                 steps=steps,

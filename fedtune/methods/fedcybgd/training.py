@@ -54,7 +54,7 @@ def train_blocks(
     Raises:
         ClientError: The loss became NaN or infinite.
     """
-    total = settings.steps(len(env.items))
+    total = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
     active: ActiveBlock | None = None
     env.model.train()

@@ -194,7 +194,7 @@ class InfinitePool:
             self._seen = True
             warn_where_rounded(env, self._pool, torch.zeros(self._pool.size), config, epsilon)
         drawn = torch.randint(SEEDS, (config.local_steps,), generator=env.generator("seeds"))
-        batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
+        batches = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
         scalars, loss = list[float](), TokenMean()
         for step, seed in enumerate(drawn.tolist()):
             batch = {k: v.to(env.device) for k, v in self._batch(env, next(batches)).items()}
@@ -212,12 +212,12 @@ class InfinitePool:
                     raise not_finite(plus, minus, step, env.model)
                 self._move(weights, seed, epsilon - config.lr * scalar)
             scalars.append(scalar)
-            loss.add((plus + minus) / 2, tokens)
+            loss.add((plus + minus) / 2, tokens, batch)
         up = Payload({"seeds": drawn.to(torch.int32), "scalars": torch.tensor(scalars)})
         return ClientResult(up, loss.metrics | {"steps": config.local_steps}, state=kept)
 
     def _batch(self, env: ClientEnv, indices: list[int]) -> dict[str, Tensor]:
-        return collate([env.items[i] for i in indices], env.pad_id)
+        return collate([env.rows[i] for i in indices], env.pad_id)
 
     def _replay(self, weights: Mapping[str, Tensor], seeds: Tensor, scalars: Tensor) -> None:
         for seed, scalar in zip(seeds.tolist(), scalars.tolist(), strict=True):

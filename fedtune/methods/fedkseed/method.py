@@ -140,11 +140,11 @@ class FedKSeed:
             self._seen = True
             warn_where_rounded(env, pool, received, config, epsilon)
         draws = self.draw(job, env.generator("seeds"))
-        batches = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
+        batches = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
         scalars, loss = list[float](), TokenMean()
         with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
-                batch = collate([env.items[i] for i in next(batches)], env.pad_id)
+                batch = collate([env.rows[i] for i in next(batches)], env.pad_id)
                 tokens = trained_tokens(env.model, batch)
                 if not tokens:  # no loss to compare: the slope is 0
                     scalars += [0.0] * config.perturbations
@@ -163,7 +163,7 @@ class FedKSeed:
                         around += (plus + minus) / 2
                     weights.update([(j, g / config.perturbations) for j, g in estimates])  # line 16
                 scalars += [g for _, g in estimates]
-                loss.add(around / config.perturbations, tokens)
+                loss.add(around / config.perturbations, tokens, batch)
         metrics = {name: round(value, 6) for name, value in loss.metrics.items()}
         metrics |= {"steps": config.local_steps}
         return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))

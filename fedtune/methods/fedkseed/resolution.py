@@ -164,10 +164,8 @@ def warn_where_rounded(
     """
     if _dtype(env.model) == "float32" and FINE <= epsilon <= COARSE:
         return
-    order = endless_batches(len(env.items), config.batch_size, env.generator("batches"))
-    batches = [
-        _on(env.device, collate([env.items[i] for i in next(order)], env.pad_id)) for _ in range(DRAWS)
-    ]
+    order = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
+    batches = [_on(env.device, collate([env.rows[i] for i in next(order)], env.pad_id)) for _ in range(DRAWS)]
     draws = torch.randint(pool.size, (DRAWS,), generator=env.generator("epsilon")).tolist()
     with step_weights(env.model, pool, accumulator, config.lr) as weights:
         said = advice(env.model, _of(weights, batches, draws), epsilon)

@@ -35,7 +35,7 @@ class Config(Settings):
     epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
     lr: float = Field(3e-7, gt=0)  # η, constant
     local_steps: int = Field(200, ge=1)  # τ, a client and round
-    batch_size: int = Field(1, ge=1)  # examples a step
+    batch_size: int = Field(1, ge=1)  # examples a step; rows with data.batching: packed
     perturbations: int = Field(1, ge=1)  # seeds tried a step, on the same batch
     scalar_limit: float | None = Field(None, gt=0)  # a reply with a scalar of this size or more is refused
     clip: float | None = Field(None, gt=0)  # the server cuts scalars to ± this
@@ -70,7 +70,7 @@ class InfinitePoolConfig(Settings):
     epsilon: Epsilon = 5e-4  # scale of a perturbation; auto: measured on the model
     lr: float = Field(3e-7, gt=0)  # η, constant
     local_steps: int = Field(200, ge=1)  # τ, a client and round
-    batch_size: int = Field(1, ge=1)  # examples a step
+    batch_size: int = Field(1, ge=1)  # examples a step; rows with data.batching: packed
 
 
 def paper_bytes(config: Config) -> int:
