@@ -125,6 +125,8 @@ FIELDS: Table = {
     "method.momentum": (0.9, SGD),
     "method.betas": ([0.5, 0.6], {}),
     "method.max_grad_norm": (1e-3, SGD),
+    "method.optimizer_in_backward": (True, {"method.trainable": "full"}),
+    "method.masters": ("kahan", {"method.trainable": "full", "model.dtype": "bfloat16"}),
     "method.trainable": ("full", {}),
     "method.lora.rank": (3, {}),
     "method.lora.alpha": (2.0, {}),

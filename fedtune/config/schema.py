@@ -270,6 +270,14 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
+        masters = getattr(self.method, "masters", "float32")
+        trains = getattr(self.method, "trainable", "full")
+        if masters != "float32" and (self.model.dtype != "bfloat16" or trains != "full"):
+            raise ValueError(
+                f"method.masters: {masters} is for bfloat16 weights that are trained; model.dtype is "
+                f"{self.model.dtype} and method.trainable {trains}, so that float32 weights are. Set "
+                "model.dtype: bfloat16 and method.trainable: full, or leave it out"
+            )
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         for name in ("secure_aggregation", "privacy"):
