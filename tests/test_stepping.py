@@ -98,9 +98,7 @@ def steps(weights: Tensor, gradients: list[Tensor], **settings: Any) -> Tensor:
             parameter.grad = gradient.to(parameter.dtype)
         stepper.step()
         assert parameter.grad is None
-    if (
-        settings.get("masters") != "kahan"
-    ):  # a remainder, itself rounded, may be half a step: then both are near
+    if settings.get("masters") != "kahan":  # its remainder, rounded, may be half a step
         assert torch.equal(parameter.detach(), stepper.weights["w"].to(parameter.dtype))
     return stepper.weights["w"]
 
