@@ -125,7 +125,6 @@ FIELDS: Table = {
     "method.momentum": (0.9, SGD),
     "method.betas": ([0.5, 0.6], {}),
     "method.max_grad_norm": (1e-3, SGD),
-    "method.optimizer_in_backward": (True, {"method.trainable": "full"}),
     "method.masters": ("kahan", {"method.trainable": "full", "model.dtype": "bfloat16"}),
     "method.trainable": ("full", {}),
     "method.lora.rank": (3, {}),
@@ -189,6 +188,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
+    "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),
