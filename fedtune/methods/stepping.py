@@ -88,7 +88,7 @@ class Stepper:
         return [
             *self.optimizers,
             self._masters,
-            self._remainders,
+            {"optimizer": self._remainders},
             dict(self._start),
             dict(self._correction),
         ]
