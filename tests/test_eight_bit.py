@@ -132,7 +132,7 @@ def test_weights_follow_those_of_float32_moments() -> None:
     curvature = torch.logspace(-2, 0, 4096)
     for name, kind in (("float32", torch.optim.AdamW), ("8 bits", AdamW8bit)):
         weight = nn.Parameter(torch.ones(4096))
-        optimizer = kind([weight], lr=0.05, weight_decay=0.0)  # type: ignore[operator]
+        optimizer = kind([weight], lr=0.05, weight_decay=0.0)
         for step in range(100):
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 100)
             weight.grad = curvature * weight.detach()
