@@ -4,10 +4,10 @@ Dettmers, Lewis, Shleifer and Zettlemoyer, "8-bit Optimizers via Block-wise Quan
 moment each block of numbers has a scale, the largest magnitude in it, and each number a byte: which of 256
 fixed numbers in [−1, 1] is nearest to its share of the scale: the paper's dynamic map (`dynamic_map`),
 7 powers of ten, and the more steps between two of them the larger they are. Moments are read, moved and kept
-again in float32, a piece of a tensor at a time, so that beside them some megabytes are needed.
+again in float32, a piece of a tensor at a time, so that some hundred megabytes are the most they take then.
 
-Blocks are of 256 numbers, and tensors of less than 4,096 keep float32 moments, as in the authors'
-bitsandbytes since 0.44. The paper's StableEmbedding layer is left out: the models are trained already.
+Blocks are of 256 numbers, and tensors of less than 4,096 keep float32 moments, as in the authors' library,
+bitsandbytes 0.50. The paper's StableEmbedding layer is left out: the models are trained already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 BLOCK = 256  # numbers that share a scale
 SMALL = 4096  # numbers of a tensor below which its moments stay float32
-PIECE = 2**21  # numbers that are in float32 at a time; a multiple of BLOCK
+PIECE = 2**24  # numbers that are in float32 at a time; a multiple of BLOCK
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -232,7 +232,7 @@ def stochastically(wide: Tensor, dtype: torch.dtype, generator: torch.Generator)
 
     Below the 16 bits that stay a random number of 16 bits is added, and what is then below is cut off, so
     that a number at the share p of the way between two neighbours goes up with probability p. What is
-    bfloat16 already stays, and what is infinite or no number too. Random bits are drawn for 2²¹ numbers at a
+    bfloat16 already stays, and what is infinite or no number too. Random bits are drawn for 2²⁴ numbers at a
     time.
     """
     assert wide.dtype == torch.float32 and dtype == torch.bfloat16
