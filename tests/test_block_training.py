@@ -43,9 +43,9 @@ def small_rate(
     federation.state = federation.method.init(federation.model)
     first = federation.state.weights
 
-    def step(active: ActiveBlock, rate: float, settings: Training) -> None:
+    def step(active: ActiveBlock) -> None:
         change(active.parameters)
-        take_step(active, rate, settings)
+        take_step(active)
 
     take_step = ActiveBlock.step
     with monkeypatch.context() as patch:
@@ -146,7 +146,7 @@ def test_what_powersgd_remembers_counts_as_memory() -> None:
         active = ActiveBlock.begin({"w": parameter}, Training(), powersgd, torch_generator(0))
         meter = MemoryMeter("cpu")
         parameter.grad = torch.arange(48.0).reshape(8, 6)
-        active.step(0.0, Training())
+        active.step()
         with meter.whole(resident=[{"w": parameter}, *active.resident()]):
             pass
         sizes.append(meter.peak_bytes)

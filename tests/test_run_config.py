@@ -127,6 +127,7 @@ FIELDS: Table = {
     "method.momentum": (0.9, SGD),
     "method.betas": ([0.5, 0.6], {}),
     "method.max_grad_norm": (1e-3, SGD),
+    "method.masters": ("kahan", {"method.trainable": "full", "model.dtype": "bfloat16"}),
     "method.trainable": ("full", {}),
     "method.lora.rank": (3, {}),
     "method.lora.alpha": (2.0, {}),
@@ -192,6 +193,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "data.cache",  # test_encoding_cache.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
+    "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),

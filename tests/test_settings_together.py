@@ -19,6 +19,8 @@ ASYNC = {"rounds": 1, "arrival": "asynchronous"}
 STACK = {"aggregation": "stack"}
 FRESH = "aggregation: stack starts fresh factors every round"
 
+BACKWARD = {"optimizer_in_backward": True}
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedavg", {**STACK, "optimizer": "sgd", "control_variates": True}, FRESH),
     ("fedavg", {**STACK, **ASYNC}, FRESH),
@@ -60,6 +62,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedkseed", {"trim": 0.2}, "belongs to trimmed-mean"),
     ("fedkseed", {"aggregation": "trimmed-mean", "groups": 3}, "belongs to median-of-means"),
     ("fedbiot", {"lora": {"dropout": 0.5}}, "dropout is for fedavg"),
+    (
+        "fedavg",
+        {"optimizer": "adamw-8bit", "momentum": 0.5},
+        "momentum belongs to optimizer: sgd; adamw-8bit",
+    ),
+    ("fedavg", {**BACKWARD, "max_grad_norm": 1.0}, "does not go with max_grad_norm: 1.0"),
+    ("badam", {**BACKWARD, "gradient_accumulation": 2}, "does not go with gradient_accumulation: 2"),
+    ("fedbiot", {**BACKWARD, "proximal": 0.1}, "proximal .0.1. adds a penalty"),
+    ("fedcybgd", {**BACKWARD, "powersgd": {}}, "powersgd .* does not go with optimizer_in_backward"),
+    ("fedbavg", {"masters": "kahan", "powersgd": {}}, "powersgd .* does not go with masters: kahan"),
+    ("fedot", {"masters": "stochastic"}, "fedot trains LoRA"),
     ("fedbiot", {"optimizer": "sgd", "betas": [0.9, 0.95]}, "betas belong to optimizer: adamw"),
 ]
 
@@ -85,6 +98,9 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("fedbiot", {"optimizer": "sgd", "momentum": 0.5, "layer_dropout": 0.0}),
     ("fedot", {"alignment": {"steps": 3}}),
     ("badam", {"block_order": "descending", "extra_blocks": ["norm"]}),
+    ("fedbiot", {**BACKWARD, "optimizer": "adamw-8bit"}),
+    ("fedavg", {**BACKWARD, "trainable": "full", "masters": "stochastic", "proximal": 0.1}),
+    ("standalone", {"trainable": "full", "masters": "kahan", "max_grad_norm": 1.0}),
 ]
 
 

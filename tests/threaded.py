@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedbavg": {**LOCAL, "rounds": 2},
     "badam": {**LOCAL, "switch_interval": 1},
     "standalone": {**LOCAL, "lora": {"rank": 2}},
-    "centralized": {**LOCAL, "lora": {"rank": 2}},
+    "centralized": {**LOCAL, "trainable": "full", "optimizer_in_backward": True, "optimizer": "adamw-8bit"},
     "zero-shot": {},
 }
 

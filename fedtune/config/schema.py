@@ -245,6 +245,14 @@ class RunConfig(Settings):
         prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
+        masters = getattr(self.method, "masters", "float32")
+        trains = getattr(self.method, "trainable", "full")
+        if masters != "float32" and (self.model.dtype != "bfloat16" or trains != "full"):
+            raise ValueError(
+                f"method.masters: {masters} is for bfloat16 weights that are trained; model.dtype is "
+                f"{self.model.dtype} and method.trainable {trains}, so that float32 weights are. Set "
+                "model.dtype: bfloat16 and method.trainable: full, or leave it out"
+            )
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         for name in ("secure_aggregation", "privacy"):

@@ -209,6 +209,8 @@ def reference_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
             for length in ("local_epochs", "local_steps"):
                 if settings[length] is not None:
                     settings[length] *= rounds
+            if settings.get("trainable") != "full":  # of what is added to a model the weights are float32
+                del settings["masters"]
         for name in ("standalone", "centralized"):
             if not any(
                 c.config.method_name == name and c.config.model == source.config.model for c in candidates

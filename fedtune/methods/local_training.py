@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import endless_batches, epoch_batches
+from fedtune.errors import InputError
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
+from fedtune.methods.stepping import Stepper
 from fedtune.models.memory_efficient import computed_again
 from fedtune.models.offload import offloaded
 
@@ -27,13 +29,13 @@ class Trained:
     """What a round of local training left behind.
 
     Attributes:
-        weights: The trained parameters by name, float32.
+        weights: The trained parameters by name, float32; those without masters are made when asked for.
         steps: Optimiser steps taken.
         rate_sum: Σ of the learning rates of those steps.
         loss: Mean loss over all trained tokens.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     steps: int
     rate_sum: float
     loss: TokenMean
@@ -55,8 +57,9 @@ def train(
 ) -> Trained:
     """Trains `parameters` of `env.model`, which hold the round's start, on the client's examples.
 
-    A bfloat16 parameter is trained through a float32 master copy: at fine-tuning rates most of its
-    updates are smaller than half a bfloat16 step and would be lost.
+    A bfloat16 parameter is trained through a float32 master copy, or as `settings.masters` says: at
+    fine-tuning rates most of its updates are smaller than half a bfloat16 step and would be lost
+    (stepping.py).
 
     Args:
         env: The client.
@@ -68,12 +71,23 @@ def train(
 
     Raises:
         ClientError: The loss became NaN or infinite.
+        InputError: A penalty, whose gradient comes behind that of the loss, and `optimizer_in_backward`.
     """
+    if penalty is not None and settings.optimizer_in_backward:
+        raise InputError(
+            "method.optimizer_in_backward takes a step from the gradient of the loss alone, and this method "
+            "adds a penalty to it; set it to false"
+        )
     for parameter in parameters.values():
         parameter.grad = None  # a client that failed in mid-step before this one left its gradients behind
-    masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
-    start = {name: master.detach().clone() for name, master in masters.items()} if proximal else {}
-    optimizer = build_optimizer(masters, settings)
+    stepper = Stepper(
+        parameters,
+        settings,
+        seed=env.seed,
+        proximal=proximal,
+        start={n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()} if proximal else {},
+        correction=correction,
+    )
     total_steps = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
@@ -85,21 +99,18 @@ def train(
             if step == total_steps:
                 break
             rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
-            for group_settings in optimizer.param_groups:
-                group_settings["lr"] = rate
             rate_sum += rate
             batches = drawn(env, group)
-            with env.memory.step(
-                batches.size, resident=[env.model, optimizer, masters, start, correction or {}]
-            ):
-                loss.join(add_gradient(env.model, batches, env.device))
+            with env.memory.step(batches.size, resident=[env.model, *stepper.resident()]):
+                with stepper.arriving(rate):
+                    loss.join(add_gradient(env.model, batches, env.device))
                 if not math.isfinite(loss.total):
                     raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
                 if penalty is not None:
                     penalty().backward()
-                take_step(parameters, masters, optimizer, settings, proximal, start, correction or {})
+                stepper.step()
     env.model.eval()
-    return Trained({name: master.detach() for name, master in masters.items()}, total_steps, rate_sum, loss)
+    return Trained(stepper.weights, total_steps, rate_sum, loss)
 
 
 def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:
@@ -114,67 +125,3 @@ def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]
     for _ in range(settings.local_epochs):
         batches = list(epoch_batches(len(env.rows), size, generator, env.lengths))
         yield from (batches[at : at + together] for at in range(0, len(batches), together))
-
-
-def take_step(
-    parameters: Mapping[str, nn.Parameter],
-    masters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    settings: Training,
-    proximal: float,
-    start: Mapping[str, Tensor],
-    correction: Mapping[str, Tensor],
-) -> None:
-    """One step of the optimiser from the gradients in `parameters`, which it takes away.
-
-    Args:
-        parameters: What is trained, with gradients.
-        masters: Float32 copies that the optimiser moves, or the parameters themselves.
-        optimizer: Over `masters`.
-        settings: Clipping and the rest.
-        proximal: μ of FedProx; its term pulls towards `start`.
-        start: The round's weights.
-        correction: What SCAFFOLD adds to each gradient.
-    """
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            master = masters[name]
-            if parameter.grad is None:  # a parameter this batch did not touch still feels the other two terms
-                parameter.grad = torch.zeros_like(parameter)
-            if master is not parameter:
-                master.grad, parameter.grad = parameter.grad.to(torch.float32), None
-            assert master.grad is not None
-            if proximal:
-                master.grad.add_(master - start[name], alpha=proximal)
-            if name in correction:
-                master.grad.add_(correction[name].to(master.device))
-        if settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(masters.values()), settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for name, parameter in parameters.items():
-            if masters[name] is not parameter:
-                parameter.copy_(masters[name])
-
-
-def float32_master(parameter: nn.Parameter) -> Tensor:
-    """What the optimiser changes: the parameter itself, or a float32 copy of one that is narrower."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    return parameter.detach().to(torch.float32).requires_grad_()
-
-
-def build_optimizer(masters: Mapping[str, Tensor], settings: Training) -> torch.optim.Optimizer:
-    """The optimiser of the settings, at their first rate."""
-    parameters = list(masters.values())
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
-        fused=True,  # one kernel a tensor on CPUs too: a small model's step is otherwise mostly Python
-    )

@@ -18,6 +18,8 @@ Checkpointing = Annotated[
     Literal["auto", "none", "full"] | Annotated[int, Field(ge=1)], BeforeValidator(_words)
 ]
 
+Masters = Literal["float32", "kahan", "stochastic"]
+
 
 class Training(Settings):
     """How a client trains within one round."""
@@ -26,13 +28,15 @@ class Training(Settings):
     local_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
     gradient_accumulation: int = Field(1, ge=1)  # batches a step, whose loss is the mean over their tokens
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
     lr: float = Field(3e-4, gt=0)
     lr_schedule: Literal["linear", "constant"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw, adamw-8bit
     max_grad_norm: float | None = Field(None, gt=0)
+    optimizer_in_backward: bool = False  # a weight moves as soon as its gradient is there, which then goes
+    masters: Masters = "float32"  # what a step moves in the place of bfloat16 weights, see fedavg.md
     gradient_checkpointing: Checkpointing = "auto"  # activations computed again: none, all, each N-th block's
     offload_params: Literal["none", "disk"] = "none"  # where frozen weights of blocks are, but while in use
 
@@ -51,12 +55,22 @@ class Training(Settings):
     def _consistent(self) -> Self:
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError("local_epochs and local_steps are both set; keep the one that is meant")
-        if self.optimizer == "adamw" and self.momentum:
-            raise ValueError("momentum belongs to optimizer: sgd; adamw takes betas")
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError(f"momentum belongs to optimizer: sgd; {self.optimizer} takes betas")
         if self.optimizer == "sgd" and self.betas != [0.9, 0.999]:
             raise ValueError("betas belong to optimizer: adamw; sgd takes momentum")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.optimizer_in_backward and (self.max_grad_norm is not None or self.gradient_accumulation > 1):
+            together = (
+                f"max_grad_norm: {self.max_grad_norm}, which is of all gradients together"
+                if self.max_grad_norm is not None
+                else f"gradient_accumulation: {self.gradient_accumulation}, which adds gradients up"
+            )
+            raise ValueError(
+                "optimizer_in_backward takes each weight's step before the other gradients are there; it "
+                f"does not go with {together}. Leave one of the two out"
+            )
         return self
 
     def steps(self, examples: int) -> int:

@@ -100,8 +100,8 @@ def client_step(
     if "block_order" in type(config).model_fields:
         blocks = len(find_blocks(model).modules)
     found, costs = [], []
-    for case in _cases(config, blocks, cohort, together):
-        probe, meter = copy(method), PartsMeter(repeats=steps is None or steps > 1)
+    for case in _cases(config, blocks, cohort, together, steps):
+        probe, meter = copy(method), PartsMeter(repeats=_repeats(config) and (steps is None or steps > 1))
         probe.config = settings = case.settings
         if blocks and not method.sends_model:
             model.requires_grad_(False)  # an earlier case may have left a part that this one does not train
@@ -250,10 +250,23 @@ class _Case:
     in_run: bool = True
 
 
-def _cases(config: Any, blocks: int, cohort: Cohort, together: int) -> list[_Case]:
+def _repeats(config: Any) -> bool:
+    """Whether a second local step needs what the first does and, from its beginning, what that left behind.
+
+    Where weights move one by one the optimiser's state grows while something else goes, so that the second
+    step has to be taken; and what reads a narrow state needs room beside all of it.
+    """
+    plain = (
+        getattr(config, "masters", "float32") == "float32"
+        and getattr(config, "optimizer", "") != "adamw-8bit"
+    )
+    return plain and not getattr(config, "optimizer_in_backward", False)
+
+
+def _cases(config: Any, blocks: int, cohort: Cohort, together: int, most: int | None) -> list[_Case]:
     """The steps that may need most; where blocks train in turn, from the lowest block's to the highest's."""
     few: dict[str, Any] = {"gradient_accumulation": min(STEPS, together)}
-    few |= {"local_steps": 1, "local_epochs": None}
+    few |= {"local_steps": 1 if _repeats(config) else min(STEPS, most or STEPS), "local_epochs": None}
     fields = type(config).model_fields
     if "block_order" not in fields:
         return [_Case(config.model_copy(update=few))]

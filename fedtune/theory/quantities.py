@@ -120,6 +120,11 @@ def schemes(config: Settings) -> tuple[Config, Config]:
             "the one-shot theory has plain local steps (Eq. 3), and control variates correct them; "
             "set method.control_variates: false"
         )
+    if config.masters != "float32":
+        raise InputError(
+            f"the one-shot theory follows float32 weights, and method.masters: {config.masters} keeps none; "
+            "set it to float32"
+        )
     rounds, epochs, steps = config.rounds, config.local_epochs, config.local_steps
     if rounds == 1 and epochs is not None and epochs > 1:
         rounds, epochs = epochs, 1

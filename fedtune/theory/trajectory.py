@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
-from fedtune.methods.local_training import build_optimizer, take_step
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import StepBatches, add_gradient
+from fedtune.methods.stepping import Stepper
 
 Weights = Mapping[str, Tensor]
 
@@ -53,9 +53,14 @@ class Trajectory:
             name: nn.Parameter(w.to(device, torch.float32, copy=True)) for name, w in start.items()
         }
         self.taken = 0
-        self._settings, self._total, self._proximal = settings, total_steps, proximal
-        self._start = {n: w.detach().clone() for n, w in self.weights.items()} if proximal else {}
-        self._optimizer = build_optimizer(self.weights, settings)
+        self._settings, self._total = settings, total_steps
+        self._stepper = Stepper(
+            self.weights,
+            settings.model_copy(update={"optimizer_in_backward": False}),  # the same bits, from all gradients
+            proximal=proximal,
+            start={n: w.detach().clone() for n, w in self.weights.items()} if proximal else {},
+        )
+        (self._optimizer,) = self._stepper.optimizers
 
     @property
     def rate(self) -> float:
@@ -65,13 +70,10 @@ class Trajectory:
 
     def step(self, gradient: Weights) -> None:
         """One optimiser step with the loss's gradient, which is used up."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.rate
-        for name, weight in self.weights.items():
-            weight.grad = gradient[name]
-        take_step(
-            self.weights, self.weights, self._optimizer, self._settings, self._proximal, self._start, {}
-        )
+        with self._stepper.arriving(self.rate):
+            for name, weight in self.weights.items():
+                weight.grad = gradient[name]
+        self._stepper.step()
         self.taken += 1
 
     def save(self, path: Path, beside: Mapping[str, Weights]) -> None:

@@ -162,16 +162,18 @@ class FedAvg:
                 proximal=self.config.proximal,
                 correction={name: c - own[name] for name, c in control.items()},
             )
-        # the start as float32 is what the masters began from: bfloat16 weights widen without loss
-        deltas = {name: w.cpu() - start[name].to(torch.float32) for name, w in trained.weights.items()}
+
+        def delta(name: str) -> Tensor:  # from the start as float32: bfloat16 weights widen without loss
+            return trained.weights[name].cpu() - start[name].to(torch.float32)
+
         up: dict[str, Tensor] = {}
         for name, received in weights.items():
-            whole = trained.weights[name].cpu() if self._sends_factor(name) else deltas[name]
+            whole = trained.weights[name].cpu() if self._sends_factor(name) else delta(name)
             up[name] = _cut_like(whole, received).to(received.dtype)
         if not control:
             return ClientResult(Payload(up), trained.metrics)
         renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
-            name: own[name] - c - deltas[name] / trained.rate_sum for name, c in control.items()
+            name: own[name] - c - delta(name) / trained.rate_sum for name, c in control.items()
         }
         up |= {CONTROL + name: renewed[name] - own[name] for name in renewed}
         return ClientResult(Payload(up), trained.metrics, state=Payload(renewed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,6 +61,20 @@ class Config(Training):
         if values.get("optimizer") == "sgd":
             values = {"betas": [0.9, 0.999], **values}
         return values
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.masters != "float32":
+            raise ValueError(
+                f"masters: {self.masters} is for bfloat16 weights that are trained; {self.name} trains LoRA, "
+                "which is float32; leave it out"
+            )
+        if self.optimizer_in_backward and self.proximal:
+            raise ValueError(
+                "optimizer_in_backward takes a step from the gradient of the loss alone, and proximal "
+                f"({self.proximal}) adds a penalty of all factors to it; leave one of the two out"
+            )
+        return self
 
     @field_validator("lora")
     @classmethod

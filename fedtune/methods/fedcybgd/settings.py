@@ -55,6 +55,12 @@ class Config(InBlocks, Training):
             )
         if self.lora and self.lora.client_ranks:
             raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        if self.powersgd and (self.optimizer_in_backward or self.masters != "float32"):
+            with_ = "optimizer_in_backward" if self.optimizer_in_backward else f"masters: {self.masters}"
+            raise ValueError(
+                f"powersgd filters a block's gradients together, in float32; it does not go with {with_}. "
+                "Leave one of the two out"
+            )
         return self
 
 

@@ -1,6 +1,6 @@
 """Local training of one block at a time, as FedCyBGD and BAdam do it.
 
-Only the active block has gradients, a float32 master and optimiser state, and all three end with it. Blocks
+Only the active block has gradients, a master and optimiser state, and all three end with it. Blocks
 before it run without a graph, since nothing in them asks for gradients; what the step needs besides is kept
 low by `models/memory_efficient.py`. The learning rate's schedule spans all steps,
 whichever blocks they fall on.
@@ -14,15 +14,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.measure.memory import Resident
 from fedtune.methods.fedcybgd.powersgd import GradientFilter
 from fedtune.methods.fedcybgd.settings import PowerSGD
-from fedtune.methods.local_training import Trained, build_optimizer, float32_master, step_batches
+from fedtune.methods.local_training import Trained, step_batches
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
+from fedtune.methods.stepping import Stepper
 from fedtune.models.memory_efficient import memory_efficient
 from fedtune.models.offload import offloaded
 
@@ -68,24 +69,28 @@ def train_blocks(
                         others.close()
                         active.end()
                     active = ActiveBlock.begin(
-                        next(blocks), settings, powersgd, env.generator("powersgd", step)
+                        next(blocks),
+                        settings,
+                        powersgd,
+                        env.generator("powersgd", step),
+                        env.derive_seed("block", step),
                     )
                     others.enter_context(offloaded(env.model, settings.offload_params))
                 rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
                 rate_sum += rate
                 batches = drawn(env, group)
                 with env.memory.step(batches.size, resident=[env.model, *active.resident(), *resident]):
-                    loss.join(add_gradient(env.model, batches, env.device))
+                    with active.stepper.arriving(rate):
+                        loss.join(add_gradient(env.model, batches, env.device))
                     if not math.isfinite(loss.total):
                         raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
-                    active.step(rate, settings)
+                    active.step()
     finally:
         env.model.eval()
         if active is not None:
             active.end()
     assert active is not None  # a client has at least one example, hence one step
-    weights = {name: master.detach() for name, master in active.masters.items()}
-    return Trained(weights, total, rate_sum, loss)
+    return Trained(active.stepper.weights, total, rate_sum, loss)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ class ActiveBlock:
     """The block that is trained just now."""
 
     parameters: Mapping[str, nn.Parameter]
-    masters: Mapping[str, Tensor]
-    optimizer: torch.optim.Optimizer
+    stepper: Stepper
     filter: GradientFilter | None
 
     @staticmethod
@@ -103,36 +107,31 @@ class ActiveBlock:
         settings: Training,
         powersgd: PowerSGD | None,
         generator: torch.Generator,
+        seed: int = 0,
     ) -> ActiveBlock:
-        """A block whose gradients are on, with its masters and a new optimiser."""
+        """A block whose gradients are on, with its masters and a new optimiser.
+
+        Args:
+            parameters: The block's, by name.
+            settings: As in `train_blocks`.
+            powersgd: As in `train_blocks`.
+            generator: Draws what PowerSGD begins with.
+            seed: Where random rounding begins.
+        """
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
-        masters = {name: float32_master(parameter) for name, parameter in parameters.items()}
         filter = GradientFilter(powersgd, generator) if powersgd else None
-        return ActiveBlock(parameters, masters, build_optimizer(masters, settings), filter)
+        stepper = Stepper(parameters, settings, seed=seed, filter=filter.step if filter else None)
+        return ActiveBlock(parameters, stepper, filter)
 
     def resident(self) -> list[Resident]:
         """What is in memory beside the model."""
-        return [self.optimizer, dict(self.masters), dict(self.filter.memory) if self.filter else {}]
+        return [*self.stepper.resident(), dict(self.filter.memory) if self.filter else {}]
 
-    def step(self, rate: float, settings: Training) -> None:
+    def step(self) -> None:
         """One step of the optimiser with the gradients that are there, which it clears."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter and parameter.grad is not None:
-                self.masters[name].grad, parameter.grad = parameter.grad.to(torch.float32), None
-        if settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.masters.values()), settings.max_grad_norm)
-        if self.filter is not None:
-            self.filter.step(self.masters)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+        self.stepper.step()
 
     def end(self) -> None:
         """Turns the block's gradients off."""
