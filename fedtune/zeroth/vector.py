@@ -139,6 +139,11 @@ def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> list
         at = (builder.add(index, ir.Constant(_I64, n)) for n in (0, 16))
         return [builder.load(_pointer(context, builder, kind, array, i, _FLOATS), align=4) for i in at]
     both = builder.load(_pointer(context, builder, kind, array, index, _HALVES), align=2)
+    if kind.dtype == types.uint16 and HAS_PERMUTE:  # an instruction a register: bits above zeros
+        zeros = _constant(_HALVES, 0)
+        orders = ([32 if i % 2 == 0 else n + i // 2 for i in range(32)] for n in (0, 16))
+        order = [ir.Constant(_HALVES, order) for order in orders]
+        return [builder.bitcast(builder.call(_permute_pair(builder), [both, o, zeros]), _FLOATS) for o in order]
     parts = (_shuffled(builder, both, both, range(n, n + 16)) for n in (0, 16))
     return [_widened(builder, kind.dtype, part) for part in parts]
 
@@ -150,8 +155,13 @@ def _write(context: Any, builder: Any, kind: Any, array: Any, index: Any, values
             at = builder.add(index, ir.Constant(_I64, n))
             builder.store(value, _pointer(context, builder, kind, array, at, _FLOATS), align=4)
         return
-    one, two = (_narrowed(builder, kind.dtype, value) for value in values)
     pointer = _pointer(context, builder, kind, array, index, _HALVES)
+    if kind.dtype == types.uint16 and HAS_PERMUTE:
+        one, two = (builder.bitcast(_bfloat16(builder, value), _HALVES) for value in values)
+        upper = ir.Constant(_HALVES, list(range(1, 64, 2)))
+        builder.store(builder.call(_permute_pair(builder), [one, upper, two]), pointer, align=2)
+        return
+    one, two = (_narrowed(builder, kind.dtype, value) for value in values)
     builder.store(_shuffled(builder, one, two, range(32)), pointer, align=2)
 
 
@@ -178,15 +188,21 @@ def _widened(builder: Any, dtype: Any, bits: Any) -> Any:
 
 def _narrowed(builder: Any, dtype: Any, value: Any) -> Any:
     """The same back: to the nearest, ties to even, and any NaN as 0x7FC0 (bfloat16) or 0x7E00 (float16)."""
-    nan, wide, narrow = builder.fcmp_unordered("uno", value, value), _like(value, _I32), _like(value, _I16)
+    narrow = _like(value, _I16)
     if dtype == types.int16:
+        nan = builder.fcmp_unordered("uno", value, value)
         bits = builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), narrow)
         return builder.select(nan, _all(narrow, 0x7E00), bits)
+    return builder.trunc(builder.lshr(_bfloat16(builder, value), _all(_like(value, _I32), 16)), narrow)
+
+
+def _bfloat16(builder: Any, value: Any) -> Any:
+    """The bits of bfloat16 in the upper half of each of float32, and anything in the lower."""
+    nan, wide = builder.fcmp_unordered("uno", value, value), _like(value, _I32)
     bits = builder.bitcast(value, wide)
     odd = builder.and_(builder.lshr(bits, _all(wide, 16)), _all(wide, 1))
     bits = builder.add(bits, builder.add(odd, _all(wide, 0x7FFF)))
-    bits = builder.select(nan, _all(wide, 0x7FC00000), bits)
-    return builder.trunc(builder.lshr(bits, _all(wide, 16)), narrow)
+    return builder.select(nan, _all(wide, 0x7FC00000), bits)
 
 
 @_intrinsic
