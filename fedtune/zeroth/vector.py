@@ -143,7 +143,9 @@ def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> list
         zeros = _constant(_HALVES, 0)
         orders = ([32 if i % 2 == 0 else n + i // 2 for i in range(32)] for n in (0, 16))
         order = [ir.Constant(_HALVES, order) for order in orders]
-        return [builder.bitcast(builder.call(_permute_pair(builder), [both, o, zeros]), _FLOATS) for o in order]
+        return [
+            builder.bitcast(builder.call(_permute_pair(builder), [both, o, zeros]), _FLOATS) for o in order
+        ]
     parts = (_shuffled(builder, both, both, range(n, n + 16)) for n in (0, 16))
     return [_widened(builder, kind.dtype, part) for part in parts]
 
