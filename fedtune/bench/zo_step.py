@@ -3,10 +3,10 @@
 A random Llama of about 110 M parameters, a wider one of about 260 M, and one sequence of 256 tokens. A step
 in half precision is held against forward passes of the same model in the same dtype. The reference step is
 the one of the papers' code: four passes of noise from PyTorch's generator over the weights (+ε, −2ε, +ε,
-update). A step of full fine-tuning and of LoRA with AdamW on the same batch stand beside it. Each step is timed in turn with
-two forward passes, several times, and the ratio is the median of the pairs: a machine's speed drifts. Where
-other programs take turns with this one, the CPU seconds of one thread are what to compare.
-`fedtune bench memory` compares their memory.
+update). A step of full fine-tuning and of LoRA with AdamW on the same batch stand beside it. Each step is
+timed in turn with two forward passes, several times, and the ratio is the median of the pairs: a machine's
+speed drifts. Where other programs take turns with this one, the CPU seconds of one thread are what to
+compare. `fedtune bench memory` compares their memory.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _TILES = 16  # of the independent kinds at a time: the integer sums of 16 tiles stay in the second cache
 _CHUNK = 1 << 20  # elements of hadamard4 that a thread takes at a time
-# Numba has neither half precision: the kernels take their bits, and tell them apart by these types.
+# The kernels take the bits of half precision, which Numba does not have, and tell them apart by these types.
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 

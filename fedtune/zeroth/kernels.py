@@ -1,4 +1,6 @@
-"""Numba kernels: out[i] = base[i] + Δ[first + i] for float32 arrays, over a range of whole tiles or blocks.
+"""Numba kernels: out[i] = cast(float32(base[i]) + Δ[first + i]) over a range of whole tiles or blocks.
+
+`out` and `base` hold float32, or the bits of bfloat16 as uint16, or the bits of float16 as int16.
 
 Nothing is compiled on import; the first call of a kernel compiles it, and Numba's cache keeps the result
 where there is a place to write. A kernel holds no lock (`nogil`) and writes only to its own range, so

@@ -1,8 +1,9 @@
-"""Four operations that Numba's compiler does not find by itself, as LLVM vector instructions.
+"""Operations that Numba's compiler does not find by itself, as LLVM vector instructions.
 
-`add_signed` and `popcount` are plain LLVM and run on any processor; `add_looked_up` and `add_permuted` need
-AVX-512's permutations and are used only where `HAS_PERMUTE` is true. Floats are never multiplied, and they
-are added exactly as written, in the order written.
+`add_looked_up` and `add_permuted` need AVX-512's permutations and are used only where `HAS_PERMUTE` is true;
+the others are plain LLVM and run on any processor. Arrays of weights hold float32, or the bits of bfloat16 as
+uint16, or those of float16 as int16, for Numba has neither: the type says which. Floats are multiplied by
+powers of two at most, and they are added exactly as written, in the order written.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from fedtune.zeroth import reference
 _intrinsic: Any = extending.intrinsic  # its own type takes the first argument for one of the caller's
 
 # Who sets NUMBA_CPU_NAME (a cache shared by unlike machines, say) gets the kernels that run anywhere.
-HAS_PERMUTE = getattr(config, "CPU_NAME", None) is None and bool(
-    llvmlite.binding.get_host_cpu_features().get("avx512bw")
-)
+_ANY = getattr(config, "CPU_NAME", None) is not None
+HAS_PERMUTE = not _ANY and bool(llvmlite.binding.get_host_cpu_features().get("avx512bw"))
+# Elsewhere LLVM would call a function of the C library's, which Numba does not link.
+HAS_FLOAT16 = not _ANY and bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 _AHEAD = 1024  # elements: far enough for memory, near enough for the first cache
 _BYTE = ir.IntType(8)
@@ -142,10 +144,8 @@ def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> list
     if kind.dtype == types.uint16 and HAS_PERMUTE:  # an instruction a register: bits above zeros
         zeros = _constant(_HALVES, 0)
         orders = ([32 if i % 2 == 0 else n + i // 2 for i in range(32)] for n in (0, 16))
-        order = [ir.Constant(_HALVES, order) for order in orders]
-        return [
-            builder.bitcast(builder.call(_permute_pair(builder), [both, o, zeros]), _FLOATS) for o in order
-        ]
+        two = (builder.call(_permute_pair(builder), [both, ir.Constant(_HALVES, o), zeros]) for o in orders)
+        return [builder.bitcast(one, _FLOATS) for one in two]
     parts = (_shuffled(builder, both, both, range(n, n + 16)) for n in (0, 16))
     return [_widened(builder, kind.dtype, part) for part in parts]
 
@@ -176,15 +176,24 @@ def _like(value: Any, element: Any) -> Any:
     return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
 
 
-def _all(kind: Any, value: int) -> Any:
+def _all(kind: Any, value: float) -> Any:
     return _constant(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
 
 
 def _widened(builder: Any, dtype: Any, bits: Any) -> Any:
     """Bits of bfloat16 (uint16) or float16 (int16), one or many, as float32."""
-    if dtype == types.int16:
-        return builder.fpext(builder.bitcast(bits, _like(bits, ir.HalfType())), _like(bits, ir.FloatType()))
     wide = _like(bits, _I32)
+    if dtype == types.int16 and HAS_FLOAT16:
+        return builder.fpext(builder.bitcast(bits, _like(bits, ir.HalfType())), _like(bits, ir.FloatType()))
+    if dtype == types.int16:
+        bits = builder.zext(bits, wide)
+        size = builder.shl(builder.and_(bits, _all(wide, 0x7FFF)), _all(wide, 13))
+        size = builder.bitcast(size, _like(bits, ir.FloatType()))
+        size = builder.bitcast(builder.fmul(size, _all(size.type, 2.0**112)), wide)  # exponents' difference
+        special = builder.icmp_unsigned(">=", size, _all(wide, 0x47800000))  # 2^16
+        size = builder.select(special, builder.or_(size, _all(wide, 0x7F800000)), size)
+        sign = builder.shl(builder.and_(bits, _all(wide, 0x8000)), _all(wide, 16))
+        return builder.bitcast(builder.or_(size, sign), _like(bits, ir.FloatType()))
     return builder.bitcast(builder.shl(builder.zext(bits, wide), _all(wide, 16)), _like(bits, ir.FloatType()))
 
 
@@ -193,9 +202,28 @@ def _narrowed(builder: Any, dtype: Any, value: Any) -> Any:
     narrow = _like(value, _I16)
     if dtype == types.int16:
         nan = builder.fcmp_unordered("uno", value, value)
-        bits = builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), narrow)
+        if HAS_FLOAT16:
+            bits = builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), narrow)
+        else:
+            bits = builder.trunc(_float16(builder, value), narrow)
         return builder.select(nan, _all(narrow, 0x7E00), bits)
     return builder.trunc(builder.lshr(_bfloat16(builder, value), _all(_like(value, _I32), 16)), narrow)
+
+
+def _float16(builder: Any, value: Any) -> Any:
+    """The bits of float16 as integers of 32 bits, for anything but a NaN."""
+    wide = _like(value, _I32)
+    bits = builder.bitcast(value, wide)
+    size = builder.and_(bits, _all(wide, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, _all(wide, 13)), _all(wide, 1))
+    normal = builder.add(builder.add(size, odd), _all(wide, 0xC8000FFF))  # exponent − 112; half a unit
+    normal = builder.lshr(normal, _all(wide, 13))
+    half = builder.fadd(builder.bitcast(size, value.type), _all(value.type, 0.5))  # its unit is theirs: 2^-24
+    small = builder.sub(builder.bitcast(half, wide), _all(wide, 0x3F000000))
+    result = builder.select(builder.icmp_unsigned("<", size, _all(wide, 0x38800000)), small, normal)
+    large = builder.icmp_unsigned(">=", size, _all(wide, 0x47800000))
+    result = builder.select(large, _all(wide, 0x7C00), result)
+    return builder.or_(result, builder.and_(builder.lshr(bits, _all(wide, 16)), _all(wide, 0x8000)))
 
 
 def _bfloat16(builder: Any, value: Any) -> Any:
@@ -280,7 +308,7 @@ def _folded(builder: Any, x: Any) -> Any:
     return builder.xor(x, builder.lshr(x, _constant(_QUADS, 32)))
 
 
-def _constant(vector: Any, value: int) -> Any:
+def _constant(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 
 
