@@ -49,7 +49,9 @@ def measure(
     rows = []
     for width, depth in ((hidden, layers), *([wide] if wide else [])):
         for dtype in dtypes:
-            model, plain = (random_llama(width, depth).to(dtype) for _ in range(2))
+            model, plain = random_llama(width, depth), random_llama(width, depth)
+            for each in (model, plain):
+                nn.Module.to(each, dtype)
             rows += _zeroth(train_all(model), plain)
     model, batch, plain = random_llama(hidden, layers), random_batch(), random_llama(hidden, layers)
 
