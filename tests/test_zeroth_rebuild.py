@@ -408,8 +408,8 @@ def test_the_benchmark_compares_every_kind_with_the_loop_and_the_plain_pass():
     assert torch.get_num_threads() == before
     assert torch.equal(torch.get_rng_state(), state)
     small = [row for row in rows if row["parameters"] == 8192]
-    assert len(small) == 2 * (1 + 2 * (2 + len(KINDS)))
-    assert len(rows) - len(small) == 1 + 2 + len(KINDS)
+    assert len(small) == 2 * (1 + 2 * (2 + len(KINDS)) + 4)  # and two rows each of bfloat16 and float16
+    assert len(rows) - len(small) == 1 + 2 + len(KINDS) + 4
     assert all((row["K"] or 8, row["threads"]) == (8, 2) for row in rows if row["parameters"] == 16_384)
     assert all(row["seconds"] > 0 for row in rows)
     assert {row["case"] for row in rows} >= {"w += 1", "hadamard4", "gaussian (one tensor of 2, scaled)"}
@@ -418,10 +418,15 @@ def test_the_benchmark_compares_every_kind_with_the_loop_and_the_plain_pass():
         assert ratios[f"seconds: {name} / rademacher, K = 8, 1 thread"] == pytest.approx(
             by_case[name, 1] / by_case["rademacher", 1]
         )
+    for dtype in ("bfloat16", "float16"):
+        assert ratios[f"seconds: hadamard4 / w += 1, {dtype}, K = 8, 2 threads"] == pytest.approx(
+            by_case[f"hadamard4, {dtype}", 2] / by_case[f"w += 1, {dtype}", 2]
+        )
     assert ratios["seconds: hadamard4 / w += 1, K = 8, 2 threads"] == pytest.approx(
         by_case["hadamard4", 2] / by_case["w += 1", 2]
     )
-    assert len(ratios) == 2 * 3 * (2 * len(KINDS) + 1)  # by K: both clocks, and one with 2 threads
+    # By K: both clocks, and one with 2 threads; in half precision with the last K alone.
+    assert len(ratios) == 2 * 3 * (2 * len(KINDS) + 1) + 2 * 3
     cpu = {(row["case"], row["threads"]): row["CPU seconds"] for row in small if row["K"] != 4}
     assert ratios["CPU seconds: hadamard4 / w += 1, K = 8, 1 thread"] == pytest.approx(
         cpu["hadamard4", 1] / cpu["w += 1", 1]

@@ -81,7 +81,7 @@ def benches(folder: Path) -> dict[str, int]:
         if case.startswith("FedCyBGD"):
             client_steps.write_order(client_steps.TINY, case, folder)
         rows.setdefault("client-steps", []).append(client_steps.measure_case(client_steps.TINY, case, folder))
-    rows["zo-step"] = zo_step.measure(64, 2)[0]
+    rows["zo-step"] = zo_step.measure(64, 2, wide=None)[0]
     rows["proximal"] = proximal.measure(64, 2)[0]
     rows["emulator"] = emulator.measure(64, 10, 1)[0]
     rows["synchronize"] = synchronize.measure(1 << 16, 64, (1,))[0]

@@ -5,7 +5,8 @@ seed `torch.manual_seed`, then for each tensor z = torch.normal(0, 1) and w.data
 "In place" is the same with `add_(z, alpha=…)`, which spares two passes and two buffers. Both would take
 hours, so they are timed on a few seeds and scaled to K; `gaussian` and `binomial32`, whose cost follows the
 number of elements, are timed on one tensor and scaled to all. The names of the cases say so. `w += 1` reads
-and writes the same memory and does nothing else.
+and writes the same memory and does nothing else. `hadamard4` is measured in bfloat16 and float16 too, each
+against `w += 1` of the same dtype.
 
 Seconds are those of the clock. Where other programs take turns with this one, the CPU seconds of one thread
 are what to compare.
@@ -110,6 +111,17 @@ def _measure(
                         ratios[f"{unit}: {name} / {kind}, {with_threads}"] = ratio
                     if kind == "hadamard4":
                         ratios[f"{unit}: hadamard4 / w += 1, {with_threads}"] = cost[clock] / one_pass[clock]
+        for dtype in (torch.bfloat16, torch.float16):
+            called = str(dtype).removeprefix("torch.")
+            halves = {name: w.to(dtype) for name, w in weights.items()}
+            one_pass = _best(lambda halves=halves: _plain_pass(halves), 5)  # type: ignore[misc]
+            row(f"w += 1, {called}", None, count, one_pass)
+            cost = _rebuild(SeedPool(1, seeds[-1], "hadamard4"), halves, count)
+            row(f"hadamard4, {called}", seeds[-1], count, cost)
+            with_threads = f"K = {seeds[-1]}, {count} thread{'s' if count > 1 else ''}"
+            for clock, unit in enumerate(("seconds", "CPU seconds") if count == 1 else ("seconds",)):
+                ratio = cost[clock] / one_pass[clock]
+                ratios[f"{unit}: hadamard4 / w += 1, {called}, {with_threads}"] = ratio
 
 
 def _best(action: Callable[[], None], times: int) -> Cost:
@@ -147,7 +159,7 @@ def _plain_pass(weights: Weights) -> None:
 
 def _rebuild(pool: SeedPool, weights: Weights, threads: int) -> Cost:
     a = np.random.default_rng(0).normal(scale=1e-6, size=pool.size)
-    small = {"small": torch.zeros(1)}
+    small = {"small": torch.zeros(1, dtype=next(iter(weights.values())).dtype)}
     rebuild_all_(small, small, pool, a)  # compiles
     times = 5 if pool.noise == "hadamard4" else 2
     return _best(lambda: rebuild_all_(weights, weights, pool, a, threads=threads), times)

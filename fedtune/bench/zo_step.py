@@ -1,10 +1,12 @@
-"""One zeroth-order step: its time against its two forward passes.
+"""One zeroth-order step: its time against its two forward passes, by dtype.
 
-A random Llama of about 110 M parameters and one sequence of 256 tokens. The reference step is the one of
-the papers' code: four passes of noise from PyTorch's generator over the weights (+ε, −2ε, +ε, update). A step
-of full fine-tuning and of LoRA with AdamW on the same batch stand beside it. Each step is timed in turn with
-two forward passes, several times, and the ratio is the median of the pairs: a machine's speed drifts.
-`fedtune bench memory` compares their memory.
+A random Llama of about 110 M parameters, a wider one of about 260 M, and one sequence of 256 tokens. A step
+in half precision is held against forward passes of the same model in the same dtype. The reference step is
+the one of the papers' code: four passes of noise from PyTorch's generator over the weights (+ε, −2ε, +ε,
+update). A step of full fine-tuning and of LoRA with AdamW on the same batch stand beside it. Each step is
+timed in turn with two forward passes, several times, and the ratio is the median of the pairs: a machine's
+speed drifts. Where other programs take turns with this one, the CPU seconds of one thread are what to
+compare. `fedtune bench memory` compares their memory.
 """
 
 from __future__ import annotations
@@ -21,33 +23,72 @@ from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llam
 from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.tuning import attach_lora, train_all, trainable
 from fedtune.zeroth import SeedPool
+from fedtune.zeroth.pool import Noise
 
 REPEATS = 7
+WIDE = 2048, 4  # width and layers
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 EPSILON, LR, SEEDS = 1e-3, 1e-6, 4096
 
 
-def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of each kind of step, and ratios of its seconds to those of two forward passes."""
-    model, batch = random_llama(hidden, layers), random_batch()
-    plain = random_llama(hidden, layers)
+def measure(
+    hidden: int = HIDDEN,
+    layers: int = LAYERS,
+    *,
+    wide: tuple[int, int] | None = WIDE,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of each kind of step, and ratios of its seconds to those of two forward passes.
+
+    Args:
+        hidden: Width of the model that every kind of step is measured on.
+        layers: Its layers.
+        wide: Width and layers of a second one, for FedKSeed's steps alone; None leaves it out.
+        dtypes: In which FedKSeed's steps are measured.
+    """
+    rows = []
+    for width, depth in ((hidden, layers), *([wide] if wide else [])):
+        for dtype in dtypes:
+            model, plain = random_llama(width, depth), random_llama(width, depth)
+            for each in (model, plain):
+                nn.Module.to(each, dtype)
+            rows += _zeroth(train_all(model), plain)
+    model, batch, plain = random_llama(hidden, layers), random_batch(), random_llama(hidden, layers)
 
     def twice() -> None:
         _forward(plain, batch, 2)
 
-    rows = [_row("two forward passes", twice, twice)]
-    for noise in ("hadamard4", "rademacher"):
-        with step_weights(train_all(model), SeedPool(0, SEEDS, noise), torch.zeros(SEEDS), LR) as weights:
+    rows.append(_row("reference step, torch.normal", plain, _reference(train_all(model), batch), twice))
+    rows.append(_row("full fine-tuning, AdamW", plain, _trained(model, batch), twice))
+    lora = attach_lora(random_llama(hidden, layers), rank=16, alpha=32.0, dropout=0.0, targets=None, seed=0)
+    rows.append(_row("LoRA, AdamW", plain, _trained(lora, batch), twice))
+    ratios = {}
+    for row in rows:
+        of = f"{row['case']} / two forward passes, {row['parameters']:,} parameters, {row['dtype']}"
+        ratios[f"seconds: {of}"], ratios[f"CPU seconds: {of}"] = row.pop("ratios")
+    return rows, ratios
+
+
+def _zeroth(model: nn.Module, plain: nn.Module) -> list[dict[str, Any]]:
+    """Two forward passes, and FedKSeed's steps of the same shape and dtype."""
+    batch = random_batch()
+
+    def twice() -> None:
+        _forward(plain, batch, 2)
+
+    rows = [_row("two forward passes", plain, twice, twice)]
+    # In half precision a step takes the sum over other noise in every pass: minutes.
+    half = next(model.parameters()).dtype != torch.float32
+    kinds: tuple[Noise, ...] = ("hadamard4",) if half else ("hadamard4", "rademacher")
+    for noise in kinds:
+        with step_weights(model, SeedPool(0, SEEDS, noise), torch.zeros(SEEDS), LR) as weights:
 
             def step(weights: Any = weights) -> None:
                 plus, minus = weights.loss(batch, 7, EPSILON), weights.loss(batch, 7, -EPSILON)
                 weights.update([(7, (plus - minus) / (2 * EPSILON))])
 
-            rows.append(_row(f"FedKSeed step, {noise}", step, twice))
-    rows.append(_row("reference step, torch.normal", _reference(model, batch), twice))
-    rows.append(_row("full fine-tuning, AdamW", _trained(train_all(model), batch), twice))
-    lora = attach_lora(random_llama(hidden, layers), rank=16, alpha=32.0, dropout=0.0, targets=None, seed=0)
-    rows.append(_row("LoRA, AdamW", _trained(lora, batch), twice))
-    return rows, {f"seconds: {row['case']} / two forward passes": row.pop("ratio") for row in rows}
+            rows.append(_row(f"FedKSeed step, {noise}", plain, step, twice))
+    return rows
 
 
 @torch.no_grad()
@@ -89,18 +130,22 @@ def _trained(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     return step
 
 
-def _row(case: str, step: Callable[[], None], passes: Callable[[], None]) -> dict[str, Any]:
+def _row(case: str, plain: nn.Module, step: Callable[[], None], passes: Callable[[], None]) -> dict[str, Any]:
     step()  # compiles kernels, and makes an optimizer's state
     passes()
     pairs = [(_seconds(step), _seconds(passes)) for _ in range(REPEATS)]
     return {
         "case": case,
-        "seconds": statistics.median(seconds for seconds, _ in pairs),
-        "ratio": statistics.median(seconds / plain for seconds, plain in pairs),
+        "parameters": sum(parameter.numel() for parameter in plain.parameters()),
+        "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."),
+        "seconds": statistics.median(one[0] for one, _ in pairs),
+        "CPU seconds": statistics.median(one[1] for one, _ in pairs),
+        "ratios": tuple(statistics.median(one[i] / two[i] for one, two in pairs) for i in range(2)),
     }
 
 
-def _seconds(what: Callable[[], None]) -> float:
-    started = time.perf_counter()
+def _seconds(what: Callable[[], None]) -> tuple[float, float]:
+    """Of the clock, and of the CPU in all threads."""
+    started = time.perf_counter(), time.process_time()
     what()
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]

@@ -27,7 +27,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _TILES = 16  # of the independent kinds at a time: the integer sums of 16 tiles stay in the second cache
 _CHUNK = 1 << 20  # elements of hadamard4 that a thread takes at a time
-_HALF_CHUNK = 1 << 15  # elements that are widened at a time; PyTorch uses one thread for no more than these
+# The kernels take the bits of half precision, which Numba does not have, and tell them apart by these types.
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 class Update:
@@ -72,15 +73,8 @@ class Update:
         kind = KINDS.index(self.pool.noise)
         halves = (identity & 0xFFFFFFFF, identity >> 32, key & 0xFFFFFFFF, key >> 32)
         stream = np.array([kind << 24, *halves], np.uint64)
-        if out.dtype == torch.float32:
-            a, b = out.numpy(), base.numpy()
-            return [partial(self._run, a, b, first, *span, stream) for span in self._spans(first, n)]
-        return [
-            partial(
-                self._widened, out[at : at + _HALF_CHUNK], base[at : at + _HALF_CHUNK], first + at, stream
-            )
-            for at in range(0, n, _HALF_CHUNK)
-        ]
+        a, b = _array(out), _array(base)
+        return [partial(self._run, a, b, first, *span, stream) for span in self._spans(first, n)]
 
     def _spans(self, first: int, n: int) -> Iterator[tuple[int, int]]:
         """Ranges of blocks or tiles that cover n elements from `first` on."""
@@ -92,17 +86,17 @@ class Update:
             yield low, min(low + size, end)
 
     def _run(
-        self, out: F32, base: F32, first: int, low: int, high: int, stream: np.ndarray[Any, Any]
+        self,
+        out: np.ndarray[Any, Any],
+        base: np.ndarray[Any, Any],
+        first: int,
+        low: int,
+        high: int,
+        stream: np.ndarray[Any, Any],
     ) -> None:
         from fedtune.zeroth import kernels  # imports Numba, which only those who perturb need
 
         kernels.KERNELS[self.pool.noise](out, base, first, low, high, *self.tables, stream)
-
-    def _widened(self, out: Tensor, base: Tensor, first: int, stream: np.ndarray[Any, Any]) -> None:
-        wide = base.to(torch.float32)
-        for low, high in self._spans(first, wide.numel()):
-            self._run(wide.numpy(), wide.numpy(), first, low, high, stream)
-        out.copy_(wide)  # rounds once, to nearest even
 
 
 def run(jobs: Sequence[Job], threads: int | None = None) -> None:
@@ -224,3 +218,8 @@ def flat(w: Weights, name: str) -> Tensor:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             w = torch.from_numpy(w)
     return w.detach().view(-1)
+
+
+def _array(row: Tensor) -> np.ndarray[Any, Any]:
+    """The same memory as the kernels take it."""
+    return row.view(_BITS.get(row.dtype, row.dtype)).numpy()

@@ -1,4 +1,6 @@
-"""Numba kernels: out[i] = base[i] + Δ[first + i] for float32 arrays, over a range of whole tiles or blocks.
+"""Numba kernels: out[i] = cast(float32(base[i]) + Δ[first + i]) over a range of whole tiles or blocks.
+
+`out` and `base` hold float32, or the bits of bfloat16 as uint16, or the bits of float16 as int16.
 
 Nothing is compiled on import; the first call of a kernel compiles it, and Numba's cache keeps the result
 where there is a place to write. A kernel holds no lock (`nogil`) and writes only to its own range, so
@@ -17,7 +19,15 @@ import numba
 import numpy as np
 
 from fedtune.zeroth.reference import MIX
-from fedtune.zeroth.vector import HAS_PERMUTE, add_looked_up, add_permuted, add_signed, popcount
+from fedtune.zeroth.vector import (
+    HAS_PERMUTE,
+    add_looked_up,
+    add_permuted,
+    add_signed,
+    narrowed,
+    popcount,
+    widened,
+)
 
 TILE = 1024
 _LANES = 256  # Philox calls a tile, for one word an element
@@ -73,11 +83,11 @@ def philox_lanes(out, lanes, call, c1, c2, c3, k0, k1):  # type: ignore[no-untyp
 
 @jit
 def add_scaled(out, base, total, unit, start, stop):  # type: ignore[no-untyped-def]
-    """out[start + i] = base[start + i] + float32(total[i] * unit), both roundings as in the reference."""
+    """out[start + i] = base[start + i] + float32(total[i] * unit), all roundings as in the reference."""
     begin, end = max(start, 0), min(stop, out.size)
     new, old, sums = out[begin:end], base[begin:end], total[begin - start : end - start]
     for i in range(new.size):
-        new[i] = old[i] + np.float32(np.float64(sums[i]) * unit)
+        new[i] = narrowed(widened(old[i]) + np.float32(np.float64(sums[i]) * unit), old[i])
 
 
 @jit
@@ -91,7 +101,7 @@ def hadamard4(out, base, first, low, high, y, block, stream):  # type: ignore[no
     signs = _aligned(128, _WORD)
     drawn = np.empty(4, np.uint32)
     start = np.empty(4, np.uint64)
-    scratch = np.zeros(TILE, np.float32)
+    scratch = np.zeros(TILE, out.dtype)
     mask = np.uint64(block - 1)
     for b in range(low, high):
         philox_lanes(drawn, np.uint64(1), np.uint64(b), c1 + np.uint64(1), c2, c3, k0, k1)
@@ -107,25 +117,21 @@ def hadamard4(out, base, first, low, high, y, block, stream):  # type: ignore[no
             philox_lanes(signs, np.uint64(32), np.uint64(tile * 32), c1, c2, c3, k0, k1)
             inside = np.uint64(tile * TILE) & mask
             if at >= 0 and at + TILE <= out.size:
-                _hadamard_tile(out[at : at + TILE], base[at : at + TILE], signs, y, inside, start, block)
+                _hadamard_tile(out, base, at, signs, y, inside, start, block)
             else:
                 begin, end = max(at, 0), min(at + TILE, out.size)
                 scratch[begin - at : end - at] = base[begin:end]
-                _hadamard_tile(scratch, scratch, signs, y, inside, start, block)
+                _hadamard_tile(scratch, scratch, 0, signs, y, inside, start, block)
                 out[begin:end] = scratch[begin - at : end - at]
 
 
 @jit
-def _hadamard_tile(out, base, signs, y, inside, start, block):  # type: ignore[no-untyped-def]
+def _hadamard_tile(out, base, at, signs, y, inside, start, block):  # type: ignore[no-untyped-def]
     t0, t1, t2, t3 = start[0], start[1], start[2], start[3]
     if y.size != block:
-        for part in range(4):
-            at = np.uint64(256 * part)
-            add_signed(out, base, at, y, inside + at, t0, t1, t2, t3, signs, np.uint32(8 * part))
+        add_signed(out, base, np.uint64(at), y, inside, t0, t1, t2, t3, signs)
     elif HAS_PERMUTE:  # a constant: elsewhere the compiler never meets the instruction
-        for part in range(4):
-            at = np.uint64(256 * part)
-            add_permuted(out, base, at, y, inside + at, t0, t1, t2, t3, signs, np.uint32(8 * part))
+        add_permuted(out, base, np.uint64(at), y, inside, t0, t1, t2, t3, signs)
 
 
 @jit

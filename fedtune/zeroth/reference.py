@@ -13,10 +13,10 @@ a call in an order that lets vector registers load and store neighbours.
 multiplications (`halfwords`). For one seed alone the mixing is a bijection of the states, which leaves it as
 good as Philox.
 
-A rebuild is w = float32(w0) + Δ with Δ[i] = Σ_j a_j z_j[i] for a float64 K-vector a; a single perturbation
-is the same with a = scale · e_j. For the kinds drawn independently by seed, a_j is quantised with one
-power-of-two scale, so that the sum is one of integers: no order, no fused multiply-add and no chunking can
-change it.
+A rebuild is w = cast(float32(w0) + Δ) with Δ[i] = Σ_j a_j z_j[i] for a float64 K-vector a, the cast to
+bfloat16 and float16 being `rounded`; a single perturbation is the same with a = scale · e_j. For the kinds
+drawn independently by seed, a_j is quantised with one power-of-two scale, so that the sum is one of integers:
+no order, no fused multiply-add and no chunking can change it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fedtune.zeroth.pool import KINDS, MAX_ELEMENTS, SeedPool, tensor_id
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
+U16 = NDArray[np.uint16]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
@@ -272,6 +273,20 @@ def _hadamard_delta(pool: SeedPool, name: str, elements: I64, y: F32) -> F32:
         s.append(np.where(sign == 1, -value, value))
     result: F32 = (s[0] + s[1]) + (s[2] + s[3])
     return result
+
+
+def rounded(values: F32, dtype: str) -> U16:
+    """The bits of the `bfloat16` or `float16` nearest to each value, ties to even.
+
+    What is beyond the largest number rounds to an infinity; any NaN is 0x7FC0 or 0x7E00.
+    """
+    if dtype == "float16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            bits = values.astype(np.float16).view(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7E00), bits)
+    wide = values.view(np.uint32).astype(np.uint64)
+    bits = (wide + 0x7FFF + (wide >> np.uint64(16) & np.uint64(1)) >> np.uint64(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), bits)
 
 
 def indices(first: int, n: int) -> I64:

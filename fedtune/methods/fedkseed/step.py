@@ -43,13 +43,13 @@ def coefficients(accumulator: Tensor, lr: float) -> Tensor:
 
 
 @cache
-def _compile(noise: Noise) -> None:
-    """Compiles a kind's kernel before any step is measured.
+def _compile(noise: Noise, dtype: torch.dtype) -> None:
+    """Compiles a kind's kernel for weights of one dtype before any step is measured.
 
     In the middle of one the compiler would keep that step's tensors alive for a while, and its peak would be
     another than that of the same step in a process that has the kernel.
     """
-    perturb_all_({"w": torch.zeros(1)}, SeedPool(0, 64, noise), 0, 1.0)
+    perturb_all_({"w": torch.zeros(1, dtype=dtype)}, SeedPool(0, 64, noise), 0, 1.0)
 
 
 class _FromW0:
@@ -112,9 +112,10 @@ def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: floa
     Raises:
         InputError: The temporary file that keeps w0 while it is changed cannot be written.
     """
-    _compile(pool.noise)
     model.eval()
     a, parameters = coefficients(accumulator, lr), trainable(model)
+    for dtype in {parameter.dtype for parameter in parameters.values()}:
+        _compile(pool.noise, dtype)
     if pool.noise == "hadamard4" or any(p.dtype != torch.float32 for p in parameters.values()):
         yield _FromW0(model, pool, a, lr)
         return
