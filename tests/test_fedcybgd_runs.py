@@ -18,6 +18,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "data": {"clients": CLIENTS, "max_examples": 16, "max_length": 64},
         "method": {"name": "fedcybgd", "rounds": 2, "batch_size": 4, "lr": 0.01, "compression": "hybrid"},
         "evaluation": {"tasks": ["loss"], "max_examples": 8, "every": 0},
+        "checkpoints": {"journal": "always"},
         **changes,
     }
 

@@ -62,6 +62,7 @@ def test_a_config_runs_unchanged_with_drop_outs_delays_and_a_resume(tmp_path: Pa
         "method": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
         "evaluation": {"tasks": ["loss"], "max_examples": 8},
         "federation": {"quorum": 1, "simulate": {"dropout": 0.2, "delay_s": 1.0}, "deadline_s": 1.9},
+        "checkpoints": {"journal": "always"},
     }
     write_config(tmp_path / "c.yaml", document)
     here = fedtune("run", "c.yaml", "--out", "here", "--quiet", cwd=tmp_path)

@@ -23,6 +23,7 @@ DOCUMENT: dict[str, Any] = {
     "data": {"clients": 3, "max_examples": 24, "max_length": 64},
     "method": {"name": "clip-mean", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
     "evaluation": {"tasks": ["loss"], "max_examples": 8},
+    "checkpoints": {"journal": "always"},
 }
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -182,6 +182,7 @@ def killed(tmp_path: Path) -> Path:
     save_folder(tmp_path / "m")
     document = own_data(tmp_path, [ROW, {**ROW, "output": "w9"}] * 6, holdout={"fraction": 0.2})
     document |= {"model": {"name": "m"}, "method": {**document["method"], "rounds": 3}}
+    document["checkpoints"] = {"journal": "always"}
     killed = run(tmp_path, document, die_at=2, watched="round-0003.replies")
     assert killed.status == -signal.SIGKILL
     return tmp_path

@@ -118,6 +118,7 @@ def test_a_run_does_not_go_on_with_another_split(here: Path) -> None:
         "data": {"max_examples": 6, "max_length": 64, "partition": {"name": "file", "path": "split.json"}},
         "method": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lora": {"rank": 2}},
         "evaluation": {"tasks": ["loss"], "max_examples": 4, "every": 0},
+        "checkpoints": {"journal": "always"},
     }
     write_config(here / "c.yaml", document)
     (here / "split.json").write_text("[[0, 1, 2], [3, 4, 5]]")
