@@ -131,7 +131,7 @@ def test_what_any_client_would_meet_stops_the_run_and_is_resumed(
     "transport",
     [
         pytest.param(
-            {"name": "flower-simulation"},
+            {"name": "flower-simulation", "workers": 1},
             marks=pytest.mark.skipif(
                 find_spec("flwr") is None, reason="Flower is not installed (the extra `flower`)"
             ),
@@ -143,7 +143,8 @@ def test_what_any_client_would_meet_stops_the_run_and_is_resumed(
 def test_the_same_in_processes_of_their_own(
     transport: dict[str, Any], tmp_path: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
-    write_config(tmp_path / "c.yaml", document("fedavg", transport=transport))
+    kept = {"journal": "always"}  # so that client 1 is alone in the process that is killed
+    write_config(tmp_path / "c.yaml", document("fedavg", transport=transport, checkpoints=kept))
     plant(tmp_path, "device memory")
     shown = run(tmp_path, "--out", "run", "--debug")
     assert shown.status == 3

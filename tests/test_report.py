@@ -84,8 +84,32 @@ def test_the_numbers_of_two_runs(tmp_path: Path) -> None:
     assert runs[0].sent() == {0: 0, 1: 1500, 2: 3000} and runs[1].curve("loss", "loss") == {0: 4.25, 2: 3.5}
     page = report(runs)
     cells = Cells(page)
-    assert ["one", "fedavg", "2", "done", "2.00 kB", "1.00 kB", "1.50 kB", "20 B", "", "4.5"] in cells.rows
-    assert ["two", "fedavg", "2", "not finished", "2.00 kB", "1.00 kB", "", "20 B", "", "4.5"] in cells.rows
+    assert [
+        "one",
+        "fedavg",
+        "2",
+        "done",
+        "2.00 kB",
+        "1.00 kB",
+        "1.50 kB",
+        "20 B",
+        "",
+        "",
+        "4.5",
+    ] in cells.rows
+    assert [
+        "two",
+        "fedavg",
+        "2",
+        "not finished",
+        "2.00 kB",
+        "1.00 kB",
+        "",
+        "20 B",
+        "",
+        "",
+        "4.5",
+    ] in cells.rows
     assert ["one", "loss", "4.2500", "2.5000 [1.5000, 3.5000]", "2", ""] in cells.rows
     assert ["two", "loss", "4.2500", "3.5000 [2.5000, 4.5000]", "2", ""] in cells.rows
     assert ["one", "1", "7", "<late>"] in cells.rows and "<late>" not in page

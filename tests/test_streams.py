@@ -29,6 +29,7 @@ AGAIN = {
     "cohort",
     "client-order",
     "adapter",
+    "alignment-rows",
 }  # looked up again: the same each time, on purpose
 
 Stream = tuple[str, ...]  # the seed that it is derived from, then its purpose

@@ -176,6 +176,33 @@ class FakeGathered(InMemory):
         return super().read(client, name, start, end)
 
 
+def exported(method: Any, model: nn.Module) -> Iterator[nn.Module]:
+    """The models that a run scores, of fake tensors, each before the next is asked for.
+
+    Args:
+        method: Prepared, with the model that its `client_model` gave.
+        model: That model.
+    """
+    probe = _sooner_aligned(method)
+    with values():
+        models = probe.export(first_state(probe, model), model)
+    while True:
+        with values():
+            found = next(models, None)
+        if found is None:
+            return
+        yield found[1].eval()
+
+
+def _sooner_aligned(method: Any) -> Any:
+    """The method, with as many steps of alignment as there are different ones."""
+    probe, config = copy(method), method.config
+    if hasattr(config, "alignment"):
+        fewer = config.alignment.model_copy(update={"steps": min(STEPS, config.alignment.steps)})
+        probe.config = config.model_copy(update={"alignment": fewer})
+    return probe
+
+
 def server_steps(
     method: Any,
     model: nn.Module,
@@ -200,10 +227,7 @@ def server_steps(
     config = method.config
     aligns = hasattr(config, "alignment")
     meter = PartsMeter("activations" if aligns else "other", "weights")
-    probe = copy(method)
-    if aligns:
-        fewer = config.alignment.model_copy(update={"steps": min(STEPS, config.alignment.steps)})
-        probe.config = config.model_copy(update={"alignment": fewer})
+    probe = _sooner_aligned(method)
     single = method.arrival in ("one-by-one", "in-turn")
     unlike = config.name == "fedavg" and config.lora is not None and config.lora.client_ranks is not None
     together = method.arrival == "plan-order" or unlike or (robust is not None and robust.gathers)

@@ -7,12 +7,12 @@ Nothing here is a formula of a method. The method is built as a run builds it, o
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import sample_cohort
@@ -101,9 +101,11 @@ def plan(
     )
     client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
     if steps:
-        scored = [model] if base_model(model) is base else [base, model]
+        whole: Iterable[nn.Module] = [model] if base_model(model) is base else [base, model]
+        if hasattr(config.method, "alignment"):  # a second result is scored, made of other parts
+            whole = dry_run.exported(method, model)
         held_out, classes = workload.within(work.held_out, vocabulary), config.model.task == "classification"
-        evaluation = evaluation_step(scored, held_out, config.evaluation, classes=classes)
+        evaluation = evaluation_step(whole, held_out, config.evaluation, classes=classes)
     if steps and method.rounds:
         client, tokens = dry_run.client_step(
             method,

@@ -294,7 +294,7 @@ class FedBiOT:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         # the same rows throughout: what E* makes of one is kept by its place
-        public = env.batching.rows(env.public, torch_generator(self._seed, "alignment", "rows"))
+        public = env.batching.rows(env.public, torch_generator(self._seed, "alignment-rows"))
         batches = endless_batches(
             len(public),
             alignment.batch_size,
