@@ -34,7 +34,7 @@ from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
 from fedtune.methods import registry
-from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.load import load_model, load_tokenizer, quiet
 from fedtune.models.tuning import trainable
 
 CLIENTS, BATCH, ROUNDS, TIMES, LR = 20, 4, 4, 3, 1e-3
@@ -50,7 +50,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for each case and side, with CPU seconds of a round, and the ratios between them."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
-    with temporary_folder() as folder, torch_settings():
+    with temporary_folder() as folder, torch_settings(), quiet():
         for case, (shape, trained) in CASES.items():
             here = folder / str(len(rows))
             config = _federation(here, shape, trained)
