@@ -76,7 +76,7 @@ def loss(settings: dict[str, Any], seed: int, *, steps: int = 30) -> float:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         done = fedtune.run(config, out=Path(folder) / "run", progress=False)
-    return float(done.summary["evaluation"]["loss"]["loss"])
+    return float(done.scores["loss"]["loss"])
 
 
 def losses() -> str:

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fedtune.core import one_pass
 from fedtune.core.aggregate import WeightedSum
 from fedtune.core.one_pass import PIECE, add_rounded, extremes, large
 from fedtune.core.watch import WIDTH, sketch
 from fedtune.measure.memory import MemoryMeter
+from fedtune.planning.fake import Fakes, values
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,3 +126,12 @@ def test_one_nan_anywhere_shows(dtype: torch.dtype, place: int) -> None:
 def test_what_is_small_or_has_other_numbers_is_not_large() -> None:
     assert large(torch.zeros(PIECE)) and not large(torch.zeros(PIECE - 1))
     assert not large(torch.zeros(PIECE, dtype=torch.float64)) and not large(torch.zeros(2 * PIECE)[::2])
+
+
+@pytest.mark.parametrize("size", [PIECE // 2, 1 << 34])
+def test_a_plan_sums_without_content(size: int) -> None:
+    """64 GiB of float32 would not fit; a small tensor takes the plain form."""
+    update = {"w": Fakes().empty((size,), torch.float32)}
+    with values():
+        sums = WeightedSum.empty(10).add(update, 3).add(update, 7).sums
+    assert isinstance(sums["w"], FakeTensor) and sums["w"].dtype == torch.int64 and len(sums["w"]) == size

@@ -59,7 +59,9 @@ class WeightedSum:
         scale = weight / self.total * 2.0**FRACTION_BITS
         for name, tensor in update.items():
             if name not in self.sums:
-                self.sums[name] = torch.zeros(tensor.shape, dtype=torch.int64, device=tensor.device)
+                self.sums[name] = torch.zeros_like(
+                    tensor, dtype=torch.int64, memory_format=torch.contiguous_format
+                )
             add_rounded(self.sums[name], tensor, scale)
         return WeightedSum(self.total, self.weight + weight, self.sums)
 
