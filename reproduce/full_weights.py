@@ -5,14 +5,14 @@ Table:   planned memory of Llama-2-7B, bfloat16, all weights, 8 x 512 tokens; do
 Command: python reproduce/full_weights.py full-weights-memory
 Time:    two minutes
 Needs:   nothing; the model's shape is in configs/papers/shapes
-Result:  PLANNED
+Result:  121.33 GB before, 29.78 GB with stochastic rounding, 8 bits and steps in the backward pass
 
 Table:   held-out loss of the bundled model in bfloat16, all weights, beside float32 masters; docs/fedavg.md,
          block full-weights-loss
 Command: python reproduce/full_weights.py full-weights-loss
-Time:    five minutes
+Time:    half a minute
 Needs:   nothing
-Result:  LOSSES
+Result:  2.1087 with float32 masters; the others are off by -0.0040 to +0.0029, less than two deviations each
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def loss(settings: dict[str, Any], seed: int, *, steps: int = 30) -> float:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         done = fedtune.run(config, out=Path(folder) / "run", progress=False)
-    return float(done.scores["loss"]["loss"])
+        return float(done.scores["loss"]["loss"])  # read from the folder, while it is there
 
 
 def losses() -> str:

@@ -37,12 +37,12 @@ from fedtune.methods import registry
 from fedtune.models.load import load_model, load_tokenizer, quiet
 from fedtune.models.tuning import trainable
 
-CLIENTS, BATCH, ROUNDS, TIMES, LR = 20, 4, 4, 3, 1e-3
+CLIENTS, BATCH, ROUNDS, TIMES, LR = 20, 4, 4, 2, 1e-3
 CASES: dict[str, tuple[tuple[int, int] | None, dict[str, Any]]] = {  # width and blocks, and what is trained
     "LoRA, bundled model": (None, {"trainable": "lora", "lora": {"rank": 8}}),
-    "LoRA, Llama of 42 M": ((512, 8), {"trainable": "lora", "lora": {"rank": 16}}),
+    "LoRA, Llama of 19 M": ((384, 4), {"trainable": "lora", "lora": {"rank": 16}}),
     "all weights, bundled model": (None, {"trainable": "full"}),
-    "all weights, Llama of 42 M": ((512, 8), {"trainable": "full"}),
+    "all weights, Llama of 19 M": ((384, 4), {"trainable": "full"}),
 }
 
 
