@@ -22,9 +22,10 @@ Result:  of 19.6 seconds training takes 16.3 and evaluation 2.9
 
 Table:   rounds of twenty clients against the same written by hand; docs/results.md, block bench-federation
 Command: python reproduce/bundled.py bench-federation
-Time:    4 minutes
+Time:    8 minutes
 Needs:   nothing
-Result:  not measured yet
+Result:  of LoRA a round takes 1.7 of the loop's time on the bundled model and 0.965 on one of 19 M, of all
+         weights 1.74 and 1.21
 
 Table:   the server's exact sum against a list and its mean; docs/results.md, block bench-aggregation
 Command: python reproduce/bundled.py bench-aggregation
