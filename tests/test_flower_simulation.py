@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
-import torch
 from command import fedtune, lines, outcome, write_config
 from other_processes import TRIED, answer, payloads, same_bits
+from threads_of import threads
 
 from fedtune.transport.flower import SimulatedChannel, simulation
 
@@ -20,11 +20,8 @@ from fedtune.transport.flower import SimulatedChannel, simulation
 @pytest.fixture(scope="module")
 def channel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedChannel]:
     held = str(tmp_path_factory.mktemp("held"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with simulation(partial(answer, held=held), workers=1) as found:
+    with threads(1), simulation(partial(answer, held=held), workers=1) as found:
         yield found
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "label"), TRIED)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import threads_of
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,10 +41,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with threads_of.threads(request.param):
+        yield request.param
 
 
 def shifted(name: str, own: Tensor, out: Tensor, first: int) -> None:

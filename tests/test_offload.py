@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from model_families import ATTACH, FAMILIES, batch, build, wake
 from reproduced import load
+from threads_of import threads
 from torch import Tensor, nn
 from toy import Bench
 
@@ -42,16 +42,6 @@ def only(model: nn.Module, block: int) -> nn.Module:
     model.requires_grad_(False)
     find_blocks(model).modules[block].requires_grad_(True)
     return model
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def step(family: str, kind: str, dtype: torch.dtype, again: str, where: str) -> dict[str, Tensor]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from threads_of import threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -19,16 +18,6 @@ from fedtune.measure.memory import MemoryMeter
 from fedtune.planning.fake import Fakes, values
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def drawn(size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

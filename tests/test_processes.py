@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command import Command, Result, fedtune, outcome, write_config
 from deployed import descendants
 from other_processes import TRIED, same_bits
+from threads_of import threads
 
 from fedtune.config.file import load_config
 from fedtune.transport.messages import Message
@@ -25,12 +25,9 @@ MANY = "transport.workers=2"
 
 @pytest.fixture(scope="module")
 def channel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     start = Message({"held": str(tmp_path_factory.mktemp("held"))})
-    with processes("other_processes", start, workers=2, threads=1) as found:
+    with threads(1), processes("other_processes", start, workers=2, threads=1) as found:
         yield found
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "label"), TRIED)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from fedcybgd_bench import bench, examples
 from model_families import FAMILIES, GROUPED, build
+from threads_of import threads
 from torch import Tensor, nn
 from toy import Bench
 
@@ -204,10 +205,9 @@ def test_two_threads_take_the_steps_of_one() -> None:
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(100_000, generator=generator).bfloat16()
     gradients = [torch.randn(100_000, generator=generator) for _ in range(3)]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2):
+        with threads(count):
             found.append(
                 [
                     steps(start, gradients, optimizer=optimizer, masters=masters)
@@ -215,8 +215,6 @@ def test_two_threads_take_the_steps_of_one() -> None:
                     for optimizer in ("adamw", "adamw-8bit", "sgd")
                 ]
             )
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 

@@ -102,14 +102,15 @@ def sketch(update: Iterable[Tensor]) -> Sketch:
     signs = _random(1 << 62, WIDTH)[1]
     for tensor in update:
         flat, done = tensor.detach().cpu().reshape(-1), 0
+        kernel = large(flat)  # for whole rows; their ends are taken as small tensors are
         while done < flat.numel():
-            place = at % WIDTH
-            if not place and large(flat[done:]):
-                whole = flat[done : done + (len(flat) - done) // WIDTH * WIDTH]
+            place, rows_left = at % WIDTH, (len(flat) - done) // WIDTH
+            if kernel and rows_left and not place:
+                whole = flat[done : done + rows_left * WIDTH]
                 _add_rows(twice, squares, whole, signs, at // WIDTH)
                 done, at = done + len(whole), at + len(whole)
                 continue
-            most = -place % WIDTH if large(flat[done:]) else _ROWS * WIDTH - place  # up to a row's end
+            most = (1 if kernel else _ROWS) * WIDTH - place
             piece = flat[done : done + most].to(torch.float64)
             rows = torch.zeros(-(-(place + len(piece)) // WIDTH), WIDTH, dtype=torch.float64)
             rows.view(-1)[place : place + len(piece)] = piece

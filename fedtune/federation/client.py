@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -172,21 +173,11 @@ def join(
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 
-def simulated(
-    message: Message,
-    *,
-    config: str,
-    held: str,
-    threads: int,
-    base: str,
-    shared: str,
-    objects: str,
-    plugins: tuple[tuple[str, str], ...],
-) -> Message:
-    """The answer of any of a run's clients, in one of several processes of this machine.
+@dataclass(frozen=True)
+class OfRun:
+    """What a process of this machine is told of the run whose clients it trains.
 
-    Args:
-        message: The order; with it comes what the client keeps between rounds.
+    Attributes:
         config: The run's configuration, as JSON.
         held: The folder of what clients were sent to hold, which all processes share.
         threads: PyTorch's, of this process.
@@ -194,6 +185,23 @@ def simulated(
         shared: The folder that the base model's weights are mapped from; empty: each process has its own.
         objects: The examples as JSON, with `data.train: objects`; else empty.
         plugins: Absolute path and sha256 of each plugin file of the run.
+    """
+
+    config: str
+    held: str
+    threads: int
+    base: str
+    shared: str
+    objects: str
+    plugins: tuple[tuple[str, str], ...]
+
+
+def simulated(message: Message, *, of: OfRun) -> Message:
+    """The answer of any of a run's clients, in one of several processes of this machine.
+
+    Args:
+        message: The order; with it comes what the client keeps between rounds.
+        of: The run.
 
     Returns:
         The reply; or `fault`, where the client is left out; or what `broken` makes, where the run has to end.
@@ -201,10 +209,7 @@ def simulated(
     said = list[str]()
     try:
         with faults("a process of the simulation", passing=LEFT_OUT), _listened(said):
-            runner, client = (
-                _runner(config, held, threads, base, shared, objects, plugins),
-                message.number("client"),
-            )
+            runner, client = _runner(of), message.number("client")
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, bytes(message.body))
     except LEFT_OUT as error:
@@ -229,26 +234,19 @@ def _listened(said: list[str]) -> Iterator[None]:
 
 
 @cache
-def _runner(
-    config: str,
-    held: str,
-    threads: int,
-    base: str,
-    shared: str,
-    objects: str,
-    plugins: tuple[tuple[str, str], ...],
-) -> ClientRunner:
+def _runner(of: OfRun) -> ClientRunner:
     """The runner of all clients, once a process."""
-    os.chdir(base)  # the process is this simulation's own
-    torch.set_num_threads(threads)
+    os.chdir(of.base)  # the process is this simulation's own
+    torch.set_num_threads(of.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    load_again(plugins)
-    given = ObjectData.from_json(objects) if objects else None
-    settings = parse_config(json.loads(config), "the run's configuration")
-    assembly = Assembly.assemble(settings, Clock(), given, shared=Path(shared) if shared else None)
-    assembly.train_as_begun(Path(held).parent)
-    assembly.runner.store = Store(Path(held))
-    assembly.data.cache = cache_of(assembly.config, Path(held).parent)
+    load_again(of.plugins)
+    objects = ObjectData.from_json(of.objects) if of.objects else None
+    config = parse_config(json.loads(of.config), "the run's configuration")
+    assembly = Assembly.assemble(config, Clock(), objects, shared=Path(of.shared) if of.shared else None)
+    held = Path(of.held)
+    assembly.train_as_begun(held.parent)
+    assembly.runner.store = Store(held)
+    assembly.data.cache = cache_of(assembly.config, held.parent)
     assembly.data.begin()
     if not assembly.method.sends_model:
         assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
-from fedtune.federation.client import simulated
+from fedtune.federation.client import OfRun, simulated
 from fedtune.transport.messages import Message
 from fedtune.transport.processes import serve
 
 
-def told(arguments: dict[str, object]) -> Message:
-    """What such a process is told first: the arguments of `simulated` but for the message."""
-    return Message({}, json.dumps(arguments).encode())
+def told(of: OfRun) -> Message:
+    """What such a process is told first."""
+    return Message({}, json.dumps(asdict(of)).encode())
 
 
 def _answer_of(start: Message) -> Callable[[Message], Message]:
-    arguments = json.loads(bytes(start.body))
-    arguments["plugins"] = tuple(tuple(plugin) for plugin in arguments["plugins"])
-    return partial(simulated, **arguments)
+    of = json.loads(bytes(start.body))
+    of["plugins"] = tuple(tuple(plugin) for plugin in of["plugins"])
+    return partial(simulated, of=OfRun(**of))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError, ProgramError
 from fedtune.federation.assembly import Assembly, device_of
-from fedtune.federation.client import simulated
+from fedtune.federation.client import OfRun, simulated
 from fedtune.federation.client_process import told
 from fedtune.federation.plugins import refuse_this_process
 from fedtune.federation.workers import workers_of
@@ -107,15 +107,15 @@ def connected(
             assembly.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock
         )
         return
-    arguments = {
-        "config": json.dumps(config.resolved()),
-        "held": str(folder.resolve() / "held"),
-        "threads": workers.threads,
-        "base": os.getcwd(),
-        "shared": str(assembly.shared or ""),
-        "objects": objects.to_json() if objects else "",
-        "plugins": tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
-    }
+    of = OfRun(
+        config=json.dumps(config.resolved()),
+        held=str(folder.resolve() / "held"),
+        threads=workers.threads,
+        base=os.getcwd(),
+        shared=str(assembly.shared or ""),
+        objects=objects.to_json() if objects else "",
+        plugins=tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
+    )
     gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
     faults = SimulatedFaults(what, deadline_s, config.seed)
     simulation = partial(
@@ -124,11 +124,10 @@ def connected(
     if flower:
         from fedtune.transport.flower import simulation as flowers
 
-        with flowers(partial(simulated, **cast(Any, arguments)), workers=count, gpus=gpus) as channel:
+        with flowers(partial(simulated, of=of), workers=count, gpus=gpus) as channel:
             yield simulation(channel)
     else:
-        start = told(arguments)
-        with processes(PROGRAM, start, workers=count, threads=workers.threads, gpus=gpus) as own:
+        with processes(PROGRAM, told(of), workers=count, threads=workers.threads, gpus=gpus) as own:
             yield simulation(own, rest=own.wait)
 
 

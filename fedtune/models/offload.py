@@ -13,7 +13,7 @@ by an exception, behind which they leave a module's weights in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,10 +81,9 @@ def offloaded(model: nn.Module, where: str) -> Iterator[None]:
         for each in called:
             own = [_Held(module, name, parameter) for module, name, parameter in _frozen(each)]
             held += own
-            handles.append(each.register_forward_pre_hook(_Taking(own), prepend=True))
-            handles.append(each.register_forward_hook(_Giving(own), always_call=True))
-        for one in held:
-            one.give()
+            handles.append(each.register_forward_pre_hook(partial(_take, own), prepend=True))
+            handles.append(each.register_forward_hook(partial(_give, own), always_call=True))
+        _give(held)
         yield
     finally:
         for handle in handles:
@@ -111,26 +110,16 @@ class _Held:
         self.module._parameters[self.name] = self._none
 
 
-class _Taking:
+def _take(own: Iterable[_Held], *_: Any) -> None:
     """The hook before a module's forward pass."""
-
-    def __init__(self, own: list[_Held]) -> None:
-        self._own = own
-
-    def __call__(self, *_: Any) -> None:
-        for one in self._own:
-            one.take()
+    for one in own:
+        one.take()
 
 
-class _Giving:
+def _give(own: Iterable[_Held], *_: Any) -> None:
     """The hook after it, also where it ended by an exception."""
-
-    def __init__(self, own: list[_Held]) -> None:
-        self._own = own
-
-    def __call__(self, *_: Any) -> None:
-        for one in self._own:
-            one.give()
+    for one in own:
+        one.give()
 
 
 def _called(block: nn.Module) -> Iterator[nn.Module]:
