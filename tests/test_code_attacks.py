@@ -162,7 +162,7 @@ PYTHON_ATTACKS = {
         import os, time
         if os.fork() == 0:
             os.setsid()
-            time.sleep(0.3)
+            time.sleep(3)  # much longer than the tests take, and shorter than what a command may
             os.write(1, b"opened late")
             os._exit(0)
         return x
@@ -235,7 +235,8 @@ def test_no_answer_in_python_has_the_nonce_in_its_memory(
     python: Toolchain, limits: CodeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox.secrets, "token_hex", lambda size: NONCE)
-    done = finished("python", python, textwrap.indent(PYTHON_HUNT, "    ") + "    return x\n", limits)
+    body = textwrap.indent(PYTHON_HUNT, "    ") + "    return x\n"
+    done = finished("python", python, body, limits, seconds=20.0)
     assert done[0].output.startswith("found 0 0\n") and not done[0].sealed
     whole = f"import os\nnonce = os.read(0, 64)\n{PYTHON_HUNT}"  # the same where it is one process
     command = (str(Path(sys.executable).resolve()), "-I", "-S", "-c", whole)
