@@ -16,9 +16,10 @@ from command import lines
 from model_families import save_folder
 from pydantic import BaseModel
 
+from fedtune.config.data import Public
 from fedtune.config.file import load_config, parse_config, settings_blocks
 from fedtune.config.partitions import PARTITIONS
-from fedtune.config.schema import Public, RunConfig, Transport
+from fedtune.config.schema import RunConfig, Transport
 from fedtune.errors import FedtuneError
 from fedtune.evaluation import likelihoods
 from fedtune.evaluation import types as evaluation

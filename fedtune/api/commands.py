@@ -123,8 +123,8 @@ def open(path: str | Path, *overrides: str, data: Any = None) -> Run:
         InputError: It is not a run's folder, an override is of a setting, which a run has for good, or `data`
             are for a run that has files.
     """
+    from fedtune.config.data import OBJECTS
     from fedtune.config.places import moved
-    from fedtune.config.schema import OBJECTS
     from fedtune.federation.folder import RunFolder
 
     config = moved(RunFolder.open(Path(path)).config(), overrides)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.file import apply_overrides, parse_config
-from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
+from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 
 # Where the same thing may be another time. What it is, a digest says.

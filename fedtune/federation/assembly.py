@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fedtune.config.schema import CLIENTS, RunConfig
+from fedtune.config.data import CLIENTS
+from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.partitions import Given
-from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
+from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.examples import Example

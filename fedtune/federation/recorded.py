@@ -14,8 +14,9 @@ from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.places import MOVABLE
-from fedtune.config.schema import CLIENTS, OBJECTS, RunConfig
+from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError

@@ -1,0 +1,112 @@
+"""Which examples there are, how they are read, and who gets which."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from fedtune.config.partitions import ByField, FromFile, Given, Iid
+from fedtune.core.settings import Settings
+from fedtune.data.batching import Name
+from fedtune.data.records import no_null
+from fedtune.data.templates import TEMPLATES
+from fedtune.errors import InputError
+
+CLIENTS = "clients"  # as `data.train`: every client has a file of its own
+OBJECTS = "objects"  # as `data.train`: examples are given to `fedtune.run` as Python objects
+
+
+class Holdout(Settings):
+    """What is kept for evaluation: a fraction, a part of each client's, a category, or another file."""
+
+    fraction: float | None = Field(None, gt=0, lt=1)
+    client_fraction: float | None = Field(None, gt=0, lt=1)  # each client keeps this part of its own examples
+    category: str | None = None  # a name, or `last` in sorted order
+    source: str | None = None  # a file or hub name read like data.train
+    split: str | None = None  # of a hub data set; default test
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        ways = (self.fraction, self.client_fraction, self.category, self.source)
+        if sum(value is not None for value in ways) != 1:
+            raise ValueError("set exactly one of fraction, client_fraction, category and source")
+        if self.split is not None and self.source is None:
+            raise ValueError("split belongs to source")
+        return self
+
+
+FieldMap = dict[Literal["instruction", "input", "output", "category"], str | None]
+
+
+def _needed(fields: FieldMap) -> FieldMap:
+    for ours, theirs in fields.items():
+        if theirs is None and ours in ("instruction", "output"):
+            raise ValueError(no_null(ours))
+    return fields
+
+
+Fields = Annotated[FieldMap, AfterValidator(_needed)]
+
+
+class Public(Settings):
+    """Examples that the server holds itself, for methods that train there; read like data.train."""
+
+    source: str  # bundled, a .jsonl file, or a hub name
+    split: str = "train"  # of a hub data set
+    fields: Fields = Field(default_factory=dict)  # our field names to the source's, as in data.fields
+    max_examples: int | None = Field(None, ge=1)  # a random subset
+
+
+class DataSettings(Settings):
+    """Examples, how they are read, and who gets which."""
+
+    train: str = "bundled"  # bundled, a .jsonl file, a hub name; clients: own files; objects: from Python
+    split: str = "train"  # of a hub data set
+    fields: Fields = Field(default_factory=dict)
+    labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
+    template: str = "alpaca"
+    loss_on: Literal["response", "all"] = "response"
+    max_length: int = Field(512, ge=8)  # tokens of prompt and response together; at most what the model sees
+    too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer
+    cache: str = Field("beside", min_length=1)  # of encoded examples: beside the run, a folder, or none
+    max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
+    batching: Name = "random"  # what shares a batch: any examples, those of like length, or rows of several
+    clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
+    partition: SerializeAsAny[Settings] = Iid()
+    holdout: Holdout = Holdout(fraction=0.1)
+    public: Public | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, values: object) -> object:
+        """A file says itself how many clients there are."""
+        if isinstance(values, dict) and isinstance(values.get("partition"), FromFile):
+            return {"clients": None, **values}
+        return values
+
+    @field_validator("template")
+    @classmethod
+    def _a_template(cls, name: str) -> str:
+        try:
+            TEMPLATES.part(name)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("data.")) from None
+        return name
+
+    @model_validator(mode="after")
+    def _clients(self) -> Self:
+        if (
+            self.clients is None
+            and self.train != CLIENTS
+            and not isinstance(self.partition, ByField | FromFile)
+        ):
+            raise ValueError(f"clients must be a number with partition {self.partition_name}")
+        if isinstance(self.partition, Given) and self.train != OBJECTS:
+            raise ValueError(f"partition given is for Python objects (train: {OBJECTS}), got {self.train}")
+        return self
+
+    @property
+    def partition_name(self) -> str:
+        """Name of the partitioner."""
+        return str(self.partition.name)  # type: ignore[attr-defined]
