@@ -73,9 +73,9 @@ def test_a_bfloat16_model_moves_at_a_small_rate(monkeypatch: pytest.MonkeyPatch)
     wide, wide_once, wide_twice = small_rate(monkeypatch, torch.float32, give)
     assert steps[0] == len(taken) and all(torch.equal(narrow[n].float(), wide[n]) for n in wide)
     for state in (narrow_once, narrow_twice):
-        assert state.masters.keys() == narrow.keys()
-        assert all(torch.equal(m.bfloat16(), state.weights[n]) for n, m in state.masters.items())
-    assert all(torch.equal(master, wide_once.weights[n]) for n, master in narrow_once.masters.items())
+        assert state.weights.keys() == narrow.keys()
+        assert all(weight.dtype == torch.float32 for weight in state.weights.values())
+    assert all(torch.equal(weight, wide_once.weights[n]) for n, weight in narrow_once.weights.items())
     assert moved(narrow, narrow_once.weights) == moved(wide, wide_once.weights) > 0
     # a second visit takes up what the first had not moved far enough to show
     assert moved(narrow, narrow_twice.weights) > moved(narrow, narrow_once.weights)
