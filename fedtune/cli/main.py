@@ -19,6 +19,7 @@ from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
+from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
 from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
@@ -33,7 +34,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="YAML file of settings, or one of fedtune ls configs, as demo."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
@@ -54,6 +58,7 @@ class Listing(StrEnum):
     tasks = "tasks"
     templates = "templates"
     models = "models"
+    configs = "configs"
 
 
 def main() -> None:
@@ -141,7 +146,7 @@ def run(
 ) -> None:
     """Run one federation.
 
-    Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
+    Example: fedtune run demo method.rounds=1 method.local_epochs=3
     """
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
@@ -168,7 +173,7 @@ def compare(
 ) -> None:
     """Run several configurations on the same split and print one table.
 
-    Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
+    Example: fedtune compare bundled_multi_round bundled_one_shot --seeds 0,1,2
     """
     found = fedtune.compare(
         configs,
@@ -198,7 +203,7 @@ def validate(
 ) -> None:
     """Check configurations without weights or data.
 
-    Example: fedtune validate configs/*.yaml seed=3
+    Example: fedtune validate mine.yaml seed=3
     """
     from fedtune.federation.room import known_room, shortening
 
@@ -350,6 +355,8 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
+app.command()(init)
+app.command(no_args_is_help=True)(cp)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)
