@@ -207,7 +207,7 @@ def test_a_layer_that_is_called_in_two_places_is_one() -> None:
 
 def test_nothing_to_quantise_is_said() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.LayerNorm(4)])})
-    with pytest.raises(InputError, match="the blocks of model tiny .ModuleDict. have none"):
+    with pytest.raises(InputError, match=r"the blocks of model tiny \(ModuleDict\) have none"):
         quantize(model, "nf4", "tiny")
 
 
@@ -222,4 +222,6 @@ def test_bitsandbytes_compiles_and_fetches_nothing_as_it_is_imported() -> None:
     import bitsandbytes.backends.default.ops as ops
 
     assert not hasattr(ops._dequantize_4bit_compute, "__wrapped__")
-    assert torch.compile.__module__.startswith("torch") and builtins.__import__ and "kernels" not in sys.modules
+    assert (
+        torch.compile.__module__.startswith("torch") and builtins.__import__ and "kernels" not in sys.modules
+    )

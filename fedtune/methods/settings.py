@@ -76,7 +76,9 @@ class Training(Settings):
         return self
 
     def rate(self, step: int, steps: int, round: int = 1) -> float:
-        """The learning rate of a step: with w of n steps to rise in, step s from 0 and p = (s − w) / (n − w)
+        """The learning rate of a step.
+
+        With w of n steps to rise in, step s from 0 and p = (s − w) / (n − w) it is
 
             lr · (s + 1) / (w + 1)      while s < w
             lr · (1 − p)                then, linear
