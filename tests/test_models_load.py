@@ -307,8 +307,9 @@ def test_a_hub_model_is_asked_for_without_subfolders_and_second_copies(folder, t
     load_tokenizer("owner/model", tmp_path)
     text, ignored = ["*.json", "*.model", "*.txt"], ["*/*", "consolidated*"]
     assert {name for name, _ in asked} == {"owner/model"}
-    assert {"allow_patterns": [*text, "*.safetensors"], "ignore_patterns": ignored} in [p for _, p in asked]
-    assert asked[-1][1] == {"allow_patterns": text, "ignore_patterns": ignored}
+    common = {"revision": None, "ignore_patterns": ignored}
+    assert {**common, "allow_patterns": [*text, "*.safetensors"]} in [p for _, p in asked]
+    assert asked[-1][1] == {**common, "allow_patterns": text}
 
 
 @pytest.mark.parametrize("bars", [True, False])

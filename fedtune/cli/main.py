@@ -132,7 +132,9 @@ def _options(
 
 @app.command(no_args_is_help=True)
 def run(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Settings file; with --resume not needed.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
     ] = None,
@@ -146,13 +148,19 @@ def run(
 ) -> None:
     """Run one federation.
 
-    Example: fedtune run demo method.rounds=1 method.local_epochs=3
+    Examples: fedtune run demo method.rounds=1 method.local_epochs=3;
+    fedtune run --resume runs/demo method.rounds=5
     """
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
-    done = fedtune.run(
-        config, *overrides or [], out=resume or out, resume=resume is not None, progress=not quiet
-    )
+    settings = list(overrides or [])
+    if resume is not None and (config is None or ("=" in config.name and not config.exists())):
+        settings, config = [*([str(config)] if config else []), *settings], resume / "config.yaml"
+        if not config.is_file():
+            raise InputError(f"{resume}: not a run folder: it has no config.yaml")
+    if config is None:
+        raise InputError("a run needs a settings file: fedtune run CONFIG, or --resume FOLDER")
+    done = fedtune.run(config, *settings, out=resume or out, resume=resume is not None, progress=not quiet)
     show_run(done, as_json=as_json)
 
 

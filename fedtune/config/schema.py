@@ -131,6 +131,10 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
+        if self.model.quantization != "none" and (reason := self.method.quantized_refusal):
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
+            )
         prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")

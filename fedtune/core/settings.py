@@ -14,3 +14,8 @@ class Settings(BaseModel):
 
     float16: ClassVar[bool] = False
     """Of a method's settings: whether the model may be float16, in which gradients underflow."""
+
+    @property
+    def quantized_refusal(self) -> str:
+        """Of a method's settings: why they do not go with a quantised model; "" where they do."""
+        return ""

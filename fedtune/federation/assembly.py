@@ -14,13 +14,13 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
-from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
 from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data, public_examples
 from fedtune.federation.encoding import Keys, describe, encode_for
@@ -32,9 +32,10 @@ from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
-from fedtune.models.load import Loaded, load_model
+from fedtune.models.load import Loaded
 from fedtune.models.packable import check_packable
 from fedtune.models.portable import name_classes
+from fedtune.models.quantize import describe as describe_quantized
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.robust import check_replies
 from fedtune.protection.robust_mean import robust_mean
@@ -90,16 +91,7 @@ class Assembly:
         if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
             check_counts(config, len(split.clients))
         device = device_of(config.model.device)
-        loaded = load_model(
-            config.model.name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(split.labels) if split.labels else None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-            shared=shared,
-        )
+        loaded = load_base(config, split.labels, shared=shared)
         torch.nn.Module.to(loaded.model, device)
         if config.data.batching == "packed":
             check_packable(loaded.model)
@@ -153,6 +145,8 @@ class Assembly:
                 "weights_sha256": loaded.weights_sha256,
                 "drawn": drawn_modules(loaded.model),
                 "settings_sha256": dict(loaded.settings_sha256),
+                "quantization": loaded.quantization,
+                "quantized_sha256": loaded.quantized_sha256,
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
@@ -190,7 +184,8 @@ class Assembly:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
-        return _notes(self.config, self.room, self.counts)
+        held = describe_quantized(self.loaded.model)
+        return [*([held] if held else []), *_notes(self.config, self.room, self.counts)]
 
     def look_ahead(self) -> None:
         """Encodes what has to be known before the first round, and what is needed in it.

@@ -30,12 +30,13 @@ from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
 from fedtune.federation.files import disk_errors, read_json, write_json
-from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
+from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal, written
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
+from fedtune.federation.reopening import reopen
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
@@ -297,8 +298,7 @@ class _Federation:
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
             **of_training(outcome),
         }
-        entry |= settled.entry
-        entry |= {"privacy": privacy} if privacy else {}
+        entry |= settled.entry | ({"privacy": privacy} if privacy else {})
         entry |= {"arrivals": arrivals} if arrivals else {}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state

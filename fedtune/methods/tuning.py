@@ -80,6 +80,14 @@ class InBlocks(Settings):
                 )
         return self
 
+    @property
+    def quantized_refusal(self) -> str:
+        """Nothing takes a step where weights are kept in few bits."""
+        if self.trainable != "full":
+            return ""
+        forms = [form for form in type(self).model_fields["trainable"].annotation.__args__ if form != "full"]  # type: ignore[union-attr]
+        return f"trainable: full moves the weights that are kept in few bits; take {' or '.join(forms)}"
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
         from fedtune.models import tuning as attach  # here, so that settings are read without torch

@@ -31,6 +31,7 @@ from fedtune.models.heads import float32_heads
 from fedtune.models.load import Loaded, quiet, seeded
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
+from fedtune.models.quantize import plain_state, quantized_layers
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
@@ -77,7 +78,8 @@ def save_result(
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
-            model.save_pretrained(folder)
+            whole = plain_state(model) if quantized_layers(model) else None
+            model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
     mend_config(folder / CONFIG)
     mend_tokenizer(folder, tokenizer)
@@ -125,7 +127,7 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
             name = f"base_model.model.{path}.{getattr(module, 'parameter_name', 'weight')}"
             deltas[canonical_name(model, name)] = cast(Linear, module).get_delta_weight("default")
     state = {}
-    for name, tensor in base.state_dict().items():
+    for name, tensor in plain_state(base).items():
         if ".lora_" in name or ".original_module." in name:
             continue
         plain = canonical_name(model, f"base_model.model.{name}")

@@ -30,6 +30,7 @@ from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
 from fedtune.models.heads import float32_heads, head_modules, is_classifier
 from fedtune.models.load import quiet, seeded
+from fedtune.models.quantize import quantized_parameters, weight_count
 from fedtune.models.soft_prompt import mend_soft_prompt
 
 _PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
@@ -44,8 +45,11 @@ class ParameterCount(NamedTuple):
 
 
 def train_all(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes every parameter trainable, in the dtype that it has."""
-    return model.requires_grad_(True)
+    """Makes every parameter trainable, in the dtype that it has; what is quantised stays frozen."""
+    kept = {id(parameter) for parameter in quantized_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in kept)
+    return model
 
 
 def attach_lora(
@@ -168,9 +172,10 @@ def canonical_name(model: nn.Module, name: str) -> str:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts parameters: total = base + what is attached, less the frozen copy of a head that PEFT keeps."""
-    counted = [p for name, p in model.named_parameters() if ".original_module." not in name]
+    copies = [p for name, p in model.named_parameters() if ".original_module." in name]
     return ParameterCount(
-        total=sum(p.numel() for p in counted), trainable=sum(p.numel() for p in counted if p.requires_grad)
+        total=weight_count(model) - sum(p.numel() for p in copies),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
