@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.errors import InputError
 from fedtune.models.load import load_model
+from fedtune.models.lora import attach_lora
 from fedtune.models.save import load_result, save_result
-from fedtune.models.tuning import attach_adapter, attach_lora
+from fedtune.models.tuning import attach_adapter
 
 
 def loader(tmp_path, family, dtype):

@@ -135,6 +135,11 @@ FIELDS: Table = {
     "method.lora.dropout": (0.5, {}),
     "method.lora.targets": (["k_proj"], {}),
     "method.lora.client_ranks": ([1, 2], {}),
+    "method.lora.use_dora": (True, {}),
+    "method.lora.use_rslora": (True, {}),
+    "method.lora.init": ("pissa", {}),
+    "method.lora.bias": ("all", {}),
+    "method.lora.modules_to_save": (["norm"], {}),
     "method.adapter.size": (5, {"method.trainable": "adapter"}),
     "method.prompt.tokens": (3, {"method.trainable": "prompt"}),
     "method.p_tuning.tokens": (

@@ -206,6 +206,10 @@ def validate(
         list[str],
         typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Settings files, and settings to change."),
     ],
+    modules: Annotated[
+        bool,
+        typer.Option("--modules", help="Also say what will be trained, from the model's config.json."),
+    ] = False,
     as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
@@ -225,6 +229,10 @@ def validate(
             config = fedtune.load(path, *overrides)
             room = known_room(config)
             notes = shortening(config, room) if room else []
+            if modules:
+                from fedtune.planning.modules import trained_modules
+
+                notes += trained_modules(config)
             about = {"config": path, "method": config.method_name, "model": config.model.name}
             good.append({**about, "notes": notes} if notes else about)
         except InputError as error:

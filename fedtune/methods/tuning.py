@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self, cast
+import math
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedtune.core.settings import Settings
 
@@ -13,14 +14,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Names = Annotated[list[str], Field(min_length=1)]
+
+
 class Lora(Settings):
     """Low-rank factors: W0 + alpha/rank · B·A."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] | None = None  # module names; None: the query and value projections
+    targets: Annotated[
+        Literal["auto", "attention", "all-linear"] | Names, BeforeValidator(lambda value: value or "auto")
+    ] = "auto"  # which linear layers of the blocks, or their names; auto: see families.md
     client_ranks: list[int] | None = None  # client i trains rank client_ranks[i mod length], at most `rank`
+    use_dora: bool = False  # rows' lengths are trained apart from their directions
+    use_rslora: bool = False  # alpha/√rank in place of alpha/rank
+    init: Literal["default", "pissa", "olora", "loftq"] = "default"  # what B·A starts as: 0, or parts of W0
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train too: of all layers, or LoRA's
+    modules_to_save: list[str] = Field([])  # modules around the blocks that are trained whole
 
     @model_validator(mode="after")
     def _ranks(self) -> Self:
@@ -30,6 +41,38 @@ class Lora(Settings):
         if self.client_ranks == []:
             raise ValueError("client_ranks must name at least one rank, or be left out")
         return self
+
+    @model_validator(mode="after")
+    def _forms(self) -> Self:
+        if self.init == "loftq":
+            raise ValueError(
+                "init: loftq makes up for what a base in 4 bits has lost, and this has lost nothing; take "
+                "default, pissa or olora"
+            )
+        if self.init != "default" and (self.use_dora or self.client_ranks):
+            other = "use_dora" if self.use_dora else "client_ranks"
+            why = (
+                "the rows' lengths would be those of the whole weight"
+                if self.use_dora
+                else "a client of a lower rank would begin without a part of the weight"
+            )
+            raise ValueError(f"init: {self.init} does not go with {other}: {why}; leave one of the two out")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def more(self, *, dora: bool = True) -> str:
+        """The first setting that is more than plain factors, as it is set; "" where there is none."""
+        if self.init != "default":
+            return f"init: {self.init}"
+        if self.bias != "none":
+            return f"bias: {self.bias}"
+        if self.modules_to_save:
+            return "modules_to_save"
+        return "use_dora" if dora and self.use_dora else ""
 
 
 class Adapter(Settings):
@@ -90,19 +133,27 @@ class InBlocks(Settings):
 
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
-        from fedtune.models import tuning as attach  # here, so that settings are read without torch
+        from fedtune.models import lora  # here, so that settings are read without torch
+        from fedtune.models import tuning as attach
         from fedtune.models.boundary import usable
 
         base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
             if self.lora:
-                return attach.attach_lora(
+                return lora.attach_lora(
                     base,
                     rank=self.lora.rank,
                     alpha=self.lora.alpha,
                     dropout=self.lora.dropout,
                     targets=self.lora.targets,
                     seed=seed,
+                    form=lora.LoraForm(
+                        dora=self.lora.use_dora,
+                        rslora=self.lora.use_rslora,
+                        start=cast(lora.Start, self.lora.init),
+                        whole=tuple(self.lora.modules_to_save),
+                        bias=self.lora.bias,
+                    ),
                 )
             if self.adapter:
                 return attach.attach_adapter(base, size=self.adapter.size, seed=seed)

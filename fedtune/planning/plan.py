@@ -23,6 +23,7 @@ from fedtune.errors import InputError
 from fedtune.federation.base_model import refuse_quantized
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
+from fedtune.models.lora_targets import tuned_modules
 from fedtune.models.memory_efficient import base_model
 from fedtune.models.portable import name_classes
 from fedtune.models.quantize import quantization_of
@@ -31,6 +32,7 @@ from fedtune.planning import dry_run, workload
 from fedtune.planning.evaluation import evaluation_step
 from fedtune.planning.fake import Fakes
 from fedtune.planning.memory import PARTS, PartsMeter
+from fedtune.planning.modules import module_notes
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
@@ -152,7 +154,12 @@ def plan(
             "batching": config.data.batching,
         },
         "published": published(config.method, base, traffic),
-        "notes": [*work.notes, *_notes(config, method, traffic)],
+        "modules": tuned_modules(model),
+        "notes": [
+            *work.notes,
+            *(module_notes(config.method, model) if tuned_modules(model) else []),
+            *_notes(config, method, traffic),
+        ],
     }
     return Plan(document, traffic, method.arrival == "in-turn")
 

@@ -40,6 +40,12 @@ class Config(Tuning, Training):
                 "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
                 "server_optimizer mean and no control_variates"
             )
+        if self.aggregation == "stack" and self.lora and (self.lora.use_dora or self.lora.init != "default"):
+            one = "use_dora" if self.lora.use_dora else f"init: {self.lora.init}"
+            why = "a row's length is no part of the product" if self.lora.use_dora else "which are drawn"
+            raise ValueError(
+                f"aggregation: stack adds products of fresh factors, {why}; it does not go with lora.{one}"
+            )
         if self.arrival == "asynchronous" and (self.rounds != 1 or self.control_variates):
             raise ValueError(
                 f"arrival: asynchronous is one-shot: set rounds: 1 (got {self.rounds}), more local_epochs, "

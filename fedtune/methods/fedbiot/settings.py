@@ -92,6 +92,11 @@ class Config(Training):
             raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
         if lora.dropout:
             raise ValueError("dropout is for fedavg; the emulator is aligned without it, leave it out")
+        if said := lora.more():
+            raise ValueError(
+                f"{said} is for fedavg, standalone and centralized; the emulator is aligned in plain "
+                "factors, leave it out"
+            )
         return lora
 
     @property

@@ -61,6 +61,11 @@ class Config(InBlocks, Training):
             )
         if self.lora and self.lora.client_ranks:
             raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        if self.lora and (said := self.lora.more(dora=False)):
+            raise ValueError(
+                f"lora.{said} is for fedavg, standalone and centralized; a turn trains what is added to its "
+                "own block alone, leave it out"
+            )
         if self.powersgd and (self.optimizer_in_backward or self.masters != "float32"):
             with_ = "optimizer_in_backward" if self.optimizer_in_backward else f"masters: {self.masters}"
             raise ValueError(
