@@ -36,7 +36,7 @@ class Holdout(Settings):
         return self
 
 
-FieldMap = dict[Literal["instruction", "input", "output", "category"], str | None]
+FieldMap = dict[Literal["instruction", "input", "output", "category", "choices"], str | None]
 
 
 def _needed(fields: FieldMap) -> FieldMap:
