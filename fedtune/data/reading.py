@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +17,26 @@ class Reading:
 
     Attributes:
         skip: Whether rows that do not fit are skipped; else they are errors.
+        what: The setting that names the source that is read now.
+        choices: Whether some row had a list of choices.
         lines: One a source: its format, its rows, what was taken.
+        kinds: Rows by format.
         skipped: Place and reason of each row that was skipped.
     """
 
     skip: bool = False
+    what: str = ""
+    choices: bool = False
     lines: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def notes(self) -> list[str]:
-        """What a person is told of it, a line each."""
-        return [*self.lines, *skipped_notes(self.skipped)]
+    def line(self, where: str) -> None:
+        """One more line: of what kinds the rows are that were read of a source since `kinds` was cleared."""
+        rows = " and ".join(
+            f"{n:,} row{'s' * (n > 1)} of {kind}" for kind, n in sorted(self.kinds.items()) if n
+        )
+        self.lines.append(f"{self.what}: {rows} {where}" if self.what else f"{rows} {where}")
 
     def document(self) -> dict[str, Any]:
         """What partition.json and summary.json say of skipped rows."""

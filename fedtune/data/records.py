@@ -89,10 +89,11 @@ def examples_from(
     check_doubles(fields, setting)
     keys = [(field, _plain_key(field, fields)) for field in FIELDS]
     examples, categories = [], dict[str, str]()
-    bad = list[tuple[str, str]]()
+    bad, chosen = list[tuple[str, str]](), False
     for place, row in rows:
         try:
-            values = _texts_of(row, keys, fields, place, setting)
+            found = _choices(row, fields, place, setting)
+            values = _texts_of(row, keys, fields, place, setting, found)
         except InputError as error:
             if reading is None or not reading.skip:
                 raise
@@ -100,6 +101,7 @@ def examples_from(
             if len(bad) > MOST:
                 raise InputError(f"{name}: more than {MOST:,} of its rows are bad; {bad[-1][1]}") from None
             continue
+        chosen |= found is not None
         values[-1] = categories.setdefault(values[-1], values[-1])  # one text for all that have it
         examples.append(Example(*values))
     if bad and not examples:
@@ -107,6 +109,7 @@ def examples_from(
         raise InputError(f"{name}: each of its {len(bad):,} rows is bad, so none is left. {shown}")
     if reading is not None:
         reading.skipped += bad
+        reading.choices |= chosen
     elif not examples:
         raise InputError(f"{name}: {NONE_THERE}")
     return examples
@@ -118,13 +121,9 @@ def _texts_of(
     fields: Mapping[str, str | None],
     place: str,
     setting: str,
+    found: Choices | None,
 ) -> list[str]:
     """The text of each field."""
-    if isinstance(row, InputError):
-        raise row
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
-    found = _choices(row, fields, place, setting)
     values = []
     for field, key in keys:
         value = row.get(key) if key else None
@@ -142,10 +141,12 @@ def _texts_of(
     return values
 
 
-def _choices(
-    row: dict[str, Any], fields: Mapping[str, str | None], place: str, setting: str
-) -> Choices | None:
-    """The answers that a row lets choose from, if it does."""
+def _choices(row: Any, fields: Mapping[str, str | None], place: str, setting: str) -> Choices | None:
+    """The answers that a row lets choose from, if it does. Raises InputError if it is no row."""
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
     key = fields.get(CHOICES, CHOICES)
     if key is None or (CHOICES not in fields and (CHOICES not in row or _claimed(row, CHOICES, fields))):
         return None

@@ -6,8 +6,7 @@ it came from. Nothing remote is run: the `datasets` library reads data files onl
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -67,18 +66,19 @@ def load_examples(
     check_fields(fields, setting)
     check_doubles(fields, setting)
     account = reading if reading is not None else Reading()
+    account.kinds.clear()
     parts, about = _parts(source, split, base, streamed)
-    found, counts, empty = list[Example](), Counter[str](), list[str]()
+    found, empty = list[Example](), list[str]()
     for name, kind, rows in parts:
         before = len(account.skipped)
         part = examples_from(rows, fields, name, setting, account)
-        counts[kind] += len(part) + len(account.skipped) - before
+        account.kinds[kind] += len(part) + len(account.skipped) - before
         if not part:
             empty.append(name)
         found += part
     if not found:
         raise InputError(f"{about.name}: {NONE_THERE}")
-    account.lines.append(_said(about, counts, empty))
+    account.line(_said(about, empty))
     return found
 
 
@@ -98,7 +98,7 @@ def _parts(source: str, split: str, base: Path, streamed: int | None) -> tuple[I
     if streamed is not None and (source == "bundled" or files.is_here(source, base)):
         raise InputError(f"data.streaming is for data sets of the Hugging Face hub, and {source} is here")
     if source == "bundled":
-        return iter([("bundled", "the bundled set", _bundled_rows(split))]), _About("the bundled set")
+        return iter([("bundled", "JSON Lines", _bundled_rows(split))]), _About("the bundled set")
     if path.is_dir():
         return _folder_parts(path, split, base)
     if files.is_pattern(source, base):
@@ -146,16 +146,24 @@ def _names(folder: Path, found: tuple[Path, ...]) -> str:
     return _some(tuple(str(one.relative_to(folder)) for one in found))
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _said(about: _About, counts: Counter[str], empty: list[str]) -> str:
-    rows = " and ".join(f"{n:,} row{'s' * (n > 1)} of {kind}" for kind, n in sorted(counts.items()) if n)
-    line = f"{rows} from {about.name}" if about.name not in counts else rows
+def _said(about: _About, empty: list[str]) -> str:
+    line = f"from {about.name}"
     line += f" ({about.files} file{'s' * (about.files > 1)})" if about.files else ""
-    line += f"; {len(empty)} hold no rows: {_some(tuple(empty))}" if empty else ""
+    line += f"; {len(empty)} hold no rows: {_some(empty)}" if empty else ""
     return line + "".join(f"; not read, {what}" for what in about.left)
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether a folder is one data set as it was saved, or one of tasks, and no collection of files."""
+    if not folder.is_dir():
+        return False
+    from fedtune.data.tables import saved_splits
+
+    return saved_splits(folder) is not None or is_task_folder(folder)
 
 
 def held_out_split(source: str, base: Path = Path(".")) -> str:
