@@ -62,8 +62,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
     "DataSettings.train": "`bundled`; a file, a folder, or a pattern as `parts/*.parquet`; a hub name, "
-    "`owner/name:configuration@revision`; `clients`: each has a file of its own; `objects`: given from Python",
-    "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects, braces make a "
+    "`owner/name:configuration@revision`; `clients`: a file of its own each; `objects`: given from Python",
+    "DataSettings.fields": "our field names to the source's keys; dots lead into objects, braces make a "
     "template of several keys; null: none (`input`, `category` and `choices` alone)",
     "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
     "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "

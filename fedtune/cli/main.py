@@ -13,6 +13,7 @@ import typer
 
 import fedtune
 from fedtune.cli.client import client
+from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
 from fedtune.cli.display import Plugin, print_json, show_run
 from fedtune.cli.keys import keys
@@ -193,12 +194,17 @@ def validate(
         list[str],
         typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Settings files, and settings to change."),
     ],
+    look: Annotated[
+        bool, typer.Option("--data", help="Read the data too: what fedtune data has to say of them.")
+    ] = False,
     as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
-    """Check configurations without weights or data.
+    """Check configurations without weights, and without data unless asked.
 
     Example: fedtune validate configs/*.yaml seed=3
+
+    Example: fedtune validate mine.yaml --data
     """
     from fedtune.federation.room import known_room, shortening
 
@@ -213,6 +219,11 @@ def validate(
             room = known_room(config)
             notes = shortening(config, room) if room else []
             about = {"config": path, "method": config.method_name, "model": config.model.name}
+            if look:
+                checks = fedtune.data_report(config)["checks"]
+                if refused := [check["text"] for check in checks if check["level"] == "error"]:
+                    raise InputError("; ".join(refused))
+                notes = [check["text"] for check in checks]
             good.append({**about, "notes": notes} if notes else about)
         except InputError as error:
             problems.append(str(error) if path in str(error) else f"{path}: {error}")
@@ -227,6 +238,7 @@ def validate(
                 print(f"  {note}")
 
 
+app.command(no_args_is_help=True)(data)
 app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(diagnose)
 
