@@ -61,8 +61,13 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.alpha": "of the Dirichlet draw of the sizes; 1.0 if neither this nor `fractions` is set",
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
-    "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects; null: none "
-    "(`input` and `category` alone)",
+    "DataSettings.train": "`bundled`; a file, a folder, or a pattern as `parts/*.parquet`; a hub name, "
+    "`owner/name:configuration@revision`; `clients`: a file of its own each; `objects`: given from Python",
+    "DataSettings.fields": "our field names to the source's keys; dots lead into objects, braces make a "
+    "template of several keys; null: none (`input`, `category` and `choices` alone)",
+    "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
+    "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "
+    "(`file`), all (`train: clients`)",
     "DataSettings.template": "as `fedtune ls templates` lists them; `plain` by default for the bundled model",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",

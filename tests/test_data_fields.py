@@ -121,7 +121,7 @@ def test_what_every_example_needs_cannot_be_none(field: str, tmp_path: Path) -> 
     (tmp_path / "d.jsonl").write_text("{}\n")
     wanted = (
         f"{field} is null, but every example needs one; name the key that holds it, or leave it out if that "
-        f'is "{field}". Only input and category can be null, for none'
+        f'is "{field}". Only input, category and choices can be null, for none'
     )
     with pytest.raises(InputError) as caught:
         load_examples("d.jsonl", fields={field: None}, base=tmp_path)

@@ -13,6 +13,7 @@ import typer
 
 import fedtune
 from fedtune.cli.client import client
+from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
 from fedtune.cli.display import Plugin, print_json, show_run
 from fedtune.cli.keys import keys
@@ -210,12 +211,17 @@ def validate(
         bool,
         typer.Option("--modules", help="Also say what will be trained, from the model's config.json."),
     ] = False,
+    look: Annotated[
+        bool, typer.Option("--data", help="Read the data too: what fedtune data has to say of them.")
+    ] = False,
     as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
-    """Check configurations without weights or data.
+    """Check configurations without weights, and without data unless asked.
 
     Example: fedtune validate mine.yaml seed=3
+
+    Example: fedtune validate mine.yaml --data
     """
     from fedtune.federation.room import known_room, shortening
 
@@ -234,6 +240,11 @@ def validate(
 
                 notes += trained_modules(config)
             about = {"config": path, "method": config.method_name, "model": config.model.name}
+            if look:
+                checks = fedtune.data_report(config)["checks"]
+                if refused := [check["text"] for check in checks if check["level"] == "error"]:
+                    raise InputError("; ".join(refused))
+                notes += [check["text"] for check in checks]
             good.append({**about, "notes": notes} if notes else about)
         except InputError as error:
             problems.append(str(error) if path in str(error) else f"{path}: {error}")
@@ -248,6 +259,7 @@ def validate(
                 print(f"  {note}")
 
 
+app.command(no_args_is_help=True)(data)
 app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(diagnose)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.file import apply_overrides, parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.data.files import is_pattern
 from fedtune.errors import InputError
 
 # Where the same thing may be another time. What it is, a digest says.
@@ -105,6 +107,8 @@ def _inside(document: dict[str, Any], setting: str) -> tuple[dict[str, Any] | No
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
+    if is_pattern(name, Path(".")):
+        return str(path if path.is_absolute() else Path(escape(str(Path.cwd()))) / path)
     return str(path.absolute()) if name and path.exists() else name
 
 

@@ -162,7 +162,7 @@ class RunConfig(Settings):
             )
             if reason:
                 raise ValueError(f"federation.robust: {reason}")
-            if self.data.clients is not None:  # else it is known when the data are
+            if isinstance(self.data.clients, int):  # else it is known when the data are
                 self._enough_replies(self.federation.robust, self.data.clients)
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.data.examples import Example
+from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import examples_from
 from fedtune.errors import InputError
 
@@ -19,25 +20,30 @@ class ObjectData:
     Attributes:
         examples: All of them; a client's stand together.
         clients: Examples of each client by name, in the order of `examples`; empty if they are to be split.
+        skipped: Place and reason of each row that did not fit and was skipped.
     """
 
     examples: tuple[Example, ...]
     clients: Mapping[str, int]
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
-    def read(data: Any, fields: Mapping[str, str | None]) -> ObjectData:
+    def read(data: Any, fields: Mapping[str, str | None], *, skip: bool = False) -> ObjectData:
         """Examples from rows: `{"instruction": ..., "output": ...}`, with `input` and `category` if wanted.
 
         Args:
             data: A list of rows (mappings), a `datasets.Dataset`, or a mapping from each client's name to one
                 of either.
             fields: Our field names to the rows' keys, as `data.fields`.
+            skip: Whether rows that do not fit are skipped.
 
         Raises:
             InputError: It is something else, empty, or a row does not fit; names the row.
         """
+        reading = Reading(skip=skip)
         if not isinstance(data, Mapping):
-            return ObjectData(tuple(examples_from(_rows(data, "data"), fields, "data")), {})
+            found = _some(examples_from(_rows(data, "data"), fields, "data", reading=reading), "data")
+            return ObjectData(tuple(found), {}, tuple(reading.skipped))
         if not data:
             raise InputError("data has no clients; give at least one, as in {'north': [...]}")
         examples: list[Example] = []
@@ -51,7 +57,7 @@ class ObjectData:
                     f"{place} must be a list of rows or a data set, got a mapping. One row is a list of one: "
                     "[{'instruction': ..., 'output': ...}]"
                 )
-            found = examples_from(_rows(own, place), fields, place)
+            found = _some(examples_from(_rows(own, place), fields, place, reading=reading), place)
             examples += found
             clients[client] = len(found)
         if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
@@ -59,7 +65,7 @@ class ObjectData:
                 f"data is a {type(data).__name__} with the splits {', '.join(data)}; give one of them, as in "
                 'data["train"], or dict(data) if they are clients'
             )
-        return ObjectData(tuple(examples), clients)
+        return ObjectData(tuple(examples), clients, tuple(reading.skipped))
 
     def to_json(self) -> str:
         """As text, for another process."""
@@ -70,6 +76,12 @@ class ObjectData:
         """What `to_json` made text."""
         document = json.loads(text)
         return ObjectData(tuple(Example(**row) for row in document["examples"]), document["clients"])
+
+
+def _some(examples: list[Example], place: str) -> list[Example]:
+    if not examples:
+        raise InputError(f"{place}: {NONE_THERE}")
+    return examples
 
 
 def _rows(data: Any, place: str) -> Iterator[tuple[str, Any]]:

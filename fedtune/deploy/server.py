@@ -65,7 +65,8 @@ class Server:
             )
         check_server(keys)
         known = read_clients(keys)
-        wanted = config.data.clients or len(known)
+        asked = config.data.clients
+        wanted = asked if isinstance(asked, int) else len(known)
         if wanted > len(known):
             raise InputError(
                 f"data.clients is {wanted}, but {keys / 'clients.json'} knows {len(known)} clients: "

@@ -19,15 +19,18 @@ from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
-from fedtune.federation.data import Split, prepare_data, public_examples
+from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.encoding import Keys, describe, encode_for
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
+from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.federation.room import Room, batching_of, example_room, shortening
+from fedtune.federation.sources import public_examples
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -111,7 +114,7 @@ class Assembly:
                     too_long=too_long,
                 )
 
-            public = encoded(public_examples(config), "the server's public examples")
+            public = encoded(public_examples(config, split.reading), "the server's public examples")
             # all models are scored on all of them, so they are cut and none is dropped
             held_out = encoded(
                 split.evaluation,
@@ -185,7 +188,18 @@ class Assembly:
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
         held = describe_quantized(self.loaded.model)
-        return [*([held] if held else []), *_notes(self.config, self.room, self.counts)]
+        return [
+            *([held] if held else []),
+            *skipped_notes(self.split.reading.skipped),
+            *_notes(self.config, self.room, self.counts),
+        ]
+
+    def tell(self, progress: Progress) -> None:
+        """Says what was read, and what a person should know of it."""
+        for line in self.split.reading.lines:
+            progress.info(line)
+        for note in self.notes:
+            progress.note(note)
 
     def look_ahead(self) -> None:
         """Encodes what has to be known before the first round, and what is needed in it.

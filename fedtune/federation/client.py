@@ -26,6 +26,9 @@ from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.opening import check_ordinary
+from fedtune.data.reading import NONE_THERE, Reading, skipped_notes
+from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
@@ -52,37 +55,41 @@ log = logging.getLogger("fedtune")
 
 
 def local_records(data: Path) -> int:
-    """How many examples a client's file holds, before any run says which key is what.
+    """How many examples a client's file or folder holds, before any run says which key is what.
 
     Raises:
-        InputError: It is missing, damaged or empty, or no .json or .jsonl file.
+        InputError: It is missing, damaged or empty, or of no format that is read.
     """
-    _check_file(data)
-    if not data.is_file():
-        raise InputError(f"{data}: {'is not a file' if data.exists() else 'there is no such file'}")
+    _check_here(data)
     count = count_records(data)
     if not count:
-        raise InputError(f"{data}: holds no examples; at least one is needed")
+        raise InputError(f"{data}: {NONE_THERE}")
     return count
 
 
-def local_examples(data: Path, fields: Mapping[str, str | None]) -> list[Example]:
-    """The examples of a client's own file.
+def local_examples(
+    data: Path, fields: Mapping[str, str | None], reading: Reading | None = None
+) -> list[Example]:
+    """The examples of a client's own file or folder.
 
     Args:
-        data: A .json or .jsonl file.
+        data: Read as `data.train` is.
         fields: Our field names to the file's.
+        reading: Is told what was read, and what was skipped if bad rows are.
 
     Raises:
         InputError: It is missing, malformed or empty.
     """
-    _check_file(data)
-    return load_examples(str(data.resolve()), fields=dict(fields), split="train", base=Path("."))
+    _check_here(data)
+    return load_examples(
+        str(data.resolve()), fields=dict(fields), split="train", base=Path("."), reading=reading
+    )
 
 
-def _check_file(data: Path) -> None:
-    if data.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{data}: a client's data are a .json or .jsonl file")
+def _check_here(data: Path) -> None:
+    """Raises InputError if it is not there; nothing is ever asked of the hub in its place."""
+    if not data.is_dir():
+        check_ordinary(data)
 
 
 def join(
@@ -120,8 +127,11 @@ def join(
         raise NotAccepted(f"the server calls it client {client}, and its clients.json {identity.number()}")
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
-    examples = local_examples(data, named)
+    reading = Reading(skip=settings.bad_rows == "skip")
+    examples = local_examples(data, named, reading)
     weights = message.text("weights")
+    if reading.choices:
+        named.setdefault(CHOICES, CHOICES)
     asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
     consent.invited(str(invitation.get("run", "")), asked)
     name, where = model or config.model.place, device_of(device)
@@ -157,7 +167,7 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
     )
-    notes = describe({"train": found.counts}, room.tokens)
+    notes = [*reading.lines, *skipped_notes(reading.skipped), *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 

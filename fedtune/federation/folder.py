@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from fedtune.config.file import dump_config, load_config
 from fedtune.config.schema import RunConfig, document_sha256
 from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import InputError
-from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
+from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json, write_text
 from fedtune.federation.plugins import require_plugins
 
+SKIPPED = "skipped.jsonl"
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
 
@@ -30,8 +31,11 @@ class RunFolder:
         environment: dict[str, Any],
         partition: dict[str, Any],
         examples: dict[str, Any],
+        skipped: Sequence[tuple[str, str]] = (),
     ) -> RunFolder:
         """Makes the folder with its configuration, environment, partition and examples, all at once.
+
+        Rows of the data that were skipped (place, reason) stand in skipped.jsonl, if some were.
 
         Raises:
             InputError: `path` exists and is not empty.
@@ -42,6 +46,9 @@ class RunFolder:
             write_json(new / "environment.json", environment)
             write_json(new / "partition.json", partition)
             write_json(new / "examples.json", examples)
+            if skipped:
+                lines = (dumps({"place": place, "reason": why}) + "\n" for place, why in skipped)
+                write_text(new / SKIPPED, "".join(lines))
             (new / "checkpoints").mkdir()
         return RunFolder(path)
 

@@ -18,6 +18,7 @@ from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.places import MOVABLE
 from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
+from fedtune.data.files import is_here
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import Split, held_out_source, only_held_out, prepare_data
@@ -175,7 +176,7 @@ def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
 
 def _refuse_replaced_data(path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
     sources = (config.data.train, config.data.holdout.source)
-    here = all(name in (None, "bundled", CLIENTS) or Path(str(name)).exists() for name in sources)
+    here = all(name in (None, CLIENTS) or is_here(str(name)) for name in sources)
     if config.data.train == OBJECTS:
         here = objects is not None
     if here:

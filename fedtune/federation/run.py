@@ -99,8 +99,7 @@ def run(
     with settings_kept(), torch_settings(), shared_folder(config) as shared:
         with clock.part("setup"), faults("loading data and model"):
             assembly = Assembly.assemble(config, clock, objects, path=path, shared=shared)
-        for note in assembly.notes:
-            progress.note(note)
+        assembly.tell(progress)
         if resume:
             assembly.refuse_other_inputs(path)
             assembly.train_as_begun(path)
@@ -121,8 +120,9 @@ def run(
             progress.note(note)
         federation.open_account()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
+            split = assembly.split
             RunFolder.create(
-                path, config, assembly.environment, assembly.split.partition, examples_of(assembly.split)
+                path, config, assembly.environment, split.partition, examples_of(split), split.reading.skipped
             )
         assembly.data.begin()
         try:
