@@ -168,14 +168,15 @@ def _trainer(env: ClientEnv, config: Config) -> Callable[[], object]:
     given = _given(Trainer, env, config)(
         model=env.model, args=TrainingArguments(**ARGUMENTS), train_dataset=_Rows(env.items)
     )
-    return _quietly(given.train)
+    return _quietly(given)
 
 
 def _trl(env: ClientEnv, config: Config) -> Callable[[], object]:
     import datasets
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]
 
     rows = datasets.Dataset.from_list([{"input_ids": list(item.input_ids)} for item in env.items])
+    datasets.disable_progress_bars()
     with quiet(), warnings.catch_warnings(action="ignore"):
         given = _given(SFTTrainer, env, config)(
             model=env.model,
@@ -183,7 +184,7 @@ def _trl(env: ClientEnv, config: Config) -> Callable[[], object]:
             train_dataset=rows,
             processing_class=load_tokenizer("bundled", Path(".")),
         )
-    return _quietly(given.train)
+    return _quietly(given)
 
 
 def _given(kind: Any, env: ClientEnv, config: Config) -> Any:
@@ -192,10 +193,14 @@ def _given(kind: Any, env: ClientEnv, config: Config) -> Any:
     return type("Given", (kind,), {"get_train_dataloader": lambda self: batches})
 
 
-def _quietly(train: Callable[[], object]) -> Callable[[], object]:
+def _quietly(trainer: Any) -> Callable[[], object]:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
     def steps() -> None:
         with quiet(), warnings.catch_warnings(action="ignore"):
-            train()
+            trainer.train()
 
     return steps
 
