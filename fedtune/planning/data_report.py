@@ -327,7 +327,8 @@ def _checks(
     ):
         if count:
             yield _check(f"{count:,} {text}")
-    yield from (_check(note) for note in shortening(config, room, lost=True))
+    lost_some = bool(counts["cut"] or counts["dropped"])
+    yield from (_check(note) for note in shortening(config, room, lost=lost_some))
     alone = sum(len(client["labels"]) == 1 for client in clients) if len(split.labels) > 1 else 0
     if alone:
         yield _check(f"{alone} of {len(clients)} clients have examples of one class alone")
