@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
+from fedtune.data.conversations import Reading, conversations, form_of
 from fedtune.data.examples import Example
+from fedtune.data.turns import is_turns, kind_of
 from fedtune.errors import InputError, nearest
 
+INSTRUCTIONS = Reading("instruction")
 FIELDS = ("instruction", "input", "output", "category")
 _OPTIONAL = ("input", "category")
-_TURN_KEYS = (("role", "content"), ("from", "value"))
 _NO_TURNS = (
-    "Conversations are not read yet: at one position stands a question in one row and a system prompt in "
-    "another. Give the question and the answer keys of their own, and name these in data.fields as "
-    "instruction and output."
+    "A conversation is read whole, since who speaks at a position differs from row to row: leave instruction "
+    "and output out of data.fields, or set data.format to conversation."
 )
 
 
@@ -64,6 +66,7 @@ def examples_from(
     fields: Mapping[str, str | None],
     name: str,
     setting: str = "data.fields",
+    reading: Reading = INSTRUCTIONS,
 ) -> list[Example]:
     """Examples from records, each with its place.
 
@@ -72,25 +75,36 @@ def examples_from(
         fields: Our field names to the records' keys, as in `load_examples`.
         name: Of all of them together.
         setting: What an error calls `fields`.
+        reading: Whether they are instructions, conversations or plain texts; the first one decides where
+            that does not say so. What it came to is said there.
 
     Raises:
         InputError: There is none, or one does not fit.
     """
     check_fields(fields, setting)
+    first = next(rows, None)
+    if first is not None:
+        form = form_of(reading.format, first[1] if isinstance(first[1], dict) else {}, fields, first[0])
+        rows, fields = chain([first], rows), {**form.fields, **fields}
+        if form.said:
+            reading.said.append(form.said)
+        if form.name != "instruction":
+            return list(conversations(rows, form, fields.get("category", "category"), reading.trees))
     check_doubles(fields, setting)
     keys = [(field, _plain_key(field, fields)) for field in FIELDS]
     examples, categories = [], dict[str, str]()
     for place, row in rows:
         if not isinstance(row, dict):
-            raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
+            raise InputError(f"{place}: a record must be a JSON object, got {kind_of(row)}.")
         values = []
         for field, key in keys:
             value = row.get(key) if key else None
             if type(value) is not str or not _is_unicode(value):
                 value = _field(row, field, fields, place, setting)
             values.append(value)
-        values[-1] = categories.setdefault(values[-1], values[-1])  # one text for all that have it
-        examples.append(Example(*values))
+        instruction, about, output, category = values
+        category = categories.setdefault(category, category)  # one text for all that have it
+        examples.append(Example(instruction, about, output, category))
     if not examples:
         raise InputError(f"{name}: holds no examples; at least one is needed.")
     return examples
@@ -129,7 +143,7 @@ def _field(
             return ""
         keys = ", ".join(f'"{k}"' for k in row) or "none"
         missing = f'{place}: no key "{key}" for {field}; the keys here are: {keys}.'
-        talks = [k for k, held in row.items() if _is_turns(held)]
+        talks = [k for k, held in row.items() if is_turns(held)]
         if talks and not optional:
             raise InputError(f'{missing} "{talks[0]}" holds a conversation. {_NO_TURNS}')
         raise InputError(f"{missing} Set {setting}.{field} to the right one.")
@@ -141,7 +155,9 @@ def _field(
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         hint = f' Name one of its values, such as "{key}.0".' if isinstance(value, list) else ""
-        raise InputError(f'{place}: "{key}" for {field} must be text or a number, got {_kind(value)}.{hint}')
+        raise InputError(
+            f'{place}: "{key}" for {field} must be text or a number, got {kind_of(value)}.{hint}'
+        )
     return json.dumps(value)
 
 
@@ -160,7 +176,7 @@ def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any, str]:
         is no value; "" where there is none.
     """
     if key in row:
-        return True, row[key], key if _is_turns(row[key]) else ""
+        return True, row[key], key if is_turns(row[key]) else ""
     value: Any = row
     parts = key.split(".")
     for number, part in enumerate(parts, start=1):
@@ -170,25 +186,6 @@ def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any, str]:
             value = value[int(part)]
         else:
             return False, None, ""
-        if _is_turns(value):
+        if is_turns(value):
             return True, None, ".".join(parts[:number])
     return True, value, ""
-
-
-def _is_turns(value: Any) -> bool:
-    """Whether a value is a conversation: a list of objects that say who speaks and what.
-
-    The `datasets` library gives some such lists as one object of lists, a list of all speakers and one of all
-    texts; these are conversations too.
-    """
-    if isinstance(value, dict):
-        return any(all(isinstance(value.get(key), list) for key in keys) for keys in _TURN_KEYS)
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return False
-    # one is enough: a turn that calls a tool may have no text
-    return any(key in turn and text in turn for turn in value for key, text in _TURN_KEYS)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"{value}")

@@ -16,9 +16,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.places import require_hub_name, say_asking
-from fedtune.data.records import check_doubles, check_fields, examples_from
+from fedtune.data.records import INSTRUCTIONS, check_doubles, check_fields, examples_from
 from fedtune.errors import InputError, nearest
 
 _FILE_SUFFIXES = (".jsonl", ".json")
@@ -31,6 +32,7 @@ def load_examples(
     split: str = "train",
     base: Path = Path("."),
     setting: str = "data.fields",
+    reading: Reading = INSTRUCTIONS,
 ) -> list[Example]:
     """Loads a data set.
 
@@ -46,6 +48,7 @@ def load_examples(
             behind it ("test_tasks.txt[2%]") a random part of each task's instances, the same for every seed.
         base: The folder that a relative path starts from.
         setting: What an error calls `fields`.
+        reading: Whether records are instructions, conversations or plain texts; see `examples_from`.
 
     Returns:
         The examples in the source's order. Numbers become text as JSON writes them. An absent key of `input`
@@ -55,7 +58,6 @@ def load_examples(
 
     Raises:
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
-            Conversations do not fit: who speaks at a position differs from row to row.
     """
     check_fields(fields, setting)
     check_doubles(fields, setting)
@@ -68,13 +70,14 @@ def load_examples(
         if not path.is_file():
             what = "is not a file" if path.exists() else "there is no such file"
             raise InputError(f"{path}: {what}. Paths start from {base.resolve()}.")
-        return examples_from(_file_rows(path, str(path)), fields, str(path), setting)
+        return examples_from(_file_rows(path, str(path)), fields, str(path), setting, reading)
     if path.is_dir():
         return examples_from(_task_rows(path, split, base), fields, str(path), setting)
     if path.exists():
         raise InputError(f"{path}: this is a local path, and only files ending in .jsonl or .json are read.")
     require_hub_name(source.partition(":")[0], base, "data set", ["bundled"])
-    return examples_from(_hub_rows(source, split), fields, f'data set "{source}"', setting)
+    rows = _hub_rows(source, split)
+    return examples_from(rows, fields, f'data set "{source}"', setting, reading)
 
 
 def count_records(file: Path) -> int:

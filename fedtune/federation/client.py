@@ -25,6 +25,7 @@ from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
+from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import count_records, load_examples
@@ -66,18 +67,21 @@ def local_records(data: Path) -> int:
     return count
 
 
-def local_examples(data: Path, fields: Mapping[str, str | None]) -> list[Example]:
+def local_examples(data: Path, fields: Mapping[str, str | None], reading: Reading) -> list[Example]:
     """The examples of a client's own file.
 
     Args:
         data: A .json or .jsonl file.
         fields: Our field names to the file's.
+        reading: How its records are to be read.
 
     Raises:
         InputError: It is missing, malformed or empty.
     """
     _check_file(data)
-    return load_examples(str(data.resolve()), fields=dict(fields), split="train", base=Path("."))
+    return load_examples(
+        str(data.resolve()), fields=dict(fields), split="train", base=Path("."), reading=reading
+    )
 
 
 def _check_file(data: Path) -> None:
@@ -120,7 +124,8 @@ def join(
         raise NotAccepted(f"the server calls it client {client}, and its clients.json {identity.number()}")
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
-    examples = local_examples(data, named)
+    reading = config.reading
+    examples = local_examples(data, named, reading)
     weights = message.text("weights")
     asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
     consent.invited(str(invitation.get("run", "")), asked)
@@ -169,7 +174,7 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
     )
-    notes = describe({"train": found.counts}, room.tokens)
+    notes = [*reading.said, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,12 +18,14 @@ from fedtune.config.partitions import Given
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
+from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import bundled_examples, load_examples
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import compares_answers
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
 
@@ -39,6 +42,7 @@ class Split:
         sha256: Identifies the training and held-out examples.
         owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
         held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
+        said: What sources' records were taken for, and why, a line each.
     """
 
     clients: dict[int, list[Example]]
@@ -48,6 +52,7 @@ class Split:
     sha256: str
     owners: tuple[int, ...] = ()
     held_out: Sequence[Example] = ()
+    said: tuple[str, ...] = ()
 
     @property
     def trained(self) -> list[Example]:
@@ -74,7 +79,8 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     """
     if config.data.train == CLIENTS:
         return _server_split(config)
-    train, held_out = _hold_out(config, _examples(config, objects))
+    reading = config.reading
+    train, held_out = _hold_out(config, _examples(config, objects, reading), reading)
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
@@ -96,6 +102,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
+    _refuse_without_answers(config, evaluation)
     # of answers in free text every one would stand in partition.json, word for word
     classifies = config.model.task == "classification"
     values = [example.category or (example.output if classifies else "") for example in train]
@@ -120,7 +127,17 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
         in_order,
+        tuple(dict.fromkeys([*(objects.said if objects else ()), *reading.said])),
     )
+
+
+def _refuse_without_answers(config: RunConfig, evaluation: Sequence[Example]) -> None:
+    tasks = [task for task in config.evaluation.tasks if compares_answers(task)]
+    if tasks and any(example.form == "text" for example in evaluation):
+        raise InputError(
+            f"task {tasks[0]} compares answers, and the held-out examples are plain texts, which have none. "
+            "Set evaluation.tasks to [loss]"
+        )
 
 
 def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
@@ -148,7 +165,7 @@ def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:
     return Split({}, examples, tuple(labels), partition, _sha256([], examples), held_out=examples)
 
 
-def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
+def _examples(config: RunConfig, objects: ObjectData | None, reading: Reading) -> list[Example]:
     """All examples before any split."""
     if config.data.train == OBJECTS:
         if objects is None:
@@ -157,7 +174,9 @@ def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
                 "data=... to fedtune.run or fedtune.open, or name a file in data.train"
             )
         return list(objects.examples)
-    return load_examples(config.data.train, fields=_fields(config), split=config.data.split, base=Path("."))
+    return load_examples(
+        config.data.train, fields=_fields(config), split=config.data.split, base=Path("."), reading=reading
+    )
 
 
 def _as_given(train: Sequence[Example], objects: ObjectData) -> Dealt:
@@ -180,7 +199,8 @@ def _as_given(train: Sequence[Example], objects: ObjectData) -> Dealt:
 
 def _server_split(config: RunConfig) -> Split:
     """What the server has where every client has a file of its own: held-out examples, and no others."""
-    _, held_out = _hold_out(config, [])
+    reading = config.reading
+    _, held_out = _hold_out(config, [], reading)
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
     evaluation = in_order[: config.evaluation.max_examples]
@@ -189,14 +209,15 @@ def _server_split(config: RunConfig) -> Split:
     if unseen:
         raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
     partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
-    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order)
+    said = tuple(reading.said)
+    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order, said=said)
 
 
 def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """The examples among which the held-out ones are, before any split."""
     if config.data.holdout.source is not None:
-        return _hold_out(config, [])[1]
-    return _examples(config, objects)
+        return _hold_out(config, [], config.reading)[1]
+    return _examples(config, objects, config.reading)
 
 
 def public_examples(config: RunConfig) -> list[Example]:
@@ -210,7 +231,12 @@ def public_examples(config: RunConfig) -> list[Example]:
         return []
     fields = {str(ours): theirs for ours, theirs in public.fields.items()}
     examples = load_examples(
-        public.source, fields=fields, split=public.split, base=Path("."), setting="data.public.fields"
+        public.source,
+        fields=fields,
+        split=public.split,
+        base=Path("."),
+        setting="data.public.fields",
+        reading=config.reading,
     )
     if public.max_examples is not None and public.max_examples < len(examples):
         chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
@@ -218,13 +244,17 @@ def public_examples(config: RunConfig) -> list[Example]:
     return examples
 
 
-def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+def _hold_out(
+    config: RunConfig, examples: list[Example], reading: Reading
+) -> tuple[list[Example], list[Example]]:
     holdout = config.data.holdout
     if holdout.source == "bundled":
         return examples, bundled_examples("test")
     if holdout.source is not None:
         split = holdout.split or ("train" if holdout.source.endswith((".json", ".jsonl")) else "test")
-        return examples, load_examples(holdout.source, fields=_fields(config), split=split, base=Path("."))
+        return examples, load_examples(
+            holdout.source, fields=_fields(config), split=split, base=Path("."), reading=reading
+        )
     if holdout.client_fraction is not None:
         return examples, []
     rng = numpy_generator(config.seed, "holdout")
@@ -271,5 +301,7 @@ def _sha256(*parts: Sequence[Example]) -> str:
                 f'{{"category": {text(e.category)}, "input": {text(e.input)}, '
                 f'"instruction": {text(e.instruction)}, "output": {text(e.output)}}}\n'.encode()
             )
+            if e.turns:
+                digest.update(f"{json.dumps(e.said())}\n".encode())
         digest.update(b"\0")
     return digest.hexdigest()
