@@ -62,7 +62,7 @@ def test_conversations_are_no_public_data(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"conversations": [{"from": "human", "value": "w"}], "output": "v"}) + "\n")
     fields = {"instruction": "conversations.0.value"}
-    with pytest.raises(InputError, match=r'd\.jsonl:1: "conversations\.0\.value" .*not read yet'):
+    with pytest.raises(InputError, match=r'd\.jsonl:1: "conversations\.0\.value" .*read whole'):
         public_examples(config(source=str(path), fields=fields))
 
 

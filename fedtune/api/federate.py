@@ -25,7 +25,7 @@ def objects_from(config: RunConfig, data: Any) -> ObjectData | None:
     from fedtune.data.objects import ObjectData
 
     fields = {str(ours): theirs for ours, theirs in config.data.fields.items()}
-    return ObjectData.read(data, fields, skip=config.data.bad_rows == "skip")
+    return ObjectData.read(data, fields, config.reading)
 
 
 def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | None]:

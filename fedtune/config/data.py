@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from fedtune.config.partitions import ByField, FromFile, Given, Iid, OneFile
 from fedtune.core.settings import Settings
 from fedtune.data.batching import Name
+from fedtune.data.conversations import Format
 from fedtune.data.records import no_null
-from fedtune.data.templates import TEMPLATES
+from fedtune.data.templates import template_setting
+from fedtune.data.trees import Trees
 from fedtune.errors import InputError
 
 CLIENTS = "clients"  # as `data.train`: every client has a file of its own
@@ -48,6 +50,10 @@ def _needed(fields: FieldMap) -> FieldMap:
 
 
 Fields = Annotated[FieldMap, AfterValidator(_needed)]
+# `assistant` says of conversations what `response` says of instructions: every answer
+LossOn = Annotated[
+    Literal["response", "last", "all"], BeforeValidator(lambda on: "response" if on == "assistant" else on)
+]
 
 
 class Public(Settings):
@@ -68,8 +74,10 @@ class DataSettings(Settings):
     fields: Fields = Field(default_factory=dict)
     bad_rows: Literal["error", "skip"] = "error"
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
-    template: str = "alpaca"
-    loss_on: Literal["response", "all"] = "response"
+    format: Format = "auto"  # what records are; auto: as the first one looks
+    trees: Trees = "best"  # of trees of answers: the best way from root to leaf, or all
+    template: str = "auto"  # auto: the tokenizer's chat template, alpaca without one; or a .jinja file
+    loss_on: LossOn = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together; at most what the model sees
     too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer
     cache: str = Field("beside", min_length=1)  # of encoded examples: beside the run, a folder, or none
@@ -93,11 +101,11 @@ class DataSettings(Settings):
     @field_validator("template")
     @classmethod
     def _a_template(cls, name: str) -> str:
+        """A file's text takes its place, so that a run has all that it needs, wherever it goes on."""
         try:
-            TEMPLATES.part(name)
+            return template_setting(name)
         except InputError as error:
-            raise ValueError(str(error).removeprefix("data.")) from None
-        return name
+            raise ValueError(str(error).removeprefix("data.").removeprefix("template: ")) from None
 
     @model_validator(mode="after")
     def _clients(self) -> Self:

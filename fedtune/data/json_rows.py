@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedtune.data.opening import LINE, lines_of, not_utf8, opened, refuse_other_encoding, rest_of
+from fedtune.data.turns import is_turns
 from fedtune.errors import InputError
 
 Rows = Iterator[tuple[str, Any]]
 """(place, row); in place of a row that cannot be read the InputError that says so."""
 
 _MARK = b"\xef\xbb\xbf"
-_TURN_KEYS = (("role", "content"), ("from", "value"))
 
 
 def line_rows(stream: IO[bytes], name: str) -> Rows:
@@ -105,20 +105,6 @@ def _key_of_rows(document: dict[str, Any], name: str, split: str) -> str | None:
 def _refuse_split(name: str, split: str) -> None:
     if split != "train":
         raise InputError(f'{name}: a file has no split "{split}"; give the file of that part.')
-
-
-def is_turns(value: Any) -> bool:
-    """Whether a value is a conversation: a list of objects that say who speaks and what.
-
-    The `datasets` library gives some such lists as one object of lists, a list of all speakers and one of all
-    texts; these are conversations too.
-    """
-    if isinstance(value, dict):
-        return any(all(isinstance(value.get(key), list) for key in keys) for keys in _TURN_KEYS)
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return False
-    # one is enough: a turn that calls a tool may have no text
-    return any(key in turn and text in turn for turn in value for key, text in _TURN_KEYS)
 
 
 def decoded(text: bytes, name: str, first_line: int) -> Any:

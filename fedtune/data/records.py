@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from fedtune.data.choices import Choices, NoChoice, choices_of, joined, letter_of
+from fedtune.data.conversations import Form, conversations, form_of
 from fedtune.data.examples import Example
-from fedtune.data.json_rows import is_turns
 from fedtune.data.keys import names_in, parts_of, reads, template_of, text_of
 from fedtune.data.reading import MOST, NONE_THERE, Reading
+from fedtune.data.trees import is_node
+from fedtune.data.turns import is_turns, kind_of
 from fedtune.errors import InputError, nearest
 
 FIELDS = ("instruction", "input", "output", "category")
@@ -18,10 +21,10 @@ _NAMES = (*FIELDS, CHOICES)
 _OPTIONAL = ("input", "category", CHOICES)
 _LABELS = ("output", "category")  # true and false are no words to ask something with
 _NO_TURNS = (
-    "Conversations are not read yet: at one position stands a question in one row and a system prompt in "
-    "another. Give the question and the answer keys of their own, and name these in data.fields as "
-    "instruction and output."
+    "A conversation is read whole, since who speaks at a position differs from row to row: leave instruction "
+    "and output out of data.fields, or set data.format to conversation."
 )
+Row = tuple[str, Any]  # its place, and the record; or the InputError that says why it cannot be read
 
 
 def check_fields(fields: Mapping[str, str | None], setting: str = "data.fields") -> None:
@@ -66,7 +69,7 @@ def no_null(field: str) -> str:
 
 
 def examples_from(
-    rows: Iterator[tuple[str, Any]],
+    rows: Iterator[Row],
     fields: Mapping[str, str | None],
     name: str,
     setting: str = "data.fields",
@@ -80,39 +83,97 @@ def examples_from(
         fields: Our field names to the records' keys, as in `load_examples`.
         name: Of all of them together.
         setting: What an error calls `fields`.
-        reading: Is told of records that do not fit, if these are to be skipped.
+        reading: Whether they are instructions, conversations or plain texts, of which the first one decides
+            where that does not say so, and whether records that do not fit are skipped. Is told of both.
+            None: instructions, and none is skipped or missing.
 
     Raises:
         InputError: There is none, or one does not fit and is not to be skipped.
     """
     check_fields(fields, setting)
-    check_doubles(fields, setting)
+    account = Reading() if reading is None else reading
+    begun = list[Row]()
+    for row in rows:
+        begun.append(row)
+        if isinstance(row[1], dict):
+            break
+    place, first = begun[-1] if begun else ("", None)
+    form = form_of(account.format, first if isinstance(first, dict) else {}, fields, place)
+    fields = {**form.fields, **fields}
+    if begun and form.said and form.said not in account.said:
+        account.said.append(form.said)
+    bad = _Bad(name, account.skip)
+    if form.name == "instruction":
+        check_doubles(fields, setting)
+        made = _instructions(chain(begun, rows), fields, setting, bad, account)
+    else:
+        category = fields.get("category", "category")
+        made = _others(chain(begun, rows), form, category, bad, account)
+    examples = list(made)
+    if bad.rows and not examples:
+        shown = "; ".join(f"{place}: {why}" for place, why in bad.rows[:3])
+        raise InputError(f"{name}: each of its {len(bad.rows):,} rows is bad, so none is left. {shown}")
+    account.skipped += bad.rows
+    if reading is None and not examples:
+        raise InputError(f"{name}: {NONE_THERE}")
+    return examples
+
+
+class _Bad:
+    """Rows of a source that do not fit.
+
+    Args:
+        name: Of the source.
+        skip: Whether they are skipped.
+    """
+
+    def __init__(self, name: str, skip: bool) -> None:
+        self._name, self._skip, self.rows = name, skip, list[tuple[str, str]]()
+
+    def add(self, place: str, error: InputError) -> None:
+        """One more. Raises its error if bad rows are none to skip, and another if there are too many."""
+        if not self._skip:
+            raise error
+        self.rows.append((place, str(error).removeprefix(place).lstrip(": ")))
+        if len(self.rows) > MOST:
+            raise InputError(f"{self._name}: more than {MOST:,} of its rows are bad; {self.rows[-1][1]}")
+
+
+def _instructions(
+    rows: Iterable[Row], fields: Mapping[str, str | None], setting: str, bad: _Bad, account: Reading
+) -> Iterator[Example]:
     keys = [(field, _plain_key(field, fields)) for field in FIELDS]
-    examples, categories = [], dict[str, str]()
-    bad, chosen = list[tuple[str, str]](), False
+    categories = dict[str, str]()
     for place, row in rows:
         try:
             found = _choices(row, fields, place, setting)
-            values = _texts_of(row, keys, fields, place, setting, found)
+            instruction, about, output, category = _texts_of(row, keys, fields, place, setting, found)
         except InputError as error:
-            if reading is None or not reading.skip:
-                raise
-            bad.append((place, str(error).removeprefix(place).lstrip(": ")))
-            if len(bad) > MOST:
-                raise InputError(f"{name}: more than {MOST:,} of its rows are bad; {bad[-1][1]}") from None
+            bad.add(place, error)
             continue
-        chosen |= found is not None
-        values[-1] = categories.setdefault(values[-1], values[-1])  # one text for all that have it
-        examples.append(Example(*values))
-    if bad and not examples:
-        shown = "; ".join(f"{place}: {why}" for place, why in bad[:3])
-        raise InputError(f"{name}: each of its {len(bad):,} rows is bad, so none is left. {shown}")
-    if reading is not None:
-        reading.skipped += bad
-        reading.choices |= chosen
-    elif not examples:
-        raise InputError(f"{name}: {NONE_THERE}")
-    return examples
+        account.choices |= found is not None
+        category = categories.setdefault(category, category)  # one text for all that have it
+        yield Example(instruction, about, output, category)
+
+
+def _others(
+    rows: Iterable[Row], form: Form, category: str | None, bad: _Bad, account: Reading
+) -> Iterator[Example]:
+    """Conversations and plain texts; messages of trees wait for each other, all others come one by one."""
+    nodes = list[Row]()
+    for place, row in rows:
+        made = list[Example]()
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if isinstance(row, dict) and form.name == "conversation" and is_node(row):
+                nodes.append((place, row))
+            else:
+                made = list(conversations([(place, row)], form, category, account.trees))
+        except InputError as error:
+            bad.add(place, error)
+        yield from made
+    yield from conversations(nodes, form, category, account.trees)
 
 
 def _texts_of(
@@ -146,7 +207,7 @@ def _choices(row: Any, fields: Mapping[str, str | None], place: str, setting: st
     if isinstance(row, InputError):
         raise row
     if not isinstance(row, dict):
-        raise InputError(f"{place}: a record must be a JSON object, got {_kind(row)}.")
+        raise InputError(f"{place}: a record must be a JSON object, got {kind_of(row)}.")
     key = fields.get(CHOICES, CHOICES)
     if key is None or (CHOICES not in fields and (CHOICES not in row or _claimed(row, CHOICES, fields))):
         return None
@@ -155,7 +216,7 @@ def _choices(row: Any, fields: Mapping[str, str | None], place: str, setting: st
     if found is None and CHOICES in fields:
         if not there:
             raise InputError(_missing(row, key, CHOICES, place) + f" Set {setting}.{CHOICES} to it.")
-        raise InputError(f'{place}: "{key}" for {CHOICES} must be a list of texts, got {_kind(value)}.')
+        raise InputError(f'{place}: "{key}" for {CHOICES} must be a list of texts, got {kind_of(value)}.')
     return found
 
 
@@ -241,7 +302,9 @@ def _text(value: Any, key: str, field: str, place: str, *, labels: bool) -> str:
     text = text_of(value) if labels or not isinstance(value, bool) else None
     if text is None:
         hint = f' Name one of its values, such as "{key}.0".' if isinstance(value, list) else ""
-        raise InputError(f'{place}: "{key}" for {field} must be text or a number, got {_kind(value)}.{hint}')
+        raise InputError(
+            f'{place}: "{key}" for {field} must be text or a number, got {kind_of(value)}.{hint}'
+        )
     if not _is_unicode(text):
         raise InputError(f'{place}: "{key}" holds half of a surrogate pair, which is not Unicode text.')
     return text
@@ -303,8 +366,3 @@ def _lookup(row: dict[str, Any], key: str) -> tuple[bool, Any, str]:
         if is_turns(value):
             return True, None, ".".join(parts[:number])
     return True, value, ""
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "bytes" if isinstance(value, bytes) else f"{value}")

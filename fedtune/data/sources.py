@@ -18,7 +18,7 @@ from fedtune.data.json_rows import Rows, line_rows
 from fedtune.data.opening import check_ordinary, opened
 from fedtune.data.places import require_hub_name, say_asking
 from fedtune.data.reading import NONE_THERE, Reading
-from fedtune.data.records import check_doubles, check_fields, examples_from
+from fedtune.data.records import check_fields, examples_from
 from fedtune.data.task_folders import is_task_folder, task_rows
 from fedtune.errors import InputError
 
@@ -49,7 +49,8 @@ def load_examples(
             every seed.
         base: The folder that a relative path starts from.
         setting: What an error calls `fields`.
-        reading: Is told what was read, and what was skipped if bad rows are.
+        reading: Whether records are instructions, conversations or plain texts, and whether bad ones are
+            skipped (see `examples_from`). Is told what was read and what was skipped.
         streamed: Of a Hugging Face data set: take only so many rows from its start, and keep nothing of it.
 
     Returns:
@@ -61,10 +62,8 @@ def load_examples(
 
     Raises:
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
-            Conversations do not fit: who speaks at a position differs from row to row.
     """
     check_fields(fields, setting)
-    check_doubles(fields, setting)
     account = reading if reading is not None else Reading()
     account.kinds.clear()
     parts, about = _parts(source, split, base, streamed)

@@ -19,12 +19,13 @@ from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.prompts import record_of, template_notes, with_template
 from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
-from fedtune.federation.encoding import Keys, describe, encode_for
+from fedtune.federation.encoding import Keys, describe, encode_for, template_of
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.progress import Progress
@@ -45,6 +46,8 @@ from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.settings import require_packages, threshold_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fedtune.protection.identity import Identity
 
 
@@ -99,6 +102,7 @@ class Assembly:
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)
+        template = template_of(config)
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
             batching = batching_of(config, room)
@@ -154,6 +158,7 @@ class Assembly:
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
             **record(config),
+            **({"template": record_of(template, loaded.tokenizer)} if template is not None else {}),
         }
         sizes = {client: len(items) for client, items in split.clients.items()}
         base = count_parameters(loaded.model)[0]
@@ -188,11 +193,12 @@ class Assembly:
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
         held = describe_quantized(self.loaded.model)
-        return [
-            *([held] if held else []),
-            *skipped_notes(self.split.reading.skipped),
-            *_notes(self.config, self.room, self.counts),
-        ]
+        said = [*([held] if held else []), *self.split.reading.said]
+        said += skipped_notes(self.split.reading.skipped)
+        template, tokenizer = template_of(self.config), self.loaded.tokenizer
+        if template is not None:
+            said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
+        return said + _notes(self.config, self.room, self.counts)
 
     def tell(self, progress: Progress) -> None:
         """Says what was read, and what a person should know of it."""
@@ -200,6 +206,12 @@ class Assembly:
             progress.info(line)
         for note in self.notes:
             progress.note(note)
+
+    @property
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the template in which the run's examples are, for whoever uses its result."""
+        template, tokenizer = template_of(self.config), self.loaded.tokenizer
+        return tokenizer if template is None else with_template(tokenizer, template)
 
     def look_ahead(self) -> None:
         """Encodes what has to be known before the first round, and what is needed in it.
@@ -211,7 +223,9 @@ class Assembly:
             InputError: Something cannot be encoded, or no example of a client is left.
         """
         asked = self.config.federation.clients_per_round if self.method.uses_wire else None
-        everyone = asked is None or self.config.data.too_long != "cut"
+        # how many examples a plain text becomes depends on its length too
+        parted = any(items and items[0].form == "text" for items in self.split.clients.values())
+        everyone = asked is None or self.config.data.too_long != "cut" or parted
         first = sample_cohort(self.client_examples, asked, seed=self.config.seed, round=1).clients
         self.look(self.data if everyone else first)
 

@@ -127,7 +127,7 @@ def join(
         raise NotAccepted(f"the server calls it client {client}, and its clients.json {identity.number()}")
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
-    reading = Reading(skip=settings.bad_rows == "skip")
+    reading = config.reading
     examples = local_examples(data, named, reading)
     weights = message.text("weights")
     if reading.choices:
@@ -167,7 +167,12 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
     )
-    notes = [*reading.lines, *skipped_notes(reading.skipped), *describe({"train": found.counts}, room.tokens)]
+    notes = [
+        *reading.lines,
+        *reading.said,
+        *skipped_notes(reading.skipped),
+        *describe({"train": found.counts}, room.tokens),
+    ]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 

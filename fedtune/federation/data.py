@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,7 +24,8 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
-from fedtune.federation.sources import held_out_in_source, reading_of, training_examples
+from fedtune.evaluation.registry import compares_answers
+from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
 
@@ -75,7 +77,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     Raises:
         InputError: Files are missing or malformed, or the split asked for is not possible.
     """
-    reading = reading_of(config)
+    reading = config.reading
     if config.data.train == CLIENTS:
         return _server_split(config, reading)
     given = training_examples(config, objects, reading)
@@ -101,6 +103,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
+    _refuse_without_answers(config, evaluation)
     # of answers in free text every one would stand in partition.json, word for word
     classifies = config.model.task == "classification"
     values = [example.category or (example.output if classifies else "") for example in train]
@@ -129,6 +132,15 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         in_order,
         reading,
     )
+
+
+def _refuse_without_answers(config: RunConfig, evaluation: Sequence[Example]) -> None:
+    tasks = [task for task in config.evaluation.tasks if compares_answers(task)]
+    if tasks and any(example.form == "text" for example in evaluation):
+        raise InputError(
+            f"task {tasks[0]} compares answers, and the held-out examples are plain texts, which have none. "
+            "Set evaluation.tasks to [loss]"
+        )
 
 
 def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
@@ -193,7 +205,7 @@ def _server_split(config: RunConfig, reading: Reading) -> Split:
 
 def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """The examples among which the held-out ones are, before any split."""
-    reading = reading_of(config)
+    reading = config.reading
     if config.data.holdout.source is not None:
         return held_out_in_source(config, reading)[0]
     return list(training_examples(config, objects, reading).examples)
@@ -249,5 +261,7 @@ def _sha256(*parts: Sequence[Example]) -> str:
                 f'{{"category": {text(e.category)}, "input": {text(e.input)}, '
                 f'"instruction": {text(e.instruction)}, "output": {text(e.output)}}}\n'.encode()
             )
+            if e.turns:
+                digest.update(f"{json.dumps(e.said())}\n".encode())
         digest.update(b"\0")
     return digest.hexdigest()

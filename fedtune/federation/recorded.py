@@ -249,10 +249,15 @@ def _short(digest: str | None) -> str:
     return "missing" if digest is None else digest[:12]
 
 
+def _turns(example: Example) -> list[str]:
+    return example.said() if example.turns else []
+
+
 def _digest(example: Example) -> str:
     """Identifies what an example says, as a list in JSON, with 64 bits."""
     said = map(
-        encode_basestring_ascii, (example.instruction, example.input, example.output, example.category)
+        encode_basestring_ascii,
+        (example.instruction, example.input, example.output, example.category, *_turns(example)),
     )
     return hashlib.sha256(f"[{', '.join(said)}]".encode()).hexdigest()[:16]
 

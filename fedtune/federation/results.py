@@ -14,6 +14,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
+from fedtune.data.prompts import other_template
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS
 from fedtune.evaluation.tasks import score, scorer, summarize
@@ -22,6 +23,7 @@ from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.base_model import load_base
 from fedtune.federation.data import Split, all_held_out, prepare_data
+from fedtune.federation.encoding import template_of
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
@@ -48,7 +50,8 @@ def evaluate_target(
 
     Returns:
         `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
-        `metric` and `notes`; `scores`: by result name, task and metric; and `details`: by result name and
+        `metric` and `notes`; `template`, where it is another than the one in which the model was tuned;
+        `scores`: by result name, task and metric; and `details`: by result name and
         task, what cannot be had again (an MT-bench judge's replies).
 
     Raises:
@@ -62,11 +65,13 @@ def evaluate_target(
         split = held_out_of(path, own, config, objects)
         found = results(path, own_base(own, config), objects)
         models = _to_score(path, found, split, config)
+        tuned = tokenizer_of(path) if config.model.task == "causal-lm" else None
     else:
         config = _with_own_classes(model_config(target, wanted))
         split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
         models = iter([("model", _load(config, config.model.place, split.labels))])
-    return scores_of(target, models, split, config)
+        tuned = None
+    return scores_of(target, models, split, config, tuned)
 
 
 def evaluate_model(
@@ -87,18 +92,34 @@ def evaluate_model(
 
 
 def scores_of(
-    target: str, models: Iterable[tuple[str, Loaded]], split: Split, config: RunConfig
+    target: str,
+    models: Iterable[tuple[str, Loaded]],
+    split: Split,
+    config: RunConfig,
+    tuned: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """The document of `evaluate_target`, for models by name."""
+    """The document of `evaluate_target`, for models by name.
+
+    Args:
+        target: What they are.
+        models: With their tokenizers.
+        split: What they are scored on.
+        config: How.
+        tuned: The tokenizer that says in which template they were tuned; None: their own.
+    """
     settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
     with faults("evaluation", lambda: memory_for(config)):
-        outcomes = {
-            name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
-            for name, loaded in models
-        }
+        outcomes, tokenizer = dict[str, dict[str, Outcome]](), tuned
+        for name, loaded in models:
+            outcomes[name] = score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
+            tokenizer = tokenizer or loaded.tokenizer
+    template, other = template_of(config), None
+    if template is not None and tokenizer is not None:
+        other = other_template(template, tokenizer)
     return {
         "target": target,
         "examples": len(split.evaluation),
+        **({"template": other} if other else {}),
         "tasks": {
             task: _about(task, scorer(task, settings), [each[task] for each in outcomes.values()])
             for task in tasks
@@ -159,7 +180,7 @@ def replay(
     state = from_payload(registry.state_class(config.method_name), saved.state)
     models = assembly.method.export(state, model)
     return save_models(
-        models, assembly.loaded.tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
+        models, assembly.exported_tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
     )
 
 

@@ -363,13 +363,9 @@ class _Federation:
         self._progress.stage("saving the result")
         method = self._assembly.method
         with self._clock.part("checkpoint"):
-            save_models(
-                method.export(state, model),
-                self._assembly.loaded.tokenizer,
-                self._folder.path / "final",
-                merge=method.saves_merged,
-                what="the result",
-            )
+            tokenizer, final = self._assembly.exported_tokenizer, self._folder.path / "final"
+            models = method.export(state, model)
+            save_models(models, tokenizer, final, merge=method.saves_merged, what="the result")
 
     def _per_round(self) -> float | int | None:
         """Reference rows always ask everyone: they stand for no communication pattern."""

@@ -18,11 +18,6 @@ from fedtune.errors import InputError, nearest
 HERE = Path(".")
 
 
-def reading_of(config: RunConfig) -> Reading:
-    """An empty account of what a run reads."""
-    return Reading(skip=config.data.bad_rows == "skip")
-
-
 def training_examples(config: RunConfig, objects: ObjectData | None, reading: Reading) -> ObjectData:
     """All examples before any split, and whose they are if they came client by client.
 
@@ -42,6 +37,7 @@ def training_examples(config: RunConfig, objects: ObjectData | None, reading: Re
                 "data=... to fedtune.run or fedtune.open, or name a file in data.train"
             )
         reading.skipped += objects.skipped
+        reading.said += objects.said
         return objects
     reading.what = "data.train"
     if data.clients == FILES:
@@ -114,7 +110,7 @@ def public_examples(config: RunConfig, reading: Reading | None = None) -> list[E
     public = config.data.public
     if public is None:
         return []
-    account = reading_of(config) if reading is None else reading
+    account = config.reading if reading is None else reading
     account.what = "data.public.source"
     examples = load_examples(
         public.source,
@@ -140,22 +136,19 @@ def _by_client(
 ) -> dict[str, list[Example]]:
     """The examples in each client's file or folder, by its name."""
     there = clients_in(source, HERE, reading.what)
-    mine, found = Reading(skip=reading.skip), {}
+    mine, found = reading.another(), dict[str, list[Example]]()
     for name, place in there.items():
-        part = split or held_out_split(str(place))
+        own, part = reading.another(), split or held_out_split(str(place))
         found[name] = load_examples(
             str(place),
             fields=fields_of(config),
             split="train" if place.is_file() else part,
             base=HERE,
-            reading=(own := Reading(skip=reading.skip)),
+            reading=own,
         )
-        mine.kinds += own.kinds
-        mine.skipped += own.skipped
-        mine.choices |= own.choices
-    reading.kinds = mine.kinds
-    reading.skipped += mine.skipped
-    reading.choices |= mine.choices
+        mine.add(own)
+    reading.kinds.clear()
+    reading.add(mine)
     others = left_over(Path(source), there) if Path(source).is_dir() else []
     more = f"; not read, of no known format: {', '.join(others[:5])}" if others else ""
     reading.line(f"from {source}, of {len(found)} clients: {_some(list(found))}{more}")

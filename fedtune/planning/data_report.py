@@ -20,9 +20,11 @@ from fedtune.core.seeds import torch_generator
 from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.prompts import prompts
+from fedtune.data.templates import AUTO
 from fedtune.errors import InputError, foreign
 from fedtune.federation.data import Split, prepare_data
-from fedtune.federation.encoding import encode_for
+from fedtune.federation.encoding import encode_for, template_of
 from fedtune.federation.room import Room, batching_of, shortening
 from fedtune.federation.sources import public_examples
 from fedtune.models.load import load_tokenizer
@@ -42,13 +44,11 @@ class Tokens:
 
     Attributes:
         whole: Of each example that was looked at, before anything is cut.
-        trained: Of each that is trained on, as it is trained on.
         counts: What became of them.
         padding: Tokens of a pass over them in batches, and how many of these are padding.
     """
 
     whole: list[int]
-    trained: list[int]
     counts: Counts
     padding: tuple[int, int]
 
@@ -92,9 +92,9 @@ def data_report(
     looked = sum(len(one.whole) for one in tokens.values())
     document: dict[str, Any] = {
         "model": config.model.name,
-        "template": config.data.template if config.model.task == "causal-lm" else None,
+        "template": _template(config, tokenizer),
         "max_length": room.tokens,
-        "sources": list(split.reading.lines),
+        "sources": [*split.reading.lines, *split.reading.said],
         "skipped": split.reading.document(),
         "examples": {
             "train": total,
@@ -160,10 +160,13 @@ class _Look:
         # those that fill the room may be longer: of these alone it is looked how long they are whole
         full = [place for place, length in enumerate(lengths) if length >= self._room.tokens]
         whole = dict(enumerate(lengths))
+        if len(lengths) != len(items):  # a plain text became several examples
+            lengths = [int(length) for length in self._encoded(items, whose, length=UNLIMITED).items.lengths]
+            whole, full = dict(enumerate(lengths)), []
         if full:
             longer = self._encoded([items[place] for place in full], whose, length=UNLIMITED).items
             whole |= zip(full, (int(length) for length in longer.lengths), strict=True)
-        kept = list(range(len(lengths)))
+        kept = list(range(len(found.items)))
         counts = found.counts
         if self._config.data.too_long == "drop":
             kept = [place for place in kept if whole[place] <= self._room.tokens]
@@ -176,7 +179,7 @@ class _Look:
         batching = batching_of(self._config, self._room)
         drawn = torch_generator(self._config.seed, "plan", client)
         _, padding = a_pass([found.items[place] for place in kept], batching, self.batch_size, drawn)
-        return Tokens(list(whole.values()), [lengths[place] for place in kept], counts, padding)
+        return Tokens(list(whole.values()), counts, padding)
 
     def example(self, index: int) -> dict[str, Any]:
         """One training example as the model reads it, in pieces with and without loss."""
@@ -245,18 +248,40 @@ class _Twice:
     first: Example | None
 
 
+def _said(e: Example) -> Any:
+    """What an example says; its category is no part of that."""
+    return (
+        (e.instruction, e.input, e.output, e.turns, e.tools)
+        if e.turns
+        else (e.instruction, e.input, e.output)
+    )
+
+
+def _asked(e: Example) -> Any:
+    """What it asks: all before its last answer."""
+    return (e.instruction, e.input, e.turns[:-1])
+
+
+def _template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template in which examples are, and what `auto` came to; None of a classifier."""
+    asked = template_of(config)
+    if asked is None:
+        return None
+    found = prompts(asked, tokenizer).name
+    return f"{found} (auto)" if asked == AUTO else found
+
+
 def _twice(split: Split) -> _Twice:
-    owner: dict[tuple[str, str, str], int] = {}
+    owner = dict[Any, int]()
     within, between = Counter[int](), 0
-    asked = set[tuple[str, str]]()
+    asked = set[Any]()
     for client, part in split.clients.items():
         for e in part:
-            said = (e.instruction, e.input, e.output)
-            between += owner.setdefault(said, client) != client
-            asked.add(said[:2])
-        within[client] = len(part) - len({(e.instruction, e.input, e.output) for e in part})
-    leaked = [e for e in split.held_out if (e.instruction, e.input, e.output) in owner]
-    known = sum((e.instruction, e.input) in asked for e in split.held_out) - len(leaked)
+            between += owner.setdefault(_said(e), client) != client
+            asked.add(_asked(e))
+        within[client] = len(part) - len({_said(e) for e in part})
+    leaked = [e for e in split.held_out if _said(e) in owner]
+    known = sum(_asked(e) in asked for e in split.held_out if _said(e) not in owner and e.form != "text")
     return _Twice(within, between, len(leaked), known, leaked[0] if leaked else None)
 
 
@@ -327,7 +352,8 @@ def _checks(
     ):
         if count:
             yield _check(f"{count:,} {text}")
-    yield from (_check(note) for note in shortening(config, room, lost=True))
+    lost_some = bool(counts["cut"] or counts["dropped"])
+    yield from (_check(note) for note in shortening(config, room, lost=lost_some))
     alone = sum(len(client["labels"]) == 1 for client in clients) if len(split.labels) > 1 else 0
     if alone:
         yield _check(f"{alone} of {len(clients)} clients have examples of one class alone")

@@ -155,6 +155,8 @@ def score_lines(document: Mapping[str, Any]) -> list[str]:
                     cut = f", {metrics['truncated']} truncated" if metrics.get("truncated") else ""
                     line += f"  {metrics['examples']} examples{cut}  {about['scorer']}"
                 lines.append(line)
+    if "template" in document:
+        lines.append(document["template"])
     notes = {task: about["notes"] for task, about in document["tasks"].items()}
     return lines + [f"{task}: {note}" for task, found in notes.items() for note in found]
 
