@@ -131,6 +131,8 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
+        if self.model.adapter is not None and (reason := self.method.adapter_refusal):
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
         if self.model.quantization != "none" and (reason := self.method.quantized_refusal):
             raise ValueError(
                 f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
