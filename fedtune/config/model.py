@@ -18,6 +18,7 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["none", "int8", "nf4"] = "none"  # how linear layers of blocks are kept, frozen
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # which implementation of it
+    adapter: str | None = Field(None, min_length=1)  # PEFT folder, or a run, whose adapter is trained further
     initial: Literal["pretrained", "scratch"] = "pretrained"
     task: Literal["causal-lm", "classification"] = "causal-lm"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -132,7 +132,10 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
-        reason: str | None = self.method.quantized_refusal
+        reason: str | None = self.method.adapter_refusal
+        if self.model.adapter is not None and reason:
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
+        reason = self.method.quantized_refusal
         if self.model.quantization != "none" and reason:
             raise ValueError(
                 f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"

@@ -19,3 +19,8 @@ class Settings(BaseModel):
     def quantized_refusal(self) -> str:
         """Of a method's settings: why they do not go with a quantised model; "" where they do."""
         return ""
+
+    @property
+    def adapter_refusal(self) -> str:
+        """Of a method's settings: why they cannot go on from an adapter; "" where they can."""
+        return "it trains no adapter of the whole model; merge the adapter and give that as model.name"

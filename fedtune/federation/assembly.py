@@ -32,6 +32,7 @@ from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.federation.room import Room, batching_of, example_room, shortening
 from fedtune.federation.sources import public_examples
+from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
@@ -154,6 +155,7 @@ class Assembly:
                 "settings_sha256": dict(loaded.settings_sha256),
                 "quantization": loaded.quantization,
                 "quantized_sha256": loaded.quantized_sha256,
+                **adapter_of(config, loaded.weights_sha256),
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
@@ -275,6 +277,9 @@ class Assembly:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
         require_plugins(path, unchanged=True)
         loaded_of(path, self.loaded)
+        began = read_json(path / "environment.json")["model"].get("adapter_sha256")
+        if self.environment["model"].get("adapter_sha256") != began:
+            raise InputError(f"{path} began with another adapter (model.adapter); bring it back as it was")
         refuse_other_data(path, self.split, self.config.data.train)
         refuse_other_classes(path, self.split.labels)
         now = self.split.partition["clients"]  # none over a network: there the clients say what they have

@@ -39,6 +39,7 @@ from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
 from fedtune.federation.room import Room, batching_of, example_room
+from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_tokenizer
@@ -275,5 +276,5 @@ def _runner(of: OfRun) -> ClientRunner:
     assembly.data.cache = cache_of(assembly.config, held.parent)
     assembly.data.begin()
     if not assembly.method.sends_model:
-        assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
+        assembly.runner.use(model_to_train(config, assembly.method, lambda: assembly.loaded.model))
     return assembly.runner

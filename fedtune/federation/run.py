@@ -39,6 +39,7 @@ from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.reopening import reopen
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
+from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
@@ -188,7 +189,7 @@ class _Federation:
         self._progress.begin(rounds=method.rounds, name=self._config.method_name)
         if self._start is None:
             self._zero_shot = self._evaluate(None)
-        self._model = method.client_model(lambda: self._assembly.loaded.model)
+        self._model = model_to_train(self._config, method, lambda: self._assembly.loaded.model)
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._assembly.runner.use(self._model)
 
@@ -320,12 +321,8 @@ class _Federation:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
         if scores.result:
             self._scoring.enter_memory(entry["round"])
-        if scores.models:
-            entry["eval_clients"] = scores.models
-        if scores.per_client:
-            entry["per_client"] = scores.per_client
-        if scores.notes:
-            entry["eval_notes"] = scores.notes
+        more = {"eval_clients": scores.models, "per_client": scores.per_client, "eval_notes": scores.notes}
+        entry |= {key: found for key, found in more.items() if found}
         for line in scores.details:
             self._folder.append("answers.jsonl", {"round": entry["round"], **line})
         self._rounds.append(entry)

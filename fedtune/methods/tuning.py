@@ -170,6 +170,15 @@ class Tuning(InBlocks):
     prompt: Prompt | None = None  # with trainable: prompt
     p_tuning: PTuning | None = None  # with trainable: p-tuning
 
+    @property
+    def adapter_refusal(self) -> str:
+        """What is saved of P-tuning are its vectors, without what makes them."""
+        if self.trainable == "full":
+            return "trainable: full trains no adapter; merge the adapter and give that as model.name"
+        if self.trainable == "p-tuning":
+            return "a saved prompt has no P-tuning encoder to go on with; train it anew"
+        return ""
+
     @model_validator(mode="after")
     def _something_frozen(self) -> Self:
         where = getattr(self, "offload_params", "none")

@@ -29,11 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from fedtune.errors import InputError, nearest
 from fedtune.models.boundary import usable
+from fedtune.models.ends import name_ends
 from fedtune.models.folders import (
     CONFIG,
     files_sha256,
     has_weights,
     model_folder,
+    of_revision,
     require_config,
     require_tokenizer,
     settings_sha256,
@@ -42,10 +44,11 @@ from fedtune.models.folders import (
 )
 from fedtune.models.heads import drawn_modules, lacking_poolers, mark_drawn, outside_body, pooler_of
 from fedtune.models.mapped import adopt, known, share
-from fedtune.models.quantize import quantization_of, quantize, quantized_sha256
+from fedtune.models.quantize import quantization_of, quantize, quantized_parameters, quantized_sha256
 from fedtune.models.quantized_checkpoints import as_it_comes, came_quantised, load_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REVISION = "hub_revision"  # attribute of a model
 INITIALS = ("pretrained", "scratch")
 QUANTIZATIONS = ("none", "int8", "nf4")
 TASKS: dict[str, Any] = {
@@ -173,6 +176,10 @@ def load_model(
             model = _pretrained(name, folder, config, task, DTYPES[dtype])
     if quantization != "none" and not came:
         quantize(model, quantization, name)
+        own = {id(parameter) for parameter in quantized_parameters(model)}
+        for parameter in model.parameters():  # the others, so that the file is mapped no more
+            if id(parameter) not in own:
+                parameter.data = parameter.data.clone()
     if shared is not None and in_file and quantised:
         adopt(model, shared)
     with usable(f"model {name}: it has no input embeddings that fedtune can use"):
@@ -298,8 +305,10 @@ def _check(value: str, allowed: Iterable[str], field: str) -> None:
 
 def _name(model: PreTrainedModel, name: str) -> None:
     # PEFT records this as the base model. A path to the bundled folder would mean nothing on another machine.
-    model.name_or_path = name
-    model.config.name_or_path = name
+    hub, revision = (name, None) if Path(name).is_dir() else of_revision(name)
+    model.name_or_path = model.config.name_or_path = hub
+    if revision is not None:
+        setattr(model, REVISION, revision)
 
 
 def _config(
@@ -339,12 +348,7 @@ def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
         _read_config(name, folder)
     with usable(f"model {name}: the tokenizer in {folder} cannot be read"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"model {name}: its tokenizer has neither a pad nor an eos token. Set one in {folder}."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+        name_ends(tokenizer, name, folder)
     return tokenizer
 
 

@@ -79,9 +79,9 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """X Wᵀ + b."""
-        product = cast(Tensor, _Product.apply(x, self))
-        # The bias by an operation of PyTorch's own, which may train it or form it just in time.
-        return product if self.bias is None else product.add_(self.bias)
+        # The bias by an operation of PyTorch's own, which just-in-time weights see.
+        bias = None if self.bias is None else self.bias.view_as(self.bias)
+        return cast(Tensor, _Product.apply(x, bias, self))
 
     def extra_repr(self) -> str:
         """As PyTorch prints it."""
@@ -89,17 +89,22 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """X Wᵀ; the backward pass widens W once more rather than keep it."""
+    """X Wᵀ + b; the backward pass widens W once more rather than keep it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(x, layer.widened(x.dtype))
+        return nn.functional.linear(x, layer.widened(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
-        return gradient.matmul(ctx.layer.widened(gradient.dtype)), None
+        for_x, for_bias = ctx.needs_input_grad[:2]
+        return (
+            gradient.matmul(ctx.layer.widened(gradient.dtype)) if for_x else None,
+            gradient.reshape(-1, gradient.shape[-1]).sum(0) if for_bias else None,
+            None,
+        )
 
 
 def quantize(model: nn.Module, kind: str, name: str) -> None:
@@ -130,7 +135,7 @@ def quantize(model: nn.Module, kind: str, name: str) -> None:
 def put(model: nn.Module, made: dict[int, QuantizedLinear]) -> None:
     """Puts quantised layers in the places of others, each wherever it is called."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() gives a module once
             if id(child) in made:
                 setattr(parent, name, made[id(child)])
 

@@ -155,9 +155,17 @@ def _take_over(model: PreTrainedModel) -> None:
     _forget(model)
 
 
+def _reads_bits(operation: object) -> bool:
+    return type(operation).__module__ == "transformers.integrations.bitsandbytes"
+
+
 def _forget(model: PreTrainedModel) -> None:
     """Has transformers take the model for a plain one: what is saved of it is."""
     model.config.__dict__.pop("quantization_config", None)
+    conversions = getattr(model, "_weight_conversions", None)  # what saving would undo
+    if conversions:
+        plain = [each for each in conversions if not any(map(_reads_bits, getattr(each, "operations", ())))]
+        setattr(model, "_weight_conversions", plain or None)  # noqa: B010  # no attribute to the type checker
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
     model.is_quantized = False

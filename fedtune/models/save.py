@@ -28,7 +28,7 @@ from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import CONFIG, WEIGHTS, WEIGHTS_INDEX, local_folder, weight_files
 from fedtune.models.heads import float32_heads
-from fedtune.models.load import Loaded, quiet, seeded
+from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
@@ -157,6 +157,7 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     base = cast(PreTrainedModel, model.get_base_model())
     # Of an adapter that was read back PEFT keeps the base that it was trained on, wherever that was.
     about["base_model_name_or_path"] = str(base.name_or_path)
+    about["revision"] = getattr(base, REVISION, None)
     if about.get("task_type") == "SEQ_CLS":
         # PEFT has no field for classes; in this one it keeps what it does not know.
         about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}
