@@ -156,7 +156,7 @@ def test_only_lora_merges(tmp_path, how):
     save_folder(tmp_path / "base")
     loaded = loader(tmp_path, "llama", torch.float32)("base")
     model = ATTACH[how](loaded.model, 0)
-    with pytest.raises(InputError, match="--merge is for LoRA"):
+    with pytest.raises(InputError, match="--merge is for LoRA and IA3"):
         save_result(model, loaded.tokenizer, tmp_path / "result", merge=True)
     assert not (tmp_path / "result").exists()
 

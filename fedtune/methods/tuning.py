@@ -81,6 +81,12 @@ class Adapter(Settings):
     size: int = Field(32, ge=1)
 
 
+class Ia3(Settings):
+    """Factors of keys, values and the inner activations of feed-forward networks."""
+
+    targets: Literal["auto"] | Names = "auto"  # linear layers by name
+
+
 class Prompt(Settings):
     """Trained vectors in front of the embedded input."""
 
@@ -160,13 +166,20 @@ class InBlocks(Settings):
             return attach.train_all(base)
 
 
-_FORMS = ("lora", "adapter", "prompt", "p_tuning")  # settings, each for the value of `trainable` of its name
+_FORMS = (
+    "lora",
+    "adapter",
+    "ia3",
+    "prompt",
+    "p_tuning",
+)  # settings, each for the value of `trainable` of its name
 
 
 class Tuning(InBlocks):
     """What each client trains and what therefore crosses the wire."""
 
-    trainable: Literal["full", "lora", "adapter", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]  # of the model
+    trainable: Literal["full", "lora", "adapter", "ia3", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]  # of the model
+    ia3: Ia3 | None = None  # with trainable: ia3
     prompt: Prompt | None = None  # with trainable: prompt
     p_tuning: PTuning | None = None  # with trainable: p-tuning
 
@@ -193,9 +206,13 @@ class Tuning(InBlocks):
         """As `InBlocks.attach`, and prompts too."""
         from fedtune.models import tuning as attach
         from fedtune.models.boundary import usable
+        from fedtune.models.ia3 import attach_ia3
 
         base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
+            if self.ia3:
+                named = None if self.ia3.targets == "auto" else self.ia3.targets
+                return attach_ia3(base, targets=named, seed=seed)
             if self.prompt:
                 return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
             if self.p_tuning:

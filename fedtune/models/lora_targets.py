@@ -29,7 +29,13 @@ _KERNELS = {"mamba", "mamba2", "falcon_mamba", "nemotron_h", "falcon_h1"}
 _OF_KERNELS = "out_proj"
 
 
-def find_targets(model: PreTrainedModel, wanted: Targets, layers: Sequence[int] | None = None) -> list[str]:
+def find_targets(
+    model: PreTrainedModel,
+    wanted: Targets,
+    layers: Sequence[int] | None = None,
+    *,
+    setting: str = "method.lora.targets",
+) -> list[str]:
     """The ends of the paths of the linear layers that get LoRA, as PEFT's `target_modules` takes them.
 
     Args:
@@ -37,6 +43,7 @@ def find_targets(model: PreTrainedModel, wanted: Targets, layers: Sequence[int] 
         wanted: `auto`, `attention`, `all-linear`, or names, matched as the end of a module's path ("q_proj",
             "attention.output.dense").
         layers: The blocks that get it, counted from 0; None: all. Whole paths are given then.
+        setting: Which names them, for what is said.
 
     Raises:
         InputError: A name matches no linear layer, or there is none that LoRA can be on.
@@ -45,14 +52,14 @@ def find_targets(model: PreTrainedModel, wanted: Targets, layers: Sequence[int] 
     if not isinstance(wanted, str | None):
         ends = list(wanted)
         for name in ends:
-            if not _matched(linears, [name]):
-                raise InputError(_unknown(model, name, linears))
+            if not matched(linears, [name]):
+                raise InputError(f"{setting}: {_unknown(model, name, linears)}")
     else:
-        ends = _found(model, wanted or AUTO, linears)
+        ends = _found(model, wanted or AUTO, linears, setting)
     if layers is None:
         return ends
     inside = tuple(f"{find_blocks(model).path}.{layer}." for layer in layers)
-    return [path for path in _matched(linears, ends) if path.startswith(inside)]
+    return [path for path in matched(linears, ends) if path.startswith(inside)]
 
 
 def tunable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -109,10 +116,10 @@ def unlinear(model: nn.Module) -> list[str]:
     )
 
 
-def _found(model: PreTrainedModel, wanted: str, linears: Mapping[str, nn.Module]) -> list[str]:
+def _found(model: PreTrainedModel, wanted: str, linears: Mapping[str, nn.Module], setting: str) -> list[str]:
     kind = model.config.model_type
     default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if wanted == AUTO and isinstance(default, list) and _matched(linears, default):
+    if wanted == AUTO and isinstance(default, list) and matched(linears, default):
         return default
     refused = kind in _KERNELS
     paths = [path for path in linears if not (refused and path.endswith(f".{_OF_KERNELS}"))]
@@ -122,14 +129,14 @@ def _found(model: PreTrainedModel, wanted: str, linears: Mapping[str, nn.Module]
         others = ", ".join(dict.fromkeys(map(in_block, linears)))
         what = "linear layers in its attention" if wanted != ALL_LINEAR else "linear layers in its blocks"
         way = f"Name some of its linear layers: {others}." if others else "Use another method.trainable."
-        raise InputError(f'method.lora.targets {wanted}: a model of type "{kind}" has no {what}. {way}')
+        raise InputError(f'{setting} {wanted}: a model of type "{kind}" has no {what}. {way}')
     ends = list(dict.fromkeys(map(in_block, paths)))
     # a path inside a block may be the end of another's, elsewhere in the model or in a block of another kind
     everything = [path for path, module in model.named_modules() if isinstance(module, nn.Module)]
-    return ends if set(_matched(dict.fromkeys(everything), ends)) == set(paths) else paths
+    return ends if set(matched(dict.fromkeys(everything), ends)) == set(paths) else paths
 
 
-def _matched(paths: Mapping[str, object], ends: Sequence[str]) -> list[str]:
+def matched(paths: Mapping[str, object], ends: Sequence[str]) -> list[str]:
     """As PEFT matches; a path matches itself."""
     return [path for path in paths if any(path == end or path.endswith(f".{end}") for end in ends)]
 
@@ -160,11 +167,11 @@ def _code(module: nn.Module) -> str:
 
 def _unknown(model: PreTrainedModel, name: str, linears: Mapping[str, nn.Module]) -> str:
     known = list(dict.fromkeys(map(in_block, linears)))
-    said = f'method.lora.targets: no linear layer of the blocks is named "{name}".'
+    said = f'no linear layer of the blocks is named "{name}".'
     all_in_one = [path for path in unlinear(model) if path.endswith(name)]
     if all_in_one:
         said = (
-            f"method.lora.targets: {all_in_one[0]} holds the weights of all experts in one parameter and is "
+            f"{all_in_one[0]} holds the weights of all experts in one parameter and is "
             "no linear layer, which LoRA is on."
         )
     return f"{said}{nearest(name, known) if not all_in_one else ''} Linear layers: {', '.join(known)}."

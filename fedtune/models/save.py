@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import CONFIG, WEIGHTS, WEIGHTS_INDEX, local_folder, weight_files
 from fedtune.models.heads import float32_heads
+from fedtune.models.ia3 import scaled_tensors
 from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
@@ -58,16 +60,18 @@ def save_result(
         model: What `train_all` or an `attach_*` function returned; it is not changed.
         tokenizer: Saved beside it.
         folder: Made if it is not there.
-        merge: Add LoRA's update into the weights and write a plain model, W + (alpha / rank) B A, summed in
-            float32 and rounded to the base's dtype.
+        merge: Put what LoRA or IA3 changes into the weights and write a plain model, W + (alpha / rank) B A,
+            computed in float32 and rounded to the base's dtype.
         place: Where the folder will be, if it is written elsewhere at first.
 
     Raises:
-        InputError: `merge` for anything but LoRA.
+        InputError: `merge` for anything but LoRA and IA3.
     """
-    is_lora = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
-    if merge and not is_lora:
-        raise InputError("--merge is for LoRA: nothing else can be added into the base model's weights.")
+    into = isinstance(model, PeftModel) and model.active_peft_config.peft_type in ("LORA", "IA3")
+    if merge and not into:
+        raise InputError(
+            "--merge is for LoRA and IA3: nothing else can be added into the base model's weights."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(model, PeftModel):
@@ -125,9 +129,13 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
         for path, module in base.named_modules()
         if isinstance(module, LoraLayer)
     }
+    for path, module in base.named_modules():
+        if isinstance(module, IA3Layer):
+            for name, tensor in scaled_tensors(module).items():
+                merged[canonical_name(model, f"base_model.model.{path}.{name}")] = tensor
     state = {}
     for name, tensor in plain_state(base).items():
-        if ".lora_" in name or ".original_module." in name:
+        if ".lora_" in name or ".ia3_l" in name or ".original_module." in name:
             continue
         plain = canonical_name(model, f"base_model.model.{name}")
         if plain in merged:
@@ -136,7 +144,7 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
         if tensor.is_floating_point():
             tensor = tensor.to(base.dtype)
         state[plain] = tensor
-    assert not merged, f"what LoRA changed is not in the model: {', '.join(merged)}"
+    assert not merged, f"what was changed is not in the model: {', '.join(merged)}"
     return state
 
 
@@ -151,7 +159,12 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     if rank := joined_rank(model):  # plain LoRA of twice the rank, and of the same scale
         times = (rank / about["r"]) ** (0.5 if about["use_rslora"] else 1.0)
         about |= {"r": rank, "lora_alpha": about["lora_alpha"] * times}
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, in whatever order
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "feedforward_modules",
+        "modules_to_save",
+    ):  # sets, in whatever order
         if isinstance(about.get(key), list):
             about[key] = sorted(about[key])
     base = cast(PreTrainedModel, model.get_base_model())

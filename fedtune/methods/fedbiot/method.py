@@ -110,16 +110,23 @@ class FedBiOT:
         compressed = EMULATORS[self.config.emulator](model, places.middle, self.config.layer_dropout)
         parts = (take(model, places.front), compressed, take(model, places.back))
         submodel(model, [block for some in parts for block in some])  # refused here if it is to be refused
+        modules = [find_blocks(model).modules[index] for index in places.middle]
         pruned = (
-            find_mlp(find_blocks(model).modules[0]) if self.config.emulator == "channel-pruning" else None
+            {
+                path: None
+                for mlp in (find_mlp(block, experts=True) for block in modules)
+                for path in (*mlp.ups, mlp.down)
+            }
+            if self.config.emulator == "channel-pruning"
+            else {}
         )
         full = self._attach(model, places.adapter)
         if pruned:
             tuned = {name.partition(".")[2].removesuffix(A) for name in factors(full, places.adapter, "")}
-            if tuned & {*pruned.ups, pruned.down}:
+            if tuned & pruned.keys():
                 raise InputError(
                     "method.emulator channel-pruning takes channels out of the MLP; LoRA must be elsewhere: "
-                    f"leave {', '.join((*pruned.ups, pruned.down))} out of method.lora.targets"
+                    f"leave {', '.join(pruned)} out of method.lora.targets"
                 )
         scaling = self.config.lora.scale
         room = self.config.alignment.keep_mb * 1_000_000
