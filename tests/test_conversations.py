@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_conversation_is_named_with_its_place(name: str) -> None:
     row, words = REFUSED[name]
-    with pytest.raises(InputError, match="^d:2: ") as caught:
+    with pytest.raises(InputError, match=r"^d:2: ") as caught:
         read(messages(("user", "q"), ("assistant", "a")), row)
     assert re.search(words, str(caught.value)), str(caught.value)
 

@@ -20,7 +20,7 @@ from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.prompts import record_of, template_notes, with_template
+from fedtune.data.prompts import prompts, record_of, template_notes, with_template
 from fedtune.errors import InputError
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data, public_examples
@@ -200,6 +200,15 @@ class Assembly:
         if template is not None:
             said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
         return said + _notes(self.config, self.room, self.counts)
+
+    @property
+    def template_told(self) -> str:
+        """What clients elsewhere are told as `data.template`: a chat template's text, whatever theirs is."""
+        template = template_of(self.config)
+        if template is None:
+            return self.config.data.template
+        how = prompts(template, self.loaded.tokenizer)
+        return how.name if how.apart else str(how.text)
 
     @property
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:
