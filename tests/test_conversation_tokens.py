@@ -43,7 +43,7 @@ def text(made: PreTrainedTokenizerFast, item: Encoded) -> str:
     return str(made.decode(item.input_ids, skip_special_tokens=False))
 
 
-# a byte is a token here, and </s> one: "<|user|>\nQ</s>\n" has 12 tokens, "<|assistant|>\nA</s>" 16, a line feed 1
+# a byte is a token, and so is </s>: "<|user|>\nQ</s>\n" has 12, "<|assistant|>\nA</s>" 16, a line feed 1
 def test_a_conversation_loses_its_first_exchanges_and_keeps_the_system() -> None:
     made, said = ZEPHYR.tokenizer(), talk(("Q", "A"), ("R", "B"), ("T", "C"), system="S")
     whole = encoded(said, made=made)
@@ -177,8 +177,8 @@ def test_what_a_template_has_no_form_for_is_said() -> None:
     assert "calls of tools, which are written as JSON" in line and "definitions of tools" in line
     assert text(made, encoded(example, made=made).items[0]) == (
         '<bos><start_of_turn>user\nS\n\nTools: [{"name": "f"}]\n\nQ<end_of_turn>\n<start_of_turn>model\n'
-        '{"name": "f", "arguments": {}}<end_of_turn>\n<start_of_turn>user\nr<end_of_turn>\n<start_of_turn>model\n'
-        "A<end_of_turn>"
+        '{"name": "f", "arguments": {}}<end_of_turn>\n<start_of_turn>user\nr<end_of_turn>\n'
+        "<start_of_turn>model\nA<end_of_turn>"
     )
 
 
