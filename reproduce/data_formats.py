@@ -176,7 +176,7 @@ def _shown(settings: tuple[str, ...]) -> str:
 
 
 def _said(name: str, settings: tuple[str, ...]) -> str:
-    config = {
+    config: dict[str, Any] = {
         "data": {"train": name, "clients": 1, "holdout": {"fraction": 0.3}},
         "method": {"name": "fedavg"},
     }
