@@ -127,6 +127,8 @@ class Assembly:
                 )
 
             public = encoded(public_examples(config, split.reading), "the server's public examples")
+            if split.reading.skipped:  # of public examples too
+                split.partition["skipped"] = split.reading.document()
             # all models are scored on all of them, so they are cut and none is dropped
             held_out = encoded(
                 split.evaluation,
