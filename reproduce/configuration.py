@@ -68,7 +68,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
     "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "
     "(`file`), all (`train: clients`)",
-    "DataSettings.template": "as `fedtune ls templates` lists them; `plain` by default for the bundled model",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
     "DataSettings.loss_on": "`all`: on the prompt too",

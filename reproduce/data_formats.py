@@ -32,6 +32,17 @@ ROWS = [{"instruction": f"Add {n} and 1.", "output": f"{n + 1}"} for n in range(
 FOREIGN = [{"question": row["instruction"], "answer": {"text": [row["output"]]}} for row in ROWS]
 CHOICES = [{"question": "Which is red?", "choices": ["grass", "blood"], "answer": n} for n in (1, 1, 1)]
 PARTS = [{"meta": {"site.id": "north"}, "q": "Add.", "c": row["instruction"], "a": True} for row in ROWS]
+TURNS = [
+    {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": "Yes."}]}
+    for row in ROWS
+]
+SHARES = [
+    {"conversations": [{"from": "human", "value": row["instruction"]}, {"from": "gpt", "value": "Yes."}]}
+    for row in ROWS
+]
+PAIRS = [{"prompt": row["instruction"], "completion": row["output"]} for row in ROWS]
+PREFERRED = [{"prompt": row["instruction"], "chosen": "Yes.", "rejected": "No."} for row in ROWS]
+TEXT = b"One paragraph.\n\nAnother,\nof two lines.\n\nA third.\n"
 TABLE = pa.Table.from_pylist(ROWS)
 
 
@@ -126,6 +137,22 @@ MADE: list[tuple[str, str, Callable[[Path], object], tuple[str, ...]]] = [
         _plain(_lines(CHOICES)),
         ("data.fields={instruction: question, output: answer}",),
     ),
+    ("conversations", "messages.jsonl", _plain(_lines(TURNS)), ()),
+    ("conversations as ShareGPT has them", "shared.json", _plain(json.dumps(SHARES).encode()), ()),
+    ("prompt and completion", "pairs.jsonl", _plain(_lines(PAIRS)), ()),
+    (
+        "one answer preferred to another",
+        "preferred.jsonl",
+        _plain(_lines(PREFERRED)),
+        ("data.format=preference",),
+    ),
+    ("plain text, a document a paragraph", "a.txt", _plain(TEXT), ("evaluation.tasks=[loss]",)),
+    (
+        "plain text, a document a row",
+        "texts.jsonl",
+        _plain(_lines([{"text": "One."}, {"text": "Two."}])),
+        ("evaluation.tasks=[loss]",),
+    ),
     ("bad rows among good ones", "bad.jsonl", _plain(_lines(ROWS) + b"{\n"), ("data.bad_rows=skip",)),
 ]
 
@@ -149,7 +176,7 @@ def _shown(settings: tuple[str, ...]) -> str:
 
 
 def _said(name: str, settings: tuple[str, ...]) -> str:
-    config = {
+    config: dict[str, Any] = {
         "data": {"train": name, "clients": 1, "holdout": {"fraction": 0.3}},
         "method": {"name": "fedavg"},
     }

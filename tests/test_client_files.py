@@ -39,6 +39,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write(tmp_path / "sites" / f"{name}.jsonl", [example(f"{name} {i}") for i in range(4 + number)])
         write(tmp_path / "held" / f"{name}.jsonl", [example(f"{name} held {i}") for i in range(1 + number)])
     (tmp_path / "sites" / "README.md").write_text("about")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -92,6 +94,9 @@ def test_a_folder_a_client_with_parts(home: Path) -> None:
 
 
 def test_names_are_held_together(home: Path) -> None:
+    (home / "held" / "east.jsonl").unlink()
+    said = prepare_data(config(), pooled=False).reading.said
+    assert said == ["data.holdout.source: held has no file of east: nothing of theirs is scored"]
     (home / "held" / "north.jsonl").rename(home / "held" / "norht.jsonl")
     with pytest.raises(InputError, match=r'held has a file of "norht", and no client.*Did you mean "north"'):
         prepare_data(config(), pooled=False)
@@ -104,6 +109,8 @@ def test_names_are_held_together(home: Path) -> None:
         ({"clients": 3, "partition": {"name": "files"}}, "clients: files is a split itself"),
         ({"train": "bundled"}, "clients: files needs a folder or a pattern of files as train, got bundled"),
         ({"train": "sites/north.jsonl"}, "data.train: sites/north.jsonl is a file; with data.clients: files"),
+        ({"split": "test"}, 'east.jsonl: a file has no split "test"'),
+        ({"train": "saved"}, "data.train: saved is one data set as it was saved"),
         ({"train": "site"}, "data.train: site is not there"),
         ({"train": "gone/*"}, "data.train: nothing fits gone/"),
         ({"max_examples": 1}, "no example of client 'east' is left to train on|of client 'north'"),

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.config.file import load_config
+from fedtune.config.file import load_config, parse_config
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
+from fedtune.federation.asked import Asked
+from fedtune.methods import registry
 
 
 def read(row: dict[str, Any], fields: dict[str, str | None]) -> Example:
@@ -147,6 +149,16 @@ def test_a_configuration_names_choices_and_templates(tmp_path: Path) -> None:
     )
     fields = load_config(tmp_path / "c.yaml").data.fields
     assert fields == {"instruction": "{q}\n{c}", "output": "gold", "choices": "options"}
+
+
+def test_an_operator_is_told_of_every_key_that_is_read() -> None:
+    config = parse_config({"method": {"name": "fedavg"}}, "test")
+    rows = [{"q": "x", "secret": "s", "about": "a", "answer": "b", "options": ["a", "b"]}]
+    fields = {"instruction": "{q} {secret}", "input": "about", "output": "answer", "choices": "options"}
+    examples = ObjectData.read(rows, fields).examples
+    method = registry.build(config.method, config.seed)
+    asked = Asked.of(config, method, examples, fields, weights="", signed=False)
+    assert asked.fields == ("q", "secret", "about", "answer", "options")
 
 
 def test_real_multiple_choice(shared_data: Path) -> None:

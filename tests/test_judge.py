@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_formats import FORMATS
 from command import write_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.cli.main import app
+from fedtune.data.encode import encode_prompts
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import summarize
 from fedtune.evaluation.judge import (
@@ -132,22 +134,18 @@ def test_the_second_turn_sees_the_first_answer(tmp_path: Path) -> None:
     assert len({options["seed"] for _, options in env.calls}) == 5
 
 
-class Chat:
-    chat_template = "a template"
-    bos_token = "<s>"
-
-    def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize and add_generation_prompt
-        return "<s>" + "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
-
-
-def test_a_chat_template_goes_before_the_runs_own() -> None:
-    env = Scripted(Chat())
-    # without the begin token, which generation puts in front of any prompt
-    assert conversation(env, ["Write."], []) == "<user>Write.<assistant>"
-    assert (
-        conversation(env, ["Write.", "Rewrite."], ["So."])
-        == "<user>Write.<assistant>So.<user>Rewrite.<assistant>"
+def test_the_second_turn_in_a_chat_template() -> None:
+    made = FORMATS["Llama 2"].tokenizer()
+    env = Scripted(made, template="chat")
+    assert conversation(env, ["Write."], []) == "<s>[INST] Write. [/INST]"
+    second = conversation(env, ["Write.", "Rewrite."], ["So."])
+    assert second == "<s>[INST] Write. [/INST] So. </s><s>[INST] Rewrite. [/INST]"
+    (ids,), _ = encode_prompts([second], made, max_length=None)
+    assert [made.decode([i]) for i in ids if i in made.all_special_ids] == ["<s>", "</s>", "<s>"]
+    # the run's template is used, whatever the tokenizer brings; as in training each answer has its end
+    env = Scripted(made)
+    assert conversation(env, ["Write.", "Rewrite."], ["So."]) == (
+        "Write.\nAnswer: So.</s>\n\nRewrite.\nAnswer:"
     )
 
 

@@ -132,7 +132,8 @@ def histogram(document: Mapping[str, Any]) -> Iterator[str]:
     for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True):
         bar = "█" * round(BAR * count / max(counts)) or ("▏" if count else "")
         over = "  longer than the limit" if start >= room and count else ""
-        yield f"{start:>{width},} to {end - 1:>{width},}  {bar} {count:,}{over}"
+        span = f"{start:>{width},}" + (f" to {end - 1:>{width},}" if end - start > 1 else "")
+        yield f"{span}  {bar} {count:,}{over}"
 
 
 def rendered(example: Mapping[str, Any], console: Console) -> Text:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.control import special_tokens
 from fedtune.data.examples import ASSISTANT, SYSTEM, TOOL, USER, Turn
 from fedtune.data.fitting import Message, Traits, fitted, message
-from fedtune.data.layout import Around, Laid, Span, adjacent, around, closing, without
+from fedtune.data.layout import Around, Laid, Span, around, closing, up_to_end, without
 from fedtune.data.marked import Marked
 from fedtune.errors import InputError
 
@@ -38,6 +38,7 @@ _COVER = re.compile(f"[{chr(_FIRST)}-{_ANSWER}]")
 # Not covered is what templates look for in a text, and what JSON would escape.
 _COVERED = re.compile(r"</?\w+>|[^\s\"'\\<>]")
 _UNCOVERED_KEYS = ("role", "type", "id", "tool_call_id", "weight")
+_CUT = re.compile(r"\n|>")  # behind which a prompt for an answer may end
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)  # where a template writes today's: a run is the same on every day
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -67,7 +68,7 @@ class ChatTemplate:
         special = special_tokens(tokenizer)
         self._pattern, self._ids = special.pattern, special.ids
         begin, end = (getattr(tokenizer, name, None) for name in ("bos_token", "eos_token"))
-        self._begin = begin if begin != end else None
+        self._begin, self._end = begin if begin != end else None, end
         self._marks = _MARKS.search(text) is not None
         self._leads: dict[tuple[str, bool], str] = {}
 
@@ -164,7 +165,7 @@ class ChatTemplate:
             spans.append((start, self._ended(bare, controls, where, end)))
         final = next((c for c in controls if c[1] == spans[-1][1]), None)
         if final is not None:
-            spans = _with_all_ends(text, spans, final, adjacent(controls, final))
+            spans = _with_all_ends(text, spans, final, up_to_end(text, controls, final, self._end))
         elif rest := text[spans[-1][1] :].strip():
             raise self._unclear(
                 f"behind an answer it writes {rest[:40]!r}, which is no control token of this tokenizer, so "
@@ -210,9 +211,18 @@ class ChatTemplate:
 
     def _covered(self, messages: Sequence[Message], empty: Sequence[int] = ()) -> list[Message]:
         return [
-            one if place in empty else _changed(one, partial(self._cover, letter=chr(_FIRST + place)))
+            one if place in empty else self._covered_one(one, chr(_FIRST + place))
             for place, one in enumerate(messages)
         ]
+
+    def _covered_one(self, one: Message, letter: str) -> Message:
+        """A turn with what it says covered; a name that it calls only where that is all it says."""
+        cover = partial(self._cover, letter=letter)
+        covered: Message = _changed(one, cover, (*_UNCOVERED_KEYS, "name"))
+        named = letter not in json.dumps(covered, ensure_ascii=False)
+        if named or (self._pattern and self._pattern.search(json.dumps(covered, ensure_ascii=False))):
+            covered = _changed(one, cover, _UNCOVERED_KEYS)
+        return covered
 
     def _covered_tools(self, tools: list[Any] | None) -> list[Any] | None:
         """Of tools only what could be taken for control tokens: templates read the rest."""
@@ -220,7 +230,7 @@ class ChatTemplate:
         if not tools or pattern is None:
             return tools
         hide = lambda text: pattern.sub(lambda hit: _OTHER * len(hit[0]), text)  # noqa: E731
-        return [_changed(tool, hide) for tool in tools]
+        return [_changed(tool, hide, _UNCOVERED_KEYS) for tool in tools]
 
     def _cover(self, text: str, letter: str) -> str:
         special = self._pattern
@@ -269,23 +279,23 @@ class ChatTemplate:
         kind = (covered[place - 1]["role"] if place else "", bool(hidden))
         lead = self._leads.get(kind)
         if lead is None or lead not in between:
-            lead = self._leads[kind] = self._lead(covered, hidden, place)
-        if not lead:
-            return where.first
-        at = between.rfind(lead)
-        if at < 0:
-            raise self._unclear(
-                f"before turn {place + 1} it does not write what its prompt to generate ends with, {lead!r}"
-            )
-        return where.before + at + len(lead)
+            lead = self._lead(covered, hidden, place) if place else bare[: where.first].lstrip()
+            self._leads[kind] = lead
+        # the last prompt may end with more than those before it, such as a tag to begin thinking with
+        last = max((end for _, end in self._controls(lead)), default=len(lead))
+        cuts = {hit.end() for hit in _CUT.finditer(lead) if hit.end() >= last} | {last, len(lead)}
+        for length in sorted(cuts, reverse=True):
+            at = between.rfind(lead[:length])
+            if at >= 0:
+                return where.before + at + length if length else where.first
+        raise self._unclear(
+            f"before turn {place + 1} it does not write what its prompt to generate ends with, {lead!r}"
+        )
 
     def _lead(self, covered: list[Message], hidden: list[Any] | None, place: int) -> str:
         """What stands between a turn and the answer to it, as far as the prompt to generate has it too."""
+        prompt = self._render(covered[:place], hidden, generation=True)
         answered = self._render([*covered[:place], message(ASSISTANT, _ANSWER)], hidden)
-        if place:
-            prompt = self._render(covered[:place], hidden, generation=True)
-        else:
-            prompt = answered.partition(_ANSWER)[0]
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, answered, strict=False))
         shared = "".join(letter for letter, _ in pairs)
         ends = [hit.end() for hit in _COVER.finditer(shared)]
@@ -321,14 +331,12 @@ def _says_nothing(one: Message) -> bool:
     return not one["content"].strip() and "tool_calls" not in one
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A value of JSON with its texts changed, but for those that say what something is."""
+def _changed(value: Any, change: Callable[[str], str], kept: Sequence[str]) -> Any:
+    """A value of JSON with its texts changed, but for those under some keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_changed(item, change) for item in value]
+        return [_changed(item, change, kept) for item in value]
     if isinstance(value, dict):
-        return {
-            key: item if key in _UNCOVERED_KEYS else _changed(item, change) for key, item in value.items()
-        }
+        return {key: item if key in kept else _changed(item, change, kept) for key, item in value.items()}
     return value

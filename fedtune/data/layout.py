@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fedtune.data.marked import Marked
 
@@ -71,15 +70,15 @@ def closing(controls: Sequence[Span], start: int, stop: int | None) -> Span | No
     return next((c for c in controls if c[0] >= start and (stop is None or c[1] <= stop)), None)
 
 
-def adjacent(controls: Sequence[Span], first: Span) -> Span:
-    """A control token with those right behind it."""
-    rest = [c for c in controls if c[0] >= first[0]]
-    end = first[1]
-    for (_, before), (at, after) in pairwise(rest):
-        if at != before:
-            break
-        end = after
-    return first[0], end
+def up_to_end(text: str, controls: Sequence[Span], first: Span, end: str | None) -> Span:
+    """A control token with those right behind it up to the tokenizer's end token, if that is one of them."""
+    last = first
+    for control in controls:
+        if control[0] == last[1]:
+            last = control
+        if last[0] >= first[0] and text[slice(*last)] == end:
+            return first[0], last[1]
+    return first
 
 
 def without(text: Marked, letters: Sequence[int], spans: Sequence[Span]) -> tuple[Marked, list[Span]]:

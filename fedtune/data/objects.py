@@ -43,7 +43,7 @@ class ObjectData:
         Raises:
             InputError: It is something else, empty, or a row does not fit; names the row.
         """
-        account = Reading() if reading is None else reading
+        account = Reading("instruction") if reading is None else reading
         if not isinstance(data, Mapping):
             found = _some(examples_from(_rows(data, "data"), fields, "data", reading=account), "data")
             return ObjectData(tuple(found), {}, tuple(account.said), tuple(account.skipped))

@@ -129,7 +129,7 @@ class TextPrompts:
     def _said(self, turns: Sequence[Turn], tools: str) -> Pieces:
         """Turns as prompts and answers in turn; a prompt is the last where no answer follows it."""
         messages, _ = fitted(turns, tools, self.traits)
-        token = self.tokenizer.eos_token or ""
+        token = getattr(self.tokenizer, "eos_token", None) or ""
         end = Marked(token, [(0, len(token))] if token in special_tokens(self.tokenizer).ids else [])
         texts, silent, asked = list[Marked](), set[int](), ""
         for one in messages:

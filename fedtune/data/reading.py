@@ -30,7 +30,7 @@ class Reading:
         skipped: Place and reason of each row that was skipped.
     """
 
-    format: Format = "instruction"
+    format: Format = "auto"
     trees: Trees = "best"
     skip: bool = False
     what: str = ""

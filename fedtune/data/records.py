@@ -91,7 +91,7 @@ def examples_from(
         InputError: There is none, or one does not fit and is not to be skipped.
     """
     check_fields(fields, setting)
-    account = Reading() if reading is None else reading
+    account = Reading("instruction") if reading is None else reading
     begun = list[Row]()
     for row in rows:
         begun.append(row)

@@ -64,7 +64,7 @@ def load_examples(
         InputError: The source is missing, unreadable or empty, or a record does not fit, with file and line.
     """
     check_fields(fields, setting)
-    account = reading if reading is not None else Reading()
+    account = reading if reading is not None else Reading("instruction")
     account.kinds.clear()
     parts, about = _parts(source, split, base, streamed)
     found, empty = list[Example](), list[str]()

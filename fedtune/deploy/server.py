@@ -107,6 +107,7 @@ class Server:
         run = str(known["run"]) if known else secrets.token_hex(8)
         document = self._config.resolved()
         document["data"]["max_length"] = assembly.room.tokens  # clients may not have the model to ask
+        document["data"]["template"] = assembly.template_told
         config = json.dumps(document, separators=(",", ":"))
         loaded = assembly.loaded
         self._invitation = Invitation(

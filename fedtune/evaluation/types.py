@@ -23,7 +23,7 @@ from fedtune.data.encode import (
     response_text,
 )
 from fedtune.data.encoded import Counts, Encoded
-from fedtune.data.examples import Example, Turn
+from fedtune.data.examples import ASSISTANT, Example, Turn
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import prompts as prompts_in
 from fedtune.errors import InputError
@@ -185,7 +185,8 @@ class EvalEnv:
 
     def conversation(self, turns: Sequence[Turn]) -> Marked:
         """The text before an answer to a conversation, likewise."""
-        return prompt_text(Example("", turns=tuple(turns)), self.settings.template, self.tokenizer)
+        asked = Example("", turns=(*turns, Turn(ASSISTANT, "")))
+        return prompt_text(asked, self.settings.template, self.tokenizer)
 
     def response(self, instruction: str, output: str) -> Marked:
         """An answer as it follows `prompt`, likewise."""

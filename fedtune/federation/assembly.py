@@ -19,7 +19,7 @@ from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.prompts import record_of, template_notes, with_template
+from fedtune.data.prompts import prompts, record_of, template_notes, with_template
 from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
@@ -120,6 +120,8 @@ class Assembly:
                 )
 
             public = encoded(public_examples(config, split.reading), "the server's public examples")
+            if split.reading.skipped:  # of public examples too
+                split.partition["skipped"] = split.reading.document()
             # all models are scored on all of them, so they are cut and none is dropped
             held_out = encoded(
                 split.evaluation,
@@ -208,6 +210,15 @@ class Assembly:
             progress.info(line)
         for note in self.notes:
             progress.note(note)
+
+    @property
+    def template_told(self) -> str:
+        """What clients elsewhere are told as `data.template`: a chat template's text, whatever theirs is."""
+        template = template_of(self.config)
+        if template is None:
+            return self.config.data.template
+        how = prompts(template, self.loaded.tokenizer)
+        return how.name if how.apart else str(how.text)
 
     @property
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:

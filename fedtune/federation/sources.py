@@ -84,7 +84,7 @@ def held_out_in_source(
     many = is_pattern(source, HERE) or (Path(source).is_dir() and not has_parts(Path(source)))
     if config.data.clients == FILES and many:
         by_client = _by_client(config, source, split, reading)
-        owners = _owners(by_client, clients, source) if clients else []
+        owners = _owners(by_client, clients, source, reading) if clients else []
         return [example for part in by_client.values() for example in part], owners
     found = load_examples(
         source,
@@ -135,6 +135,11 @@ def _by_client(
     config: RunConfig, source: str, split: str | None, reading: Reading
 ) -> dict[str, list[Example]]:
     """The examples in each client's file or folder, by its name."""
+    if has_parts(HERE / source):
+        raise InputError(
+            f"{reading.what}: {source} is one data set as it was saved, or one of tasks, and no folder "
+            "with a file a client; leave out data.clients: files"
+        )
     there = clients_in(source, HERE, reading.what)
     mine, found = reading.another(), dict[str, list[Example]]()
     for name, place in there.items():
@@ -142,7 +147,7 @@ def _by_client(
         found[name] = load_examples(
             str(place),
             fields=fields_of(config),
-            split="train" if place.is_file() else part,
+            split=part,
             base=HERE,
             reading=own,
         )
@@ -159,7 +164,10 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _owners(found: dict[str, list[Example]], clients: Sequence[str], source: str) -> list[int]:
+def _owners(
+    found: dict[str, list[Example]], clients: Sequence[str], source: str, reading: Reading
+) -> list[int]:
+    """Of each held-out example its client's number."""
     numbers = {name: number for number, name in enumerate(clients)}
     for name in found:
         if name not in numbers:
@@ -167,4 +175,9 @@ def _owners(found: dict[str, list[Example]], clients: Sequence[str], source: str
                 f'data.holdout.source: {source} has a file of "{name}", and no client of data.train is '
                 f"called so; there are {_some(clients)}.{nearest(name, clients)}"
             )
+    missing = [name for name in clients if name not in found]
+    if missing:
+        reading.said.append(
+            f"data.holdout.source: {source} has no file of {_some(missing)}: nothing of theirs is scored"
+        )
     return [numbers[name] for name, part in found.items() for _ in part]

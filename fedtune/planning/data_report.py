@@ -20,7 +20,7 @@ from fedtune.core.seeds import torch_generator
 from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.prompts import prompts
+from fedtune.data.prompts import prompts, template_notes
 from fedtune.data.templates import AUTO
 from fedtune.errors import InputError, foreign
 from fedtune.federation.data import Split, prepare_data
@@ -122,7 +122,10 @@ def data_report(
         "sampled": looked if looked < total else None,
         "example": look.example(example) if total else None,
     }
-    document["checks"] = list(_checks(config, document, split, room, twice))
+    template = template_of(config)
+    shown = [*split.trained, *split.held_out]
+    said = template_notes(template, tokenizer, shown) if template is not None else []
+    document["checks"] = [*_checks(config, document, split, room, twice), *map(_check, said)]
     return document
 
 

@@ -1,0 +1,160 @@
+"""What has loss in the chat formats of public models, against conversations written out by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+from chat_formats import FORMATS
+from transformers import PreTrainedTokenizerFast
+
+from fedtune.data.encode import encode_causal, encode_prompts, prompt_text
+from fedtune.data.encoded import IGNORED, Encoded
+from fedtune.data.examples import Example, Turn
+from fedtune.data.prompts import prompts
+from fedtune.errors import InputError
+
+QUESTIONS = (Turn("user", "Q1"), Turn("assistant", "A1"), Turn("user", "Q2"), Turn("assistant", "A2"))
+SYSTEM = Turn("system", "S")
+
+
+def encoded(made: PreTrainedTokenizerFast, turns: Sequence[Turn], loss_on: str = "response") -> Encoded:
+    example = Example("", output=turns[-1].content, turns=tuple(turns))
+    return encode_causal([example], made, template="chat", loss_on=loss_on, max_length=4096).items[0]
+
+
+def shown(made: PreTrainedTokenizerFast, item: Encoded) -> str:
+    """The text of all tokens, with what has loss between ⟦ and ⟧."""
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(item.input_ids, item.labels, strict=True):
+        assert label in (IGNORED, token)
+        if not pieces or pieces[-1][0] != (label != IGNORED):
+            pieces.append((label != IGNORED, []))
+        pieces[-1][1].append(token)
+    texts = [(loss, str(made.decode(ids, skip_special_tokens=False))) for loss, ids in pieces]
+    return "".join(f"⟦{text}⟧" if loss else text for loss, text in texts)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_answers_have_loss_and_nothing_else(name: str) -> None:
+    form = FORMATS[name]
+    made = form.tokenizer()
+    turns = [*([SYSTEM] if form.system else []), *QUESTIONS]
+    assert shown(made, encoded(made, turns)) == form.said
+    assert (prompts("chat", made).traits.system, prompts("chat", made).traits.repeats) == (
+        form.system,
+        not form.strict,
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_last_answer_alone_and_everything(name: str) -> None:
+    form = FORMATS[name]
+    made, turns = form.tokenizer(), [*([SYSTEM] if form.system else []), *QUESTIONS]
+    first, last = form.said.find("⟦"), form.said.rfind("⟦")
+    alone = form.said[: last + 1].replace("⟧", "").replace("⟦", "", 1) + form.said[last + 1 :]
+    assert first < last and shown(made, encoded(made, turns, "last")) == alone
+    whole = encoded(made, turns, "all")
+    assert made.decode(whole.input_ids, skip_special_tokens=False) == re.sub("[⟦⟧]", "", form.said)
+    begin = int(bool(form.begin) and form.said.startswith(form.begin))
+    assert whole.labels == (IGNORED,) * begin + whole.input_ids[begin:]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_prompt_to_generate_has_the_tokens_of_training(name: str) -> None:
+    form = FORMATS[name]
+    made, turns = form.tokenizer(), [*([SYSTEM] if form.system else []), *QUESTIONS]
+    item = encoded(made, turns, "last")
+    answer = item.labels.count(IGNORED)
+    (ids,), cut = encode_prompts(
+        [prompt_text(Example("", turns=tuple(turns)), "chat", made)], made, max_length=None
+    )
+    more = made("<think>\n", add_special_tokens=False)["input_ids"] if name == "DeepSeek R1" else []
+    assert ids == [*item.input_ids[:answer], *more] and cut == 0
+    if form.begin and form.begin != form.end and form.said.count(form.begin) == 1:
+        assert ids.count(made.bos_token_id) == 1
+    assert ids[1:2] != [made.bos_token_id]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_users_write_is_no_control_token(name: str) -> None:
+    form = FORMATS[name]
+    made = form.tokenizer()
+    words = [word for word in (form.begin, form.end, *form.special) if word]
+    hostile = f"x {' '.join(words)} y"
+    control = set(made.convert_tokens_to_ids(words))
+    plain = encoded(made, [Turn("user", "x y"), Turn("assistant", "z")])
+    item = encoded(made, [Turn("user", hostile), Turn("assistant", "z")])
+    assert [t for t in item.input_ids if t in control] == [t for t in plain.input_ids if t in control]
+    assert hostile in str(made.decode(item.input_ids, skip_special_tokens=False))
+    answered = encoded(made, [Turn("user", "x y"), Turn("assistant", hostile)])
+    assert [t for t in answered.input_ids if t in control] == [t for t in plain.input_ids if t in control]
+    said = shown(made, answered)
+    assert said[said.index("⟦") :].count(hostile) == 1 and said.count("⟦") == 1
+
+
+def test_thoughts_of_earlier_answers_are_not_there_to_learn() -> None:
+    made = FORMATS["Qwen 3"].tokenizer()
+    turns = [
+        QUESTIONS[0],
+        Turn("assistant", "<think>\nhm\n</think>\n\nA1"),
+        QUESTIONS[2],
+        Turn("assistant", "<think>\nso\n</think>\n\nA2"),
+    ]
+    assert shown(made, encoded(made, turns)) == (
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n<|im_start|>user\nQ2<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nso\n</think>\n\nA2<|im_end|>⟧"
+    )
+
+
+def test_a_system_text_without_a_turn_of_its_own_opens_the_users_next() -> None:
+    made = FORMATS["Gemma 2"].tokenizer()
+    assert shown(made, encoded(made, [SYSTEM, *QUESTIONS])).startswith(
+        "<bos><start_of_turn>user\nS\n\nQ1<end_"
+    )
+
+
+def test_turns_of_one_role_are_joined_where_roles_take_turns() -> None:
+    twice = [Turn("user", "Q"), Turn("user", "R"), Turn("assistant", "A"), Turn("assistant", "B")]
+    strict = FORMATS["Mistral v3"].tokenizer()
+    assert shown(strict, encoded(strict, twice)) == "<s>[INST] Q\n\nR[/INST]⟦ A\n\nB</s>⟧"
+    free = FORMATS["Zephyr"].tokenizer()
+    assert shown(free, encoded(free, twice)) == (
+        "<|user|>\nQ</s>\n<|user|>\nR</s>\n<|assistant|>\n⟦A</s>⟧\n<|assistant|>\n⟦B</s>⟧"
+    )
+    welcome = [Turn("assistant", "Hi"), *twice[1:3]]
+    assert shown(strict, encoded(strict, welcome)) == "<s>[INST] R[/INST]⟦ A</s>⟧"
+    assert shown(free, encoded(free, welcome)).startswith("<|assistant|>\n⟦Hi</s>⟧")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.content }", "cannot be rendered \\(line 1\\)"),
+        ("{{ raise_exception('never') }}", "cannot be rendered: never"),
+        ("{{ messages[0].__class__.__mro__ }}", "cannot be rendered: .*unsafe"),
+        ("{{ undefined_thing.x }}", "cannot be rendered: 'undefined_thing' is undefined"),
+        ("{% for m in messages %}{{ m.content.replace('1', 'one') }}</s>{% endfor %}", "cannot be told"),
+        ("{% for m in messages %}{{ m.content }}### End\n{% endfor %}", "no control token of this tokenizer"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}",
+            "leaves out what the assistant",
+        ),
+        ("{{ 1 }}" + "x" * (1 << 20), "a template has at most"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_one_sentence(template: str, words: str) -> None:
+    made = FORMATS["Zephyr"].tokenizer()
+    made.chat_template = template
+    with pytest.raises(InputError, match=words):
+        encoded(made, QUESTIONS)
+
+
+def test_a_template_without_an_end_has_the_tokenizers() -> None:
+    made = FORMATS["Zephyr"].tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    assert shown(made, encoded(made, QUESTIONS)) == "user: Q1assistant: ⟦A1⟧user: Q2assistant: ⟦A2</s>⟧"

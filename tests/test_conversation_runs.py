@@ -1,0 +1,196 @@
+"""Whole runs on conversations and on plain texts, and their results in other hands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_formats import FORMATS
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import fedtune
+from fedtune.data.encode import encode_causal
+from fedtune.data.examples import Example, Turn
+from fedtune.errors import InputError
+
+ZEPHYR = FORMATS["Zephyr"]
+TALKS = [
+    {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": f"Q{number}"},
+            {"role": "assistant", "content": f"A{number}"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": f"B{number} </s>"},
+        ]
+    }
+    for number in range(10)
+]
+TEXTS = [{"text": f"once upon a time {number} " * (1 + 6 * (number % 3))} for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"), ZEPHYR.template)
+
+
+def saved(path: Path, template: str | None) -> Path:
+    made = ZEPHYR.tokenizer()
+    made.chat_template = template
+    torch.manual_seed(0)
+    about = LlamaConfig(
+        vocab_size=len(made), hidden_size=16, intermediate_size=16, num_hidden_layers=4,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=made.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(about).save_pretrained(path)
+    made.save_pretrained(path)
+    return path
+
+
+def document(model: Path, data: dict[str, Any], **method: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": str(model)},
+        "data": {"max_length": 128, "clients": 2, "holdout": {"fraction": 0.2}, **data},
+        "method": {"name": "fedavg", "rounds": 1, "trainable": "lora", "local_epochs": 1, "lr": 0.01}
+        | method,
+        "evaluation": {"tasks": ["loss"], "bootstrap": 0},
+    }
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: Path) -> None:
+    given = document(folder, {"train": written(tmp_path / "d.jsonl", TALKS)})
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    about = json.loads((run.path / "environment.json").read_text())
+    assert about["template"] == {
+        "name": "chat",
+        "sha256": about["template"]["sha256"],
+        "text": ZEPHYR.template,
+    }
+    served = AutoTokenizer.from_pretrained(run.path / "final")
+    assert served.chat_template == ZEPHYR.template
+    # the loss is that of all answers' tokens, as a plain encoder has them
+    turns = [Turn(turn["role"], turn["content"]) for turn in TALKS[0]["messages"]]
+    item = encode_causal(
+        [Example("", turns=tuple(turns))], served, template="chat", loss_on="response", max_length=128
+    ).items[0]
+    assert run.rounds[0]["eval"]["loss"]["tokens"] == 2 * item.trained
+    # only another template is spoken of
+    scores = fedtune.evaluate(run, ["loss"])
+    assert "template" not in scores
+    assert scores["scores"]["global"]["loss"]["loss"] == run.rounds[-1]["eval"]["loss"]["loss"]
+    other = fedtune.evaluate(run, ["loss"], "data.template=alpaca")
+    assert other["template"].startswith(
+        "data.template is alpaca, and the model's own chat template is another"
+    )
+    assert isinstance(run.generate(["Q1"], max_new_tokens=2)[0], str)
+    assert fedtune.open(run.path).resume(progress=False).status == "done"
+    # as whole models both say in which template they were tuned
+    merged = run.export(tmp_path / "merged", merge=True)[0]
+    own = [f"data.train={given['data']['train']}", "data.max_length=128", "data.clients=2"]
+    again = fedtune.evaluate(merged, ["loss"], *own)
+    assert "template" not in again
+
+
+def test_another_template_than_the_models_is_said_and_exported(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(FORMATS["Zephyr"].template.replace("<|assistant|>", "<|bot|>"))
+    given = document(folder, {"train": written(tmp_path / "d.jsonl", TALKS), "template": str(file)})
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    file.unlink()  # the run has what it needs
+    assert run.config.data.template == AutoTokenizer.from_pretrained(run.path / "final").chat_template
+    (run.path / "summary.json").unlink()
+    shutil.rmtree(run.path / "final")
+    assert fedtune.open(run.path).resume(progress=False).status == "done"
+    assert json.loads((run.path / "environment.json").read_text())["template"]["name"] == "jinja"
+    plain = fedtune.run(
+        document(folder, {**given["data"], "template": "plain"}), out=tmp_path / "plain", progress=False
+    )
+    exported = AutoTokenizer.from_pretrained(plain.path / "final")
+    asked = exported.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+    assert asked == "<s>Q\nAnswer:"
+
+
+def test_without_a_chat_template_alpaca_is_taken_and_exported(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", None)
+    rows = [{"instruction": f"say {number}", "input": "now", "output": "it"} for number in range(8)]
+    given = document(model, {"train": written(tmp_path / "d.jsonl", rows), "max_length": 256})
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    assert json.loads((run.path / "environment.json").read_text())["template"]["name"] == "alpaca"
+    assert "template" not in fedtune.evaluate(run, ["loss"])
+    named = {**given, "data": {**given["data"], "template": "alpaca"}}
+    same = fedtune.run(named, out=tmp_path / "named", progress=False)
+    tensors = "final/adapter_model.safetensors"
+    assert (same.path / tensors).read_bytes() == (run.path / tensors).read_bytes()
+
+
+def test_a_damaged_file_of_a_template_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.template: .*none\.jinja cannot be read: No such file"):
+        fedtune.load(document(folder, {"template": str(tmp_path / "none.jinja")}))
+    (tmp_path / "text.jinja").write_text("Question:")
+    with pytest.raises(InputError, match=r"text\.jinja is no jinja program"):
+        fedtune.load(document(folder, {"template": str(tmp_path / "text.jinja")}))
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}")
+    given = document(
+        folder, {"train": written(tmp_path / "d.jsonl", TALKS), "template": str(tmp_path / "bad.jinja")}
+    )
+    with pytest.raises(InputError, match=r"the template data\.template cannot be rendered \(line 1\)"):
+        fedtune.run(given, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("batching", ["random", "packed"])
+def test_plain_texts_are_trained_on_and_scored(folder: Path, tmp_path: Path, batching: str) -> None:
+    given = document(
+        folder, {"train": written(tmp_path / "d.jsonl", TEXTS), "batching": batching, "max_length": 64}
+    )
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    made = ZEPHYR.tokenizer()
+    texts = [row["text"] for row in TEXTS]
+    # each token is learned once, in whichever part it is, and the end token of each text
+    tokens = {text: len(made(text)["input_ids"]) + 1 for text in texts}
+    scored = run.rounds[0]["eval"]["loss"]["tokens"]
+    assert any(scored == tokens[a] + tokens[b] for a in texts for b in texts if a != b)
+    counts = json.loads((run.path / "partition.json").read_text())["encoded"]["train"]
+    assert counts["parted"] > 0 and counts["examples"] > 10
+    first = fedtune.evaluate(run, ["loss"])["scores"]["global"]["loss"]
+    assert first["tokens"] == scored and first["loss"] == run.rounds[-1]["eval"]["loss"]["loss"]
+    with pytest.raises(
+        InputError, match="task accuracy compares answers, and the held-out examples are plain"
+    ):
+        fedtune.run(
+            {**given, "evaluation": {"tasks": ["loss", "accuracy"]}}, out=tmp_path / "other", progress=False
+        )
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedkseed": {"name": "fedkseed", "rounds": 1, "local_steps": 2, "lr": 1e-4, "seeds": 8},
+    "fedbiot": {
+        "name": "fedbiot",
+        "rounds": 1,
+        "adapter_layers": 1,
+        "local_steps": 1,
+        "batch_size": 2,
+        "layer_dropout": 0.3,
+        "alignment": {"steps_before": 1, "steps": 1, "batch_size": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("rows", [TALKS, TEXTS], ids=["conversations", "texts"])
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods(folder: Path, tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    train = written(tmp_path / "d.jsonl", rows)
+    given = {**document(folder, {"train": train}), "method": METHODS[name]}
+    if name == "fedbiot":
+        given["data"]["public"] = {"source": train}
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    assert run.status == "done" and run.rounds[-1]["eval"]["loss"]["loss"] > 0
