@@ -142,6 +142,11 @@ def test_turns_of_one_role_are_joined_where_roles_take_turns() -> None:
             "leaves out what the assistant",
         ),
         ("{{ 1 }}" + "x" * (1 << 20), "a template has at most"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end: it takes more than 1,000,000 steps",
+        ),
+        ("{{ 'x' * 2000000 }}", "makes more than 1,048,576 characters of one short question"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_one_sentence(template: str, words: str) -> None:
