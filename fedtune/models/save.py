@@ -31,7 +31,7 @@ from fedtune.models.heads import float32_heads
 from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
-from fedtune.models.quantize import plain_state, quantized_layers
+from fedtune.models.quantize import packed_layers, plain_state, quantized_parameters
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
@@ -67,6 +67,11 @@ def save_result(
     is_lora = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
     if merge and not is_lora:
         raise InputError("--merge is for LoRA: nothing else can be added into the base model's weights.")
+    if merge and packed_layers(model):
+        raise InputError(
+            "--merge: the base model came quantised by a package that alone can widen its weights; give the "
+            "adapter to the model that it was made from (model.name), and merge it there."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(model, PeftModel):
@@ -78,7 +83,7 @@ def save_result(
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
-            whole = plain_state(model) if quantized_layers(model) else None
+            whole = plain_state(model) if quantized_parameters(model) else None
             model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
     mend_config(folder / CONFIG)
