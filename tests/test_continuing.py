@@ -82,7 +82,7 @@ def test_an_adapter_of_another_form_or_base_is_refused(tiny: Path, tmp_path: Pat
 
     refused("its r is 2, and the run's 4", {**LORA, "lora": {"rank": 4}})
     refused("its lora_alpha is 32.0, and the run's 8.0", {**LORA, "lora": {"rank": 2, "alpha": 8.0}})
-    refused("8 tensors are others", {**LORA, "lora": {"rank": 2, "targets": ["k_proj", "o_proj"]}})
+    refused("16 tensors are others", {**LORA, "lora": {"rank": 2, "targets": ["k_proj", "o_proj"]}})
     refused("its peft_type is LORA, and the run's PROMPT_TUNING", PROMPT)
     refused("of another form than method.trainable", ADAPTER)
     refused("trains no adapter; merge", {"name": "fedavg", "trainable": "full"})

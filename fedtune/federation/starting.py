@@ -30,9 +30,9 @@ def model_to_train(config: RunConfig, method: Method[Any], base: Callable[[], nn
     adapter = isinstance(model, PeftModel) or bool(find_bottlenecks(model))
     if packed_layers(model) and not adapter:
         raise InputError(
-            f"{config.method_name} ends with a whole model, and the layers of {config.model.name}, which came "
-            "quantised, can be written by the package alone that made them; take fedavg with trainable: lora, "
-            "or the model that it was made from, with model.quantization: nf4 or int8"
+            f"{config.method_name} ends with a whole model, and the layers of {config.model.name}, which "
+            "came quantised, can be written by the package alone that made them; take fedavg with "
+            "trainable: lora, or the model that it was made from, with model.quantization: nf4 or int8"
         )
     if config.model.adapter is not None:
         continue_adapter(model, adapter_folder(config.model.adapter))
