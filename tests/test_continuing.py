@@ -110,7 +110,6 @@ FORMS: dict[str, dict[str, Any]] = {
         "lr": 0.01,
         "adapter_layers": 1,
         "layer_dropout": 0.0,
-        "alignment": {"steps": 1, "steps_before": 1},
     },
 }
 
@@ -120,12 +119,7 @@ def test_more_rounds_end_with_the_bits_of_a_run_that_had_them_from_the_start(
     form: str, tiny: Path, tmp_path: Path
 ) -> None:
     def document(rounds: int) -> dict[str, Any]:
-        made = config(tiny, {**FORMS[form], "rounds": rounds})
-        if form == "fedbiot":
-            public = tmp_path / "public.jsonl"
-            public.write_text("\n".join(map(json.dumps, ROWS[:4])))
-            made["data"]["public"] = {"source": str(public)}
-        return made
+        return config(tiny, {**FORMS[form], "rounds": rounds})
 
     whole = ran(document(2), tmp_path / "whole")
     run = ran(document(1), tmp_path / "run")
