@@ -94,8 +94,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Training.optimizer": "rebuilt for each client and round",
     "Training.lr": "learning rate at the first step of a round",
     "Training.lr_schedule": "how the rate falls behind the warm-up: `linear` or `cosine` to 0, or not",
-    "Training.lr_warmup": "share of the steps, at the start, in which the rate rises",
-    "Training.lr_over": "what rise and fall reach over: each round, or all rounds",
     "Training.weight_decay": "decoupled with `adamw`, added to the gradient with `sgd`",
     "Training.max_grad_norm": "gradients of a larger norm are scaled down to it",
     "Lora.rank": "columns of B",

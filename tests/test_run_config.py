@@ -124,6 +124,8 @@ FIELDS: Table = {
     "method.optimizer": ("sgd", {}),
     "method.lr": (0.02, {}),
     "method.lr_schedule": ("constant", {}),
+    "method.lr_warmup": (0.5, {}),
+    "method.lr_over": ("run", TWO),
     "method.weight_decay": (0.5, {}),
     "method.momentum": (0.9, SGD),
     "method.betas": ([0.5, 0.6], {}),
@@ -194,6 +196,9 @@ ALONG: dict[str, dict[str, Any]] = {
 MAY_STOP = {"model.device", "federation.quorum", "data.partition.rest"}
 
 ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
+    "model.quantization",  # test_quantized_runs.py
+    *("model.attention", "model.revision"),  # test_models_load.py
+    "model.adapter",  # test_continuing.py
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py

@@ -16,7 +16,7 @@ class ModelSettings(Settings):
     name: str = "bundled"  # bundled, a Hugging Face model folder, or a hub name
     revision: str | None = Field(None, min_length=1)  # of a hub model: a commit, a branch or a tag
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantization: Literal["none", "int8", "nf4"] = "none"  # how linear layers of blocks are kept, frozen
+    quantization: Literal["none", "int8", "nf4"] = "none"  # linear layers of blocks: quantized.md
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # which implementation of it
     adapter: str | None = Field(None, min_length=1)  # PEFT folder, or a run, whose adapter is trained further
     initial: Literal["pretrained", "scratch"] = "pretrained"

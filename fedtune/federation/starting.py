@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.types import Method
 from fedtune.errors import InputError
 from fedtune.federation.files import read_json
+from fedtune.models.bottleneck import find_bottlenecks
 from fedtune.models.continuing import adapter_folder, adapter_sha256, continue_adapter
+from fedtune.models.quantize import packed_layers
 
 
 def model_to_train(config: RunConfig, method: Method[Any], base: Callable[[], nn.Module]) -> nn.Module:
@@ -24,6 +27,13 @@ def model_to_train(config: RunConfig, method: Method[Any], base: Callable[[], nn
         InputError: The adapter is missing, or of another form.
     """
     model = method.client_model(base)
+    adapter = isinstance(model, PeftModel) or bool(find_bottlenecks(model))
+    if packed_layers(model) and not adapter:
+        raise InputError(
+            f"{config.method_name} ends with a whole model, and the layers of {config.model.name}, which "
+            "came quantised, can be written by the package alone that made them; take fedavg with "
+            "trainable: lora, or the model that it was made from, with model.quantization: nf4 or int8"
+        )
     if config.model.adapter is not None:
         continue_adapter(model, adapter_folder(config.model.adapter))
     return model

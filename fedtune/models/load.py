@@ -197,7 +197,7 @@ def load_model(
     _name(model, name)
     if shared is not None and before is None:
         share(model, shared, digest, drawn_modules(model))
-    kept = came or quantization_of(model)
+    kept = came if came and quantized_parameters(model) else quantization_of(model)
     return Loaded(model, tokenizer, name, digest, settings_sha256(folder), kept, quantized_sha256(model))
 
 
@@ -290,6 +290,7 @@ def quiet() -> Iterator[None]:
             # PEFT's own use of transformers' old names, and its report of what load_result refuses.
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # merged here
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

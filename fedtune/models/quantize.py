@@ -161,10 +161,29 @@ def quantized_sha256(model: nn.Module) -> str:
 
 
 def quantized_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What quantised layers keep, scales included; of layers of another package the weights."""
+    """What quantised layers keep, scales included; of layers of another package too."""
     own = [p for layer in quantized_layers(model).values() for _, p in _bits(layer)]
+    packed = [
+        parameter
+        for layer in packed_layers(model)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name != "bias"
+    ]
     foreign = [p for p in model.parameters() if not type(p).__module__.startswith("torch.")]
-    return own + foreign
+    return [*own, *packed, *foreign]
+
+
+def packed_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers of another package that keep whole numbers, which it alone can widen."""
+    return [
+        module
+        for module in model.modules()
+        if not isinstance(module, QuantizedLinear)
+        and (
+            hasattr(module, "qweight")
+            or any(not p.is_floating_point() for p in module.parameters(recurse=False))
+        )
+    ]
 
 
 def weight_count(model: nn.Module) -> int:
@@ -183,6 +202,9 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             del state[f"{path}.{name}"]
         weight = layer.weight
         state[f"{path}.weight"] = weight.t().contiguous() if layer.transposed else weight
+    for name, tensor in state.items():
+        if hasattr(tensor, "dequantize") and not type(tensor).__module__.startswith("torch."):  # torchao's
+            state[name] = tensor.dequantize()
     return state
 
 

@@ -1,8 +1,9 @@
 """Checkpoints that come quantised: what their config.json says, and the model that is made of them.
 
 Those of bitsandbytes become the same layers as a model that is quantised here, bit for bit what was saved.
-Others keep the layers of the package that made them, which has to be installed; what is trained on top of
-them is added by PEFT, where PEFT knows how.
+Those of compressed-tensors are widened as they are loaded, which that package would do in the first forward
+pass, and are then a plain model. Others keep the layers of the package that made them, which has to be
+installed; what is trained on top of them is added by PEFT, where PEFT knows how.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _PACKAGES = {  # of a quant_method, what reads it: names to import, and to insta
     "hqq": {"hqq": "hqq"},
     "aqlm": {"aqlm": "aqlm"},
 }
-_UNTRAINED = ("lm_head",)  # what transformers leaves out where a checkpoint does not say
+WIDENED = "compressed-tensors"
 
 
 def came_quantised(config: PretrainedConfig, wanted: str, name: str, *, scratch: bool) -> str:
@@ -71,6 +72,8 @@ def came_quantised(config: PretrainedConfig, wanted: str, name: str, *, scratch:
             f"{' and '.join(m.split('.')[0] for m in missing)}; pip install "
             f"{' '.join(f'{package!r}' if '[' in package else package for package in missing.values())}"
         )
+    if method == WIDENED:
+        config.quantization_config = {**settings, "dequantize": True}
     return came
 
 
@@ -87,6 +90,7 @@ def load_quantised(
     model = load({"device_map": {"": "cpu"}})
     if came in ("nf4", "fp4", "int8"):
         _take_over(model)
+    _forget(model)
     return model
 
 
@@ -96,6 +100,8 @@ def as_it_comes(model: PreTrainedModel, came: str, name: str) -> None:
     Raises:
         InputError: They are of a package whose layers cannot be followed without values.
     """
+    if came == WIDENED:
+        return
     if came not in ("nf4", "fp4", "int8"):
         raise InputError(
             f"model {name} comes quantised by {came}: what its layers need is known to that package alone, "
@@ -152,11 +158,13 @@ def _take_over(model: PreTrainedModel) -> None:
             continue
         made[id(module)] = layer
     put(model, made)
-    _forget(model)
 
 
-def _reads_bits(operation: object) -> bool:
-    return type(operation).__module__ == "transformers.integrations.bitsandbytes"
+def _can_be_undone(operation: Any) -> bool:
+    try:
+        return operation.reverse_op is not None
+    except NotImplementedError:  # of those that read bits
+        return False
 
 
 def _forget(model: PreTrainedModel) -> None:
@@ -164,7 +172,7 @@ def _forget(model: PreTrainedModel) -> None:
     model.config.__dict__.pop("quantization_config", None)
     conversions = getattr(model, "_weight_conversions", None)  # what saving would undo
     if conversions:
-        plain = [each for each in conversions if not any(map(_reads_bits, getattr(each, "operations", ())))]
+        plain = [each for each in conversions if all(map(_can_be_undone, getattr(each, "operations", ())))]
         setattr(model, "_weight_conversions", plain or None)  # noqa: B010  # no attribute to the type checker
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)

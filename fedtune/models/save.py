@@ -34,7 +34,7 @@ from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
-from fedtune.models.quantize import plain_state, quantized_layers
+from fedtune.models.quantize import packed_layers, plain_state, quantized_parameters
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
@@ -72,6 +72,11 @@ def save_result(
         raise InputError(
             "--merge is for LoRA and IA3: nothing else can be added into the base model's weights."
         )
+    if merge and packed_layers(model):
+        raise InputError(
+            "--merge: the base model came quantised by a package that alone can widen its weights; give the "
+            "adapter to the model that it was made from (model.name), and merge it there."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(model, PeftModel):
@@ -83,7 +88,7 @@ def save_result(
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
-            whole = plain_state(model) if quantized_layers(model) else None
+            whole = plain_state(model) if quantized_parameters(model) else None
             model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
     mend_config(folder / CONFIG)
