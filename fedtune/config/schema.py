@@ -131,7 +131,7 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
-        prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
+        prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
         masters = getattr(self.method, "masters", "float32")
