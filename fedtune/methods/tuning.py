@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 Names = Annotated[list[str], Field(min_length=1)]
+LoraTargets = Annotated[
+    Literal["auto", "attention", "all-linear"] | Names,
+    BeforeValidator(lambda value: "auto" if value is None else value),  # as older configurations have it
+]
 
 
 class Lora(Settings):
@@ -23,9 +27,7 @@ class Lora(Settings):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Annotated[
-        Literal["auto", "attention", "all-linear"] | Names, BeforeValidator(lambda value: value or "auto")
-    ] = "auto"  # which linear layers of the blocks, or their names; auto: see families.md
+    targets: LoraTargets = "auto"  # which linear layers of the blocks, or their names; see families.md
     client_ranks: list[int] | None = None  # client i trains rank client_ranks[i mod length], at most `rank`
     use_dora: bool = False  # rows' lengths are trained apart from their directions
     use_rslora: bool = False  # alpha/√rank in place of alpha/rank
@@ -103,7 +105,7 @@ class PTuning(Settings):
 class Prefix(Settings):
     """Trained keys and values in front of the text, in every block."""
 
-    tokens: int = Field(20, ge=1)
+    tokens: int = Field(20, ge=1)  # of the prefix
 
 
 class InBlocks(Settings):
