@@ -168,7 +168,7 @@ def test_classification_refuses() -> None:
 
 def test_causal_refuses() -> None:
     with pytest.raises(
-        InputError, match=r'loss_on must be one of response, all, got "respons".*Did you mean'
+        InputError, match=r'loss_on must be one of response, last, all, got "respons".*Did you mean'
     ):
         causal(9, "respons")
     with pytest.raises(InputError, match="max_length must be at least 2, got 1"):
@@ -177,7 +177,7 @@ def test_causal_refuses() -> None:
         encode_prompts(["a"], toy(), max_length=0)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         causal(9, "response", eos_token=None)
-    with pytest.raises(InputError, match=r"data.template 'chat' is not known"):
+    with pytest.raises(InputError, match=r"the tokenizer has no chat template"):
         encode_causal([EXAMPLE], toy(), template="chat", loss_on="all", max_length=9)
 
 

@@ -15,6 +15,7 @@ from fedtune.cli.client import client
 from fedtune.config.file import dump_config, load_config
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.reading import Reading
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
 from fedtune.federation.client import local_examples, local_records
@@ -121,7 +122,7 @@ def test_what_every_example_needs_cannot_be_none(field: str, tmp_path: Path) -> 
     (tmp_path / "d.jsonl").write_text("{}\n")
     wanted = (
         f"{field} is null, but every example needs one; name the key that holds it, or leave it out if that "
-        f'is "{field}". Only input and category can be null, for none'
+        f'is "{field}". Only input, category and choices can be null, for none'
     )
     with pytest.raises(InputError) as caught:
         load_examples("d.jsonl", fields={field: None}, base=tmp_path)
@@ -187,10 +188,9 @@ def test_a_run_of_python_objects_has_no_text_twice(tmp_path: Path) -> None:
 
 # --- conversations ------------------------------------------------------------------------------------------
 
-NOT_YET = (
-    "Conversations are not read yet: at one position stands a question in one row and a system prompt in "
-    "another. Give the question and the answer keys of their own, and name these in data.fields as "
-    "instruction and output."
+WHOLE = (
+    "A conversation is read whole, since who speaks at a position differs from row to row: leave instruction "
+    "and output out of data.fields, or set data.format to conversation."
 )
 
 
@@ -215,9 +215,9 @@ def test_a_path_into_a_conversation_is_refused(
 ) -> None:
     words = refused({**row, "output": "a"}, {"instruction": key}, tmp_path)
     what = "holds" if key == where else f'leads into "{where}", which holds'
-    assert words == f'"{key}" for instruction {what} a conversation. {NOT_YET}'
+    assert words == f'"{key}" for instruction {what} a conversation. {WHOLE}'
     words = refused({**row, "instruction": "q"}, {"output": key}, tmp_path)
-    assert words == f'"{key}" for output {what} a conversation. {NOT_YET}'
+    assert words == f'"{key}" for output {what} a conversation. {WHOLE}'
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_row_that_has_nothing_but_a_conversation(
 ) -> None:
     talk = "conversations" if "conversations" in row else "messages"
     assert refused(row, {}, tmp_path) == (
-        f'no key "{field}" for {field}; the keys here are: {keys}. "{talk}" holds a conversation. {NOT_YET}'
+        f'no key "{field}" for {field}; the keys here are: {keys}. "{talk}" holds a conversation. {WHOLE}'
     )
 
 
@@ -260,7 +260,7 @@ def test_paths_into_other_lists_are_read(row: dict[str, Any], key: str, tmp_path
 def test_a_data_set_and_a_run_of_conversations_are_refused(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([{"messages": TURNS}, {"messages": TURNS[1:]}])
     fields = {"instruction": "messages.0.content", "output": "messages.1.content"}
-    words = rf'^data\[0\]: "messages\.0\.content" for instruction .*{NOT_YET}$'
+    words = rf'^data\[0\]: "messages\.0\.content" for instruction .*{WHOLE}$'
     with pytest.raises(InputError, match=words):
         fedtune.run({"data": {"fields": fields}}, data=rows, out=tmp_path / "run", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -277,7 +277,7 @@ def test_a_network_client_says_that_there_is_no_input(
     client("localhost:1", tmp_path, tmp_path / "d.jsonl", ["instruction=q", "input="])
     assert given["fields"] == {"instruction": "q", "input": None}
     (tmp_path / "d.jsonl").write_text('{"q": "who", "input": "about", "output": "a"}\n')
-    assert local_examples(tmp_path / "d.jsonl", given["fields"]) == [Example("who", "", "a")]
+    assert local_examples(tmp_path / "d.jsonl", given["fields"], Reading()) == [Example("who", "", "a")]
 
 
 def test_a_network_client_counts_its_examples_before_a_run_names_their_keys(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.federation.data import public_examples
+from fedtune.federation.sources import public_examples
 
 
 def config(**public: Any) -> RunConfig:
@@ -62,7 +62,7 @@ def test_conversations_are_no_public_data(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"conversations": [{"from": "human", "value": "w"}], "output": "v"}) + "\n")
     fields = {"instruction": "conversations.0.value"}
-    with pytest.raises(InputError, match=r'd\.jsonl:1: "conversations\.0\.value" .*not read yet'):
+    with pytest.raises(InputError, match=r'd\.jsonl:1: "conversations\.0\.value" .*read whole'):
         public_examples(config(source=str(path), fields=fields))
 
 

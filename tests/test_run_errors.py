@@ -75,7 +75,7 @@ DATA: dict[str, tuple[list[Any], dict[str, Any], list[str]]] = {
     "conversation": (
         [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}],
         {"fields": {"instruction": "messages.0.content", "output": "messages.1.content"}},
-        ["d.jsonl:1", '"messages.0.content" for instruction', "Conversations are not read yet"],
+        ["d.jsonl:1", '"messages.0.content" for instruction', "A conversation is read whole"],
     ),
     "category is the answer": (
         GOOD,

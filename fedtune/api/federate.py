@@ -24,7 +24,8 @@ def objects_from(config: RunConfig, data: Any) -> ObjectData | None:
         return None
     from fedtune.data.objects import ObjectData
 
-    return ObjectData.read(data, {str(ours): theirs for ours, theirs in config.data.fields.items()})
+    fields = {str(ours): theirs for ours, theirs in config.data.fields.items()}
+    return ObjectData.read(data, fields, config.reading)
 
 
 def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | None]:

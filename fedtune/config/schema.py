@@ -21,6 +21,7 @@ from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
+from fedtune.data.reading import Reading
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS, classifies
 from fedtune.methods import registry
@@ -131,6 +132,14 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
+        reason: str | None = self.method.adapter_refusal
+        if self.model.adapter is not None and reason:
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
+        reason = self.method.quantized_refusal
+        if self.model.quantization != "none" and reason:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
+            )
         prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
@@ -144,6 +153,11 @@ class RunConfig(Settings):
             )
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
+        if self.data.format not in ("auto", "instruction") and self.model.task == "classification":
+            raise ValueError(
+                f"data.format: {self.data.format} is for model.task: causal-lm; a classifier reads the "
+                "fields instruction and input, and output is its class"
+            )
         for name in ("secure_aggregation", "privacy"):
             if getattr(self.federation, name) is not None:
                 reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
@@ -158,7 +172,7 @@ class RunConfig(Settings):
             )
             if reason:
                 raise ValueError(f"federation.robust: {reason}")
-            if self.data.clients is not None:  # else it is known when the data are
+            if isinstance(self.data.clients, int):  # else it is known when the data are
                 self._enough_replies(self.federation.robust, self.data.clients)
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
@@ -213,6 +227,13 @@ class RunConfig(Settings):
         if self.model.task == "classification" and data.labels is None:
             raise ValueError("data.labels is missing: no side of a network knows all the classes by itself")
         return self
+
+    @property
+    def reading(self) -> Reading:
+        """How records are to be read; a new one each time, in which a source says what it took them for."""
+        classifies = self.model.task == "classification"
+        form = "instruction" if classifies else self.data.format
+        return Reading(form, self.data.trees, self.data.bad_rows == "skip")
 
     @property
     def method_name(self) -> str:

@@ -186,7 +186,10 @@ def key_of(
     """
     digest = hashlib.sha256(json.dumps([FORMAT, tokenizer, settings, len(examples)], sort_keys=True).encode())
     for e, row in zip(examples, texts, strict=True):
-        said = [e.instruction, e.input, e.output, *((str(text), getattr(text, "own", ())) for text in row)]
+        said: list[Any] = [e.instruction, e.input, e.output]
+        said += [(str(text), getattr(text, "own", ())) for text in row]
+        if e.turns:
+            said.append(e.said())
         digest.update(json.dumps(said).encode() + b"\n")
     return digest.hexdigest()
 

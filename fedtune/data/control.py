@@ -16,11 +16,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
+from fedtune.data.marked import Marked
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,38 +32,8 @@ _EDGE = "\U0010fffe"  # a noncharacter: no text may hold it, and no vocabulary d
 _FILLERS = "xzjqvwkyuhgbfcmdlprnstioae"
 
 
-class Marked(str):
-    """A text with control tokens of its own. Adding texts keeps them; any other operation gives plain text.
-
-    Attributes:
-        own: Start and end of each control token that is no data.
-    """
-
-    own: tuple[tuple[int, int], ...]
-    __slots__ = ("own",)
-
-    def __new__(cls, text: str, own: Sequence[tuple[int, int]] = ()) -> Marked:
-        """A text with `own` control tokens, in their order; without any it is data alone."""
-        marked = super().__new__(cls, text)
-        marked.own = tuple(own)
-        return marked
-
-    def __add__(self, after: str) -> Marked:
-        shifted = [(start + len(self), end + len(self)) for start, end in getattr(after, "own", ())]
-        return Marked(str(self) + str(after), [*self.own, *shifted])
-
-    def __radd__(self, before: str) -> Marked:
-        return Marked(before) + self
-
-    def without_first(self, count: int) -> Marked:
-        """Without its first characters."""
-        return Marked(
-            self[count:], [(start - count, end - count) for start, end in self.own if start >= count]
-        )
-
-
 @dataclass(frozen=True)
-class _Special:
+class Special:
     """A tokenizer's special tokens."""
 
     ids: dict[str, int]
@@ -80,13 +52,14 @@ class _Special:
 
 
 # Some tokenizers have thousands, and every example asks for them.
-_SPECIAL: WeakKeyDictionary[Any, tuple[tuple[Any, ...], _Special]] = WeakKeyDictionary()
+_SPECIAL: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Special]] = WeakKeyDictionary()
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> _Special:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Special:
+    """A tokenizer's special tokens, as they are now."""
     if not hasattr(tokenizer, "added_tokens_decoder"):
-        return _Special({}, None)  # what only looks like a tokenizer of transformers has no such tokens
+        return Special({}, None)  # what only looks like a tokenizer of transformers has no such tokens
     # what changes when a tokenizer is given more of them: its length and roles, which are read quickly
     state = len(tokenizer), *(getattr(tokenizer, role, None) for role in _ROLES)
     known = _SPECIAL.get(tokenizer)
@@ -95,7 +68,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> _Special:
     return known[1]
 
 
-def _read_special(tokenizer: PreTrainedTokenizerBase) -> _Special:
+def _read_special(tokenizer: PreTrainedTokenizerBase) -> Special:
     ids = {token.content: place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -104,7 +77,7 @@ def _read_special(tokenizer: PreTrainedTokenizerBase) -> _Special:
     }
     if unknown in more:
         unknown = None
-    return _Special({text: place for text, place in ids.items() if len(text) > 1}, unknown)
+    return Special({text: place for text, place in ids.items() if len(text) > 1}, unknown)
 
 
 def marked(
@@ -131,11 +104,11 @@ def marked_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Marked]:
     """As `marked`, for the fields of many examples."""
-    special = _special(tokenizer)
+    special = special_tokens(tokenizer)
     return [_marked(make, fields, special) for fields in rows]
 
 
-def _marked(make: Callable[[Sequence[str]], str], fields: Sequence[str], special: _Special) -> Marked:
+def _marked(make: Callable[[Sequence[str]], str], fields: Sequence[str], special: Special) -> Marked:
     text, pattern = make(fields), special.pattern
     if not isinstance(text, str) or pattern is None or not pattern.search(text):
         return text if isinstance(text, Marked) or not isinstance(text, str) else Marked(text)
@@ -172,7 +145,9 @@ def tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     """
     if not texts:
         return []
-    special = _special(tokenizer)
+    if any(getattr(text, "seams", ()) for text in texts):
+        return [_parted(text, tokenizer) for text in texts]
+    special = special_tokens(tokenizer)
     seen = set(special.ids.values())
     # verbose=False: what is longer than the model's context is cut here, so a warning about it would mislead
     plain: list[list[int]] = tokenizer(
@@ -182,6 +157,45 @@ def tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
         _as_text(text, tokenizer, special) if seen.intersection(ids) else ids
         for text, ids in zip(texts, plain, strict=True)
     ]
+
+
+def _parted(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not isinstance(text, Marked):
+        return tokens([text], tokenizer)[0]
+    row = text.pieces(text.seams)
+    found = piece_tokens([row], tokenizer)[0] if text.whole else tokens(row, tokenizer)
+    return [i for ids in found for i in ids]
+
+
+def piece_tokens(
+    rows: Sequence[Sequence[Marked]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+    """Texts in pieces to token ids, none of which is of two pieces.
+
+    A piece has the tokens that it has behind the piece before it, which are not always those that it has by
+    itself: some tokenizers put a blank in front of any text. Only where a token would be of both pieces, a
+    piece is taken by itself.
+
+    Args:
+        rows: Of each text its pieces.
+        tokenizer: A Hugging Face tokenizer, fast or slow.
+
+    Raises:
+        InputError: As `tokens`.
+    """
+    flat = [piece for row in rows for piece in row]
+    alone = iter(tokens(flat, tokenizer))
+    apart = [[next(alone) for _ in row] for row in rows]
+    pairs = iter(tokens([a + b for row in rows for a, b in pairwise(row)], tokenizer))
+    made = []
+    for row, own in zip(rows, apart, strict=True):
+        found = own[:1]
+        for before, ids in pairwise(own):
+            both = next(pairs)
+            found.append(both[len(before) :] if both[: len(before)] == before else ids)
+        made.append(found)
+        assert len(found) == len(row)
+    return made
 
 
 def pair_tokens(
@@ -198,7 +212,7 @@ def pair_tokens(
         InputError: As `tokens`.
     """
     cut: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    special = _special(tokenizer)
+    special = special_tokens(tokenizer)
     seen = set(special.ids.values())
     added = {size: tokenizer.num_special_tokens_to_add(pair=size > 1) for size in {len(row) for row in rows}}
     found: list[list[int]] = [[] for _ in rows]
@@ -216,7 +230,7 @@ def pair_tokens(
 
 
 def _pair_as_text(
-    row: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: _Special, max_length: int | None
+    row: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: Special, max_length: int | None
 ) -> list[int]:
     twin = _twin(tokenizer, special)
     if twin is None:
@@ -230,7 +244,7 @@ def _pair_as_text(
     return ids
 
 
-def _as_text(text: str, tokenizer: PreTrainedTokenizerBase, special: _Special) -> list[int]:
+def _as_text(text: str, tokenizer: PreTrainedTokenizerBase, special: Special) -> list[int]:
     own: tuple[tuple[int, int], ...] = getattr(text, "own", ())
     if _EDGE in text:
         raise InputError(f"a text holds the noncharacter U+10FFFE beside a control token: {text[:60]!r}")
@@ -248,7 +262,7 @@ def _as_text(text: str, tokenizer: PreTrainedTokenizerBase, special: _Special) -
     return ids
 
 
-def _check(text: str, ids: Sequence[int], special: _Special, wanted: int) -> None:
+def _check(text: str, ids: Sequence[int], special: Special, wanted: int) -> None:
     """Raises InputError if a control token came out of what is data."""
     found = [i for i in ids if i in special.controls]
     if len(found) > wanted:
@@ -267,10 +281,10 @@ def _name(place: int) -> str:
     return f"{_EDGE}{place}{_EDGE}"
 
 
-_TWINS: WeakKeyDictionary[Any, tuple[_Special, Tokenizer | None]] = WeakKeyDictionary()
+_TWINS: WeakKeyDictionary[Any, tuple[Special, Tokenizer | None]] = WeakKeyDictionary()
 
 
-def _twin(tokenizer: PreTrainedTokenizerBase, special: _Special) -> Tokenizer | None:
+def _twin(tokenizer: PreTrainedTokenizerBase, special: Special) -> Tokenizer | None:
     """The tokenizer with its special tokens renamed to what no text holds; None where it has no such form.
 
     Splitting special tokens (`split_special_tokens`) is not enough: a Unigram model, or one that splits texts
@@ -312,7 +326,7 @@ def _renamed(backend: Tokenizer, names: dict[str, int]) -> Tokenizer | None:
 
 
 def _in_pieces(
-    text: str, own: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, special: _Special
+    text: str, own: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, special: Special
 ) -> list[int]:
     """For tokenizers in Python, which split at their added words first and encode what is between them."""
     others = [

@@ -12,22 +12,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.data import templates
-from fedtune.data.control import Marked, marked, marked_rows, pair_tokens, tokens
+from fedtune.data.control import pair_tokens, tokens
 from fedtune.data.encoded import Counts, EncodedRows, EncodedSet
 from fedtune.data.examples import Example
+from fedtune.data.marked import Marked
+from fedtune.data.prompts import Prompts, prompts
+from fedtune.data.spelled import Spelled, begin_of, behind_last, pieces_of, spell, tail, without_first
 from fedtune.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOSS_ON = ("response", "all")
+LOSS_ON = ("response", "last", "all")
 TOO_LONG = ("cut", "drop", "error")
 _REMEDY = (
     "Raise data.max_length as far as the model sees, shorten the example, or set data.too_long to cut or drop"
 )
 AT_ONCE = 1024  # examples given to the tokenizer in one call, whose tokens are Python integers meanwhile
-PROMPT_SHARE = 4  # a long answer leaves its prompt one token in so many
 
 
 def encode_causal(
@@ -41,22 +42,30 @@ def encode_causal(
 ) -> EncodedSet:
     """Encodes examples as: begin token (if the tokenizer has one), prompt, response, end token.
 
-    What is too long loses the start of its prompt, down to a quarter of the length (PROMPT_SHARE): an answer
-    to nothing teaches nothing. Then it loses the end of its response, and with it the end token, for the text
-    does not end there. A response that is whole has its end token.
+    What is too long loses the start of its prompt, down to a quarter of the length (PROMPT_SHARE in
+    `spelled.py`): an answer to nothing teaches nothing. Then it loses the end of its response, and with it
+    the end token, for the text does not end there. A response that is whole has its end token.
+
+    A conversation loses its first exchanges instead, the system's turn apart, until it fits; only where a
+    single one is too long, it is cut as above. What comes behind its last answer is left out. With a chat
+    template begin and end tokens are those that the template writes.
+
+    A plain text stands between begin and end token, and is trained on whole: one that is longer becomes
+    several examples, each of which begins with the last token of the one before.
 
     Args:
         examples: What to encode.
         tokenizer: A Hugging Face tokenizer.
-        template: One of `templates.TEMPLATES`.
-        loss_on: "response" (response and end token) or "all" (the prompt too). The begin token never carries
-            loss.
+        template: As `data.template`; see `prompts.template_setting`.
+        loss_on: "response" (each answer with its end token), "last" (of a conversation the last one alone)
+            or "all" (prompts too). The first token never carries loss.
         max_length: The most tokens of an example.
         too_long: "cut", "drop" (such an example is left out) or "error", with what is longer.
 
     Raises:
         InputError: An unknown template, `loss_on` or `too_long`, a `max_length` under 2, a tokenizer without
-            end token, a text that it cannot read as text, or with `too_long` "error" an example that is.
+            end token, a text that it cannot read as text, a conversation that the template has no form for,
+            or with `too_long` "error" an example that is.
     """
     _one_of(loss_on, LOSS_ON, "data.loss_on")
     _one_of(too_long, TOO_LONG, "data.too_long")
@@ -67,77 +76,67 @@ def encode_causal(
             "the tokenizer has no end-of-sequence token, so a model could not learn where an answer ends; "
             "set eos_token in its tokenizer_config.json."
         )
-    begin = _begin(tokenizer)
-    into, kept, seen = EncodedRows(), list[Example](), Counter[str]()
-    room = max_length - len(begin)
-    for place, (example, whole_prompt, response) in enumerate(_spelled(examples, template, tokenizer)):
-        over = len(whole_prompt) + len(response) + 1 > room
+    how = prompts(template, tokenizer)
+    into, kept, seen, parts = EncodedRows(), list[Example](), Counter[str](), list[int]()
+    for place, (example, spelled) in enumerate(_spelled(examples, how, tokenizer, max_length)):
+        form, over = example.form, spelled.dropped > 0 or spelled.length > max_length
+        if form == "text":
+            cuts = spelled.parts(max_length)
+            for ids in cuts:
+                into.add(ids, 1)
+            parts.append(len(cuts))
+            seen["parted"] += len(cuts) > 1
+            kept.append(example)
+            continue
         if over and too_long == "error":
             raise InputError(
-                f"example {place} ({example.instruction[:40]!r}) is too long: {len(whole_prompt)} "
-                f"tokens of prompt and {len(response)} of answer, and {room - 1} fit beside the begin and "
-                f"end tokens. {_REMEDY}"
+                f"example {place} ({example.instruction[:40]!r}) is too long: {spelled.said(max_length)}. "
+                f"{_REMEDY}"
             )
         if over and too_long == "drop":
             seen["dropped"] += 1
             continue
-        answer = [*response, end]
-        prompt, answer = _fitted(whole_prompt, answer, room) if over else (whole_prompt, answer)
+        if over and form == "conversation":
+            spelled = without_first(example, spelled, how, tokenizer, max_length)
+            seen["turns"] += spelled.dropped
+        cut = spelled.labelled(loss_on, max_length)
         seen["cut"] += over
-        seen["without_prompt"] += bool(whole_prompt) and not prompt
-        seen["without_eos"] += len(answer) <= len(response)
+        seen["without_prompt"] += cut.without_prompt
+        seen["without_eos"] += cut.without_end
         seen["empty"] += not example.output.strip()
+        seen["unanswered"] += behind_last(example.turns)
         kept.append(example)
-        ids = begin + prompt + answer
-        silent = len(begin) + (0 if loss_on == "all" else len(prompt))
-        # no token comes before the only one; and its label would look like a class
-        into.add(ids, 1 if len(ids) == 1 else silent)
-    counts = Counts(examples=len(kept), duplicates=duplicates(kept), **seen)
-    return EncodedSet(into.all(classes=False), counts)
+        into.add(cut.ids, cut.head)
+    made = into.all(classes=False)
+    counts = Counts(examples=len(made), duplicates=duplicates(kept), **seen)
+    return EncodedSet(made, counts, tuple(parts))
 
 
 def _spelled(
-    examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Example, list[int], list[int]]]:
-    """Each example with the tokens of its prompt and of its answer, some of which are spelled at once."""
+    examples: Sequence[Example], how: Prompts, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[Example, Spelled]]:
+    """Each example with its tokens, some of which are spelled at once."""
     for start in range(0, len(examples), AT_ONCE):
         part = examples[start : start + AT_ONCE]
-        prompts, responses = texts(part, template, tokenizer)
-        yield from zip(part, tokens(prompts, tokenizer), tokens(responses, tokenizer), strict=True)
+        yield from zip(part, spell(part, how, tokenizer, max_length), strict=True)
 
 
 def texts(
     examples: Sequence[Example], template: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Marked], list[Marked]]:
-    """Of each example the `prompt_text` and the `response_text`."""
-    rows = [_fields(example) for example in examples]
-    return (
-        marked_rows(lambda row: templates.prompt(Example(*row), template), rows, tokenizer),
-        marked_rows(lambda row: templates.response(Example(*row), template), rows, tokenizer),
-    )
-
-
-def _fitted(prompt: list[int], answer: list[int], room: int) -> tuple[list[int], list[int]]:
-    """What of a prompt and of an answer with its end token is kept in `room` tokens."""
-    share = min(len(prompt), max(1, room // PROMPT_SHARE), room - 1)  # of the prompt, however long the answer
-    share = min(len(prompt), max(share, room - len(answer)))
-    if share and room - share == len(answer) - 1:
-        share -= 1  # the end token alone would be cut, and a whole answer ends
-    return _tail(prompt, share), answer[: room - share]
+) -> list[Sequence[Marked]]:
+    """Of each example all that becomes tokens, in pieces."""
+    how = prompts(template, tokenizer)
+    return [pieces_of(example, how).texts for example in examples]
 
 
 def prompt_text(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> Marked:
     """An example's text before the answer, in which the template's own control tokens are marked."""
-    return marked(lambda texts: templates.prompt(Example(*texts), template), _fields(example), tokenizer)
+    return prompts(template, tokenizer).prompt(example)
 
 
 def response_text(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> Marked:
     """The answer's text as it follows the prompt, likewise."""
-    return marked(lambda texts: templates.response(Example(*texts), template), _fields(example), tokenizer)
-
-
-def _fields(example: Example) -> tuple[str, ...]:
-    return example.instruction, example.input, example.output, example.category
+    return prompts(template, tokenizer).response(example)
 
 
 def encode_prompts(
@@ -158,10 +157,15 @@ def encode_prompts(
     """
     if max_length is not None:
         _check_length(max_length)
-    begin, whole = _begin(tokenizer), tokens(prompts, tokenizer)
-    kept = [ids if max_length is None else _tail(ids, max_length - len(begin)) for ids in whole]
-    cut = sum(len(short) < len(long) for short, long in zip(kept, whole, strict=True))
-    return [begin + ids for ids in kept], cut
+    begin, found, cut = begin_of(tokenizer), list[list[int]](), 0
+    for prompt, ids in zip(prompts, tokens(prompts, tokenizer), strict=True):
+        own = begin
+        if getattr(prompt, "whole", False):  # it has a begin token of its own, or none
+            own, ids = (begin, ids[1:]) if begin and ids[:1] == begin else ([], ids)
+        short = ids if max_length is None else tail(ids, max_length - len(own))
+        cut += len(short) < len(ids)
+        found.append(own + short)
+    return found, cut
 
 
 def encode_classification(
@@ -231,16 +235,8 @@ def _row(example: Example) -> list[str]:
 
 
 def duplicates(examples: Sequence[Example]) -> int:
-    """How many are equal to an earlier one in instruction, input and output."""
-    return len(examples) - len({(e.instruction, e.input, e.output) for e in examples})
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _tail(ids: list[int], count: int) -> list[int]:
-    return ids[max(0, len(ids) - count) :]
+    """How many are equal to an earlier one in instruction, input and output, or in all turns and tools."""
+    return len(examples) - len({(e.instruction, e.input, e.output, e.turns, e.tools) for e in examples})
 
 
 def _one_of(value: str, allowed: Sequence[str], setting: str) -> None:

@@ -44,7 +44,8 @@ class EncodedList(Sequence[Encoded]):
         lengths: int32 (examples,), tokens of each.
         heads: int32 (examples,). Of a causal model: how many tokens at an example's start carry no loss; all
             others are their own labels. Of a classifier: its class.
-        ids: int32 (tokens of all examples,), one example after the other.
+        ids: int32 (tokens of all examples,), one example after the other. A token that carries no loss
+            though one before it does stands as -1 - its id.
         classes: Whether `heads` are classes.
 
     Raises:
@@ -78,7 +79,11 @@ class EncodedList(Sequence[Encoded]):
             raise IndexError(f"example {at} of {len(self)}")
         end, head = int(self._ends[at]), int(self.heads[at])
         ids = tuple(self.ids[end - int(self.lengths[at]) : end].tolist())
-        return Encoded(ids, (head,) if self.classes else (IGNORED,) * head + ids[head:])
+        labels = (head,) if self.classes else (IGNORED,) * head + ids[head:]
+        if ids and min(ids) < 0:  # several answers, with what is asked between them
+            labels = tuple(IGNORED if label < 0 else label for label in labels)
+            ids = tuple(-1 - token if token < 0 else token for token in ids)
+        return Encoded(ids, labels)
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +137,9 @@ class Counts:
         empty: With an answer of no text: the end token alone is trained.
         duplicates: Equal to an earlier one in instruction, input and output.
         dropped: Too long and left out; these are not among `examples`.
+        turns: Turns that were left out at the start of conversations that are too long.
+        unanswered: Turns behind the last answer of a conversation, which are left out.
+        parted: Plain texts that are longer than the maximum length, each of which became several examples.
         waiting: Of `examples`, not encoded yet: of these it is not known whether they are cut.
     """
 
@@ -143,18 +151,29 @@ class Counts:
     duplicates: int = 0
     dropped: int = 0
     waiting: int = 0
+    turns: int = 0
+    unanswered: int = 0
+    parted: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it: `waiting` only where some are."""
-        return {name: count for name, count in asdict(self).items() if count or name != "waiting"}
+        """As JSON has it; without what most runs have none of, where there is none."""
+        rare = ("waiting", "turns", "unanswered", "parted")
+        return {name: count for name, count in asdict(self).items() if count or name not in rare}
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSet:
-    """Encoded examples in the order given, and what was cut, dropped or odd."""
+    """Encoded examples in the order given, and what was cut, dropped or odd.
+
+    Attributes:
+        items: The encoded.
+        counts: Of all of them.
+        parts: Of plain texts of which some became several, how many each became; else empty.
+    """
 
     items: EncodedList
     counts: Counts
+    parts: tuple[int, ...] = ()

@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SYSTEM, USER, ASSISTANT, TOOL = ROLES = ("system", "user", "assistant", "tool")
+DOCUMENT = "document"  # the role of the one turn of a plain text
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says.
+
+    Attributes:
+        role: One of ROLES; DOCUMENT of a plain text, which has this turn alone.
+        content: What is said.
+        more: A JSON object of what else the turn has, such as `tool_calls`; empty of most.
+    """
+
+    role: str
+    content: str
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One instruction and its answer.
+    """One instruction and its answer; or a conversation; or a plain text.
 
     Attributes:
-        instruction: What is asked. For classification the first text.
+        instruction: What is asked. For classification the first text. Of a conversation what the user said
+            last before the last answer; of a plain text nothing.
         input: What the instruction is about; empty when there is none. For classification the second text.
-        output: The answer. For classification the label's name.
+        output: The answer. For classification the label's name. Of a conversation the last answer; of a plain
+            text all of it.
         category: What partitions and hold-outs group by (category, language, task); empty when there is none.
+        turns: Of a conversation all that is said; of a plain text that alone; else empty.
+        tools: Of a conversation the tools that the assistant may call, as a JSON list; empty of none.
     """
 
     instruction: str
     input: str = ""
     output: str = ""
     category: str = ""
+    turns: tuple[Turn, ...] = ()
+    tools: str = ""
+
+    @property
+    def form(self) -> str:
+        """instruction, conversation or text."""
+        if not self.turns:
+            return "instruction"
+        return "text" if self.turns[0].role == DOCUMENT else "conversation"
+
+    def said(self) -> list[str]:
+        """What identifies an example beside instruction, input, output and category: turns and tools."""
+        return [self.tools, *(part for turn in self.turns for part in (turn.role, turn.content, turn.more))]
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it, without what is empty of an instruction."""
+        document = asdict(self)
+        return document if self.turns else {key: document[key] for key in _PLAIN}
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> Example:
+        """What `document` gave."""
+        turns = tuple(Turn(**turn) for turn in document.get("turns", ()))
+        return Example(**{**document, "turns": turns})
+
+
+_PLAIN = ("instruction", "input", "output", "category")

@@ -7,14 +7,20 @@ Training, evaluation and generation all come here for their texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
 from fedtune.registry import Registry
 
 Text = Callable[[Example], str]
+
+AUTO, CHAT = "auto", "chat"  # the tokenizer's chat template: where it has one, and in any case
+SUFFIX = ".jinja"
 
 
 def _output(example: Example) -> str:
@@ -52,6 +58,35 @@ def register_template(
         return prompt
 
     return decorate
+
+
+def template_setting(name: str) -> str:
+    """What `data.template` stands for: a name, or in place of a file what it holds.
+
+    Args:
+        name: `auto`, `chat`, a template's name, a file's that ends in .jinja, or a jinja program itself.
+
+    Raises:
+        InputError: The file cannot be read, or nothing has that name.
+    """
+    if name in (AUTO, CHAT) or is_program(name):
+        return name
+    if name.endswith(SUFFIX):
+        try:
+            text = Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"data.template: {name} cannot be read: {why}") from None
+        if not is_program(text):
+            raise InputError(f"data.template: {name} is no jinja program: there is no {{{{ or {{% in it")
+        return text
+    TEMPLATES.part(name)
+    return name
+
+
+def is_program(name: str) -> bool:
+    """Whether a template is given as a jinja program, and not by name."""
+    return "{{" in name or "{%" in name
 
 
 def prompt(example: Example, template: str) -> str:
@@ -110,3 +145,39 @@ TEMPLATES.built_in(
     "instruction, input and `Answer:`, for small models with short contexts",
     lambda: Template(_plain, lambda example: f" {example.output}"),
 )
+
+# What the two are for a server, which knows jinja programs alone: the same tokens for the same conversation.
+_PROGRAM = """\
+{{- bos_token if bos_token is defined and bos_token else '' -}}
+{%- set state = namespace(system='', answered=false) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set state.system = state.system + message['content'] + '\\n\\n' -%}
+  {%- elif message['role'] == 'user' -%}
+    {{- '\\n\\n' if state.answered else '' -}}
+    {{- BEFORE + state.system + message['content'] + BEHIND -}}
+    {%- set state.system = '' -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- LEAD + message['content'] + (eos_token if eos_token is defined and eos_token else '') -}}
+    {%- set state.answered = true -%}
+  {%- else -%}
+    {{- raise_exception('this template has no turns of ' + message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+@cache
+def programs() -> Mapping[str, str]:
+    """By name the jinja program that does the same as a template, with a conversation in turns."""
+    made = {}
+    for name in ("alpaca", "plain"):
+        asked = prompt(Example("\0"), name)
+        lead = response(Example("", output="\0"), name).partition("\0")[0]
+        before, _, behind = asked.partition("\0")
+        parts = {"BEFORE": before, "BEHIND": behind, "LEAD": lead}
+        text = _PROGRAM
+        for word, part in parts.items():
+            text = text.replace(word, json.dumps(part))
+        made[name] = text
+    return made

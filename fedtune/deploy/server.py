@@ -65,7 +65,8 @@ class Server:
             )
         check_server(keys)
         known = read_clients(keys)
-        wanted = config.data.clients or len(known)
+        asked = config.data.clients
+        wanted = asked if isinstance(asked, int) else len(known)
         if wanted > len(known):
             raise InputError(
                 f"data.clients is {wanted}, but {keys / 'clients.json'} knows {len(known)} clients: "
@@ -106,7 +107,10 @@ class Server:
         document = self._config.resolved()
         document["data"]["max_length"] = assembly.room.tokens  # clients may not have the model to ask
         config = json.dumps(document, separators=(",", ":"))
-        self._invitation = Invitation(run, config, assembly.loaded.weights_sha256)
+        loaded = assembly.loaded
+        self._invitation = Invitation(
+            run, config, loaded.weights_sha256, loaded.quantization, loaded.quantized_sha256
+        )
         self._channel = self.start()
         if known:
             self._examples = {int(e["client"]): int(e["examples"]) for e in known["clients"]}

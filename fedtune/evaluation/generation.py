@@ -52,6 +52,7 @@ def generate(
     peaks: Peaks | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
+    end: int | None = None,
 ) -> list[str]:
     """Answers each prompt.
 
@@ -66,6 +67,7 @@ def generate(
         peaks: Told what they take.
         stop: Texts; an answer ends before the first of them.
         sampling: None: greedy.
+        end: A token that ends an answer beside those of the tokenizer and the model.
 
     Returns:
         The answers in the order of the prompts, without prompt and special tokens.
@@ -83,6 +85,7 @@ def generate(
         peaks=peaks,
         stop=stop,
         sampling=sampling,
+        end=end,
     )
     return [_text(tokenizer, ids, stop) for ids in answers]
 
@@ -103,6 +106,7 @@ def generate_ids(
     peaks: Peaks | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
+    end: int | None = None,
 ) -> list[list[int]]:
     """As `generate`, but gives token ids, up to the end-of-sequence token and without it.
 
@@ -112,7 +116,7 @@ def generate_ids(
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {place} has no tokens: give its example an instruction.")
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer) | ({end} if end is not None else set())
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if isinstance(i, int)), 0)  # any id: it is masked
     stopped = _Stop(tokenizer, stop)
     answers: list[list[int]] = [[] for _ in prompts]

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.data.control import Marked, marked
+from fedtune.data.examples import ASSISTANT, USER, Turn
+from fedtune.data.marked import Marked
 from fedtune.errors import InputError
 from fedtune.evaluation.answers import all_rows
 from fedtune.evaluation.endpoint import Endpoint, Unanswered, key_of
@@ -187,26 +188,9 @@ def answer(env: EvalEnv, questions: Sequence[Question]) -> list[list[str]]:
 
 
 def conversation(env: EvalEnv, turns: Sequence[str], answers: Sequence[str]) -> Marked:
-    """The text before an answer, in the tokenizer's chat template or, without one, the run's template."""
-    tokenizer: Any = env.tokenizer
-    if getattr(tokenizer, "chat_template", None):
-        spoken = [text for turn in zip(turns, answers, strict=False) for text in turn] + [turns[-1]]
-        text = marked(lambda texts: _chat(tokenizer, texts), spoken, tokenizer)
-        begin = tokenizer.bos_token or ""
-        # generation puts one in front of any prompt
-        return text.without_first(len(begin)) if begin and text.startswith(begin) else text
-    before = Marked("")
-    for said, asked in zip(answers, turns, strict=False):
-        before += env.prompt(asked) + env.response(asked, said) + "\n\n"
-    return before + env.prompt(turns[-1])
-
-
-def _chat(tokenizer: Any, texts: Sequence[str]) -> str:
-    """Texts of user and assistant in turn, in the tokenizer's chat template."""
-    messages = [
-        {"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)
-    ]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """The text before an answer, in the run's template."""
+    spoken = [text for turn in zip(turns, answers, strict=False) for text in turn] + [turns[-1]]
+    return env.conversation([Turn((USER, ASSISTANT)[place % 2], text) for place, text in enumerate(spoken)])
 
 
 def judge(

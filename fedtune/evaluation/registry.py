@@ -62,6 +62,9 @@ OWN = {
 }
 
 
+_ON_ANSWERS = ("accuracy", "rouge-l", "rouge-l-fedkseed", "matthews", "pearson")
+
+
 def _load(name: str) -> Task:
     found: Task = importlib.import_module(f"fedtune.evaluation.{OWN[name].module}").TASKS[name]
     return found
@@ -77,6 +80,14 @@ def classifies(task: str) -> bool:
         return OWN[task].classifier
     found = TASKS.get(task)
     return found is not None and found.classifier
+
+
+def compares_answers(task: str) -> bool:
+    """Whether a task, by its name, holds answers against those of the held-out examples."""
+    if task in OWN:
+        return task in _ON_ANSWERS
+    found = TASKS.get(task)
+    return found is not None and found.examples and found.metric != "loss"
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | None) -> None:

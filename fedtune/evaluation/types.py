@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.core.seeds import derive_seed
-from fedtune.data.control import Marked
 from fedtune.data.encode import (
     encode_causal,
     encode_classification,
@@ -23,7 +23,9 @@ from fedtune.data.encode import (
     response_text,
 )
 from fedtune.data.encoded import Counts, Encoded
-from fedtune.data.examples import Example
+from fedtune.data.examples import Example, Turn
+from fedtune.data.marked import Marked
+from fedtune.data.prompts import prompts as prompts_in
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import Sampling, generate, prompt_room
 from fedtune.evaluation.judge_settings import JudgeSettings
@@ -181,6 +183,10 @@ class EvalEnv:
         """An instruction in the run's template, whose control tokens are marked."""
         return prompt_text(Example(instruction, input), self.settings.template, self.tokenizer)
 
+    def conversation(self, turns: Sequence[Turn]) -> Marked:
+        """The text before an answer to a conversation, likewise."""
+        return prompt_text(Example("", turns=tuple(turns)), self.settings.template, self.tokenizer)
+
     def response(self, instruction: str, output: str) -> Marked:
         """An answer as it follows `prompt`, likewise."""
         example = Example(instruction, output=output)
@@ -243,6 +249,7 @@ class EvalEnv:
             peaks=self.peaks,
             stop=stop,
             sampling=sampling,
+            end=self._end,
         )
         if sampling is None:
             return [[text] * samples for text in texts]
@@ -271,8 +278,14 @@ class EvalEnv:
             batch_size=self.settings.batch_size,
             memory=self.settings.memory,
             peaks=self.peaks,
+            end=self._end,
         )
         return answers, shortened
+
+    @cached_property
+    def _end(self) -> int | None:
+        """The token with which answers end in the run's template."""
+        return prompts_in(self.settings.template, self.tokenizer).end
 
     @property
     def answers(self) -> list[str]:
@@ -293,7 +306,12 @@ class EvalEnv:
             max_length=self.max_length,
         )
         encoded, self.encoded = found.items, found.counts
-        return self._losses(encoded)
+        losses, counts = self._losses(encoded)
+        if not found.parts:
+            return losses, counts
+        ends = list(accumulate(found.parts))
+        parts = [slice(end - count, end) for end, count in zip(ends, found.parts, strict=True)]
+        return [sum(losses[part]) for part in parts], [sum(counts[part]) for part in parts]
 
     @cached_property
     def class_scores(self) -> tuple[list[float], list[int]]:

@@ -14,33 +14,41 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
-from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
 from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.prompts import record_of, template_notes, with_template
+from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
+from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
-from fedtune.federation.data import Split, prepare_data, public_examples
-from fedtune.federation.encoding import Keys, describe, encode_for
+from fedtune.federation.data import Split, prepare_data
+from fedtune.federation.encoding import Keys, describe, encode_for, template_of
 from fedtune.federation.files import read_json
 from fedtune.federation.plugins import record, require_plugins
+from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.federation.room import Room, batching_of, example_room, shortening
+from fedtune.federation.sources import public_examples
+from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
-from fedtune.models.load import Loaded, load_model
+from fedtune.models.load import Loaded
 from fedtune.models.packable import check_packable
 from fedtune.models.portable import name_classes
+from fedtune.models.quantize import describe as describe_quantized
 from fedtune.models.tuning import count_parameters
 from fedtune.protection.robust import check_replies
 from fedtune.protection.robust_mean import robust_mean
 from fedtune.protection.settings import require_packages, threshold_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fedtune.protection.identity import Identity
 
 
@@ -90,20 +98,12 @@ class Assembly:
         if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
             check_counts(config, len(split.clients))
         device = device_of(config.model.device)
-        loaded = load_model(
-            config.model.name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(split.labels) if split.labels else None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-            shared=shared,
-        )
+        loaded = load_base(config, split.labels, shared=shared)
         torch.nn.Module.to(loaded.model, device)
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)
+        template = template_of(config)
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
             batching = batching_of(config, room)
@@ -119,7 +119,7 @@ class Assembly:
                     too_long=too_long,
                 )
 
-            public = encoded(public_examples(config), "the server's public examples")
+            public = encoded(public_examples(config, split.reading), "the server's public examples")
             # all models are scored on all of them, so they are cut and none is dropped
             held_out = encoded(
                 split.evaluation,
@@ -153,10 +153,14 @@ class Assembly:
                 "weights_sha256": loaded.weights_sha256,
                 "drawn": drawn_modules(loaded.model),
                 "settings_sha256": dict(loaded.settings_sha256),
+                "quantization": loaded.quantization,
+                "quantized_sha256": loaded.quantized_sha256,
+                **adapter_of(config, loaded.weights_sha256),
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
             **record(config),
+            **({"template": record_of(template, loaded.tokenizer)} if template is not None else {}),
         }
         sizes = {client: len(items) for client, items in split.clients.items()}
         base = count_parameters(loaded.model)[0]
@@ -190,7 +194,26 @@ class Assembly:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
-        return _notes(self.config, self.room, self.counts)
+        held = describe_quantized(self.loaded.model)
+        said = [*([held] if held else []), *self.split.reading.said]
+        said += skipped_notes(self.split.reading.skipped)
+        template, tokenizer = template_of(self.config), self.loaded.tokenizer
+        if template is not None:
+            said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
+        return said + _notes(self.config, self.room, self.counts)
+
+    def tell(self, progress: Progress) -> None:
+        """Says what was read, and what a person should know of it."""
+        for line in self.split.reading.lines:
+            progress.info(line)
+        for note in self.notes:
+            progress.note(note)
+
+    @property
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the template in which the run's examples are, for whoever uses its result."""
+        template, tokenizer = template_of(self.config), self.loaded.tokenizer
+        return tokenizer if template is None else with_template(tokenizer, template)
 
     def look_ahead(self) -> None:
         """Encodes what has to be known before the first round, and what is needed in it.
@@ -202,7 +225,9 @@ class Assembly:
             InputError: Something cannot be encoded, or no example of a client is left.
         """
         asked = self.config.federation.clients_per_round if self.method.uses_wire else None
-        everyone = asked is None or self.config.data.too_long != "cut"
+        # how many examples a plain text becomes depends on its length too
+        parted = any(items and items[0].form == "text" for items in self.split.clients.values())
+        everyone = asked is None or self.config.data.too_long != "cut" or parted
         first = sample_cohort(self.client_examples, asked, seed=self.config.seed, round=1).clients
         self.look(self.data if everyone else first)
 
@@ -252,6 +277,9 @@ class Assembly:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
         require_plugins(path, unchanged=True)
         loaded_of(path, self.loaded)
+        began = read_json(path / "environment.json")["model"].get("adapter_sha256")
+        if self.environment["model"].get("adapter_sha256") != began:
+            raise InputError(f"{path} began with another adapter (model.adapter); bring it back as it was")
         refuse_other_data(path, self.split, self.config.data.train)
         refuse_other_classes(path, self.split.labels)
         now = self.split.partition["clients"]  # none over a network: there the clients say what they have

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config.data import CLIENTS, OBJECTS
-from fedtune.config.partitions import Given
+from fedtune.config.data import CLIENTS
+from fedtune.config.partitions import Given, OneFile
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.objects import ObjectData
-from fedtune.data.sources import bundled_examples, load_examples
+from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import compares_answers
+from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
 
@@ -37,8 +40,9 @@ class Split:
         labels: The classes, sorted, for a classification model; else empty.
         partition: What partition.json says: examples a client, by index into the training examples.
         sha256: Identifies the training and held-out examples.
-        owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
+        owners: Whose each held-out example is, with `holdout.client_fraction` or a held-out file a client.
         held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
+        reading: What was read of the sources, and what was skipped.
     """
 
     clients: dict[int, list[Example]]
@@ -48,6 +52,7 @@ class Split:
     sha256: str
     owners: tuple[int, ...] = ()
     held_out: Sequence[Example] = ()
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def trained(self) -> list[Example]:
@@ -72,14 +77,16 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     Raises:
         InputError: Files are missing or malformed, or the split asked for is not possible.
     """
+    reading = config.reading
     if config.data.train == CLIENTS:
-        return _server_split(config)
-    train, held_out = _hold_out(config, _examples(config, objects))
+        return _server_split(config, reading)
+    given = training_examples(config, objects, reading)
+    train, held_out, owners = _hold_out(config, given, reading)
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
-    dealt = _deal(config, train, objects)
-    indices, owners = dealt.parts, list[int]()
+    dealt = _deal(config, train, given)
+    indices = dealt.parts
     if config.data.holdout.client_fraction is not None:
         indices, own = _hold_out_own(config, indices)
         held_out = [train[i] for part in own for i in part]
@@ -96,6 +103,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
+    _refuse_without_answers(config, evaluation)
     # of answers in free text every one would stand in partition.json, word for word
     classifies = config.model.task == "classification"
     values = [example.category or (example.output if classifies else "") for example in train]
@@ -108,6 +116,8 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         ],
         "held_out": len(evaluation),
     }
+    if reading.skipped:
+        summary["skipped"] = reading.document()
     if pooled:
         clients = {0: kept}
     else:
@@ -120,7 +130,17 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
         in_order,
+        reading,
     )
+
+
+def _refuse_without_answers(config: RunConfig, evaluation: Sequence[Example]) -> None:
+    tasks = [task for task in config.evaluation.tasks if compares_answers(task)]
+    if tasks and any(example.form == "text" for example in evaluation):
+        raise InputError(
+            f"task {tasks[0]} compares answers, and the held-out examples are plain texts, which have none. "
+            "Set evaluation.tasks to [loss]"
+        )
 
 
 def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
@@ -134,7 +154,7 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
 
 def _in_order(names: set[str], config: RunConfig) -> Sequence[str]:
     """Classes sorted; but as the base model has them, if it has a head for just these."""
-    name = config.model.name
+    name = config.model.place
     folder = local_folder(name)
     if folder is None and "/" in name:  # of the hub: otherwise the order would depend on what is cached
         folder = model_folder(name, Path("."), weights=False)
@@ -148,39 +168,27 @@ def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:
     return Split({}, examples, tuple(labels), partition, _sha256([], examples), held_out=examples)
 
 
-def _examples(config: RunConfig, objects: ObjectData | None) -> list[Example]:
-    """All examples before any split."""
-    if config.data.train == OBJECTS:
-        if objects is None:
-            raise InputError(
-                f"data.train is {OBJECTS}: the examples come from Python and are in no file. Give them as "
-                "data=... to fedtune.run or fedtune.open, or name a file in data.train"
-            )
-        return list(objects.examples)
-    return load_examples(config.data.train, fields=_fields(config), split=config.data.split, base=Path("."))
-
-
-def _as_given(train: Sequence[Example], objects: ObjectData) -> Dealt:
+def _as_given(train: Sequence[Example], given: ObjectData) -> Dealt:
     """Each client's training examples, where they came client by client."""
     owners = {}  # by identity: two clients may have equal examples
-    rest = iter(objects.examples)
-    for place, count in enumerate(objects.clients.values()):
+    rest = iter(given.examples)
+    for place, count in enumerate(given.clients.values()):
         owners.update({id(example): place for example in islice(rest, count)})
-    parts: list[list[int]] = [[] for _ in objects.clients]
+    parts: list[list[int]] = [[] for _ in given.clients]
     for index, example in enumerate(train):
         parts[owners[id(example)]].append(index)
-    for client, part in zip(objects.clients, parts, strict=True):
+    for client, part in zip(given.clients, parts, strict=True):
         if not part:
             raise InputError(
                 f"no example of client {client!r} is left to train on: all are held out or beyond "
                 "data.max_examples. Give it more, or hold out less (data.holdout)"
             )
-    return Dealt([np.array(part, dtype=np.int64) for part in parts], tuple(objects.clients))
+    return Dealt([np.array(part, dtype=np.int64) for part in parts], tuple(given.clients))
 
 
-def _server_split(config: RunConfig) -> Split:
+def _server_split(config: RunConfig, reading: Reading) -> Split:
     """What the server has where every client has a file of its own: held-out examples, and no others."""
-    _, held_out = _hold_out(config, [])
+    held_out, _ = held_out_in_source(config, reading)
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
     evaluation = in_order[: config.evaluation.max_examples]
@@ -188,47 +196,32 @@ def _server_split(config: RunConfig) -> Split:
     unseen = {example.output for example in evaluation} - set(labels) if labels else set()
     if unseen:
         raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
-    partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
-    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order)
+    partition: dict[str, Any] = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
+    if reading.skipped:
+        partition["skipped"] = reading.document()
+    digest = _sha256([], evaluation)
+    return Split({}, evaluation, labels, partition, digest, held_out=in_order, reading=reading)
 
 
 def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """The examples among which the held-out ones are, before any split."""
+    reading = config.reading
     if config.data.holdout.source is not None:
-        return _hold_out(config, [])[1]
-    return _examples(config, objects)
+        return held_out_in_source(config, reading)[0]
+    return list(training_examples(config, objects, reading).examples)
 
 
-def public_examples(config: RunConfig) -> list[Example]:
-    """The examples that the server holds itself; none without `data.public`.
-
-    Raises:
-        InputError: The file is missing or malformed.
-    """
-    public = config.data.public
-    if public is None:
-        return []
-    fields = {str(ours): theirs for ours, theirs in public.fields.items()}
-    examples = load_examples(
-        public.source, fields=fields, split=public.split, base=Path("."), setting="data.public.fields"
-    )
-    if public.max_examples is not None and public.max_examples < len(examples):
-        chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
-        examples = [examples[i] for i in sorted(chosen)]
-    return examples
-
-
-def _hold_out(config: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    holdout = config.data.holdout
-    if holdout.source == "bundled":
-        return examples, bundled_examples("test")
+def _hold_out(
+    config: RunConfig, given: ObjectData, reading: Reading
+) -> tuple[list[Example], list[Example], list[int]]:
+    """Examples to train on and held-out ones, and whose each of these is where their source says so."""
+    holdout, examples = config.data.holdout, list(given.examples)
     if holdout.source is not None:
-        split = holdout.split or ("train" if holdout.source.endswith((".json", ".jsonl")) else "test")
-        return examples, load_examples(holdout.source, fields=_fields(config), split=split, base=Path("."))
+        return examples, *held_out_in_source(config, reading, tuple(given.clients))
     if holdout.client_fraction is not None:
-        return examples, []
+        return examples, [], []
     rng = numpy_generator(config.seed, "holdout")
-    return split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng)
+    return *split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng), []
 
 
 def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
@@ -249,17 +242,14 @@ def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
     return left, own
 
 
-def _fields(config: RunConfig) -> dict[str, str | None]:
-    return {str(ours): theirs for ours, theirs in config.data.fields.items()}
-
-
-def _deal(config: RunConfig, train: Sequence[Example], objects: ObjectData | None) -> Dealt:
+def _deal(config: RunConfig, train: Sequence[Example], given: ObjectData) -> Dealt:
     how = config.data.partition
-    if objects is not None and isinstance(how, Given):
-        return _as_given(train, objects)
+    if given.clients and isinstance(how, Given | OneFile):
+        return _as_given(train, given)
     settings = {field: getattr(how, field) for field in type(how).model_fields if field != "name"}
     rng = numpy_generator(config.seed, "partition")
-    return split_by.deal(config.data.partition_name, train, config.data.clients, rng, settings)
+    clients = config.data.clients if isinstance(config.data.clients, int) else None
+    return split_by.deal(config.data.partition_name, train, clients, rng, settings)
 
 
 def _sha256(*parts: Sequence[Example]) -> str:
@@ -271,5 +261,7 @@ def _sha256(*parts: Sequence[Example]) -> str:
                 f'{{"category": {text(e.category)}, "input": {text(e.input)}, '
                 f'"instruction": {text(e.instruction)}, "output": {text(e.output)}}}\n'.encode()
             )
+            if e.turns:
+                digest.update(f"{json.dumps(e.said())}\n".encode())
         digest.update(b"\0")
     return digest.hexdigest()

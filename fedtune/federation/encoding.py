@@ -14,6 +14,7 @@ from fedtune.data.cache import key_of, tokenizer_sha256
 from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, texts
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
+from fedtune.data.prompts import prompts, sha256_of
 from fedtune.errors import InputError
 
 
@@ -68,6 +69,11 @@ def encode_for(
     return found
 
 
+def template_of(config: RunConfig) -> str | None:
+    """The template that a run's examples are put into; None of a classifier, which reads them as they are."""
+    return config.data.template if config.model.task == "causal-lm" else None
+
+
 @dataclass(frozen=True)
 class Keys:
     """What encoded examples are called in a cache: a digest of all that they depend on.
@@ -94,6 +100,9 @@ class Keys:
             settings |= {"labels": list(self.labels)}
         else:
             settings |= {"loss_on": data.loss_on}
+            how = prompts(data.template, self.tokenizer)
+            if not how.apart:  # the program stands for the texts that it makes, which take long to make
+                settings |= {"template": sha256_of(how.text)}
         try:
             return key_of(self._tokenizer, settings, examples, self._texts(examples))
         except InputError:
@@ -106,10 +115,11 @@ class Keys:
     def _texts(self, examples: Sequence[Example]) -> Iterator[Sequence[str]]:
         for start in range(0, len(examples), AT_ONCE):
             part = examples[start : start + AT_ONCE]
-            if self.config.model.task == "classification":  # the fields themselves, which the key has anyway
-                yield from ([] for _ in part)
+            classifies = self.config.model.task == "classification"
+            if classifies or not prompts(self.config.data.template, self.tokenizer).apart:
+                yield from ([] for _ in part)  # the key has the fields and the turns anyway
             else:
-                yield from zip(*texts(part, self.config.data.template, self.tokenizer), strict=True)
+                yield from texts(part, self.config.data.template, self.tokenizer)
 
 
 def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
@@ -124,18 +134,24 @@ def describe(counts: Mapping[str, Counts], max_length: int) -> list[str]:
         lost = []
         if found.without_prompt:
             lost.append(f"{found.without_prompt:,} lost the whole prompt")
+        if found.turns:
+            lost.append(f"{found.turns:,} turns at the start of conversations are left out")
         if found.without_eos:
             lost.append(f"{found.without_eos:,} lost the end of the answer and have no end token")
         said = []
         if found.cut:
             more = f" ({', '.join(lost)})" if lost else ""
             said.append(f"{found.cut:,} are cut to {max_length} tokens{more}")
+        if found.parted:
+            said.append(f"parts of {found.parted:,} texts longer than {max_length} tokens are examples each")
         if found.dropped:
             said.append(f"{found.dropped:,} are longer than {max_length} tokens and dropped")
         if found.duplicates:
             said.append(f"{found.duplicates:,} repeat an earlier one of the same owner")
         if found.empty:
             said.append(f"{found.empty:,} have an empty answer")
+        if found.unanswered:
+            said.append(f"{found.unanswered:,} turns stand behind the last answer and are left out")
         if said:
             name = {"train": "training", "held_out": "held-out"}.get(group, group)
             later = f"; {found.waiting:,} are of clients that no round has asked yet" if found.waiting else ""

@@ -86,5 +86,6 @@ def load_again(files: Sequence[tuple[str, str]]) -> None:
 def _foreign(config: RunConfig) -> Iterator[Part[Any]]:
     data = config.data
     parts: list[Part[Any]] = [METHODS.part(config.method_name), PARTITIONERS.part(data.partition_name)]
-    parts += [TEMPLATES.part(data.template), *(TASKS.part(t) for t in config.evaluation.tasks if t in TASKS)]
+    parts += [TEMPLATES.part(name) for name in [data.template] if name in TEMPLATES]
+    parts += [TASKS.part(t) for t in config.evaluation.tasks if t in TASKS]
     return (part for part in parts if part.origin != FEDTUNE)

@@ -12,16 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.config.file import apply_overrides, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
-from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
+from fedtune.data.prompts import other_template
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS
 from fedtune.evaluation.tasks import score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.base_model import load_base
 from fedtune.federation.data import Split, all_held_out, prepare_data
+from fedtune.federation.encoding import template_of
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
@@ -30,7 +32,7 @@ from fedtune.federation.scoring import eval_settings, memory_for
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.folders import local_folder
-from fedtune.models.load import Loaded, load_model, load_tokenizer
+from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.portable import classes_of, name_classes
 from fedtune.models.save import BASE, classes_in, load_result
 
@@ -48,7 +50,8 @@ def evaluate_target(
 
     Returns:
         `target`; `examples` (how many were held out); `tasks`: of each its `scorer` (name and version), main
-        `metric` and `notes`; `scores`: by result name, task and metric; and `details`: by result name and
+        `metric` and `notes`; `template`, where it is another than the one in which the model was tuned;
+        `scores`: by result name, task and metric; and `details`: by result name and
         task, what cannot be had again (an MT-bench judge's replies).
 
     Raises:
@@ -62,11 +65,13 @@ def evaluate_target(
         split = held_out_of(path, own, config, objects)
         found = results(path, own_base(own, config), objects)
         models = _to_score(path, found, split, config)
+        tuned = tokenizer_of(path) if config.model.task == "causal-lm" else None
     else:
         config = _with_own_classes(model_config(target, wanted))
         split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
-        models = iter([("model", _load(config, config.model.name, split.labels))])
-    return scores_of(target, models, split, config)
+        models = iter([("model", _load(config, config.model.place, split.labels))])
+        tuned = None
+    return scores_of(target, models, split, config, tuned)
 
 
 def evaluate_model(
@@ -87,18 +92,34 @@ def evaluate_model(
 
 
 def scores_of(
-    target: str, models: Iterable[tuple[str, Loaded]], split: Split, config: RunConfig
+    target: str,
+    models: Iterable[tuple[str, Loaded]],
+    split: Split,
+    config: RunConfig,
+    tuned: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """The document of `evaluate_target`, for models by name."""
+    """The document of `evaluate_target`, for models by name.
+
+    Args:
+        target: What they are.
+        models: With their tokenizers.
+        split: What they are scored on.
+        config: How.
+        tuned: The tokenizer that says in which template they were tuned; None: their own.
+    """
     settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
     with faults("evaluation", lambda: memory_for(config)):
-        outcomes = {
-            name: score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
-            for name, loaded in models
-        }
+        outcomes, tokenizer = dict[str, dict[str, Outcome]](), tuned
+        for name, loaded in models:
+            outcomes[name] = score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
+            tokenizer = tokenizer or loaded.tokenizer
+    template, other = template_of(config), None
+    if template is not None and tokenizer is not None:
+        other = other_template(template, tokenizer)
     return {
         "target": target,
         "examples": len(split.evaluation),
+        **({"template": other} if other else {}),
         "tasks": {
             task: _about(task, scorer(task, settings), [each[task] for each in outcomes.values()])
             for task in tasks
@@ -133,6 +154,8 @@ def export_run(
         InputError: The run has no result yet, `out` is taken, or merging does not apply.
     """
     refuse_existing(out)
+    if merge:  # into the weights that were quantised, where they are to be had
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
     models = ((name, loaded.model) for name, loaded in results(path, config, objects))
     return save_models(models, tokenizer_of(path), out, merge=merge, what=f"export {out}")
 
@@ -157,7 +180,7 @@ def replay(
     state = from_payload(registry.state_class(config.method_name), saved.state)
     models = assembly.method.export(state, model)
     return save_models(
-        models, assembly.loaded.tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
+        models, assembly.exported_tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
     )
 
 
@@ -222,8 +245,8 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
 
 
 def own_base(own: RunConfig, asked: RunConfig) -> RunConfig:
-    """A run's configuration with its base model where, and in the dtype in which, it was asked for."""
-    model = asked.model.model_dump(include={"name", "dtype", "device"})
+    """A run's configuration with its base model where, and held as, it was asked for."""
+    model = asked.model.model_dump(exclude={"initial", "task"})
     return own.model_copy(update={"model": own.model.model_copy(update=model)})
 
 
@@ -233,11 +256,11 @@ def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) 
 
     def base_model(name: str) -> Loaded:
         if name == whole:  # the result is a whole model, even where it began from scratch
-            return _load(config, name, labels, initial="pretrained")
+            return _load(config, name, labels, whole=True)
         try:
-            loaded = _load(config, config.model.name, labels)
+            loaded = _load(config, config.model.place, labels)
         except InputError as error:
-            if local_folder(config.model.name) is not None:
+            if local_folder(config.model.place) is not None:
                 raise
             raise InputError(
                 f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
@@ -247,16 +270,8 @@ def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) 
     return load_result(folder, base_model)
 
 
-def _load(config: RunConfig, name: str, labels: Sequence[str], initial: str = "") -> Loaded:
-    loaded = load_model(
-        name,
-        dtype=config.model.dtype,
-        initial=initial or config.model.initial,
-        task=config.model.task,
-        num_labels=len(labels) or None,
-        seed=derive_seed(config.seed, "model"),
-        base=Path("."),
-    )
+def _load(config: RunConfig, name: str, labels: Sequence[str], *, whole: bool = False) -> Loaded:
+    loaded = load_base(config, labels, place=name, whole=whole)
     name_classes(loaded.model.config, labels)
     return loaded
 
@@ -277,7 +292,7 @@ def _to_score(
 
 def _with_own_classes(config: RunConfig) -> RunConfig:
     """With the classes that a classifier's own configuration names, if `data.labels` names none."""
-    folder = local_folder(config.model.name) if config.model.task == "classification" else None
+    folder = local_folder(config.model.place) if config.model.task == "classification" else None
     return config if folder is None else _with_classes(config, classes_in(folder))
 
 

@@ -105,4 +105,4 @@ def known_room(config: RunConfig) -> Room | None:
         return None
     from fedtune.models.load import model_config
 
-    return example_room(config, model_config(name, base=Path("."), task=config.model.task))
+    return example_room(config, model_config(config.model.place, base=Path("."), task=config.model.task))

@@ -137,6 +137,14 @@ class InBlocks(Settings):
                 )
         return self
 
+    @property
+    def quantized_refusal(self) -> str:
+        """Nothing takes a step where weights are kept in few bits."""
+        if self.trainable != "full":
+            return ""
+        forms = [form for form in type(self).model_fields["trainable"].annotation.__args__ if form != "full"]  # type: ignore[union-attr]
+        return f"trainable: full moves the weights that are kept in few bits; take {' or '.join(forms)}"
+
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
         from fedtune.models import lora  # here, so that settings are read without torch
@@ -202,6 +210,15 @@ class Tuning(InBlocks):
                 "stand there twice; set it to none"
             )
         return self
+
+    @property
+    def adapter_refusal(self) -> str:
+        """What is saved of P-tuning are its vectors, without what makes them."""
+        if self.trainable == "full":
+            return "trainable: full trains no adapter; merge the adapter and give that as model.name"
+        if self.trainable == "p-tuning":
+            return "a saved prompt has no P-tuning encoder to go on with; train it anew"
+        return ""
 
     @model_validator(mode="after")
     def _something_frozen(self) -> Self:

@@ -30,10 +30,11 @@ from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import CONFIG, WEIGHTS, WEIGHTS_INDEX, local_folder, weight_files
 from fedtune.models.heads import float32_heads
 from fedtune.models.ia3 import scaled_tensors
-from fedtune.models.load import Loaded, quiet, seeded
+from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
+from fedtune.models.quantize import plain_state, quantized_layers
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
@@ -82,7 +83,8 @@ def save_result(
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
-            model.save_pretrained(folder)
+            whole = plain_state(model) if quantized_layers(model) else None
+            model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
     mend_config(folder / CONFIG)
     mend_tokenizer(folder, tokenizer)
@@ -132,7 +134,7 @@ def _merged_state(model: PeftModel) -> dict[str, Tensor]:
             for name, tensor in scaled_tensors(module).items():
                 merged[canonical_name(model, f"base_model.model.{path}.{name}")] = tensor
     state = {}
-    for name, tensor in base.state_dict().items():
+    for name, tensor in plain_state(base).items():
         if ".lora_" in name or ".ia3_l" in name or ".original_module." in name:
             continue
         plain = canonical_name(model, f"base_model.model.{name}")
@@ -168,6 +170,7 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     base = cast(PreTrainedModel, model.get_base_model())
     # Of an adapter that was read back PEFT keeps the base that it was trained on, wherever that was.
     about["base_model_name_or_path"] = str(base.name_or_path)
+    about["revision"] = getattr(base, REVISION, None)
     if about.get("task_type") == "SEQ_CLS":
         # PEFT has no field for classes; in this one it keeps what it does not know.
         about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
 from fedtune.models.heads import float32_heads
 from fedtune.models.load import seeded
+from fedtune.models.quantize import quantized_parameters, weight_count
 from fedtune.models.wrapping import attach, task_type
 
 _PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
@@ -29,8 +30,11 @@ class ParameterCount(NamedTuple):
 
 
 def train_all(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes every parameter trainable, in the dtype that it has."""
-    return model.requires_grad_(True)
+    """Makes every parameter trainable, in the dtype that it has; what is quantised stays frozen."""
+    kept = {id(parameter) for parameter in quantized_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in kept)
+    return model
 
 
 def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftModel:
@@ -103,9 +107,10 @@ def canonical_name(model: nn.Module, name: str) -> str:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts parameters: total = base + what is attached, less the frozen copy of a head that PEFT keeps."""
-    counted = [p for name, p in model.named_parameters() if ".original_module." not in name]
+    copies = [p for name, p in model.named_parameters() if ".original_module." in name]
     return ParameterCount(
-        total=sum(p.numel() for p in counted), trainable=sum(p.numel() for p in counted if p.requires_grad)
+        total=weight_count(model) - sum(p.numel() for p in copies),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 

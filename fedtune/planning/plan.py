@@ -20,11 +20,13 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.federation.base_model import refuse_quantized
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
 from fedtune.models.lora_targets import tuned_modules
 from fedtune.models.memory_efficient import base_model
 from fedtune.models.portable import name_classes
+from fedtune.models.quantize import quantization_of
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
 from fedtune.planning.evaluation import evaluation_step
@@ -78,13 +80,16 @@ def plan(
 
     fakes = Fakes()
     base = fakes.model(
-        config.model.name,
+        config.model.place,
         base=Path("."),
         initial=config.model.initial,
         task=config.model.task,
         num_labels=len(work.labels) or None,
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        attention=config.model.attention,
     )
+    refuse_quantized(config, quantization_of(base))
     name_classes(base.config, work.labels)  # they travel with a model that is sent
     vocabulary = cast(Tensor, base.get_input_embeddings().weight).shape[0]
     method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
@@ -125,6 +130,7 @@ def plan(
         "method": config.method_name,
         "model": config.model.name,
         "dtype": config.model.dtype,
+        "quantization": quantization_of(base),
         "total_parameters": parameters.total,
         "trainable_parameters": parameters.trainable,
         "rounds": method.rounds,

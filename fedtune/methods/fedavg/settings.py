@@ -22,6 +22,20 @@ class Config(Tuning, Training):
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
 
+    @property
+    def quantized_refusal(self) -> str:
+        """Stacked products are added to the weights themselves."""
+        if self.aggregation == "stack":
+            return "aggregation: stack adds each round's product to the model's own weights; take mean"
+        return super().quantized_refusal
+
+    @property
+    def adapter_refusal(self) -> str:
+        """Clients that draw factors of their own do not have the adapter's."""
+        if self.aggregation != "mean":
+            return f"with aggregation: {self.aggregation} clients draw factors anew; take mean"
+        return super().adapter_refusal
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.aggregation != "mean" and self.trainable != "lora":

@@ -26,6 +26,12 @@ class Config(InBlocks, Training):
     """Settings of `method.name: fedcybgd`."""
 
     name: Literal["fedcybgd", "fedbavg"] = "fedcybgd"  # the method
+
+    @property
+    def quantized_refusal(self) -> str:
+        """Blocks travel as whole weights."""
+        return "clients are sent the blocks' own weights, whole; take fedavg with trainable: lora"
+
     rounds: int = Field(3, ge=1)  # cycles; of fedbavg, rounds of one turn each
     blocks_per_client: int = Field(1, ge=1)  # blocks that a client trains in its turn
     block_order: BlockOrder = "ascending"  # of each pass over the blocks
@@ -85,6 +91,12 @@ class BAdamConfig(Training):
     """Settings of `method.name: badam`."""
 
     name: Literal["badam"] = "badam"
+
+    @property
+    def quantized_refusal(self) -> str:
+        """It trains the blocks' weights."""
+        return "it trains the blocks' own weights in turn; take centralized with trainable: lora"
+
     switch_interval: int = Field(100, ge=1)  # steps until the next block
     block_order: BlockOrder = "random"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks
