@@ -1,4 +1,4 @@
-"""docs/families.md: each family does with one of the methods what the page says; the whole is reproduce/'s."""
+"""docs/families.md: each family does with one method what the page says; reproduce/families.py makes it."""
 
 from __future__ import annotations
 
