@@ -92,6 +92,12 @@ FORMS: dict[str, dict[str, Form]] = {
         "ia3-classifier-bfloat16": Form(
             {**STEPS, **TWO, "trainable": "ia3"}, family="roberta", dtype="bfloat16"
         ),
+        "prefix": Form({**STEPS, **TWO, "trainable": "prefix", "prefix": {"tokens": 3}}),
+        "prefix-bfloat16": Form(
+            {**STEPS, **TWO, "trainable": "prefix", "prefix": {"tokens": 2}},
+            family="gemma3",
+            dtype="bfloat16",
+        ),
         "adapter": Form({**STEPS, **TWO, "trainable": "adapter", "adapter": {"size": 3}}),
         "prompt": Form({**STEPS, **TWO, "trainable": "prompt", "prompt": {"tokens": 3}}),
         "p-tuning": Form({**STEPS, **TWO, "trainable": "p-tuning", "p_tuning": {"tokens": 3, "hidden": 6}}),

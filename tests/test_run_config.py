@@ -152,6 +152,8 @@ FIELDS: Table = {
         6,
         {"method.trainable": "p-tuning", "method.p_tuning": {"tokens": 2, "hidden": 4}},
     ),
+    "method.ia3.targets": (["k_proj"], {"method.trainable": "ia3"}),
+    "method.prefix.tokens": (3, {"method.trainable": "prefix"}),
     "method.server_optimizer.name": ("momentum", TWO),
     "method.server_optimizer.lr": (0.5, {}),
     "method.server_optimizer.momentum": (0.2, ADAM),

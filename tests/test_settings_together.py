@@ -59,6 +59,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "lora.modules_to_save is for fedavg, standalone and centralized; a turn trains",
     ),
     ("fedbavg", {"trainable": "lora", "lora": {"init": "pissa"}}, "lora.init: pissa is for fedavg"),
+    (
+        "fedavg",
+        {"trainable": "prefix", "gradient_checkpointing": "full"},
+        "stand there twice; set it to none",
+    ),
+    ("fedavg", {"trainable": "ia3", "aggregation": "stack"}, "stack is for trainable: lora, got ia3"),
+    ("fedcybgd", {"trainable": "ia3"}, "'full', 'lora' or 'adapter'"),
     ("fedavg", {"trainable": "prompt", "lora": {}}, "`lora` is set but trainable is prompt"),
     ("fedavg", {"trainable": "full", "p_tuning": {}}, "`p_tuning` is set.* or set trainable: p-tuning"),
     ("fedavg", {**SGD, "betas": [0.9, 0.95]}, "betas belong to optimizer: adamw"),

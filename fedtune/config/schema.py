@@ -140,7 +140,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
             )
-        prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
+        prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
         masters = getattr(self.method, "masters", "float32")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 Names = Annotated[list[str], Field(min_length=1)]
+LoraTargets = Annotated[
+    Literal["auto", "attention", "all-linear"] | Names,
+    BeforeValidator(lambda value: "auto" if value is None else value),  # as older configurations have it
+]
 
 
 class Lora(Settings):
@@ -23,9 +27,7 @@ class Lora(Settings):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Annotated[
-        Literal["auto", "attention", "all-linear"] | Names, BeforeValidator(lambda value: value or "auto")
-    ] = "auto"  # which linear layers of the blocks, or their names; auto: see families.md
+    targets: LoraTargets = "auto"  # which linear layers of the blocks, or their names; see families.md
     client_ranks: list[int] | None = None  # client i trains rank client_ranks[i mod length], at most `rank`
     use_dora: bool = False  # rows' lengths are trained apart from their directions
     use_rslora: bool = False  # alpha/√rank in place of alpha/rank
@@ -100,6 +102,12 @@ class PTuning(Settings):
     hidden: int = Field(128, ge=1)
 
 
+class Prefix(Settings):
+    """Trained keys and values in front of the text, in every block."""
+
+    tokens: int = Field(20, ge=1)  # of the prefix
+
+
 class InBlocks(Settings):
     """What is trained of each block: all its weights, or what LoRA or an adapter adds to them."""
 
@@ -172,16 +180,36 @@ _FORMS = (
     "ia3",
     "prompt",
     "p_tuning",
+    "prefix",
 )  # settings, each for the value of `trainable` of its name
 
 
 class Tuning(InBlocks):
     """What each client trains and what therefore crosses the wire."""
 
-    trainable: Literal["full", "lora", "adapter", "ia3", "prompt", "p-tuning"] = "lora"  # type: ignore[assignment]  # of the model
+    trainable: Literal["full", "lora", "adapter", "ia3", "prompt", "p-tuning", "prefix"] = "lora"  # type: ignore[assignment]  # of the model
     ia3: Ia3 | None = None  # with trainable: ia3
     prompt: Prompt | None = None  # with trainable: prompt
     p_tuning: PTuning | None = None  # with trainable: p-tuning
+    prefix: Prefix | None = None  # with trainable: prefix
+
+    @model_validator(mode="before")
+    @classmethod
+    def _computed_once(cls, values: object) -> object:
+        """Activations that are computed again would look at the prefix and at themselves."""
+        if isinstance(values, dict) and values.get("trainable") == "prefix":
+            return {"gradient_checkpointing": "none", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _kept(self) -> Self:
+        again = getattr(self, "gradient_checkpointing", "none")
+        if self.trainable == "prefix" and again != "none":
+            raise ValueError(
+                f"gradient_checkpointing: {again} computes keys and values again behind a prefix, which then "
+                "stand there twice; set it to none"
+            )
+        return self
 
     @property
     def adapter_refusal(self) -> str:
@@ -207,6 +235,7 @@ class Tuning(InBlocks):
         from fedtune.models import tuning as attach
         from fedtune.models.boundary import usable
         from fedtune.models.ia3 import attach_ia3
+        from fedtune.models.prefix import attach_prefix
 
         base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
@@ -215,6 +244,8 @@ class Tuning(InBlocks):
                 return attach_ia3(base, targets=named, seed=seed)
             if self.prompt:
                 return attach.attach_prompt(base, tokens=self.prompt.tokens, seed=seed)
+            if self.prefix:
+                return attach_prefix(base, tokens=self.prefix.tokens, seed=seed)
             if self.p_tuning:
                 return attach.attach_p_tuning(
                     base, tokens=self.p_tuning.tokens, hidden=self.p_tuning.hidden, seed=seed
