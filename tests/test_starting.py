@@ -63,7 +63,7 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is there already, and is left as it is"):
             write()
     assert (tmp_path / "mine.yaml").read_text() == (tmp_path / "demo.yaml").read_text() == "seed: 7"
-    with pytest.raises(InputError, match=r"there are classifier, .*Did you mean .lora"):
+    with pytest.raises(InputError, match=r"there are chat, classifier, .*Did you mean .lora"):
         starting.init(tmp_path / "other", template="lorra")
     with pytest.raises(InputError, match=r"cannot be written: No such file"):
         starting.init(tmp_path / "none" / "other")
