@@ -35,7 +35,7 @@ TURNS = """\
 
 {% endfor %}{% if add_generation_prompt %}### assistant
 {% endif %}"""
-MADE, EACH, KEPT = 1200, 20, 8  # conversations: for the model, of a client, held out of a category
+MADE, EACH, KEPT = 1200, 12, 6  # conversations: for the model, of a client, held out of a category
 LORA = {"trainable": "lora", "lora": {"rank": 8}}
 TRAINING = {"batch_size": 8, "lr": 5e-3}
 WAYS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def conversations(path: Path) -> None:
     _write(MADE_OF, _of_alpaca())
     by_category: dict[str, list[Any]] = {}
     for row in _rows(DOLLY):
-        if len(row["instruction"]) + len(row["context"]) + len(row["response"]) < 500:
+        if len(row["instruction"]) + len(row["context"]) + len(row["response"]) < 400:
             by_category.setdefault(row["category"], []).append(row)
     train, held_out = list[Any](), list[Any]()
     for category, rows in sorted(by_category.items()):
@@ -138,11 +138,11 @@ def scores(way: str, seed: int) -> tuple[float, float, float]:
             "clients": None,
             "partition": {"name": "by-field"},
             "holdout": {"source": str(HELD_OUT)},
-            "max_length": 192,
+            "max_length": 128,
             **more.get("data", {}),
         },
         "method": more["method"],
-        "evaluation": {"tasks": ["loss", "rouge-l"], "every": 0, "max_new_tokens": 32, "bootstrap": 0},
+        "evaluation": {"tasks": ["loss", "rouge-l"], "every": 0, "max_new_tokens": 24, "bootstrap": 0},
     }
     name = way.lower().replace(",", "").replace(" ", "-")
     done = fedtune.run(config, out=HERE / f"{name}-{seed}", resume=True)
