@@ -93,7 +93,15 @@ def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: 
     assert other["template"].startswith(
         "data.template is alpaca, and the model's own chat template is another"
     )
-    assert isinstance(run.generate(["Q1"], max_new_tokens=2)[0], str)
+    talk = TALKS[0]["messages"]
+    asked = run.generate(["Q1", {"messages": talk[1:2]}, {"messages": talk[:4]}], max_new_tokens=2)
+    assert (
+        len(asked) == 3
+        and talk[1]["content"] == "Q0"
+        and asked[1] == run.generate(["Q0"], max_new_tokens=2)[0]
+    )
+    with pytest.raises(InputError, match=r'prompt 0: "messages", turn 1: "role" must say who speaks'):
+        run.generate([{"messages": [{"role": "me", "content": "Q"}]}])
     assert fedtune.open(run.path).resume(progress=False).status == "done"
     # as whole models both say in which template they were tuned
     merged = run.export(tmp_path / "merged", merge=True)[0]
