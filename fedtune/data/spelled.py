@@ -11,6 +11,7 @@ from fedtune.data.control import piece_tokens, tokens
 from fedtune.data.examples import SYSTEM, USER, Example, Turn
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import Pieces, Prompts, last_answer
+from fedtune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,7 @@ def spell(
         most: Tokens of an example.
     """
     shorter = [_recent(example, min(most, MOST)) for example in examples]
-    rows = [pieces_of(example, how) for example, _ in shorter]
+    rows = [_pieces(example, how) for example, _ in shorter]
     begin, end = begin_of(tokenizer), tokenizer.eos_token_id
     apart = [how.apart or example.form == "text" for example in examples]
     alone = iter(tokens([t for row, a in zip(rows, apart, strict=True) if a for t in row.texts], tokenizer))
@@ -158,6 +159,17 @@ def spell(
         own, ids[0] = begun(ids[0], begin, whole=not is_apart)
         made.append(Spelled(own, ids, row.silent, dropped))
     return made
+
+
+def _pieces(example: Example, how: Prompts) -> Pieces:
+    """As `pieces_of`; an error says which conversation it is about."""
+    try:
+        return pieces_of(example, how)
+    except InputError as error:
+        if not example.turns:
+            raise
+        begin = next((turn.content for turn in example.turns if turn.role == USER), "")
+        raise InputError(f"the conversation that begins {begin[:40]!r}: {error}") from None
 
 
 def begun(ids: list[int], begin: list[int], *, whole: bool) -> tuple[list[int], list[int]]:
