@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,24 @@ def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: 
     }
     served = AutoTokenizer.from_pretrained(run.path / "final")
     assert served.chat_template == ZEPHYR.template
-    # the loss is that of all answers' tokens, as a plain encoder has them
-    turns = [Turn(turn["role"], turn["content"]) for turn in TALKS[0]["messages"]]
-    item = encode_causal(
-        [Example("", turns=tuple(turns))], served, template="chat", loss_on="response", max_length=128
-    ).items[0]
-    assert run.rounds[0]["eval"]["loss"]["tokens"] == 2 * item.trained
+    # the loss is that of all answers' tokens, as a plain encoder has them and transformers takes it
+    model, sums = LlamaForCausalLM.from_pretrained(folder), []
+    for talk in TALKS:
+        turns = tuple(Turn(turn["role"], turn["content"]) for turn in talk["messages"])
+        how: dict[str, Any] = {"template": "chat", "loss_on": "response", "max_length": 128}
+        item = encode_causal([Example("", turns=turns)], served, **how).items[0]
+        text = "".join(f"<|{turn.role}|>\n{turn.content}</s>\n" for turn in turns)
+        ids = torch.tensor([item.input_ids])
+        assert served.decode(item.input_ids) == text.removesuffix("\n")
+        with torch.no_grad():
+            loss = float(model(input_ids=ids, labels=torch.tensor([item.labels])).loss)
+        sums.append((loss * item.trained, item.trained))
+    scored = run.rounds[0]["eval"]["loss"]
+    assert scored["tokens"] == 2 * sums[0][1]
+    assert any(
+        scored["loss"] == pytest.approx((one[0] + other[0]) / (one[1] + other[1]), rel=1e-5)
+        for one, other in combinations(sums, 2)
+    )
     # only another template is spoken of
     scores = fedtune.evaluate(run, ["loss"])
     assert "template" not in scores
