@@ -175,6 +175,20 @@ def test_an_end_at_which_no_server_stops_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_names_of_templates() -> None:
+    assert [row["name"] for row in fedtune.available("templates")][:4] == ["auto", "chat", "alpaca", "plain"]
+    with pytest.raises(
+        InputError, match=r"'chatt' is not known.*auto, chat and files that end in \.jinja are"
+    ):
+        fedtune.load({"data": {"template": "chatt"}, "method": {"name": "fedavg"}})
+    with pytest.raises(InputError, match="the template name 'auto' is taken"):
+        fedtune.register_template("auto", summary="mine")
+    assert (
+        fedtune.load({"data": {"loss_on": "assistant"}, "method": {"name": "fedavg"}}).data.loss_on
+        == "response"
+    )
+
+
 def test_a_damaged_file_of_a_template_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.template: .*none\.jinja cannot be read: No such file"):
         fedtune.load(document(folder, {"template": str(tmp_path / "none.jinja")}))

@@ -244,8 +244,8 @@ def available(what: str) -> list[dict[str, str]]:
     Raises:
         InputError: There is no such list.
     """
+    from fedtune.data import templates
     from fedtune.data.partition import PARTITIONERS
-    from fedtune.data.templates import TEMPLATES
     from fedtune.evaluation.registry import TASKS
     from fedtune.methods.registry import METHODS
     from fedtune.models.names import listing
@@ -254,7 +254,7 @@ def available(what: str) -> list[dict[str, str]]:
         "methods": METHODS.listing,
         "partitioners": PARTITIONERS.listing,
         "tasks": TASKS.listing,
-        "templates": TEMPLATES.listing,
+        "templates": templates.listing,
         "models": listing,
     }
     if what not in lists:
