@@ -6,7 +6,7 @@ Table:   chat-formats, two questions and answers in each format; docs/chat.md, b
 Command: python reproduce/chat_table.py chat-formats
 Time:    seconds
 Needs:   nothing
-Result:  in 23 formats the answers with their end tokens have loss, and nothing else has
+Result:  the answers with their end tokens have loss, and nothing else has
 """
 
 from __future__ import annotations
