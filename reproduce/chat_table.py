@@ -6,7 +6,7 @@ Table:   chat-formats, two questions and answers in each format; docs/chat.md, b
 Command: python reproduce/chat_table.py chat-formats
 Time:    seconds
 Needs:   nothing
-Result:  the answers with their end tokens have loss, and nothing else has
+Result:  in 23 formats the answers with their end tokens have loss, and nothing else has
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def chat_formats() -> str:
     for name, form in FORMATS.items():
         made, example = form.tokenizer(), Example("Q2", "", "A2", "", TURNS)
         traits = prompts("chat", made).traits
-        item = encode_causal(
-            [example], made, template="chat", loss_on="response", max_length=4096
-        ).items[0]
+        item = encode_causal([example], made, template="chat", loss_on="response", max_length=4096).items[0]
         text, before = "", False
         for token, label in zip(item.input_ids, item.labels, strict=True):
             loss = label != IGNORED
-            text += ("⟦" if loss and not before else "⟧" if before and not loss else "") + made.decode([token])
+            text += ("⟦" if loss and not before else "⟧" if before and not loss else "") + made.decode(
+                [token]
+            )
             before = loss
         shown = (text + "⟧").replace("\n", "⏎").replace("|", "\\|")
         system = "yes" if traits.system else "before the next question"
         rows.append([name, system, "yes" if traits.repeats else "joined", f"`{shown}`"])
     header = ["format", "a system's turn", "two turns of one role", "S, Q1, A1, Q2, A2"]
-    return table(header, rows, numbers=False)
+    return f"{len(rows)} formats:\n\n{table(header, rows, numbers=False)}"
 
 
 ENTRIES = {"chat-formats": Entry(chat_formats)}
