@@ -63,8 +63,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Holdout.fraction": "this part of the examples, at random",
     "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects; null: none "
     "(`input` and `category` alone)",
-    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for the bundled "
-    "model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
+    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for the "
+    "bundled model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
     "DataSettings.format": "what records are; `auto`: as the first one looks (chat.md)",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
