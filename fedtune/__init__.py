@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.api.commands import available, compare, evaluate, load, open, report_page, run
 from fedtune.api.network import make_keys, serve, take_part
-from fedtune.api.plans import diagnose, plan, rank
+from fedtune.api.plans import data_report, diagnose, plan, rank
 from fedtune.api.runs import Comparison, Run
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.version import __version__
@@ -56,6 +56,7 @@ __all__ = [
     "__version__",
     "available",
     "compare",
+    "data_report",
     "diagnose",
     "evaluate",
     "load",

@@ -33,7 +33,7 @@ file's path, a dictionary, or what `load` returned; [configuration.md](configura
 GROUPS = {
     "Configurations": ("load", "available"),
     "Runs": ("run", "open", "Run", "compare", "Comparison", "Rows", "evaluate", "report_page"),
-    "Before a run": ("plan", "rank", "diagnose"),
+    "Before a run": ("data_report", "plan", "rank", "diagnose"),
     "Callbacks": ("Callback", "ClientReport", "RoundState"),
     "Parts of one's own": (
         *("register_method", "register_partitioner", "register_task", "register_metric"),

@@ -61,10 +61,15 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.alpha": "of the Dirichlet draw of the sizes; 1.0 if neither this nor `fractions` is set",
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
-    "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects; null: none "
-    "(`input` and `category` alone)",
-    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for the "
-    "bundled model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
+    "DataSettings.train": "`bundled`; a file, a folder, or a pattern as `parts/*.parquet`; a hub name, "
+    "`owner/name:configuration@revision`; `clients`: a file of its own each; `objects`: given from Python",
+    "DataSettings.fields": "our field names to the source's keys; dots lead into objects, braces make a "
+    "template of several keys; null: none (`input`, `category` and `choices` alone)",
+    "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
+    "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "
+    "(`file`), all (`train: clients`)",
+    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for "
+    "the bundled model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
     "DataSettings.format": "what records are; `auto`: as the first one looks (chat.md)",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
@@ -88,7 +93,7 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Training.batch_size": "examples a batch; rows with data.batching: packed",
     "Training.optimizer": "rebuilt for each client and round",
     "Training.lr": "learning rate at the first step of a round",
-    "Training.lr_schedule": "`linear`: falls to 0 over the round's steps, no warm-up",
+    "Training.lr_schedule": "how the rate falls behind the warm-up: `linear` or `cosine` to 0, or not",
     "Training.weight_decay": "decoupled with `adamw`, added to the gradient with `sgd`",
     "Training.max_grad_norm": "gradients of a larger norm are scaled down to it",
     "Lora.rank": "columns of B",

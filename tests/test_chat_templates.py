@@ -257,7 +257,7 @@ REAL = ["tokenizers/llama2-32k", "tokenizers/gpt2", "stories260K-hf"]
 
 @pytest.mark.parametrize("name", REAL)
 def test_with_tokenizers_that_models_have(name: str) -> None:
-    """Some put a blank before a text, some merge line feeds: a prompt has the tokens that a server gives."""
+    """Some put a blank before a text, some merge line feeds: a prompt has a server's tokens."""
     folder = Path(__file__).parents[2] / "shared/models" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")

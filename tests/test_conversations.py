@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 import pytest
 
-from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example, Turn
 from fedtune.data.objects import ObjectData
+from fedtune.data.reading import Reading
 from fedtune.data.records import examples_from
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError

@@ -13,9 +13,9 @@ import fedtune
 from fedtune.api.federate import with_objects
 from fedtune.cli.client import client
 from fedtune.config.file import dump_config, load_config
-from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.reading import Reading
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
 from fedtune.federation.client import local_examples, local_records
@@ -122,7 +122,7 @@ def test_what_every_example_needs_cannot_be_none(field: str, tmp_path: Path) -> 
     (tmp_path / "d.jsonl").write_text("{}\n")
     wanted = (
         f"{field} is null, but every example needs one; name the key that holds it, or leave it out if that "
-        f'is "{field}". Only input and category can be null, for none'
+        f'is "{field}". Only input, category and choices can be null, for none'
     )
     with pytest.raises(InputError) as caught:
         load_examples("d.jsonl", fields={field: None}, base=tmp_path)

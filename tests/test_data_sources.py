@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import sources
+from fedtune.data import task_folders
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.sources import bundled_examples, load_examples
@@ -118,7 +118,7 @@ def test_bundled_set_has_categories_and_no_test_example_in_training() -> None:
         (b'{"instruction": "a", "output": ["b"]}\n', ["d.jsonl:2", "got a list", '"output.0"']),
         (b'{"instruction": "a", "output": {"b": 1}}\n', ["d.jsonl:2", "got an object"]),
         (b'{"instruction": "a", "output": null}\n', ["d.jsonl:2", "got null"]),
-        (b'{"instruction": "a", "output": true}\n', ["d.jsonl:2", "got true or false"]),
+        (b'{"instruction": true, "output": "b"}\n', ["d.jsonl:2", "got true or false"]),
         (b'{"instruction": "a", "output": NaN}\n', ["d.jsonl:2", "got nan"]),
         (b'{"instruction": "a", "output": "\\ud800"}\n', ["d.jsonl:2", "surrogate"]),
         (b'{"instruction": "\xff", "output": "b"}\n', ["d.jsonl:2", "UTF-8"]),
@@ -156,11 +156,11 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file_folder_and_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
     for source, words in [
         ("gone.jsonl", "there is no such file"),
-        ("folder.jsonl", "is not a file"),
-        ("table.csv", "only files ending in .jsonl or .json"),
+        ("folder.jsonl", "this folder has no file of examples and is empty"),
+        ("table.xlsx", r"this kind of file is not read; read are \.jsonl, .*\.parquet"),
     ]:
         with pytest.raises(InputError, match=words) as caught:
             load_examples(source, fields={}, base=tmp_path)
@@ -222,10 +222,10 @@ def test_listed_tasks_and_a_part_of_each(tmp_path: Path) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 100))
 def test_a_part_of_a_task_is_that_part_and_spread_out(count: int, percent: int) -> None:
-    part = sources.part_of_task("task1_a", count, percent)
+    part = task_folders.part_of_task("task1_a", count, percent)
     assert len(part) == min(count, max(1, round(count * percent / 100)))
     assert part == sorted(set(part)) and part[0] >= 0 and part[-1] < count
-    assert set(sources.part_of_task("task1_a", count, max(1, percent - 1))) <= set(part)
+    assert set(task_folders.part_of_task("task1_a", count, max(1, percent - 1))) <= set(part)
 
 
 @pytest.mark.parametrize(
@@ -273,10 +273,10 @@ def test_bad_tasks(tmp_path: Path, instances_: object, definition: object, words
 
 def test_a_folder_that_holds_no_tasks(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
-    with pytest.raises(InputError, match=r"tasks: this folder has no \.json file"):
+    with pytest.raises(InputError, match="tasks: this folder has no file of examples and is empty"):
         load_examples("tasks", fields={}, base=tmp_path)
     (tmp_path / "tasks" / "x.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"x\.json: not a task of Natural Instructions"):
+    with pytest.raises(InputError, match=r"x\.json: item 1: a record must be a JSON object"):
         load_examples("tasks", fields={}, base=tmp_path)
     (tmp_path / "tasks" / "x.json").write_text('{"Instances": ')
     with pytest.raises(InputError, match=r"x\.json:1: not valid JSON"):

@@ -13,7 +13,7 @@ from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.federation.data import public_examples
+from fedtune.federation.sources import public_examples
 
 
 def config(**public: Any) -> RunConfig:

@@ -314,6 +314,7 @@ def test_what_is_a_record_stays_as_it_was_made() -> None:
     }
     assert changing == {
         "fedtune.core.cohort.RoundOutcome",
+        "fedtune.data.reading.Reading",
         "fedtune.evaluation.code._Tally",
         "fedtune.federation.assembly.Assembly",
         "fedtune.federation.consent.Consent",

@@ -37,6 +37,37 @@ def plan(
     return plan_one(settings, objects=objects).document
 
 
+def data_report(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *overrides: str,
+    data: Any = None,
+    sample: int = 50_000,
+    example: int = 0,
+) -> dict[str, Any]:
+    """What a run will train on: clients, lengths in tokens, what stands twice or is cut, one example.
+
+    No weights are loaded; of the model its tokenizer and config.json are read.
+
+    Args:
+        config: What `load` takes.
+        overrides: As of `load`.
+        data: As of `run`.
+        sample: Tokens are counted of at most so many examples, evenly spread; texts are looked at whole.
+        example: Which training example is shown, by its index as in partition.json.
+
+    Returns:
+        The document of `fedtune data --json`: `clients`, `lengths`, `duplicates`, `padding`, `example`,
+        `checks` and so on; lengths are in tokens.
+
+    Raises:
+        InputError: As the run would raise it, or there is no such example.
+    """
+    from fedtune.planning.data_report import data_report as report
+
+    settings, objects = with_objects(load(config, *overrides), data)
+    return report(settings, objects=objects, sample=sample, example=example)
+
+
 def rank(
     model: str,
     *overrides: str,

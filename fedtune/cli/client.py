@@ -16,7 +16,7 @@ def client(
     server: Annotated[str, typer.Option(help="HOST:PORT of the server, or of the proxy in front of it.")],
     keys: Annotated[Path, typer.Option(help="The folder that fedtune keys made for this client.")],
     data: Annotated[
-        Path, typer.Option(help="This client's examples, a .jsonl file; never leaves this machine.")
+        Path, typer.Option(help="This client's examples, a file or a folder; never leaves this machine.")
     ],
     field: Annotated[
         list[str] | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from fedtune.config.partitions import ByField, FromFile, Given, Iid
+from fedtune.config.partitions import ByField, FromFile, Given, Iid, OneFile
 from fedtune.core.settings import Settings
 from fedtune.data.batching import Name
 from fedtune.data.conversations import Format
@@ -16,6 +16,7 @@ from fedtune.data.trees import Trees
 from fedtune.errors import InputError
 
 CLIENTS = "clients"  # as `data.train`: every client has a file of its own
+FILES = "files"  # as `data.clients`: as many as `data.train` has files, each of one client
 OBJECTS = "objects"  # as `data.train`: examples are given to `fedtune.run` as Python objects
 
 
@@ -25,8 +26,8 @@ class Holdout(Settings):
     fraction: float | None = Field(None, gt=0, lt=1)
     client_fraction: float | None = Field(None, gt=0, lt=1)  # each client keeps this part of its own examples
     category: str | None = None  # a name, or `last` in sorted order
-    source: str | None = None  # a file or hub name read like data.train
-    split: str | None = None  # of a hub data set; default test
+    source: str | None = None  # read like data.train; with clients: files also a file a client, by its name
+    split: str | None = None  # of a hub data set or a folder with parts; default test
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -38,7 +39,7 @@ class Holdout(Settings):
         return self
 
 
-FieldMap = dict[Literal["instruction", "input", "output", "category"], str | None]
+FieldMap = dict[Literal["instruction", "input", "output", "category", "choices"], str | None]
 
 
 def _needed(fields: FieldMap) -> FieldMap:
@@ -58,8 +59,8 @@ LossOn = Annotated[
 class Public(Settings):
     """Examples that the server holds itself, for methods that train there; read like data.train."""
 
-    source: str  # bundled, a .jsonl file, or a hub name
-    split: str = "train"  # of a hub data set
+    source: str  # bundled, a file, folder or pattern, or a hub name
+    split: str = "train"  # of a hub data set or a folder with parts
     fields: Fields = Field(default_factory=dict)  # our field names to the source's, as in data.fields
     max_examples: int | None = Field(None, ge=1)  # a random subset
 
@@ -67,9 +68,11 @@ class Public(Settings):
 class DataSettings(Settings):
     """Examples, how they are read, and who gets which."""
 
-    train: str = "bundled"  # bundled, a .jsonl file, a hub name; clients: own files; objects: from Python
-    split: str = "train"  # of a hub data set
+    train: str = "bundled"
+    split: str = "train"  # of a hub data set or a folder with parts
+    streaming: bool = False  # of a hub data set: read max_examples rows from its start, and keep nothing
     fields: Fields = Field(default_factory=dict)
+    bad_rows: Literal["error", "skip"] = "error"
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
     format: Format = "auto"
     trees: Trees = "best"  # of trees of answers: the best way from root to leaf, or all
@@ -80,7 +83,7 @@ class DataSettings(Settings):
     cache: str = Field("beside", min_length=1)  # of encoded examples: beside the run, a folder, or none
     max_examples: int | None = Field(None, ge=1)  # a random subset of the training examples
     batching: Name = "random"  # what shares a batch: any examples, those of like length, or rows of several
-    clients: int | None = Field(10, ge=1)  # null: one a value (by-field), the file's (file), all (clients)
+    clients: Annotated[int, Field(ge=1)] | Literal["files"] | None = 10
     partition: SerializeAsAny[Settings] = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
     public: Public | None = None
@@ -88,9 +91,11 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_file(cls, values: object) -> object:
-        """A file says itself how many clients there are."""
+        """A file says itself how many clients there are, and files are a split themselves."""
         if isinstance(values, dict) and isinstance(values.get("partition"), FromFile):
             return {"clients": None, **values}
+        if isinstance(values, dict) and values.get("clients") == FILES:
+            return {"partition": OneFile(), **values}
         return values
 
     @field_validator("template")
@@ -110,6 +115,19 @@ class DataSettings(Settings):
             and not isinstance(self.partition, ByField | FromFile)
         ):
             raise ValueError(f"clients must be a number with partition {self.partition_name}")
+        if (self.clients == FILES) != isinstance(self.partition, OneFile):
+            raise ValueError(
+                f"clients: {FILES} is a split itself, each file one client: leave partition out, got clients "
+                f"{self.clients} and partition {self.partition_name}"
+            )
+        if self.clients == FILES and self.train in ("bundled", CLIENTS, OBJECTS):
+            raise ValueError(
+                f"clients: {FILES} needs a folder or a pattern of files as train, got {self.train}"
+            )
+        if self.streaming and self.max_examples is None:
+            raise ValueError("streaming needs max_examples: how many rows are read, from the start")
+        if self.streaming and (self.clients == FILES or self.train in ("bundled", CLIENTS, OBJECTS)):
+            raise ValueError(f"streaming is for data sets of the hub, got train: {self.train}")
         if isinstance(self.partition, Given) and self.train != OBJECTS:
             raise ValueError(f"partition given is for Python objects (train: {OBJECTS}), got {self.train}")
         return self

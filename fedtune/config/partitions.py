@@ -82,7 +82,13 @@ class FromFile(Settings):
     rest: Literal["refuse", "leave-out"] = "refuse"  # examples that the file gives to nobody
 
 
-PARTITIONS: tuple[type[Settings], ...] = (Iid, Dirichlet, ByField, Shards, Quantity, FromFile, Given)
+class OneFile(Settings):
+    """One file of `data.train` a client; `data.clients: files` sets it."""
+
+    name: Literal["files"] = "files"
+
+
+PARTITIONS: tuple[type[Settings], ...] = (Iid, Dirichlet, ByField, Shards, Quantity, FromFile, Given, OneFile)
 
 
 def partition_class(name: str) -> type[Settings]:

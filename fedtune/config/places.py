@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.file import apply_overrides, parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.data.files import is_pattern
 from fedtune.errors import InputError
 
 # Where the same thing may be another time. What it is, a digest says.
 MOVABLE = ("model.name", "data.train", "data.holdout.source", "data.partition.path")
-_PLACES = (*MOVABLE, "data.public.source", "evaluation.task_folder", "evaluation.data_folder")
+_PLACES = (
+    *MOVABLE,
+    "data.public.source",
+    "evaluation.task_folder",
+    "evaluation.data_folder",
+    "model.adapter",
+)
 _TASK_LISTS = ("data.split", "data.holdout.split", "data.public.split")  # where a split is a file
 CACHES = (BESIDE, NONE) = ("beside", "none")  # of data.cache; everything else is a folder
 _WORDS = ("bundled", CLIENTS, OBJECTS)
@@ -105,6 +113,8 @@ def _inside(document: dict[str, Any], setting: str) -> tuple[dict[str, Any] | No
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
+    if is_pattern(name, Path(".")):
+        return str(path if path.is_absolute() else Path(escape(str(Path.cwd()))) / path)
     return str(path.absolute()) if name and path.exists() else name
 
 

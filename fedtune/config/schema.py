@@ -21,7 +21,7 @@ from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
-from fedtune.data.conversations import Reading
+from fedtune.data.reading import Reading
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS, classifies
 from fedtune.methods import registry
@@ -132,7 +132,15 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
-        prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
+        reason: str | None = self.method.adapter_refusal
+        if self.model.adapter is not None and reason:
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
+        reason = self.method.quantized_refusal
+        if self.model.quantization != "none" and reason:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
+            )
+        prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
         masters = getattr(self.method, "masters", "float32")
@@ -164,7 +172,7 @@ class RunConfig(Settings):
             )
             if reason:
                 raise ValueError(f"federation.robust: {reason}")
-            if self.data.clients is not None:  # else it is known when the data are
+            if isinstance(self.data.clients, int):  # else it is known when the data are
                 self._enough_replies(self.federation.robust, self.data.clients)
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
@@ -224,7 +232,8 @@ class RunConfig(Settings):
     def reading(self) -> Reading:
         """How records are to be read; a new one each time, in which a source says what it took them for."""
         classifies = self.model.task == "classification"
-        return Reading("instruction" if classifies else self.data.format, self.data.trees)
+        form = "instruction" if classifies else self.data.format
+        return Reading(form, self.data.trees, self.data.bad_rows == "skip")
 
     @property
     def method_name(self) -> str:

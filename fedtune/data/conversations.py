@@ -22,21 +22,6 @@ _CONVERSATION_KEYS = ("messages", "conversations", "conversation")  # in this or
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a source's records are to be read, and what was made of that.
-
-    Attributes:
-        format: As `data.format`.
-        trees: Of trees of answers: `all` ways from the root to a leaf, or the `best` one by rank.
-        said: A line for people a source, where something was decided.
-    """
-
-    format: Format = "auto"
-    trees: Trees = "best"
-    said: list[str] = field(default_factory=list, compare=False)
-
-
-@dataclass(frozen=True)
 class Form:
     """How a source's records are read.
 

@@ -360,7 +360,7 @@ def _sorted(parts: Sequence[npt.NDArray[np.int64]]) -> Parts:
 
 
 def _given(examples: Sequence[Example], clients: int | None, rng: np.random.Generator) -> Parts:
-    raise InputError("partition given: only Python objects that come client by client are split so")
+    raise InputError("partition given: only examples that come client by client are split so")
 
 
 def _field_values(examples: Sequence[Example], by: str) -> list[str]:
@@ -395,5 +395,6 @@ for _name, _summary, _function in (
         lambda e, n, rng, *, path, rest: read_split(path, len(e), n, leave_out=rest == "leave-out"),
     ),
     ("given", "as they came: Python objects that are given client by client", _given),
+    ("files", "each file of data.train is a client's (data.clients: files)", _given),
 ):
     PARTITIONERS.built_in(_name, _summary, lambda function=_function: function)  # type: ignore[misc]

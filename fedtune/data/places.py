@@ -13,6 +13,12 @@ log = logging.getLogger("fedtune")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def is_hub_name(source: str, base: Path) -> bool:
+    """Whether a name is written as a data set of the hub, with configuration and revision if it has some."""
+    name = source.partition("@")[0].partition(":")[0]
+    return bool(_HUB_NAME.fullmatch(name)) and not (base / name.partition("/")[0]).exists()
+
+
 def require_hub_name(name: str, base: Path, setting: str, known: Iterable[str] = ()) -> None:
     """Refuses a name that means a place on this machine, where there is nothing.
 

@@ -187,4 +187,4 @@ def unicode_text(text: str, place: str, key: str) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, for people."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"{value}")
+    return names.get(type(value), "bytes" if isinstance(value, bytes) else f"{value}")

@@ -11,7 +11,8 @@ from typing import Any
 from fedtune.config.schema import RunConfig
 from fedtune.core.types import Method
 from fedtune.data.examples import Example
-from fedtune.data.records import FIELDS
+from fedtune.data.keys import names_in
+from fedtune.data.records import CHOICES, FIELDS
 from fedtune.errors import foreign
 
 
@@ -76,7 +77,9 @@ class Asked:
         federation, settings = config.federation, config.method
         secure, privacy = federation.secure_aggregation, federation.privacy
         named = {ours: fields.get(ours, ours) for ours in FIELDS}
-        used = [str(t) for ours, t in named.items() if any(getattr(e, ours) for e in examples)]
+        used = [t for ours, t in named.items() if t and any(getattr(e, ours) for e in examples)]
+        used += [t for t in [fields.get(CHOICES)] if t]
+        used = list(dict.fromkeys(name for key in used for name in names_in(key)))
         return Asked(
             method=config.method_name,
             trainable=getattr(settings, "trainable", "lora" if hasattr(settings, "lora") else "full"),

@@ -22,24 +22,27 @@ from torch import nn
 from fedtune.config.file import parse_config
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
-from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
-from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
+from fedtune.data.opening import check_ordinary
+from fedtune.data.reading import NONE_THERE, Reading, skipped_notes
+from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
-from fedtune.errors import FedtuneError, InputError
+from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
 from fedtune.federation.room import Room, batching_of, example_room
+from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.packable import check_packable
 from fedtune.transport.acceptance import NotAccepted
 from fedtune.transport.messages import Field, Message, broken, fault
@@ -53,40 +56,41 @@ log = logging.getLogger("fedtune")
 
 
 def local_records(data: Path) -> int:
-    """How many examples a client's file holds, before any run says which key is what.
+    """How many examples a client's file or folder holds, before any run says which key is what.
 
     Raises:
-        InputError: It is missing, damaged or empty, or no .json or .jsonl file.
+        InputError: It is missing, damaged or empty, or of no format that is read.
     """
-    _check_file(data)
-    if not data.is_file():
-        raise InputError(f"{data}: {'is not a file' if data.exists() else 'there is no such file'}")
+    _check_here(data)
     count = count_records(data)
     if not count:
-        raise InputError(f"{data}: holds no examples; at least one is needed")
+        raise InputError(f"{data}: {NONE_THERE}")
     return count
 
 
-def local_examples(data: Path, fields: Mapping[str, str | None], reading: Reading) -> list[Example]:
-    """The examples of a client's own file.
+def local_examples(
+    data: Path, fields: Mapping[str, str | None], reading: Reading | None = None
+) -> list[Example]:
+    """The examples of a client's own file or folder.
 
     Args:
-        data: A .json or .jsonl file.
+        data: Read as `data.train` is.
         fields: Our field names to the file's.
-        reading: How its records are to be read.
+        reading: Is told what was read, and what was skipped if bad rows are.
 
     Raises:
         InputError: It is missing, malformed or empty.
     """
-    _check_file(data)
+    _check_here(data)
     return load_examples(
         str(data.resolve()), fields=dict(fields), split="train", base=Path("."), reading=reading
     )
 
 
-def _check_file(data: Path) -> None:
-    if data.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{data}: a client's data are a .json or .jsonl file")
+def _check_here(data: Path) -> None:
+    """Raises InputError if it is not there; nothing is ever asked of the hub in its place."""
+    if not data.is_dir():
+        check_ordinary(data)
 
 
 def join(
@@ -127,9 +131,11 @@ def join(
     reading = config.reading
     examples = local_examples(data, named, reading)
     weights = message.text("weights")
+    if reading.choices:
+        named.setdefault(CHOICES, CHOICES)
     asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
     consent.invited(str(invitation.get("run", "")), asked)
-    name, where = model or config.model.name, device_of(device)
+    name, where = model or config.model.place, device_of(device)
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":
         unknown = sorted({example.output for example in examples} - set(labels))
@@ -143,20 +149,8 @@ def join(
         tokenizer, held = load_tokenizer(name, Path(".")), nn.Module()
         room = Room(settings.max_length)  # as the server has cut it to what its model sees
     else:
-        loaded = load_model(
-            name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(labels) or None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-        )
-        if loaded.weights_sha256 != weights:
-            raise NotAccepted(
-                f"its model {config.model.name} has other weights ({loaded.weights_sha256[:12]}) than the "
-                f"server's ({weights[:12]})"
-            )
+        loaded = load_base(config, labels, place=name)
+        _refuse_other_base(loaded, message, config.model.name)
         torch.nn.Module.to(loaded.model, where)
         if config.data.batching == "packed":
             check_packable(loaded.model)
@@ -174,8 +168,36 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
     )
-    notes = [*reading.said, *describe({"train": found.counts}, room.tokens)]
+    notes = [
+        *reading.lines,
+        *reading.said,
+        *skipped_notes(reading.skipped),
+        *describe({"train": found.counts}, room.tokens),
+    ]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
+
+
+def _refuse_other_base(loaded: Loaded, invitation: Message, name: str) -> None:
+    """Refuses a base model that is not the server's, or is not quantised to the same bits."""
+    weights, fields = invitation.text("weights"), invitation.fields
+    theirs = str(fields.get("quantization", loaded.quantization))  # a server of 0.1 does not say
+    if theirs != loaded.quantization:
+        raise NotAccepted(
+            f"its model {name} is quantised as {loaded.quantization}, and the server's as "
+            f"{foreign(theirs, 40)}; all sides need the same checkpoint"
+        )
+    if loaded.weights_sha256 != weights:
+        raise NotAccepted(
+            f"its model {name} has other weights ({loaded.weights_sha256[:12]}) than the server's "
+            f"({weights[:12]})"
+        )
+    bits = str(fields.get("quantized", loaded.quantized_sha256))
+    if bits != loaded.quantized_sha256:
+        raise NotAccepted(
+            f"its model {name}, quantised as {loaded.quantization}, has other bits "
+            f"({loaded.quantized_sha256[:12]}) than the server's ({foreign(bits[:12], 12)}): another version "
+            "of bitsandbytes quantised it; install the server's"
+        )
 
 
 @dataclass(frozen=True)
@@ -254,5 +276,5 @@ def _runner(of: OfRun) -> ClientRunner:
     assembly.data.cache = cache_of(assembly.config, held.parent)
     assembly.data.begin()
     if not assembly.method.sends_model:
-        assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
+        assembly.runner.use(model_to_train(config, assembly.method, lambda: assembly.loaded.model))
     return assembly.runner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config.data import CLIENTS, OBJECTS
-from fedtune.config.partitions import Given
+from fedtune.config.data import CLIENTS
+from fedtune.config.partitions import Given, OneFile
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
-from fedtune.data.conversations import Reading
 from fedtune.data.examples import Example
 from fedtune.data.holdout import split_holdout
 from fedtune.data.objects import ObjectData
-from fedtune.data.sources import bundled_examples, load_examples
+from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import compares_answers
+from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
 
@@ -40,9 +40,9 @@ class Split:
         labels: The classes, sorted, for a classification model; else empty.
         partition: What partition.json says: examples a client, by index into the training examples.
         sha256: Identifies the training and held-out examples.
-        owners: Whose each held-out example is, with `holdout.client_fraction`; else empty.
+        owners: Whose each held-out example is, with `holdout.client_fraction` or a held-out file a client.
         held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
-        said: What sources' records were taken for, and why, a line each.
+        reading: What was read of the sources, and what was skipped.
     """
 
     clients: dict[int, list[Example]]
@@ -52,7 +52,7 @@ class Split:
     sha256: str
     owners: tuple[int, ...] = ()
     held_out: Sequence[Example] = ()
-    said: tuple[str, ...] = ()
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def trained(self) -> list[Example]:
@@ -77,15 +77,16 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
     Raises:
         InputError: Files are missing or malformed, or the split asked for is not possible.
     """
-    if config.data.train == CLIENTS:
-        return _server_split(config)
     reading = config.reading
-    train, held_out = _hold_out(config, _examples(config, objects, reading), reading)
+    if config.data.train == CLIENTS:
+        return _server_split(config, reading)
+    given = training_examples(config, objects, reading)
+    train, held_out, owners = _hold_out(config, given, reading)
     if config.data.max_examples is not None and config.data.max_examples < len(train):
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
-    dealt = _deal(config, train, objects)
-    indices, owners = dealt.parts, list[int]()
+    dealt = _deal(config, train, given)
+    indices = dealt.parts
     if config.data.holdout.client_fraction is not None:
         indices, own = _hold_out_own(config, indices)
         held_out = [train[i] for part in own for i in part]
@@ -115,6 +116,8 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         ],
         "held_out": len(evaluation),
     }
+    if reading.skipped:
+        summary["skipped"] = reading.document()
     if pooled:
         clients = {0: kept}
     else:
@@ -127,7 +130,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
         in_order,
-        tuple(dict.fromkeys([*(objects.said if objects else ()), *reading.said])),
+        reading,
     )
 
 
@@ -151,7 +154,7 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
 
 def _in_order(names: set[str], config: RunConfig) -> Sequence[str]:
     """Classes sorted; but as the base model has them, if it has a head for just these."""
-    name = config.model.name
+    name = config.model.place
     folder = local_folder(name)
     if folder is None and "/" in name:  # of the hub: otherwise the order would depend on what is cached
         folder = model_folder(name, Path("."), weights=False)
@@ -165,42 +168,27 @@ def only_held_out(examples: list[Example], labels: Sequence[str]) -> Split:
     return Split({}, examples, tuple(labels), partition, _sha256([], examples), held_out=examples)
 
 
-def _examples(config: RunConfig, objects: ObjectData | None, reading: Reading) -> list[Example]:
-    """All examples before any split."""
-    if config.data.train == OBJECTS:
-        if objects is None:
-            raise InputError(
-                f"data.train is {OBJECTS}: the examples come from Python and are in no file. Give them as "
-                "data=... to fedtune.run or fedtune.open, or name a file in data.train"
-            )
-        return list(objects.examples)
-    return load_examples(
-        config.data.train, fields=_fields(config), split=config.data.split, base=Path("."), reading=reading
-    )
-
-
-def _as_given(train: Sequence[Example], objects: ObjectData) -> Dealt:
+def _as_given(train: Sequence[Example], given: ObjectData) -> Dealt:
     """Each client's training examples, where they came client by client."""
     owners = {}  # by identity: two clients may have equal examples
-    rest = iter(objects.examples)
-    for place, count in enumerate(objects.clients.values()):
+    rest = iter(given.examples)
+    for place, count in enumerate(given.clients.values()):
         owners.update({id(example): place for example in islice(rest, count)})
-    parts: list[list[int]] = [[] for _ in objects.clients]
+    parts: list[list[int]] = [[] for _ in given.clients]
     for index, example in enumerate(train):
         parts[owners[id(example)]].append(index)
-    for client, part in zip(objects.clients, parts, strict=True):
+    for client, part in zip(given.clients, parts, strict=True):
         if not part:
             raise InputError(
                 f"no example of client {client!r} is left to train on: all are held out or beyond "
                 "data.max_examples. Give it more, or hold out less (data.holdout)"
             )
-    return Dealt([np.array(part, dtype=np.int64) for part in parts], tuple(objects.clients))
+    return Dealt([np.array(part, dtype=np.int64) for part in parts], tuple(given.clients))
 
 
-def _server_split(config: RunConfig) -> Split:
+def _server_split(config: RunConfig, reading: Reading) -> Split:
     """What the server has where every client has a file of its own: held-out examples, and no others."""
-    reading = config.reading
-    _, held_out = _hold_out(config, [], reading)
+    held_out, _ = held_out_in_source(config, reading)
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
     evaluation = in_order[: config.evaluation.max_examples]
@@ -208,57 +196,32 @@ def _server_split(config: RunConfig) -> Split:
     unseen = {example.output for example in evaluation} - set(labels) if labels else set()
     if unseen:
         raise InputError(f"held-out examples have classes that data.labels lacks: {sorted(unseen)[:5]}")
-    partition = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
-    said = tuple(reading.said)
-    return Split({}, evaluation, labels, partition, _sha256([], evaluation), held_out=in_order, said=said)
+    partition: dict[str, Any] = {"name": CLIENTS, "clients": [], "held_out": len(evaluation)}
+    if reading.skipped:
+        partition["skipped"] = reading.document()
+    digest = _sha256([], evaluation)
+    return Split({}, evaluation, labels, partition, digest, held_out=in_order, reading=reading)
 
 
 def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """The examples among which the held-out ones are, before any split."""
+    reading = config.reading
     if config.data.holdout.source is not None:
-        return _hold_out(config, [], config.reading)[1]
-    return _examples(config, objects, config.reading)
-
-
-def public_examples(config: RunConfig) -> list[Example]:
-    """The examples that the server holds itself; none without `data.public`.
-
-    Raises:
-        InputError: The file is missing or malformed.
-    """
-    public = config.data.public
-    if public is None:
-        return []
-    fields = {str(ours): theirs for ours, theirs in public.fields.items()}
-    examples = load_examples(
-        public.source,
-        fields=fields,
-        split=public.split,
-        base=Path("."),
-        setting="data.public.fields",
-        reading=config.reading,
-    )
-    if public.max_examples is not None and public.max_examples < len(examples):
-        chosen = numpy_generator(config.seed, "public").permutation(len(examples))[: public.max_examples]
-        examples = [examples[i] for i in sorted(chosen)]
-    return examples
+        return held_out_in_source(config, reading)[0]
+    return list(training_examples(config, objects, reading).examples)
 
 
 def _hold_out(
-    config: RunConfig, examples: list[Example], reading: Reading
-) -> tuple[list[Example], list[Example]]:
-    holdout = config.data.holdout
-    if holdout.source == "bundled":
-        return examples, bundled_examples("test")
+    config: RunConfig, given: ObjectData, reading: Reading
+) -> tuple[list[Example], list[Example], list[int]]:
+    """Examples to train on and held-out ones, and whose each of these is where their source says so."""
+    holdout, examples = config.data.holdout, list(given.examples)
     if holdout.source is not None:
-        split = holdout.split or ("train" if holdout.source.endswith((".json", ".jsonl")) else "test")
-        return examples, load_examples(
-            holdout.source, fields=_fields(config), split=split, base=Path("."), reading=reading
-        )
+        return examples, *held_out_in_source(config, reading, tuple(given.clients))
     if holdout.client_fraction is not None:
-        return examples, []
+        return examples, [], []
     rng = numpy_generator(config.seed, "holdout")
-    return split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng)
+    return *split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng), []
 
 
 def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
@@ -279,17 +242,14 @@ def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
     return left, own
 
 
-def _fields(config: RunConfig) -> dict[str, str | None]:
-    return {str(ours): theirs for ours, theirs in config.data.fields.items()}
-
-
-def _deal(config: RunConfig, train: Sequence[Example], objects: ObjectData | None) -> Dealt:
+def _deal(config: RunConfig, train: Sequence[Example], given: ObjectData) -> Dealt:
     how = config.data.partition
-    if objects is not None and isinstance(how, Given):
-        return _as_given(train, objects)
+    if given.clients and isinstance(how, Given | OneFile):
+        return _as_given(train, given)
     settings = {field: getattr(how, field) for field in type(how).model_fields if field != "name"}
     rng = numpy_generator(config.seed, "partition")
-    return split_by.deal(config.data.partition_name, train, config.data.clients, rng, settings)
+    clients = config.data.clients if isinstance(config.data.clients, int) else None
+    return split_by.deal(config.data.partition_name, train, clients, rng, settings)
 
 
 def _sha256(*parts: Sequence[Example]) -> str:

@@ -95,8 +95,7 @@ def diagnose(
     with torch_settings():
         assembly = Assembly.assemble(config, Clock(), objects)
         assembly.look_ahead()
-        for note in assembly.notes:
-            progress.note(note)
+        assembly.tell(progress)
         everyone = {client: count for client, count in assembly.client_examples.items() if count}
         if not everyone:
             raise InputError(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.file import dump_config, load_config
-from fedtune.config.places import without_places
 from fedtune.config.schema import RunConfig, document_sha256
 from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import InputError
-from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json
+from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_json, write_json, write_text
 from fedtune.federation.plugins import require_plugins
 
+SKIPPED = "skipped.jsonl"
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
 
@@ -31,8 +31,11 @@ class RunFolder:
         environment: dict[str, Any],
         partition: dict[str, Any],
         examples: dict[str, Any],
+        skipped: Sequence[tuple[str, str]] = (),
     ) -> RunFolder:
         """Makes the folder with its configuration, environment, partition and examples, all at once.
+
+        Rows of the data that were skipped (place, reason) stand in skipped.jsonl, if some were.
 
         Raises:
             InputError: `path` exists and is not empty.
@@ -43,6 +46,9 @@ class RunFolder:
             write_json(new / "environment.json", environment)
             write_json(new / "partition.json", partition)
             write_json(new / "examples.json", examples)
+            if skipped:
+                lines = (dumps({"place": place, "reason": why}) + "\n" for place, why in skipped)
+                write_text(new / SKIPPED, "".join(lines))
             (new / "checkpoints").mkdir()
         return RunFolder(path)
 
@@ -104,23 +110,6 @@ def refuse_existing(path: Path) -> None:
             f"{path} exists already; give another --out. A run in it goes on with --resume {path}, in Python "
             "with resume=True"
         )
-
-
-def reopen(config: RunConfig, path: Path) -> RunFolder:
-    """The folder of a run to go on with; its inputs may be elsewhere than when it began.
-
-    Raises:
-        InputError: It is no run's, or of another configuration.
-    """
-    folder = RunFolder.open(path)
-    mine, its = without_places(config), without_places(folder.config())
-    if mine != its:
-        different = [key for key in its if mine.get(key) != its[key]]
-        raise InputError(
-            f"{path} was started with another configuration; different: {', '.join(different)}. "
-            f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
-        )
-    return folder
 
 
 def kept(path: Path) -> str:

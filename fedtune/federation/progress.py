@@ -13,6 +13,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """One line that should stay in sight."""
 
+    def info(self, text: str) -> None:
+        """One line that should stay in sight, and is no warning."""
+
     def stage(self, text: str) -> None:
         """Something that takes a while begins."""
 
@@ -33,6 +36,9 @@ class Silent:
     """Shows nothing."""
 
     def note(self, text: str) -> None:
+        """Ignored."""
+
+    def info(self, text: str) -> None:
         """Ignored."""
 
     def stage(self, text: str) -> None:
@@ -73,6 +79,10 @@ class Named:
     def note(self, text: str) -> None:
         """With the run's own name, since others say the like."""
         self._progress.note(f"{self._name}: {text}")
+
+    def info(self, text: str) -> None:
+        """With the run's own name."""
+        self._progress.info(f"{self._name}: {text}")
 
     def stage(self, text: str) -> None:
         """As it is."""

@@ -18,6 +18,7 @@ from fedtune.config.data import CLIENTS, OBJECTS
 from fedtune.config.places import MOVABLE
 from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
+from fedtune.data.files import is_here
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.federation.data import Split, held_out_source, only_held_out, prepare_data
@@ -142,6 +143,14 @@ def loaded_of(path: Path, loaded: Loaded) -> Loaded:
         InputError: It is another one.
     """
     refuse_other_model(path, loaded.weights_sha256, loaded.settings_sha256, loaded.name)
+    began = read_json(path / "environment.json")["model"]
+    alike = began.get("quantization", "none") == loaded.quantization
+    if alike and (bits := began.get("quantized_sha256", "")) != loaded.quantized_sha256:
+        raise InputError(
+            f"{path} began with model {loaded.name}, quantised as {loaded.quantization}, with the bits "
+            f"{_short(bits)}, and here they are {_short(loaded.quantized_sha256)}: another version of "
+            "bitsandbytes quantised it; install the one that environment.json names"
+        )
     return loaded
 
 
@@ -156,7 +165,7 @@ def refuse_replaced(path: Path, config: RunConfig, objects: ObjectData | None = 
 
 
 def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
-    folder = local_folder(config.model.name)
+    folder = local_folder(config.model.place)
     if folder is None:
         return
     weights = None
@@ -167,7 +176,7 @@ def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
 
 def _refuse_replaced_data(path: Path, config: RunConfig, objects: ObjectData | None = None) -> None:
     sources = (config.data.train, config.data.holdout.source)
-    here = all(name in (None, "bundled", CLIENTS) or Path(str(name)).exists() for name in sources)
+    here = all(name in (None, CLIENTS) or is_here(str(name)) for name in sources)
     if config.data.train == OBJECTS:
         here = objects is not None
     if here:

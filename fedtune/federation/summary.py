@@ -58,13 +58,17 @@ def of_run(
 ) -> dict[str, Any]:
     """What was run, on what, and what it took."""
     settings = eval_settings(config, assembly.split.labels)
+    skipped = {"skipped": assembly.split.reading.document()} if config.data.bad_rows == "skip" else {}
+    named = {str(e["client"]): e["name"] for e in assembly.split.partition["clients"] if e.get("name")}
     return {
         "method": config.method_name,
         "model": config.model.name,
         "seed": config.seed,
         "clients": len(assembly.client_examples),
+        **({"client_names": named} if named else {}),
         "left_out": left_out(rounds, assembly.split.partition["clients"]),
         "examples": {group: one and one.document() for group, one in assembly.counts.items()},
+        **skipped,
         "payload_bytes": dict(ledger.payload_bytes),
         "framed_bytes": dict(ledger.framed_bytes),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),

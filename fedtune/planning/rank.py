@@ -190,7 +190,7 @@ def _work(config: RunConfig, examples: int | None) -> Workload:
     aligns = hasattr(method, "alignment")
     rows = max(getattr(method, "batch_size", 1), method.alignment.batch_size if aligns else 1)
     clients = config.data.clients
-    assert clients is not None  # refused by the configuration with every partition but by-field
+    assert isinstance(clients, int)  # refused by the configuration with every partition but by-field
     work = workload.assumed(config, 1 if pools else clients, rows)
     if examples is not None:
         each = examples * (clients if pools else 1)

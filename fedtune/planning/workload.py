@@ -20,12 +20,14 @@ from fedtune.core.seeds import torch_generator
 from fedtune.data.batches import epoch_batches, padding
 from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, Encoded, lengths_of, longest_of
+from fedtune.data.files import is_here
 from fedtune.data.objects import ObjectData
 from fedtune.data.split import load_split
 from fedtune.errors import InputError
-from fedtune.federation.data import prepare_data, public_examples
+from fedtune.federation.data import prepare_data
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.room import Room, batching_of, example_room, shortening
+from fedtune.federation.sources import public_examples
 from fedtune.models.folders import TOKENIZER_FILES, model_folder
 from fedtune.models.load import load_tokenizer, model_config
 
@@ -91,8 +93,8 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     notes += shortening(config, room)
     sources = [] if objects else [data.train]
     sources += [data.holdout.source] if data.holdout.source else []
-    here = all(map(_is_here, sources))
-    tokenized = _has_tokenizer(config.model.name)
+    here = all(map(is_here, sources))
+    tokenized = _has_tokenizer(config.model.place)
     longest = _assumed(config, rows, room.tokens)
     public = longest if data.public is not None else ()
     held_out: Sequence[Encoded] = _assumed_held_out(config, room.tokens)
@@ -100,13 +102,13 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         clients = (
             len(load_split(data.partition.path)) if isinstance(data.partition, FromFile) else data.clients
         )
-        if clients is None:
+        if not isinstance(clients, int):
             raise InputError(
-                "data.clients is null and the data are not here to count them; a plan downloads none. "
-                "Set data.clients"
+                f"data.clients is {clients or 'null'} and the data are not here to count them; a plan "
+                "downloads none. Set data.clients"
             )
         notes.append(
-            f"{', '.join(s for s in sources if not _is_here(s))} is not on this machine: every example is "
+            f"{', '.join(s for s in sources if not is_here(s))} is not on this machine: every example is "
             f"taken to have {_in_words(config, room)} tokens, and each client a full batch"
         )
         population = 1 if pooled else clients
@@ -120,7 +122,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         )
         held_out = held_out[: len(split.evaluation)]
         return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
-    tokenizer = load_tokenizer(config.model.name, Path("."))
+    tokenizer = load_tokenizer(config.model.place, Path("."))
     longest, each = (), dict[str, Counts]()
     batching, packed = batching_of(config, room), dict[int, int]()
     computed = padded = 0
@@ -137,7 +139,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         if batching.name == "packed":
             packed[client] = len(of_client)
         computed, padded = computed + more, padded + waste
-    if data.public is not None and _is_here(data.public.source):
+    if data.public is not None and is_here(data.public.source):
         found = encode_for(
             config,
             public_examples(config),
@@ -191,7 +193,7 @@ def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
 
 def room_of(config: RunConfig) -> Room:
     """How long the run's examples may be."""
-    return example_room(config, model_config(config.model.name, base=Path("."), task=config.model.task))
+    return example_room(config, model_config(config.model.place, base=Path("."), task=config.model.task))
 
 
 def _in_words(config: RunConfig, room: Room) -> str:
@@ -232,10 +234,6 @@ def _shorter(item: Encoded) -> Encoded:
 
 def _longest(items: Iterable[Encoded], rows: int) -> tuple[Encoded, ...]:
     return tuple(sorted(items, key=lambda item: -len(item.input_ids))[:rows])
-
-
-def _is_here(source: str) -> bool:
-    return source == "bundled" or Path(source).exists()
 
 
 def _has_tokenizer(name: str) -> bool:

@@ -54,6 +54,10 @@ class Display:
         """One line that stays."""
         self.console.print(text)
 
+    def info(self, text: str) -> None:
+        """Another."""
+        self.console.print(text)
+
     def begin(self, rounds: int, name: str) -> None:
         """The rounds begin."""
         self._label, self._rounds, self._done = f"{name}: ", rounds, 0

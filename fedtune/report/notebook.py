@@ -69,6 +69,10 @@ class NotebookDisplay:
         self._lines.append(text)
         self._redraw()
 
+    def info(self, text: str) -> None:
+        """Another."""
+        self.note(text)
+
     def begin(self, rounds: int, name: str) -> None:
         """The rounds begin."""
         self._label, self._rounds, self._before, self._done, self._of = f"{name}: ", rounds, 0, 0, 0

@@ -34,6 +34,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         (summary["method"], "right"),
     ):
         scores.add_column(column, justify=justify)  # type: ignore[arg-type]
+    names = summary.get("client_names", {})
     for task, metrics in summary["evaluation"].items():
         for metric in metrics_of(metrics):
             if metric == "tokens":
@@ -42,7 +43,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
             after = number(metrics[metric]) + interval(metrics, metric)
             scores.add_row(task, metric, "" if before is None else number(before), after)
         for metric, spread in summary.get("per_client", {}).get(task, {}).items():
-            worst = f"{number(spread['worst'])} (client {spread['worst_client']})"
+            client = str(spread["worst_client"])
+            who = f"client {client}" + (f", {names[client]}" if client in names else "")
+            worst = f"{number(spread['worst'])} ({who})"
             scores.add_row(task, f"{metric}, worst client", "", worst)
     cost = Table(title="What it cost", title_justify="left", show_header=False)
     cost.add_column()
