@@ -247,8 +247,8 @@ def available(what: str) -> list[dict[str, str]]:
         InputError: There is no such list.
     """
     from fedtune.config import shipped
+    from fedtune.data import templates
     from fedtune.data.partition import PARTITIONERS
-    from fedtune.data.templates import TEMPLATES
     from fedtune.evaluation.registry import TASKS
     from fedtune.methods.registry import METHODS
     from fedtune.models.names import listing
@@ -257,7 +257,7 @@ def available(what: str) -> list[dict[str, str]]:
         "methods": METHODS.listing,
         "partitioners": PARTITIONERS.listing,
         "tasks": TASKS.listing,
-        "templates": TEMPLATES.listing,
+        "templates": templates.listing,
         "models": listing,
         "configs": shipped.listing,
     }

@@ -104,7 +104,7 @@ class Run:
 
     def generate(
         self,
-        prompts: Sequence[str | Mapping[str, str]],
+        prompts: Sequence[str | Mapping[str, Any]],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -115,7 +115,8 @@ class Run:
         """The result's answers, in the template that it was tuned in; of a classifier the class.
 
         Args:
-            prompts: Instructions; or dictionaries with `instruction` and `input`.
+            prompts: Instructions; or dictionaries with `instruction` and `input`, or with `messages`, the
+                turns of a conversation.
             max_new_tokens: The most tokens of an answer; None: the configuration's, else 64.
             temperature: 0: the likeliest token each time; else drawn.
             top_p: Of draws: the least set of likeliest tokens with this probability in sum.
