@@ -156,7 +156,7 @@ def quantized_sha256(model: nn.Module) -> str:
     for path, layer in sorted(layers.items()):
         for name, tensor in sorted(_bits(layer)):
             digest.update(f"{path}.{name} {layer.kind} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest() if layers else ""
 
 

@@ -108,7 +108,7 @@ def as_it_comes(model: PreTrainedModel, came: str, name: str) -> None:
             "so it cannot be planned. Plan the model that it was made from, with model.quantization: nf4 "
             "or int8"
         )
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     require_bitsandbytes(f"model {name}")
     quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
@@ -176,4 +176,4 @@ def _forget(model: PreTrainedModel) -> None:
         setattr(model, "_weight_conversions", plain or None)  # noqa: B010  # no attribute to the type checker
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
-    model.is_quantized = False
+    setattr(model, "is_quantized", False)  # noqa: B010  # to the type checker a module
