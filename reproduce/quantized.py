@@ -34,7 +34,12 @@ from fedtune.report.tables import size
 KINDS = {"bfloat16": "none", "int8": "int8", "nf4": "nf4"}
 SEEDS = (0, 1, 2)
 PAPERS = ROOT / "configs" / "papers"
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+}
 
 
 def small_run(model: Path, kind: str) -> dict[str, Any]:

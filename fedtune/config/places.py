@@ -68,6 +68,8 @@ def moved(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(MOVABLE)}"
             )
     document = config.resolved()
+    if any(override.startswith("model.name=") for override in overrides):
+        document["model"]["revision"] = None  # of the place that it had
     apply_overrides(document, overrides)
     return located(parse_config(document, "the run"))
 
@@ -90,7 +92,7 @@ def _places(document: dict[str, Any]) -> dict[str, str]:
 def without_places(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration but for where inputs, caches and simulated clients are."""
     document = located(config).resolved()
-    del document["data"]["cache"]
+    del document["data"]["cache"], document["model"]["revision"]
     if config.transport.name != "flower":
         del document["transport"]
     for setting in _places(document):

@@ -132,13 +132,11 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
-        reason: str | None = self.method.adapter_refusal
-        if self.model.adapter is not None and reason:
-            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
-        reason = self.method.quantized_refusal
-        if self.model.quantization != "none" and reason:
+        if self.model.adapter is not None and (why := self.method.adapter_refusal):
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {why}")
+        if self.model.quantization != "none" and (why := self.method.quantized_refusal):
             raise ValueError(
-                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
+                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {why}"
             )
         prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):

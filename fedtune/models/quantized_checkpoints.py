@@ -176,4 +176,4 @@ def _forget(model: PreTrainedModel) -> None:
         setattr(model, "_weight_conversions", plain or None)  # noqa: B010  # no attribute to the type checker
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
-    setattr(model, "is_quantized", False)  # noqa: B010  # likewise
+    setattr(model, "is_quantized", False)  # noqa: B010  # to the type checker a module
