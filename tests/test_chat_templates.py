@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from chat_formats import FORMATS
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedtune.data.encode import encode_causal, encode_prompts, prompt_text
 from fedtune.data.encoded import IGNORED, Encoded
@@ -77,6 +78,42 @@ def test_a_prompt_to_generate_has_the_tokens_of_training(name: str) -> None:
     assert ids[1:2] != [made.bos_token_id]
 
 
+def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_tokens_are_those_that_transformers_gives(name: str) -> None:
+    form = FORMATS[name]
+    made, turns = form.tokenizer(), [*([SYSTEM] if form.system else []), *QUESTIONS]
+    ids = encoded(made, turns).input_ids
+    given = made.apply_chat_template(messages(turns))["input_ids"]
+    if name == "GLM 4":  # which writes no end behind the last answer
+        given = [*given, made.eos_token_id]
+    assert list(ids) == given[: len(ids)]
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}INSIDE{% endgeneration %}{{ 'OUTSIDE' }}{% else %}{{ m.content + '</s>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [("</s>\\n", ""), ("</s>", "\\n"), ("", "</s>\\n")])
+def test_marks_of_a_template_with_its_end_in_them_or_behind(inside: str, outside: str) -> None:
+    made = FORMATS["Zephyr"].tokenizer()
+    made.chat_template = MARKED.replace("INSIDE", f"{{{{ '{inside}' }}}}").replace("OUTSIDE", outside)
+    item = encoded(made, QUESTIONS)
+    assert shown(made, item) == FORMATS["Zephyr"].said.removeprefix("<|system|>\nS</s>\n")
+    # beside what transformers takes from the same marks: the end token is the only difference there can be
+    given = made.apply_chat_template(messages(QUESTIONS), return_assistant_tokens_mask=True, return_dict=True)
+    end = made.eos_token_id
+    marked = [t for t, m in zip(given["input_ids"], given["assistant_masks"], strict=True) if m and t != end]
+    ours = [t for t in item.labels if t not in (IGNORED, end)]
+    assert ours == [t for t in marked if made.decode([t]) != "\n"]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_users_write_is_no_control_token(name: str) -> None:
     form = FORMATS[name]
@@ -142,6 +179,11 @@ def test_turns_of_one_role_are_joined_where_roles_take_turns() -> None:
             "leaves out what the assistant",
         ),
         ("{{ 1 }}" + "x" * (1 << 20), "a template has at most"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end: it takes more than 1,000,000 steps",
+        ),
+        ("{{ 'x' * 2000000 }}", "makes more than 1,048,576 characters of one short question"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_one_sentence(template: str, words: str) -> None:
@@ -158,3 +200,32 @@ def test_a_template_without_an_end_has_the_tokenizers() -> None:
         "{{ 'assistant: ' if add_generation_prompt }}"
     )
     assert shown(made, encoded(made, QUESTIONS)) == "user: Q1assistant: ⟦A1⟧user: Q2assistant: ⟦A2</s>⟧"
+
+
+REAL = ["tokenizers/llama2-32k", "tokenizers/gpt2", "stories260K-hf"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_with_tokenizers_that_models_have(name: str) -> None:
+    """Some put a blank before a text, some merge line feeds: a prompt has the tokens that a server gives it."""
+    folder = Path(__file__).parents[2] / "shared/models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    made = AutoTokenizer.from_pretrained(folder)
+    made.chat_template = FORMATS["Zephyr"].template.replace("</s>", made.eos_token)
+    turns = [
+        Turn("user", "Hello there, é\n\nhm"),
+        Turn("assistant", " Sure.\n\nOk"),
+        Turn("user", "More"),
+        Turn("assistant", "\n\nFine"),
+    ]
+    item = encoded(made, turns)
+    (ids,), _ = encode_prompts(
+        [prompt_text(Example("", turns=tuple(turns)), "chat", made)], made, max_length=None
+    )
+    assert list(item.input_ids[: len(ids)]) == ids
+    assert ids == made.apply_chat_template(messages(turns[:3]), add_generation_prompt=True)["input_ids"]
+    learned = [token for token in item.labels if token != IGNORED]
+    assert learned.count(made.eos_token_id) == 2 and learned[-1] == made.eos_token_id
+    words = str(made.decode([t for t in learned if t != made.eos_token_id])).split()
+    assert words == ["Sure.", "Ok", "Fine"]

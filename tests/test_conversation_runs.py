@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from chat_formats import FORMATS
+from chat_formats import FORMATS, Format
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fedtune
 from fedtune.data.encode import encode_causal
 from fedtune.data.examples import Example, Turn
 from fedtune.errors import InputError
+from fedtune.federation.assembly import Assembly
+from fedtune.measure.clock import Clock
 
 ZEPHYR = FORMATS["Zephyr"]
 TALKS = [
@@ -38,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("model"), ZEPHYR.template)
 
 
-def saved(path: Path, template: str | None) -> Path:
-    made = ZEPHYR.tokenizer()
+def saved(path: Path, template: str | None, form: Format = ZEPHYR) -> Path:
+    made = form.tokenizer()
     made.chat_template = template
     torch.manual_seed(0)
     about = LlamaConfig(
@@ -130,6 +132,26 @@ def test_without_a_chat_template_alpaca_is_taken_and_exported(tmp_path: Path) ->
     same = fedtune.run(named, out=tmp_path / "named", progress=False)
     tensors = "final/adapter_model.safetensors"
     assert (same.path / tensors).read_bytes() == (run.path / tensors).read_bytes()
+
+
+def test_clients_elsewhere_are_told_the_templates_text(folder: Path, tmp_path: Path) -> None:
+    train = written(tmp_path / "d.jsonl", TALKS)
+    for template, told in (("auto", ZEPHYR.template), ("chat", ZEPHYR.template), ("plain", "plain")):
+        config = fedtune.load(document(folder, {"train": train, "template": template}))
+        assert Assembly.assemble(config, Clock()).template_told == told
+        assert fedtune.load(document(folder, {"train": train, "template": told})).data.template == told
+
+
+def test_an_end_at_which_no_server_stops_is_said(tmp_path: Path) -> None:
+    gemma = FORMATS["Gemma 2"]
+    model = saved(tmp_path / "model", gemma.template, gemma)
+    train = written(tmp_path / "d.jsonl", TALKS)
+    notes = Assembly.assemble(fedtune.load(document(model, {"train": train})), Clock()).notes
+    assert [
+        note
+        for note in notes
+        if note.startswith("answers end with <end_of_turn>, and the model's own end is <eos>: a")
+    ]
 
 
 def test_a_damaged_file_of_a_template_is_one_sentence(folder: Path, tmp_path: Path) -> None:

@@ -162,6 +162,27 @@ def test_multiple_choice_by_hand(name: str, home: Path) -> None:
     assert metrics_of(got) == ["acc", "acc_norm"]
 
 
+def test_tasks_in_the_runs_template(home: Path) -> None:
+    """All that stands before an answer is one question in it, with the template's words around."""
+    model, tokenizer = loaded(home)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w7 ' + m.content + ' w8' }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+        "{{ 'w7 ' if add_generation_prompt else '' }}"
+    )
+    right = []
+    for row in rows():
+        asked = f"w7 {row['question']}\nAnswer: w8w7 "
+        each = [log_probability(model, tokenizer, asked, option) for option in row["options"]]
+        right.append(max(range(3), key=each.__getitem__) == row["right"])
+    put = settings(home, template="chat", harness_template=True)
+    outcome = score(model, tokenizer, [], ["colours", "answers"], put)
+    assert list(outcome["colours"].metrics["acc"].items) == right
+    assert right != list(
+        score(model, tokenizer, [], ["colours"], settings(home))["colours"].metrics["acc"].items
+    )
+
+
 @pytest.mark.parametrize("name", ["plain", "prompt"])
 def test_answers_end_before_a_stopping_text(name: str, home: Path) -> None:
     model, tokenizer = loaded(home)

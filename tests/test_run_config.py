@@ -198,6 +198,8 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "method.offload_params",  # test_offload.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py
+    *("data.format", "data.trees"),  # test_conversations.py
+    "evaluation.harness_template",  # test_harness.py
     "data.labels",  # test_deployment_settings.py, as are those of transport
     *(f"transport.{name}" for name in Transport.model_fields),
     *(f"data.public.{name}" for name in Public.model_fields),  # test_public_data.py

@@ -74,9 +74,9 @@ class DataSettings(Settings):
     fields: Fields = Field(default_factory=dict)
     bad_rows: Literal["error", "skip"] = "error"
     labels: list[str] | None = Field(None, min_length=2)  # classes of a classifier; null: those in data.train
-    format: Format = "auto"  # what records are; auto: as the first one looks
+    format: Format = "auto"
     trees: Trees = "best"  # of trees of answers: the best way from root to leaf, or all
-    template: str = "auto"  # auto: the tokenizer's chat template, alpaca without one; or a .jinja file
+    template: str = "auto"
     loss_on: LossOn = "response"
     max_length: int = Field(512, ge=8)  # tokens of prompt and response together; at most what the model sees
     too_long: Literal["cut", "drop", "error"] = "cut"  # what is done with training examples that are longer

@@ -30,6 +30,7 @@ class Evaluation(Settings):
     task_folder: str | None = None  # YAML tasks for lm-evaluation-harness, beside its own
     data_folder: str | None = None  # where those tasks read their files
     few_shot: int | None = Field(None, ge=0)  # solved examples of a harness task; null: its own
+    harness_template: bool = False  # harness tasks are asked in data.template, as one question
     samples: int = Field(1, ge=1)  # answers drawn for one question, for Pass@k
     temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
     top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum

@@ -14,9 +14,12 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import takewhile
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.data.control import special_tokens
@@ -38,6 +41,7 @@ _COVER = re.compile(f"[{chr(_FIRST)}-{_ANSWER}]")
 # Not covered is what templates look for in a text, and what JSON would escape.
 _COVERED = re.compile(r"</?\w+>|[^\s\"'\\<>]")
 _UNCOVERED_KEYS = ("role", "type", "id", "tool_call_id", "weight")
+_STEPS = 1_000_000  # lines of a template that one short question may take
 _CUT = re.compile(r"\n|>")  # behind which a prompt for an answer may end
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)  # where a template writes today's: a run is the same on every day
@@ -82,7 +86,9 @@ class ChatTemplate:
         """What it has a form for, found out by trying. Raises InputError if it cannot be rendered at all."""
         ask, answer = message(USER, "question-"), message(ASSISTANT, "answer-")
         again, more = message(USER, "again-"), message(ASSISTANT, "more-")
-        self._render([ask, answer])
+        with _bounded():
+            if len(self._render([ask, answer])) > LONGEST:
+                raise InputError(f"{self.name} makes more than {LONGEST:,} characters of one short question")
         name = "probing"
         about = {"name": name, "description": "defined-", "parameters": {"type": "object", "properties": {}}}
         call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": "b"}}}
@@ -196,6 +202,10 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks,
                 **self._words,
             )
+        except _Endless:
+            raise InputError(
+                f"{self.name} does not end: it takes more than {_STEPS:,} steps for one short question"
+            ) from None
         except Exception as error:  # a program of others: whatever it raises says what is wrong with it
             said = " ".join(str(error).split()) or type(error).__name__
             line = getattr(error, "lineno", None)
@@ -319,6 +329,31 @@ class ChatTemplate:
 
     def _unclear(self, why: str) -> InputError:
         return InputError(f"{self.name} cannot be trained with: {why}")
+
+
+class _Endless(Exception):
+    """A template takes too many steps."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Inside, a template that takes too many steps is ended."""
+    left, before = _STEPS, sys.gettrace()
+
+    def each(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":
+            return None
+        left -= 1
+        if left < 0:
+            raise _Endless
+        return each
+
+    sys.settrace(each)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _with_all_ends(text: str, spans: Sequence[Span], final: Span, both: Span) -> list[Span]:

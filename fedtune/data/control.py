@@ -149,14 +149,14 @@ def tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
         return [_parted(text, tokenizer) for text in texts]
     special = special_tokens(tokenizer)
     seen = set(special.ids.values())
+    bare = [str(text) for text in texts if not getattr(text, "own", ())]
     # verbose=False: what is longer than the model's context is cut here, so a warning about it would mislead
-    plain: list[list[int]] = tokenizer(
-        [str(text) for text in texts], add_special_tokens=False, verbose=False
-    )["input_ids"]
-    return [
-        _as_text(text, tokenizer, special) if seen.intersection(ids) else ids
-        for text, ids in zip(texts, plain, strict=True)
-    ]
+    plain = iter(tokenizer(bare, add_special_tokens=False, verbose=False)["input_ids"] if bare else ())
+    found = list[list[int]]()
+    for text in texts:
+        ids = None if getattr(text, "own", ()) else next(plain)
+        found.append(_as_text(text, tokenizer, special) if ids is None or seen.intersection(ids) else ids)
+    return found
 
 
 def _parted(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

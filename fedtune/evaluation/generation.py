@@ -116,7 +116,7 @@ def generate_ids(
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {place} has no tokens: give its example an instruction.")
-    ends = _end_tokens(model, tokenizer) | ({end} if end is not None else set())
+    ends = end_tokens(model, tokenizer) | ({end} if end is not None else set())
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if isinstance(i, int)), 0)  # any id: it is masked
     stopped = _Stop(tokenizer, stop)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -256,7 +256,7 @@ def _with_soft_prompt(
     return {"inputs_embeds": torch.stack(rows)}, torch.stack(masks)
 
 
-def _end_tokens(model: Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_tokens(model: Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokenizer's and the model's: chat models end their turn with a token of their own."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]

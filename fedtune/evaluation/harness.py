@@ -31,6 +31,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from fedtune.data.control import tokens
+from fedtune.data.encode import encode_prompts
+from fedtune.data.examples import ASSISTANT, Turn
+from fedtune.data.marked import Marked
 from fedtune.errors import InputError
 from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.evaluation.generation import Sampling, generate
@@ -146,6 +149,7 @@ def score(env: EvalEnv, name: str) -> Outcome:
                 task_dict={"tasks": loaded.tasks, "groups": loaded.groups},
                 limit=env.settings.limit,
                 bootstrap_iters=0,  # intervals are ours, the same for all tasks
+                apply_chat_template=env.settings.harness_template,
             )
         except jinja2.UndefinedError as error:
             raise _other_fields(name, error) from error
@@ -241,6 +245,27 @@ class _Model(HFLM):
         whole = [*around[:before], *text, *around[before + len(inner) :]]
         return whole[-left_truncate_len:] if left_truncate_len else whole
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> Marked:
+        """What stands before an answer, in the run's template."""
+        turns = [Turn(turn["role"], turn["content"]) for turn in chat_history]
+        begun = turns.pop().content if turns[-1].role == ASSISTANT else ""  # the start of the answer itself
+        return self._env.conversation(turns) + Marked(begun)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The harness's name for it in its caches: none is used."""
+        return ""
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness; but in a template the context stays as it is, as in training."""
+        if not self._env.settings.harness_template:
+            found: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return found
+        (before,), _ = encode_prompts([_in_template(context)], self.tokenizer, max_length=None)
+        (after,) = tokens([continuation], self.tokenizer)
+        return before, after
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the harness, without a progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -299,7 +324,7 @@ class _Model(HFLM):
         for places in alike.values():
             wanted = normalize_gen_kwargs(requests[places[0]].args[1], self.max_gen_toks)
             tokens = env.max_new_tokens(wanted["max_gen_toks"])
-            prompts = [self.tok_encode(requests[place].args[0]) for place in places]
+            prompts = [self._prompt(requests[place].args[0]) for place in places]
             self.truncated += sum(len(prompt) > self.max_length - tokens for prompt in prompts)
             found = generate(
                 env.model,
@@ -311,16 +336,32 @@ class _Model(HFLM):
                 peaks=env.peaks,
                 stop=[text for text in wanted.get("until") or [] if text],
                 sampling=self._sampling(wanted, places),
+                end=env.end if env.settings.harness_template else None,
             )
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
         return answers
+
+    def _prompt(self, context: str) -> list[int]:
+        if not self._env.settings.harness_template:
+            return self.tok_encode(context)
+        (ids,), _ = encode_prompts([_in_template(context)], self.tokenizer, max_length=None)
+        return ids
 
     def _sampling(self, wanted: dict[str, Any], places: list[int]) -> Sampling | None:
         if not wanted.get("do_sample") or not wanted.get("temperature"):
             return None
         seeds = [self._env.draw_seed(0, place, 0) for place in places]
         return Sampling(float(wanted["temperature"]), float(wanted.get("top_p", 1.0)), seeds)
+
+
+def _in_template(context: str) -> Marked:
+    if isinstance(context, Marked):
+        return context
+    raise InputError(
+        "evaluation.harness_template is on, and this task puts its question together from parts, so that it "
+        "has no place in a template; leave that setting out for it"
+    )
 
 
 def plain_likelihoods(

@@ -49,7 +49,7 @@ class EvalSettings:
 
     Attributes:
         template: Prompt template, see `fedtune.data.templates`.
-        loss_on: "response" or "all": the tokens that the loss is the mean of.
+        loss_on: "response", "last" or "all": the tokens that the loss is the mean of.
         max_length: The most tokens of an example (loss) or a prompt (answers); a smaller context of the model
             goes before.
         max_new_tokens: The most tokens of an answer; None: what each task needs.
@@ -59,6 +59,8 @@ class EvalSettings:
         files: The local data file of each task that reads one.
         limit: The most examples of a task that brings its own; None: all.
         few_shot: Solved examples before each question of an lm-eval task; None: what the task says.
+        harness_template: Whether lm-eval tasks are asked in `template`: all that stands before an answer is
+            one question.
         samples: Answers drawn for one question where a task scores several (Pass@k).
         temperature: Of those draws; a single answer is greedy.
         top_p: Of those draws: the least set of likeliest tokens with this probability in sum.
@@ -82,6 +84,7 @@ class EvalSettings:
     files: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     few_shot: int | None = None
+    harness_template: bool = False
     samples: int = 1
     temperature: float = 0.8
     top_p: float = 1.0
@@ -250,7 +253,7 @@ class EvalEnv:
             peaks=self.peaks,
             stop=stop,
             sampling=sampling,
-            end=self._end,
+            end=self.end,
         )
         if sampling is None:
             return [[text] * samples for text in texts]
@@ -279,12 +282,12 @@ class EvalEnv:
             batch_size=self.settings.batch_size,
             memory=self.settings.memory,
             peaks=self.peaks,
-            end=self._end,
+            end=self.end,
         )
         return answers, shortened
 
     @cached_property
-    def _end(self) -> int | None:
+    def end(self) -> int | None:
         """The token with which answers end in the run's template."""
         return prompts_in(self.settings.template, self.tokenizer).end
 

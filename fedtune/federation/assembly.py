@@ -23,6 +23,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.prompts import prompts, record_of, template_notes, with_template
 from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
+from fedtune.evaluation.generation import end_tokens
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.encoding import Keys, describe, encode_for, template_of
@@ -204,6 +205,7 @@ class Assembly:
         template, tokenizer = template_of(self.config), self.loaded.tokenizer
         if template is not None:
             said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
+            said += _other_end(prompts(template, tokenizer).end, self.loaded)
         return said + _notes(self.config, self.room, self.counts)
 
     def tell(self, progress: Progress) -> None:
@@ -303,6 +305,18 @@ class Assembly:
         """Leaves a pooler frozen where the version that began the run in `path` did."""
         if "drawn" not in read_json(path / "environment.json")["model"]:
             mark_drawn(self.loaded.model, [])
+
+
+def _other_end(end: int | None, loaded: Loaded) -> list[str]:
+    """What to say where answers end with a token at which a server would not stop."""
+    known = end_tokens(loaded.model, loaded.tokenizer)
+    if end is None or end in known:
+        return []
+    names = [str(token) for token in loaded.tokenizer.convert_ids_to_tokens([end, *sorted(known)])]
+    return [
+        f"answers end with {names[0]}, and the model's own end is {', '.join(names[1:]) or 'none'}: a server "
+        f"has to be told to stop at {names[0]} (eos_token_id {end} in generation_config.json)"
+    ]
 
 
 def _notes(config: RunConfig, room: Room, counts: Mapping[str, Counts | None]) -> list[str]:
