@@ -39,13 +39,13 @@ def chat_formats() -> str:
     for name, form in FORMATS.items():
         made, example = form.tokenizer(), Example("Q2", "", "A2", "", TURNS)
         traits = prompts("chat", made).traits
-        item = encode_causal(
-            [example], made, template="chat", loss_on="response", max_length=4096
-        ).items[0]
+        item = encode_causal([example], made, template="chat", loss_on="response", max_length=4096).items[0]
         text, before = "", False
         for token, label in zip(item.input_ids, item.labels, strict=True):
             loss = label != IGNORED
-            text += ("⟦" if loss and not before else "⟧" if before and not loss else "") + made.decode([token])
+            text += ("⟦" if loss and not before else "⟧" if before and not loss else "") + made.decode(
+                [token]
+            )
             before = loss
         shown = (text + "⟧").replace("\n", "⏎").replace("|", "\\|")
         system = "yes" if traits.system else "before the next question"

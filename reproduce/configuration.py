@@ -61,7 +61,6 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Quantity.alpha": "of the Dirichlet draw of the sizes; 1.0 if neither this nor `fractions` is set",
     "Quantity.fractions": "each client's part of the examples; their sum is 1",
     "Holdout.fraction": "this part of the examples, at random",
-<<<<<<< HEAD
     "DataSettings.train": "`bundled`; a file, a folder, or a pattern as `parts/*.parquet`; a hub name, "
     "`owner/name:configuration@revision`; `clients`: a file of its own each; `objects`: given from Python",
     "DataSettings.fields": "our field names to the source's keys; dots lead into objects, braces make a "
@@ -69,13 +68,9 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
     "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "
     "(`file`), all (`train: clients`)",
-=======
-    "DataSettings.fields": "our field names to the source's keys; dots lead into nested objects; null: none "
-    "(`input` and `category` alone)",
     "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for the bundled "
     "model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
     "DataSettings.format": "what records are; `auto`: as the first one looks (chat.md)",
->>>>>>> conv
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
     "DataSettings.loss_on": "`response` (or `assistant`): on every answer; `last`: on a conversation's last; "
