@@ -21,7 +21,6 @@ from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.prompts import prompts, record_of, template_notes, with_template
-from fedtune.data.reading import skipped_notes
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import end_tokens
 from fedtune.federation.client_data import ClientData, cache_of
@@ -201,7 +200,7 @@ class Assembly:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
-        said = [*self.split.reading.said, *skipped_notes(self.split.reading.skipped)]
+        said = self.split.reading.notes
         template, tokenizer = template_of(self.config), self.loaded.tokenizer
         if template is not None:
             said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
