@@ -51,7 +51,7 @@ def chat_formats() -> str:
         system = "yes" if traits.system else "before the next question"
         rows.append([name, system, "yes" if traits.repeats else "joined", f"`{shown}`"])
     header = ["format", "a system's turn", "two turns of one role", "S, Q1, A1, Q2, A2"]
-    return table(header, rows, numbers=False)
+    return f"{len(rows)} formats:\n\n{table(header, rows, numbers=False)}"
 
 
 ENTRIES = {"chat-formats": Entry(chat_formats)}

@@ -68,8 +68,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "DataSettings.bad_rows": "what is done with rows that do not fit; skipped ones are counted and listed",
     "DataSettings.clients": "`files`: one a file of `train`; null: one a value (`by-field`), the file's "
     "(`file`), all (`train: clients`)",
-    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for the "
-    "bundled model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
+    "DataSettings.template": "`auto`: the tokenizer's chat template, `alpaca` without one, `plain` for "
+    "the bundled model; `chat`, a `.jinja` file, or a name of `fedtune ls templates` (chat.md)",
     "DataSettings.format": "what records are; `auto`: as the first one looks (chat.md)",
     "DataSettings.partition": "who gets which examples, one of the blocks below or your own (plugins.md)",
     "DataSettings.holdout": "what is held out; for the bundled data `{source: bundled}`, its test part",
@@ -93,7 +93,7 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Training.batch_size": "examples a batch; rows with data.batching: packed",
     "Training.optimizer": "rebuilt for each client and round",
     "Training.lr": "learning rate at the first step of a round",
-    "Training.lr_schedule": "`linear`: falls to 0 over the round's steps, no warm-up",
+    "Training.lr_schedule": "how the rate falls behind the warm-up: `linear` or `cosine` to 0, or not",
     "Training.weight_decay": "decoupled with `adamw`, added to the gradient with `sgd`",
     "Training.max_grad_norm": "gradients of a larger norm are scaled down to it",
     "Lora.rank": "columns of B",

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune.models.tuning import attach_adapter, attach_lora, attach_p_tuning, attach_prompt
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import attach_adapter, attach_p_tuning, attach_prompt
 
 VOCABULARY = 48
 

@@ -74,6 +74,30 @@ FORMS: dict[str, dict[str, Form]] = {
         "lora-dropout": Form({**LORA, **TWO, "lora": {"rank": 2, "dropout": 0.5}}),
         "lora-bfloat16": Form({**LORA, **TWO}, dtype="bfloat16"),
         "lora-classifier": Form({**LORA, **TWO}, family="roberta"),
+        "lora-dora-rslora": Form({**LORA, **TWO, "lora": {"rank": 2, "use_dora": True, "use_rslora": True}}),
+        "lora-pissa": Form({**LORA, **TWO, "lora": {"rank": 2, "init": "pissa"}}),
+        "freeze-a-olora-bfloat16": Form(
+            {**LORA, **TWO, "aggregation": "freeze-a", "lora": {"rank": 2, "init": "olora"}}, dtype="bfloat16"
+        ),
+        "lora-biases-whole": Form(
+            {**LORA, **TWO, "lora": {"rank": 2, "bias": "all", "modules_to_save": ["ln_f"]}}, family="gpt2"
+        ),
+        "lora-its-biases-classifier": Form(
+            {**LORA, **TWO, "lora": {"rank": 2, "bias": "lora_only", "use_dora": True}}, family="roberta"
+        ),
+        "lora-all-linear": Form(
+            {**LORA, **TWO, "lora": {"rank": 2, "targets": "all-linear"}}, family="bloom"
+        ),
+        "ia3": Form({**STEPS, **TWO, "trainable": "ia3"}),
+        "ia3-classifier-bfloat16": Form(
+            {**STEPS, **TWO, "trainable": "ia3"}, family="roberta", dtype="bfloat16"
+        ),
+        "prefix": Form({**STEPS, **TWO, "trainable": "prefix", "prefix": {"tokens": 3}}),
+        "prefix-bfloat16": Form(
+            {**STEPS, **TWO, "trainable": "prefix", "prefix": {"tokens": 2}},
+            family="gemma3",
+            dtype="bfloat16",
+        ),
         "adapter": Form({**STEPS, **TWO, "trainable": "adapter", "adapter": {"size": 3}}),
         "prompt": Form({**STEPS, **TWO, "trainable": "prompt", "prompt": {"tokens": 3}}),
         "p-tuning": Form({**STEPS, **TWO, "trainable": "p-tuning", "p_tuning": {"tokens": 3, "hidden": 6}}),
@@ -88,6 +112,10 @@ FORMS: dict[str, dict[str, Form]] = {
         "freeze-a": Form({**LORA, **TWO, "aggregation": "freeze-a"}),
         "stack": Form({**LORA, "rounds": 3, "aggregation": "stack"}),
         "stack-classifier": Form({**LORA, **TWO, "aggregation": "stack"}, family="roberta"),
+        "stack-biases-rslora": Form(
+            {**LORA, **TWO, "aggregation": "stack", "lora": {"rank": 2, "bias": "all", "use_rslora": True}},
+            family="gpt2",
+        ),
         "stack-dense": Form({**LORA, **TWO, "aggregation": "stack", "lora": {"rank": 8}}),
         "unlike-ranks": Form({**LORA, **TWO, "lora": {"rank": 3, "client_ranks": [1, 3]}}),
         "stack-unlike-ranks": Form(

@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from fedtune.models.lora import attach_lora
 from fedtune.models.tuning import (
     attach_adapter,
-    attach_lora,
     attach_p_tuning,
     attach_prompt,
     train_all,

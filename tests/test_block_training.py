@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from toy import Bench
 
 from fedtune.core.seeds import derive_seed, torch_generator
+from fedtune.core.state import from_payload, to_payload
+from fedtune.core.types import Payload
 from fedtune.data.batches import collate, epoch_batches
 from fedtune.data.encoded import Encoded
 from fedtune.measure.memory import MemoryMeter
@@ -73,9 +75,9 @@ def test_a_bfloat16_model_moves_at_a_small_rate(monkeypatch: pytest.MonkeyPatch)
     wide, wide_once, wide_twice = small_rate(monkeypatch, torch.float32, give)
     assert steps[0] == len(taken) and all(torch.equal(narrow[n].float(), wide[n]) for n in wide)
     for state in (narrow_once, narrow_twice):
-        assert state.masters.keys() == narrow.keys()
-        assert all(torch.equal(m.bfloat16(), state.weights[n]) for n, m in state.masters.items())
-    assert all(torch.equal(master, wide_once.weights[n]) for n, master in narrow_once.masters.items())
+        assert state.weights.keys() == narrow.keys()
+        assert all(weight.dtype == torch.float32 for weight in state.weights.values())
+    assert all(torch.equal(weight, wide_once.weights[n]) for n, weight in narrow_once.weights.items())
     assert moved(narrow, narrow_once.weights) == moved(wide, wide_once.weights) > 0
     # a second visit takes up what the first had not moved far enough to show
     assert moved(narrow, narrow_twice.weights) > moved(narrow, narrow_once.weights)
@@ -203,3 +205,21 @@ def test_badam_refuses_an_interval_under_one_and_takes_every_order() -> None:
         central.round(1)
         ends[order] = changed_parts(start, central.state.trained)
     assert ends == {"ascending": {"0"}, "descending": {"2"}, "random": {turn("012", "random", 1, 0, 0)[0]}}
+
+
+def test_a_state_holds_each_weight_once_and_reads_one_that_held_some_twice() -> None:
+    """As earlier checkpoints did: rounded to the model's dtype, and in float32 beside it."""
+    exact = torch.tensor([1.001, -2.0])
+    old = Payload(
+        {
+            "weights/0:w": exact.bfloat16(),
+            "weights/1:w": torch.ones(3, dtype=torch.bfloat16),
+            "masters/0:w": exact,
+        },
+        {"turns": 1, "missed": 0, "versions/0": 1},
+    )
+    state = from_payload(State, old)
+    assert torch.equal(state.weights["0:w"], exact) and state.versions == {"0": 1}
+    kept = to_payload(state)
+    assert sorted(kept.tensors) == ["weights/0:w", "weights/1:w"]
+    assert kept.nbytes - old.nbytes == -2 * 2  # two bfloat16 numbers less

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_formats import FORMATS
@@ -165,6 +167,54 @@ def test_turns_of_one_role_are_joined_where_roles_take_turns() -> None:
     assert shown(free, encoded(free, welcome)).startswith("<|assistant|>\n⟦Hi</s>⟧")
 
 
+CALLING = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function | tojson }}#{{ c.id }}{% endfor %}{{ '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def calling(name: str = "f", identity: str = "1", **arguments: Any) -> list[Turn]:
+    call = {"type": "function", "id": identity, "function": {"name": name, "arguments": arguments}}
+    return [
+        Turn("user", "Q"),
+        Turn("assistant", "", json.dumps({"tool_calls": [call]})),
+        Turn("tool", "r"),
+        Turn("assistant", "A"),
+    ]
+
+
+def test_calls_of_tools_are_answers_and_what_is_in_them_is_text() -> None:
+    made = FORMATS["Zephyr"].tokenizer()
+    made.chat_template = CALLING
+    for turns, said in (
+        (calling(x=1), '{"name": "f", "arguments": {"x": 1}}#1'),
+        (calling(), '{"name": "f", "arguments": {}}#1'),
+        (calling(x='"\\ </s>'), '{"name": "f", "arguments": {"x": "\\"\\\\ </s>"}}#1'),
+        (calling("</s>", x="y"), '{"name": "</s>", "arguments": {"x": "y"}}#1'),
+    ):
+        item = encoded(made, turns)
+        assert shown(made, item) == (
+            f"<|user|>\nQ</s>\n<|assistant|>\n⟦{said}</s>⟧\n<|tool|>\nr</s>\n<|assistant|>\n⟦A</s>⟧"
+        )
+        assert item.input_ids.count(made.eos_token_id) == 4
+    for turns in (calling(identity="</s>"), calling(**{"</s>": 1})):
+        with pytest.raises(
+            InputError, match=r"the conversation that begins 'Q': a tool, or a call of one, has a"
+        ):
+            encoded(made, turns)
+
+
+def test_a_system_turn_anywhere_is_kept() -> None:
+    made = FORMATS["Gemma 2"].tokenizer()
+    late = [*QUESTIONS[:3], Turn("system", "S"), QUESTIONS[3]]
+    assert "user\nQ2<end_of_turn>\n<start_of_turn>user\nS<end_of_turn>\n<start_of_turn>model\n⟦A2" in shown(
+        made, encoded(made, late)
+    )
+    strict = FORMATS["Mistral v3"].tokenizer()
+    assert shown(strict, encoded(strict, late)).endswith("[INST] Q2\n\nS[/INST]⟦ A2</s>⟧")
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -207,7 +257,7 @@ REAL = ["tokenizers/llama2-32k", "tokenizers/gpt2", "stories260K-hf"]
 
 @pytest.mark.parametrize("name", REAL)
 def test_with_tokenizers_that_models_have(name: str) -> None:
-    """Some put a blank before a text, some merge line feeds: a prompt has the tokens that a server gives it."""
+    """Some put a blank before a text, some merge line feeds: a prompt has a server's tokens."""
     folder = Path(__file__).parents[2] / "shared/models" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,24 @@ def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: 
     }
     served = AutoTokenizer.from_pretrained(run.path / "final")
     assert served.chat_template == ZEPHYR.template
-    # the loss is that of all answers' tokens, as a plain encoder has them
-    turns = [Turn(turn["role"], turn["content"]) for turn in TALKS[0]["messages"]]
-    item = encode_causal(
-        [Example("", turns=tuple(turns))], served, template="chat", loss_on="response", max_length=128
-    ).items[0]
-    assert run.rounds[0]["eval"]["loss"]["tokens"] == 2 * item.trained
+    # the loss is that of all answers' tokens, as a plain encoder has them and transformers takes it
+    model, sums = LlamaForCausalLM.from_pretrained(folder), []
+    for talk in TALKS:
+        turns = tuple(Turn(turn["role"], turn["content"]) for turn in talk["messages"])
+        how: dict[str, Any] = {"template": "chat", "loss_on": "response", "max_length": 128}
+        item = encode_causal([Example("", turns=turns)], served, **how).items[0]
+        text = "".join(f"<|{turn.role}|>\n{turn.content}</s>\n" for turn in turns)
+        ids = torch.tensor([item.input_ids])
+        assert served.decode(item.input_ids) == text.removesuffix("\n")
+        with torch.no_grad():
+            loss = float(model(input_ids=ids, labels=torch.tensor([item.labels])).loss)
+        sums.append((loss * item.trained, item.trained))
+    scored = run.rounds[0]["eval"]["loss"]
+    assert scored["tokens"] == 2 * sums[0][1]
+    assert any(
+        scored["loss"] == pytest.approx((one[0] + other[0]) / (one[1] + other[1]), rel=1e-5)
+        for one, other in combinations(sums, 2)
+    )
     # only another template is spoken of
     scores = fedtune.evaluate(run, ["loss"])
     assert "template" not in scores
@@ -93,7 +106,15 @@ def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: 
     assert other["template"].startswith(
         "data.template is alpaca, and the model's own chat template is another"
     )
-    assert isinstance(run.generate(["Q1"], max_new_tokens=2)[0], str)
+    talk = TALKS[0]["messages"]
+    asked = run.generate(["Q1", {"messages": talk[1:2]}, {"messages": talk[:4]}], max_new_tokens=2)
+    assert (
+        len(asked) == 3
+        and talk[1]["content"] == "Q0"
+        and asked[1] == run.generate(["Q0"], max_new_tokens=2)[0]
+    )
+    with pytest.raises(InputError, match=r'prompt 0: "messages", turn 1: "role" must say who speaks'):
+        run.generate([{"messages": [{"role": "me", "content": "Q"}]}])
     assert fedtune.open(run.path).resume(progress=False).status == "done"
     # as whole models both say in which template they were tuned
     merged = run.export(tmp_path / "merged", merge=True)[0]
@@ -152,6 +173,20 @@ def test_an_end_at_which_no_server_stops_is_said(tmp_path: Path) -> None:
         for note in notes
         if note.startswith("answers end with <end_of_turn>, and the model's own end is <eos>: a")
     ]
+
+
+def test_names_of_templates() -> None:
+    assert [row["name"] for row in fedtune.available("templates")][:4] == ["auto", "chat", "alpaca", "plain"]
+    with pytest.raises(
+        InputError, match=r"'chatt' is not known.*auto, chat and files that end in \.jinja are"
+    ):
+        fedtune.load({"data": {"template": "chatt"}, "method": {"name": "fedavg"}})
+    with pytest.raises(InputError, match="the template name 'auto' is taken"):
+        fedtune.register_template("auto", summary="mine")
+    assert (
+        fedtune.load({"data": {"loss_on": "assistant"}, "method": {"name": "fedavg"}}).data.loss_on
+        == "response"
+    )
 
 
 def test_a_damaged_file_of_a_template_is_one_sentence(folder: Path, tmp_path: Path) -> None:

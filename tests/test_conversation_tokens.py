@@ -11,13 +11,15 @@ from chat_formats import FORMATS
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.control import piece_tokens, tokens
-from fedtune.data.encode import encode_causal, encode_prompts, prompt_text
+from fedtune.data.encode import encode_asked, encode_causal, encode_prompts, prompt_text
 from fedtune.data.encoded import IGNORED, Counts, Encoded
 from fedtune.data.examples import Example, Turn
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import other_template, prompts, record_of, template_notes, with_template
 from fedtune.data.spelled import Spelled
+from fedtune.data.templates import register_template
 from fedtune.errors import InputError
+from fedtune.registry import forgotten_afterwards
 
 ZEPHYR = FORMATS["Zephyr"]
 
@@ -67,6 +69,28 @@ def test_only_a_single_exchange_is_cut_inside() -> None:
     found = encoded(said, made=made, max_length=20)
     assert text(made, found.items[0]) == "nt|>\n" + "B" * 15  # a quarter is of the prompt
     assert found.counts == Counts(examples=1, cut=1, turns=2, without_eos=1)
+
+
+def test_a_prompt_loses_the_exchanges_that_training_loses() -> None:
+    made, said = ZEPHYR.tokenizer(), talk(("Q", "A"), ("R", "B"), ("T", "C"), system="S")
+    plain = Example("Q" * 30, "", "A")
+    how: dict[str, Any] = {"template": "chat"}
+    for most, first in ((98, "Q"), (97, "R"), (69, "R"), (68, "T"), (40, "T")):
+        (ids, other), cut = encode_asked([said, plain], made, max_length=most, **how)
+        assert str(made.decode(ids)).startswith(f"<|system|>\nS</s>\n<|user|>\n{first}</s>"), most
+        item = encoded(said, made=made, max_length=most + 2).items[0]
+        assert item.input_ids[: len(ids)] == tuple(ids)  # behind it "C" and the end token
+        assert len(other) == min(most, 55) and cut == (most < 98) + (most < 55)
+
+
+def test_a_begin_token_is_never_there_twice() -> None:
+    made = ZEPHYR.tokenizer()
+    with forgotten_afterwards():
+        register_template("begins", summary="writes its own")(lambda example: f"<s>{example.instruction}")
+        (item,) = encoded(Example("Q", "", "A"), made=made, template="begins").items
+        assert text(made, item) == "<s>QA</s>"
+        (ids,), _ = encode_prompts([prompt_text(Example("Q"), "begins", made)], made, max_length=None)
+        assert made.decode(ids) == "<s>Q"
 
 
 def test_the_other_ways_with_what_is_too_long() -> None:

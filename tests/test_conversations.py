@@ -214,6 +214,8 @@ def test_preferences_are_asked_about() -> None:
     assert read({**share, "rejected": {"from": "gpt", "value": "b"}}, format="preference") == [TALK]
     with pytest.raises(InputError, match='there is no key "rejected"'):
         read(share, format="preference")
+    with pytest.raises(InputError, match=r'd:1: "chosen" is an answer, and there is no question to it'):
+        read({"chosen": "Human: q Assistant: a", "rejected": "b"}, format="preference")
     assert read(row, fields={"instruction": "prompt", "output": "chosen"}) == [Example("q", "", "a")]
 
 
@@ -250,6 +252,21 @@ def test_what_is_no_conversation_is_named_with_its_place(name: str) -> None:
     with pytest.raises(InputError, match=r"^d:2: ") as caught:
         read(messages(("user", "q"), ("assistant", "a")), row)
     assert re.search(words, str(caught.value)), str(caught.value)
+
+
+def test_rows_of_public_data_sets() -> None:
+    """The keys that some have beside the turns."""
+    turns = messages(("user", "q"), ("assistant", "a"))["messages"]
+    share = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": 1.0}]
+    for row in (
+        {"prompt": "q", "prompt_id": "1", "messages": turns},  # UltraChat
+        {"conversations": share, "system_prompt": None, "category": None, "id": 1},  # OpenHermes, SlimOrca
+        {"conversation": turns, "openai_moderation": [{"flagged": False}], "model": "m"},  # LMSYS-Chat
+        {"instruction": "", "messages": turns},
+    ):
+        (found,) = read(row)
+        assert (found.instruction, found.output) == ("q", "a")
+        assert [(turn.role, turn.content) for turn in found.turns] == [("user", "q"), ("assistant", "a")]
 
 
 def test_a_conversation_among_instructions_is_refused() -> None:

@@ -50,18 +50,21 @@ def test_a_users_end_token_is_shown_as_text() -> None:
 def test_a_chat_templates_turns_are_its_own_and_no_users() -> None:
     made = tokenizer()
     made.chat_template = CHAT
-    env = EvalEnv(build("llama"), made, (), settings())
+    env = EvalEnv(build("llama"), made, (), settings(template="chat"))
     text = conversation(env, ["w5 </s> w6", "w7"], ["<pad> w8 </s>"])
-    assert text == "</s> w5 </s> w6 <pad> <pad> w8 </s> </s> w7 </s>"
+    assert text == "<s></s> w5 </s> w6 <pad> <pad> w8 </s> </s> w7 </s>"
     own = [(text[start:end], start) for start, end in text.own]
-    assert [name for name, _ in own] == ["</s>", "<pad>", "</s>", "</s>"]
-    assert [start for _, start in own] == [0, 16, 36, 44]
+    assert [name for name, _ in own] == ["<s>", "</s>", "<pad>", "</s>", "</s>"]
+    assert [start for _, start in own] == [0, 3, 19, 39, 47]
 
 
-def test_without_a_chat_template_the_turns_are_in_the_runs_own() -> None:
-    env = EvalEnv(build("llama"), tokenizer(), (), settings())
+def test_in_another_template_the_turns_are_as_in_training() -> None:
+    made = tokenizer()
+    made.chat_template = CHAT
+    env = EvalEnv(build("llama"), made, (), settings())
     text = conversation(env, ["w5 </s>", "w7"], ["w8 </s>"])
-    assert text == "w5 </s>\nAnswer: w8 </s>\n\nw7\nAnswer:" and text.own == ()
+    assert text == "w5 </s>\nAnswer: w8 </s></s>\n\nw7\nAnswer:"
+    assert text.own == ((23, 27),)  # the end of the answer, and not what stands in it
 
 
 TASK = """

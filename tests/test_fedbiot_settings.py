@@ -120,7 +120,7 @@ def test_settings_that_never_go(settings: dict[str, Any], says: str) -> None:
 def test_defaults_are_the_papers_but_for_the_alignments_weights() -> None:
     config = registry.config_class("fedbiot").model_validate({})
     assert (config.local_steps, config.batch_size, config.betas) == (30, 10, [0.9, 0.95])
-    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, None)
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, "auto")
     assert (config.alignment.steps_before, config.alignment.steps, config.alignment.form) == (
         500,
         10,

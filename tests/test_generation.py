@@ -29,7 +29,8 @@ from fedtune.bench.generation import measure
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import Sampling, evaluating, generate, generate_ids
 from fedtune.models.context import context_length
-from fedtune.models.tuning import attach_lora, attach_prompt
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import attach_prompt
 
 
 def some_prompts(count: int = 13) -> list[list[int]]:

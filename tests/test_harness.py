@@ -24,7 +24,8 @@ from fedtune.evaluation.harness_names import known_names
 from fedtune.evaluation.registry import check_tasks
 from fedtune.evaluation.tasks import evaluate, score, scorer
 from fedtune.evaluation.types import EvalSettings
-from fedtune.models.tuning import attach_adapter, attach_lora, attach_p_tuning, attach_prompt
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import attach_adapter, attach_p_tuning, attach_prompt
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 

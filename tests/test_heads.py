@@ -27,8 +27,9 @@ from fedtune.methods.fedcybgd.method import FedCyBGD
 from fedtune.methods.fedcybgd.settings import BAdamConfig, Config
 from fedtune.models.heads import drawn_modules, head_modules
 from fedtune.models.load import load_model, meta_model
+from fedtune.models.lora import attach_lora
 from fedtune.models.save import load_result, save_result
-from fedtune.models.tuning import attach_lora, trainable
+from fedtune.models.tuning import trainable
 from fedtune.planning.plan import plan
 
 HIDDEN = {**COMMON, "num_hidden_layers": 4}

@@ -27,8 +27,9 @@ from transformers import (
 
 from fedtune.models import just_in_time, openmp
 from fedtune.models.just_in_time import JustInTimeWeights
+from fedtune.models.lora import attach_lora
 from fedtune.models.openmp import team
-from fedtune.models.tuning import attach_lora, train_all, trainable
+from fedtune.models.tuning import train_all, trainable
 
 
 @pytest.fixture

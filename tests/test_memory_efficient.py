@@ -19,8 +19,8 @@ from fedtune.methods.fedcybgd import settings as fedcybgd
 from fedtune.models import memory_efficient as memory
 from fedtune.models.blocks import find_blocks
 from fedtune.models.lean_loss import batch_loss
+from fedtune.models.lora import attach_lora
 from fedtune.models.memory_efficient import computed_again, memory_efficient, release_memory, resolved
-from fedtune.models.tuning import attach_lora
 
 
 def gradients(family: str, how: str, dtype: torch.dtype, is_lean: bool) -> tuple[Tensor, dict[str, Tensor]]:

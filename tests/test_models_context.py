@@ -11,7 +11,8 @@ import transformers
 from model_families import FAMILIES, build
 
 from fedtune.models.context import context_length, positions
-from fedtune.models.tuning import attach_lora, attach_p_tuning, attach_prompt
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import attach_p_tuning, attach_prompt
 
 ROPE = {"rope_theta": 10_000.0}
 

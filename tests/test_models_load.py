@@ -10,9 +10,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from model_families import DECODERS, FAMILIES, build, edit_json, save_folder, tokenizer
+from model_families import DECODERS, FAMILIES, batch, build, edit_json, save_folder, tokenizer
 from safetensors.torch import load_file, save_file
 
+from fedtune.config.model import ModelSettings
 from fedtune.errors import InputError
 from fedtune.models import folders
 from fedtune.models.load import load_model, load_tokenizer, meta_model, quiet
@@ -122,15 +123,34 @@ def test_sharded_weights(folder, tmp_path):
         load_model("shards", **PRETRAINED, base=tmp_path)
 
 
-def test_a_missing_pad_token_becomes_the_end_token(folder, tmp_path):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["pad_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+def without(file, *keys):
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in about.items() if key not in keys}))
+
+
+def test_a_missing_pad_token_is_the_models_or_the_end_token(folder, tmp_path):
+    without(folder / "tokenizer_config.json", "pad_token")
+    assert load_tokenizer("model", tmp_path).pad_token == "<pad>"  # number 0 of both files
+    without(folder / "generation_config.json", "pad_token_id")
+    assert load_tokenizer("model", tmp_path).pad_token == "<pad>"
+    without(folder / "config.json", "pad_token_id")
     loaded = load_model("model", **PRETRAINED, base=tmp_path)
     assert loaded.tokenizer.pad_token == "</s>"
     assert loaded.model.generation_config.pad_token_id == 2
-    del config["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_missing_end_token_is_the_first_that_the_models_files_name(folder, tmp_path):
+    without(folder / "tokenizer_config.json", "pad_token", "eos_token")
+    edit_json(folder / "generation_config.json", eos_token_id=[9, 2], pad_token_id=None)
+    tokenizer = load_tokenizer("model", tmp_path)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("w9", "<pad>")
+    without(folder / "generation_config.json", "eos_token_id", "pad_token_id")
+    edit_json(folder / "config.json", eos_token_id=2, pad_token_id=-1)
+    tokenizer = load_tokenizer("model", tmp_path)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+    edit_json(folder / "config.json", eos_token_id=None, text_config={"eos_token_id": 5})
+    assert load_tokenizer("model", tmp_path).eos_token == "w5"
+    without(folder / "config.json", "eos_token_id", "pad_token_id", "text_config")
     with pytest.raises(InputError, match="neither a pad nor an eos"):
         load_tokenizer("model", tmp_path)
 
@@ -307,8 +327,9 @@ def test_a_hub_model_is_asked_for_without_subfolders_and_second_copies(folder, t
     load_tokenizer("owner/model", tmp_path)
     text, ignored = ["*.json", "*.model", "*.txt"], ["*/*", "consolidated*"]
     assert {name for name, _ in asked} == {"owner/model"}
-    assert {"allow_patterns": [*text, "*.safetensors"], "ignore_patterns": ignored} in [p for _, p in asked]
-    assert asked[-1][1] == {"allow_patterns": text, "ignore_patterns": ignored}
+    common = {"revision": None, "ignore_patterns": ignored}
+    assert {**common, "allow_patterns": [*text, "*.safetensors"]} in [p for _, p in asked]
+    assert asked[-1][1] == {**common, "allow_patterns": text}
 
 
 @pytest.mark.parametrize("bars", [True, False])
@@ -372,3 +393,38 @@ def test_every_file_beside_the_weights_that_loading_reads_has_a_digest(tmp_path)
     found = folders.settings_sha256(tmp_path)
     assert set(found) == {*names, "additional_chat_templates/tools.jinja"}
     assert found["config.json"] == hashlib.sha256(b"config.json").hexdigest()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_implementation_of_attention_is_taken(folder, tmp_path, attention):
+    loaded = load_model("model", **PRETRAINED, base=tmp_path, attention=attention)
+    planned = meta_model("model", base=tmp_path, attention=attention)
+    for model in (loaded.model, planned):
+        assert model.config._attn_implementation == attention
+    plain = load_model("model", **PRETRAINED, base=tmp_path)
+    torch.testing.assert_close(loaded.model(**batch("llama")).logits, plain.model(**batch("llama")).logits)
+
+
+def test_flash_attention_says_what_is_missing(folder, tmp_path):
+    refused(
+        "flash_attention_2 needs the package flash-attn and .*model.dtype: bfloat16 or float16; set",
+        tmp_path,
+        attention="flash_attention_2",
+    )
+    refused('model.attention must be one of auto, sdpa, .* got "flash"', tmp_path, attention="flash")
+
+
+def test_a_revision_is_asked_of_the_hub(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, **patterns):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(folders, "snapshot_download", download)
+    settings = ModelSettings(name="owner/model", revision="v1.0")
+    loaded = load_model(settings.place, **PRETRAINED, base=tmp_path)
+    assert set(asked) == {("owner/model", "v1.0")} and loaded.name == "owner/model@v1.0"
+    for name in ("bundled", str(folder)):
+        with pytest.raises(ValueError, match=r"v1\.0 is of a hub model, and name: .* is on this machine"):
+            ModelSettings(name=name, revision="v1.0")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.errors import InputError
 from fedtune.models.load import load_model
+from fedtune.models.lora import attach_lora
 from fedtune.models.save import load_result, save_result
-from fedtune.models.tuning import attach_adapter, attach_lora
+from fedtune.models.tuning import attach_adapter
 
 
 def loader(tmp_path, family, dtype):
@@ -155,7 +156,7 @@ def test_only_lora_merges(tmp_path, how):
     save_folder(tmp_path / "base")
     loaded = loader(tmp_path, "llama", torch.float32)("base")
     model = ATTACH[how](loaded.model, 0)
-    with pytest.raises(InputError, match="--merge is for LoRA"):
+    with pytest.raises(InputError, match="--merge is for LoRA and IA3"):
         save_result(model, loaded.tokenizer, tmp_path / "result", merge=True)
     assert not (tmp_path / "result").exists()
 

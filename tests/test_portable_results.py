@@ -155,7 +155,7 @@ def test_classes_are_read_in_the_order_of_the_outputs(
 def test_a_target_has_its_place_in_the_list_whatever_the_run(tmp_path: Path) -> None:
     save_folder(tmp_path / "base")
     base = loaded(tmp_path / "base", "causal-lm")
-    from fedtune.models.tuning import attach_lora
+    from fedtune.models.lora import attach_lora
 
     targets = ["v_proj", "up_proj", "q_proj", "down_proj", "k_proj", "o_proj", "gate_proj"]
     model = attach_lora(base.model, rank=2, alpha=4, dropout=0.0, targets=targets, seed=0)

@@ -24,8 +24,10 @@ def test_the_oldest_python_and_those_after_it_have_a_file() -> None:
 def test_what_pyproject_requires_is_there_and_within_its_bounds(file: Path) -> None:
     versions = SCRIPT["read_lock"](file.read_text())
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    required = [Requirement(line) for group in (project["dependencies"], *extras) for line in group]
+    extras = dict(project["optional-dependencies"])
+    (everything,) = map(Requirement, extras.pop("all"))
+    assert (everything.name, everything.extras) == ("fedtune", extras.keys() - {"dev"})
+    required = [Requirement(line) for group in (project["dependencies"], *extras.values()) for line in group]
     assert len(required) > 20
     for requirement in required:
         version = versions[SCRIPT["normal"](requirement.name)]

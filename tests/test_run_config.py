@@ -124,6 +124,8 @@ FIELDS: Table = {
     "method.optimizer": ("sgd", {}),
     "method.lr": (0.02, {}),
     "method.lr_schedule": ("constant", {}),
+    "method.lr_warmup": (0.5, {}),
+    "method.lr_over": ("run", TWO),
     "method.weight_decay": (0.5, {}),
     "method.momentum": (0.9, SGD),
     "method.betas": ([0.5, 0.6], {}),
@@ -135,6 +137,11 @@ FIELDS: Table = {
     "method.lora.dropout": (0.5, {}),
     "method.lora.targets": (["k_proj"], {}),
     "method.lora.client_ranks": ([1, 2], {}),
+    "method.lora.use_dora": (True, {}),
+    "method.lora.use_rslora": (True, {}),
+    "method.lora.init": ("pissa", {}),
+    "method.lora.bias": ("all", {}),
+    "method.lora.modules_to_save": (["norm"], {}),
     "method.adapter.size": (5, {"method.trainable": "adapter"}),
     "method.prompt.tokens": (3, {"method.trainable": "prompt"}),
     "method.p_tuning.tokens": (
@@ -145,6 +152,8 @@ FIELDS: Table = {
         6,
         {"method.trainable": "p-tuning", "method.p_tuning": {"tokens": 2, "hidden": 4}},
     ),
+    "method.ia3.targets": (["k_proj"], {"method.trainable": "ia3"}),
+    "method.prefix.tokens": (3, {"method.trainable": "prefix"}),
     "method.server_optimizer.name": ("momentum", TWO),
     "method.server_optimizer.lr": (0.5, {}),
     "method.server_optimizer.momentum": (0.2, ADAM),
@@ -189,6 +198,9 @@ ALONG: dict[str, dict[str, Any]] = {
 MAY_STOP = {"model.device", "federation.quorum", "data.partition.rest"}
 
 ELSEWHERE = {  # these need compilers, a server or a method with data of its own, which their own tests have
+    "model.quantization",  # test_quantized_runs.py
+    *("model.attention", "model.revision"),  # test_models_load.py
+    "model.adapter",  # test_continuing.py
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py

@@ -20,7 +20,7 @@ from fedtune.data.encoded import Encoded
 from fedtune.methods.fedcybgd.badam import BAdam
 from fedtune.methods.fedcybgd.order import turn
 from fedtune.methods.fedcybgd.settings import BAdamConfig
-from fedtune.models.tuning import attach_lora
+from fedtune.models.lora import attach_lora
 
 SEED = 5
 AGAIN = {

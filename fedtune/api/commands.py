@@ -25,7 +25,8 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
     """A configuration, checked as a whole.
 
     Args:
-        source: A YAML file, the same as a dictionary, or a configuration.
+        source: A YAML file, the name of one that comes with fedtune ("demo"), the same as a dictionary, or a
+            configuration.
         overrides: `key=value` with dotted keys, as on the command line: "method.lr=1e-4".
 
     Returns:
@@ -37,6 +38,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
     """
     from fedtune.config.file import apply_overrides, parse_config
     from fedtune.config.schema import RunConfig
+    from fedtune.config.shipped import find
     from fedtune.config.yaml_text import read_yaml
     from fedtune.methods import registry
 
@@ -47,7 +49,7 @@ def load(source: RunConfig | str | Path | Mapping[str, Any], *overrides: str) ->
     elif isinstance(source, Mapping):
         document, name = plain(source), "the configuration"
     elif isinstance(source, str | Path):
-        document, name = read_yaml(Path(source)), str(source)
+        document, name = read_yaml(find(Path(source))), str(source)
     else:
         raise InputError(
             f"a configuration is a YAML file's path, a dictionary or what fedtune.load gave; "
@@ -236,7 +238,7 @@ def available(what: str) -> list[dict[str, str]]:
     """What there is to name in a configuration.
 
     Args:
-        what: methods, partitioners, tasks, templates or models.
+        what: methods, partitioners, tasks, templates, models, or configs, which come with fedtune.
 
     Returns:
         Of each its `name`, a `summary`, and its `origin`: fedtune, a package, a file, or this process.
@@ -244,8 +246,9 @@ def available(what: str) -> list[dict[str, str]]:
     Raises:
         InputError: There is no such list.
     """
+    from fedtune.config import shipped
+    from fedtune.data import templates
     from fedtune.data.partition import PARTITIONERS
-    from fedtune.data.templates import TEMPLATES
     from fedtune.evaluation.registry import TASKS
     from fedtune.methods.registry import METHODS
     from fedtune.models.names import listing
@@ -254,8 +257,9 @@ def available(what: str) -> list[dict[str, str]]:
         "methods": METHODS.listing,
         "partitioners": PARTITIONERS.listing,
         "tasks": TASKS.listing,
-        "templates": TEMPLATES.listing,
+        "templates": templates.listing,
         "models": listing,
+        "configs": shipped.listing,
     }
     if what not in lists:
         raise InputError(f"there are {', '.join(lists)} to list; got {what!r}")

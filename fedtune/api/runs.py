@@ -104,7 +104,7 @@ class Run:
 
     def generate(
         self,
-        prompts: Sequence[str | Mapping[str, str]],
+        prompts: Sequence[str | Mapping[str, Any]],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -115,7 +115,8 @@ class Run:
         """The result's answers, in the template that it was tuned in; of a classifier the class.
 
         Args:
-            prompts: Instructions; or dictionaries with `instruction` and `input`.
+            prompts: Instructions; or dictionaries with `instruction` and `input`, or with `messages`, the
+                turns of a conversation.
             max_new_tokens: The most tokens of an answer; None: the configuration's, else 64.
             temperature: 0: the likeliest token each time; else drawn.
             top_p: Of draws: the least set of likeliest tokens with this probability in sum.
@@ -138,18 +139,36 @@ class Run:
             seed=seed,
         )
 
-    def resume(self, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
+    def resume(
+        self,
+        *,
+        rounds: int | None = None,
+        callbacks: Sequence[Callback | Any] = (),
+        progress: bool = True,
+    ) -> Run:
         """Continues the run where it was cut, with the bits of one that never was; a finished one stays.
 
+        Args:
+            rounds: How many rounds it is to have in all, more than it had; None: as many as it has. It ends
+                with the bits of a run that had so many from the start.
+            callbacks: As of `fedtune.run`.
+            progress: As of `fedtune.run`.
+
         Raises:
-            InputError: Model or data are not those that it began with.
+            InputError: Model or data are not those that it began with, or it cannot have so many rounds.
             FederationError: As `fedtune.run`.
         """
+        from fedtune.config.file import parse_config
         from fedtune.federation.claim import claimed
 
+        config = self.config
+        if rounds is not None:
+            document = config.resolved()
+            document["method"]["rounds"] = rounds
+            config = parse_config(document, str(self.path))
         with claimed(self.folder, self.folder), shown(progress) as display:
-            federate(self.config, self.folder, self.objects, callbacks, display, resume=True)
-        return Run(self.path, self.config, self.objects)
+            federate(config, self.folder, self.objects, callbacks, display, resume=True)
+        return Run(self.path, config, self.objects)
 
     def rollback(self, round: int, *, callbacks: Sequence[Callback | Any] = (), progress: bool = True) -> Run:
         """Goes back to a round and trains anew from there; what came after it is moved aside, not lost.

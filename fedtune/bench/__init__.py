@@ -17,6 +17,7 @@ BENCHES = {
     "rebuild": "weights from K seeds: each kind of noise against the paper's loop and one plain pass",
     "synchronize": "time and bytes to the newest model: K seeds, seeds without end, a download; by rounds",
     "zo-step": "a zeroth-order step's time against its two forward passes, by dtype",
+    "local-step": "a client's steps against a loop by hand, Trainer and TRL: CPU time, peak memory",
     "encoding": "clients' examples to token ids, against the tokenizer alone: CPU time, bytes a token",
     "memory": "peak memory of a client by method, and backward time of one block against all",
     "evaluation": "held-out losses against a loop with whole logits, and lm-eval: CPU time, peak memory",

@@ -27,7 +27,8 @@ from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.measure.memory import MemoryMeter, Resident
 from fedtune.methods.fedkseed.step import step_weights
-from fedtune.models.tuning import attach_lora, train_all
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import train_all
 from fedtune.zeroth import SeedPool
 
 STEPS = 2  # an optimizer has its state from the second on

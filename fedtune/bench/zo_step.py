@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.methods.fedkseed.step import step_weights
-from fedtune.models.tuning import attach_lora, train_all, trainable
+from fedtune.models.lora import attach_lora
+from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import SeedPool
 from fedtune.zeroth.pool import Noise
 

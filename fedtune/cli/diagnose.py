@@ -38,7 +38,7 @@ def diagnose(
 ) -> None:
     """Predict from a short probe how far one-shot will be from multi-round, and how many rounds are enough.
 
-    Example: fedtune diagnose configs/bundled_multi_round.yaml --clients 10
+    Example: fedtune diagnose bundled_multi_round --clients 10
     """
     document = fedtune.diagnose(
         config,

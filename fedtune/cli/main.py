@@ -20,7 +20,9 @@ from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
+from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
+from fedtune.cli.validate import validate
 from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
 
@@ -34,7 +36,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="YAML file of settings, or one of fedtune ls configs, as demo."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
@@ -55,6 +60,7 @@ class Listing(StrEnum):
     tasks = "tasks"
     templates = "templates"
     models = "models"
+    configs = "configs"
 
 
 def main() -> None:
@@ -128,7 +134,9 @@ def _options(
 
 @app.command(no_args_is_help=True)
 def run(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Settings file; with --resume not needed.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
     ] = None,
@@ -142,13 +150,19 @@ def run(
 ) -> None:
     """Run one federation.
 
-    Example: fedtune run configs/demo.yaml method.rounds=1 method.local_epochs=3
+    Examples: fedtune run demo method.rounds=1 method.local_epochs=3;
+    fedtune run --resume runs/demo method.rounds=5
     """
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")
-    done = fedtune.run(
-        config, *overrides or [], out=resume or out, resume=resume is not None, progress=not quiet
-    )
+    settings = list(overrides or [])
+    if resume is not None and (config is None or ("=" in config.name and not config.exists())):
+        settings, config = [*([str(config)] if config else []), *settings], resume / "config.yaml"
+        if not config.is_file():
+            raise InputError(f"{resume}: not a run folder: it has no config.yaml")
+    if config is None:
+        raise InputError("a run needs a settings file: fedtune run CONFIG, or --resume FOLDER")
+    done = fedtune.run(config, *settings, out=resume or out, resume=resume is not None, progress=not quiet)
     show_run(done, as_json=as_json)
 
 
@@ -169,7 +183,7 @@ def compare(
 ) -> None:
     """Run several configurations on the same split and print one table.
 
-    Example: fedtune compare configs/bundled_multi_round.yaml configs/bundled_one_shot.yaml --seeds 0,1,2
+    Example: fedtune compare bundled_multi_round bundled_one_shot --seeds 0,1,2
     """
     found = fedtune.compare(
         configs,
@@ -188,56 +202,7 @@ def compare(
     print(f"Runs, compare.json and table.md: {found.path}")
 
 
-@app.command(no_args_is_help=True)
-def validate(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Settings files, and settings to change."),
-    ],
-    look: Annotated[
-        bool, typer.Option("--data", help="Read the data too: what fedtune data has to say of them.")
-    ] = False,
-    as_json: Json = False,
-    plugin: Plugin = None,
-) -> None:
-    """Check configurations without weights, and without data unless asked.
-
-    Example: fedtune validate configs/*.yaml seed=3
-
-    Example: fedtune validate mine.yaml --data
-    """
-    from fedtune.federation.room import known_room, shortening
-
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
-    configs = [argument for argument in arguments if argument not in overrides]
-    if not configs:
-        raise InputError(f"validate needs a configuration's file beside {' '.join(overrides)}")
-    problems, good = [], []
-    for path in configs:
-        try:
-            config = fedtune.load(path, *overrides)
-            room = known_room(config)
-            notes = shortening(config, room) if room else []
-            about = {"config": path, "method": config.method_name, "model": config.model.name}
-            if look:
-                checks = fedtune.data_report(config)["checks"]
-                if refused := [check["text"] for check in checks if check["level"] == "error"]:
-                    raise InputError("; ".join(refused))
-                notes = [check["text"] for check in checks]
-            good.append({**about, "notes": notes} if notes else about)
-        except InputError as error:
-            problems.append(str(error) if path in str(error) else f"{path}: {error}")
-    if problems:
-        raise InputError("\n".join(problems))
-    if as_json:
-        print_json(good)
-    else:
-        for entry in good:
-            print(f"{entry['config']}: {entry['method']} on {entry['model']}")
-            for note in entry.get("notes", ()):
-                print(f"  {note}")
-
-
+app.command(no_args_is_help=True)(validate)
 app.command(no_args_is_help=True)(data)
 app.command(no_args_is_help=True)(plan)
 app.command(no_args_is_help=True)(diagnose)
@@ -362,6 +327,8 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
+app.command()(init)
+app.command(no_args_is_help=True)(cp)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)

@@ -41,7 +41,7 @@ def plan(
 ) -> None:
     """What a run will cost: bytes, memory, operations and steps, from the model's config.json alone.
 
-    Example: fedtune plan configs/fedbiot.yaml model.name=owner/model model.dtype=bfloat16
+    Example: fedtune plan fedbiot model.name=owner/model model.dtype=bfloat16
 
     Example: fedtune plan --model M --client-memory 8GB --uplink 5Mbps --downlink 50Mbps --model-private
     """

@@ -16,7 +16,13 @@ from fedtune.errors import InputError
 
 # Where the same thing may be another time. What it is, a digest says.
 MOVABLE = ("model.name", "data.train", "data.holdout.source", "data.partition.path")
-_PLACES = (*MOVABLE, "data.public.source", "evaluation.task_folder", "evaluation.data_folder")
+_PLACES = (
+    *MOVABLE,
+    "data.public.source",
+    "evaluation.task_folder",
+    "evaluation.data_folder",
+    "model.adapter",
+)
 _TASK_LISTS = ("data.split", "data.holdout.split", "data.public.split")  # where a split is a file
 CACHES = (BESIDE, NONE) = ("beside", "none")  # of data.cache; everything else is a folder
 _WORDS = ("bundled", CLIENTS, OBJECTS)

@@ -132,7 +132,15 @@ class RunConfig(Settings):
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
             )
-        prompt = bool(getattr(self.method, "prompt", None) or getattr(self.method, "p_tuning", None))
+        reason: str | None = self.method.adapter_refusal
+        if self.model.adapter is not None and reason:
+            raise ValueError(f"model.adapter does not go with {self.method_name}: {reason}")
+        reason = self.method.quantized_refusal
+        if self.model.quantization != "none" and reason:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} does not go with {self.method_name}: {reason}"
+            )
+        prompt = any(getattr(self.method, form, None) for form in ("prompt", "p_tuning", "prefix"))
         if reason := batching_refusal(self.data.batching, task=self.model.task, prompt=prompt):
             raise ValueError(f"data.batching: {reason}")
         masters = getattr(self.method, "masters", "float32")

@@ -229,9 +229,9 @@ class ChatTemplate:
         """A turn with what it says covered; a name that it calls only where that is all it says."""
         cover = partial(self._cover, letter=letter)
         covered: Message = _changed(one, cover, (*_UNCOVERED_KEYS, "name"))
-        named = letter not in json.dumps(covered, ensure_ascii=False)
-        if named or (self._pattern and self._pattern.search(json.dumps(covered, ensure_ascii=False))):
+        if self._holds(covered) or letter not in json.dumps(covered, ensure_ascii=False):
             covered = _changed(one, cover, _UNCOVERED_KEYS)
+        self._refuse_control(covered)
         return covered
 
     def _covered_tools(self, tools: list[Any] | None) -> list[Any] | None:
@@ -239,8 +239,28 @@ class ChatTemplate:
         pattern = self._pattern
         if not tools or pattern is None:
             return tools
-        hide = lambda text: pattern.sub(lambda hit: _OTHER * len(hit[0]), text)  # noqa: E731
-        return [_changed(tool, hide, _UNCOVERED_KEYS) for tool in tools]
+
+        def hide(text: str) -> str:
+            return pattern.sub(lambda hit: _OTHER * len(hit[0]), text)
+
+        covered: list[Any] = _changed(tools, hide, ())
+        self._refuse_control(covered)
+        return covered
+
+    def _holds(self, value: Any) -> bool:
+        """Whether a control token is anywhere in a value of JSON."""
+        if isinstance(value, dict):
+            return any(self._holds(key) or self._holds(item) for key, item in value.items())
+        if isinstance(value, list):
+            return any(map(self._holds, value))
+        return isinstance(value, str) and self._pattern is not None and bool(self._pattern.search(value))
+
+    def _refuse_control(self, covered: Any) -> None:
+        if self._holds(covered):
+            raise InputError(
+                "a tool, or a call of one, has a control token of the tokenizer in a key, a type or an id, "
+                "where templates read it; take it out of the data"
+            )
 
     def _cover(self, text: str, letter: str) -> str:
         special = self._pattern

@@ -181,6 +181,11 @@ def _preferred(row: dict[str, Any], place: str, category: str) -> Example:
         text = row["instruction"] + (f"\n\n{about}" if about else "")
         before = [Turn(USER, unicode_text(text, place, "instruction"))]
     whole = said if said[: len(before)] == before else [*before, *said]
+    if all(turn.role == ASSISTANT for turn in whole):
+        raise InputError(
+            f'{place}: "chosen" is an answer, and there is no question to it: no "prompt", no "instruction" '
+            'and no turns. Give it as turns, or the question as "prompt".'
+        )
     return example_of(_with_system(row, whole, place), row.get("tools"), place, category)
 
 

@@ -17,7 +17,17 @@ from fedtune.data.encoded import Counts, EncodedRows, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import Prompts, prompts
-from fedtune.data.spelled import Spelled, begin_of, behind_last, pieces_of, spell, tail, without_first
+from fedtune.data.spelled import (
+    Spelled,
+    begin_of,
+    begun,
+    behind_last,
+    pieces_of,
+    prompt_within,
+    spell,
+    tail,
+    without_first,
+)
 from fedtune.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -157,15 +167,48 @@ def encode_prompts(
     """
     if max_length is not None:
         _check_length(max_length)
-    begin, found, cut = begin_of(tokenizer), list[list[int]](), 0
+    found = _cut_prompts(prompts, tokenizer, max_length)
+    return [ids for ids, _ in found], sum(cut for _, cut in found)
+
+
+def _cut_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[tuple[list[int], bool]]:
+    """Token ids of each prompt, and whether it was cut."""
+    begin, found = begin_of(tokenizer), list[tuple[list[int], bool]]()
     for prompt, ids in zip(prompts, tokens(prompts, tokenizer), strict=True):
-        own = begin
-        if getattr(prompt, "whole", False):  # it has a begin token of its own, or none
-            own, ids = (begin, ids[1:]) if begin and ids[:1] == begin else ([], ids)
-        short = ids if max_length is None else tail(ids, max_length - len(own))
-        cut += len(short) < len(ids)
-        found.append(own + short)
-    return found, cut
+        own, rest = begun(ids, begin, whole=getattr(prompt, "whole", False))
+        short = rest if max_length is None else tail(rest, max_length - len(own))
+        found.append((own + short, len(short) < len(rest)))
+    return found
+
+
+def encode_asked(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
+) -> tuple[list[list[int]], int]:
+    """Encodes what stands before examples' answers, as `encode_causal` puts it.
+
+    A conversation loses its first exchanges until it fits; what is still too long is cut from the left.
+
+    Args:
+        examples: What is to be answered; of a conversation its last answer.
+        tokenizer: A Hugging Face tokenizer.
+        template: As `data.template`.
+        max_length: The most tokens of a prompt.
+
+    Returns:
+        Token ids, and of how many something was cut or left out.
+
+    Raises:
+        InputError: As `encode_prompts`.
+    """
+    _check_length(max_length)
+    how = prompts(template, tokenizer)
+    room = max_length - len(begin_of(tokenizer)) if how.apart else max_length
+    asked = [prompt_within(example, how, tokenizer, room) for example in examples]
+    found = _cut_prompts([text for text, _ in asked], tokenizer, max_length)
+    cut = sum(left_out > 0 or short for (_, left_out), (_, short) in zip(asked, found, strict=True))
+    return [ids for ids, _ in found], cut
 
 
 def encode_classification(

@@ -83,17 +83,19 @@ def _without_calls(one: Message, turn: Turn) -> Message:
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
-    """A system's text in front of the user's next."""
+    """A system's text in front of the user's next; before an answer it is a user's turn by itself."""
     made, waiting = list[Message](), list[str]()
     for one in messages:
         if one["role"] == SYSTEM:
             waiting.append(one["content"])
-        elif one["role"] == USER and waiting:
-            made.append({**one, "content": PART.join([*waiting, one["content"]])})
-            waiting = []
-        else:
-            made.append(one)
-    return made
+            continue
+        if waiting and one["role"] == USER:
+            one = {**one, "content": PART.join([*waiting, one["content"]])}
+        elif waiting:
+            made.append(message(USER, PART.join(waiting)))
+        made.append(one)
+        waiting = []
+    return made if not waiting else [*made, message(USER, PART.join(waiting))]
 
 
 def _joined(messages: list[Message]) -> list[Message]:

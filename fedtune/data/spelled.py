@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from fedtune.data.control import piece_tokens, tokens
 from fedtune.data.examples import SYSTEM, USER, Example, Turn
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import Pieces, Prompts, last_answer
+from fedtune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,7 @@ def spell(
         most: Tokens of an example.
     """
     shorter = [_recent(example, min(most, MOST)) for example in examples]
-    rows = [pieces_of(example, how) for example, _ in shorter]
+    rows = [_pieces(example, how) for example, _ in shorter]
     begin, end = begin_of(tokenizer), tokenizer.eos_token_id
     apart = [how.apart or example.form == "text" for example in examples]
     alone = iter(tokens([t for row, a in zip(rows, apart, strict=True) if a for t in row.texts], tokenizer))
@@ -155,16 +156,33 @@ def spell(
         ids = [next(alone) for _ in row.texts] if is_apart else next(joined)
         if not row.ended:
             ids[-1] = [*ids[-1], end]
-        made.append(_begun(Spelled(begin if is_apart else [], ids, row.silent, dropped), begin))
+        own, ids[0] = begun(ids[0], begin, whole=not is_apart)
+        made.append(Spelled(own, ids, row.silent, dropped))
     return made
 
 
-def _begun(spelled: Spelled, begin: list[int]) -> Spelled:
-    """With the begin token that a template wrote apart: it is never cut off."""
-    first = spelled.pieces[0]
-    if spelled.begin or not begin or first[:1] != begin:
-        return spelled
-    return replace(spelled, begin=begin, pieces=[first[1:], *spelled.pieces[1:]])
+def _pieces(example: Example, how: Prompts) -> Pieces:
+    """As `pieces_of`; an error says which conversation it is about."""
+    try:
+        return pieces_of(example, how)
+    except InputError as error:
+        if not example.turns:
+            raise
+        begin = next((turn.content for turn in example.turns if turn.role == USER), "")
+        raise InputError(f"the conversation that begins {begin[:40]!r}: {error}") from None
+
+
+def begun(ids: list[int], begin: list[int], *, whole: bool) -> tuple[list[int], list[int]]:
+    """The begin token before a text, and the text's tokens: one that a template wrote is not doubled.
+
+    Args:
+        ids: Of the text.
+        begin: The tokenizer's begin token, if it has one.
+        whole: Whether it has none but its own.
+    """
+    if begin and ids[:1] == begin:
+        return begin, ids[1:]
+    return ([], ids) if whole else (begin, ids)
 
 
 def without_first(
@@ -181,18 +199,52 @@ def without_first(
     """
     kept, before = _recent(example, min(most, MOST))
     starts, found = _starts(kept.turns), {0: spelled}
-    low, high = 0, len(starts) - 1
 
     def fits(count: int) -> bool:
         if count not in found:
             (found[count],) = spell([_from(kept, starts, count)], how, tokenizer, most)
         return found[count].length <= most
 
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    fits(low)
-    return replace(found[low], dropped=before + starts[low] - starts[0])
+    least = _least(len(starts) - 1, fits)
+    fits(least)
+    return replace(found[least], dropped=before + starts[least] - starts[0])
+
+
+def prompt_within(
+    example: Example, how: Prompts, tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[Marked, int]:
+    """The text before an answer, of a conversation without as many exchanges at its start as it takes to fit.
+
+    Args:
+        example: What is answered.
+        how: The template.
+        tokenizer: The tokenizer.
+        most: Tokens of the text.
+
+    Returns:
+        It, and how many turns are left out.
+    """
+    if example.form != "conversation":
+        return how.prompt(example), 0
+    kept, before = _recent(example, min(most, MOST))
+    starts, found = _starts(kept.turns), dict[int, Marked]()
+
+    def fits(count: int) -> bool:
+        found[count] = how.prompt(_from(kept, starts, count))
+        return len(tokens([found[count]], tokenizer)[0]) <= most
+
+    least = 0 if fits(0) else _least(len(starts) - 1, fits)
+    fits(least)
+    return found[least], before + starts[least] - starts[0]
+
+
+def _least(most: int, fits: Callable[[int], bool]) -> int:
+    """The least number up to `most` that fits, where all above one that does fit too; else `most`."""
+    low = 0
+    while low < most:
+        middle = (low + most) // 2
+        low, most = (low, middle) if fits(middle) else (middle + 1, most)
+    return low
 
 
 def _starts(turns: Sequence[Turn]) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
-from fedtune.registry import Registry
+from fedtune.registry import FEDTUNE, Registry
 
 Text = Callable[[Example], str]
 
@@ -52,6 +52,8 @@ def register_template(
     Raises:
         InputError: The name is taken.
     """
+    if name in (AUTO, CHAT):
+        raise InputError(f"the template name {name!r} is taken: it stands for the tokenizer's own")
 
     def decorate(prompt: Text) -> Text:
         TEMPLATES.register(name, prompt, Template(prompt, response or _output), summary)
@@ -80,8 +82,25 @@ def template_setting(name: str) -> str:
         if not is_program(text):
             raise InputError(f"data.template: {name} is no jinja program: there is no {{{{ or {{% in it")
         return text
-    TEMPLATES.part(name)
+    try:
+        TEMPLATES.part(name)
+    except InputError as error:
+        if name in TEMPLATES:
+            raise
+        raise InputError(
+            f"{error} {AUTO}, {CHAT} and files that end in {SUFFIX} are templates too."
+        ) from None
     return name
+
+
+def listing() -> list[dict[str, str]]:
+    """What `data.template` can be, each with `name`, `summary` and `origin`."""
+    ways = {
+        AUTO: "the tokenizer's chat template; alpaca where it has none, plain for the bundled model",
+        CHAT: "the tokenizer's chat template",
+    }
+    own = [{"name": name, "summary": summary, "origin": FEDTUNE} for name, summary in ways.items()]
+    return [*own, *TEMPLATES.listing()]
 
 
 def is_program(name: str) -> bool:

@@ -29,6 +29,7 @@ from fedtune.federation.assembly import Assembly
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.transport.flower import Control
+from fedtune.transport.lost import Noticing
 from fedtune.transport.messages import Message, listening, receive, send
 from fedtune.transport.network import Invitation, RoundExchange, invite_clients, wait_for_clients
 from fedtune.transport.programs import superexec_command, superlink_command
@@ -108,7 +109,10 @@ class Server:
         document["data"]["max_length"] = assembly.room.tokens  # clients may not have the model to ask
         document["data"]["template"] = assembly.template_told
         config = json.dumps(document, separators=(",", ":"))
-        self._invitation = Invitation(run, config, assembly.loaded.weights_sha256)
+        loaded = assembly.loaded
+        self._invitation = Invitation(
+            run, config, loaded.weights_sha256, loaded.quantization, loaded.quantized_sha256
+        )
         self._channel = self.start()
         if known:
             self._examples = {int(e["client"]): int(e["examples"]) for e in known["clients"]}
@@ -122,7 +126,7 @@ class Server:
         self._log_line(f"waiting for {len(self._names)} clients: {', '.join(self._names.values())}")
         wait_s = self._config.transport.wait_s
         self._examples = invite_clients(
-            self._channel,
+            Noticing(self._channel),
             self._invitation,
             self._names,
             most=self._most,
@@ -154,7 +158,8 @@ class Server:
             self._invitation, self._examples, states, limit=lambda client: self.reply_limit(client)
         )
         deadline_s = self._config.federation.deadline_s
-        return Remote(self._channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
+        channel = Noticing(self._channel)
+        return Remote(channel, exchange, window=None, deadline_s=deadline_s, clock=clock)
 
     def start(self) -> ServerChannel:
         """Starts Flower's server and its app; they end with this object.

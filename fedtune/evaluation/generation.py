@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn import Module
 from fedtune.errors import InputError
 from fedtune.evaluation.batches import answering_room, cut
 from fedtune.evaluation.peaks import Peaks
-from fedtune.models.context import context_length, virtual_tokens
+from fedtune.models.context import context_length, has_prefix, virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,14 +153,18 @@ def _decode(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (batch, width)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     inputs: dict[str, Tensor] = {"input_ids": ids}
-    if virtual_tokens(model):
+    prefix = has_prefix(model)
+    if virtual_tokens(model) and not prefix:
         inputs, mask = _with_soft_prompt(model, inner, prompts, ids, mask)
     takes = inspect.signature(inner.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # whose answer each row of the batch is; shrinks as answers end
-    cache = None
+    cache: Any = None
+    if prefix:
+        cache = cast(Any, model).get_prompt(len(prompts))
+        mask = torch.cat([mask.new_ones(len(prompts), virtual_tokens(model)), mask], dim=1)
     for step in range(max_new_tokens):
         new = next(iter(inputs.values())).shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]  # padding takes no positions

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.core.seeds import derive_seed
 from fedtune.data.encode import (
+    encode_asked,
     encode_causal,
     encode_classification,
     encode_prompts,
@@ -269,9 +270,10 @@ class EvalEnv:
         tokens, length = self.max_new_tokens(64), self.settings.max_length
         room = prompt_room(self.model, tokens, reserved=self.settings.reserved)
         # Cut here, where the begin token is kept, and not by the length of the context in generate.
-        encoded, shortened = encode_prompts(
-            [prompt_text(example, self.settings.template, self.tokenizer) for example in self.examples],
+        encoded, shortened = encode_asked(
+            self.examples,
             self.tokenizer,
+            template=self.settings.template,
             max_length=length if room is None else min(length, room),
         )
         answers = generate(

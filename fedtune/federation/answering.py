@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fedtune.config.schema import RunConfig
 from fedtune.data.encode import encode_prompts
 from fedtune.data.examples import Example
+from fedtune.data.turns import is_turns, turns_of
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import evaluating, prompt_room
 from fedtune.evaluation.types import EvalEnv
@@ -23,7 +25,7 @@ NEW_TOKENS = 64  # of an answer, where nothing says otherwise; as in evaluation
 def answers(
     config: RunConfig,
     loaded: Loaded,
-    prompts: Sequence[str | Mapping[str, str]],
+    prompts: Sequence[str | Mapping[str, Any]],
     labels: Sequence[str] = (),
     *,
     max_new_tokens: int | None = None,
@@ -36,7 +38,8 @@ def answers(
     Args:
         config: Of the run that made the model.
         loaded: The model and its tokenizer.
-        prompts: Instructions; or mappings with `instruction` and `input`.
+        prompts: Instructions; or mappings with `instruction` and `input`, or with `messages`, the turns of a
+            conversation.
         labels: A classifier's classes, in the order of its outputs.
         max_new_tokens: The most tokens of an answer; None: the configuration's, else NEW_TOKENS.
         temperature: 0: the likeliest token each time; else drawn.
@@ -57,7 +60,12 @@ def answers(
         if labels:
             return env.answers
         most = env.max_new_tokens(NEW_TOKENS) if max_new_tokens is None else max_new_tokens
-        asked = [env.prompt(example.instruction, example.input) for example in examples]
+        asked = [
+            env.conversation(example.turns)
+            if example.turns
+            else env.prompt(example.instruction, example.input)
+            for example in examples
+        ]
         _check_lengths(asked, loaded, most)
         texts = env.generate(
             asked,
@@ -92,13 +100,16 @@ def _check_lengths(prompts: Sequence[str], loaded: Loaded, max_new_tokens: int) 
             )
 
 
-def _example(prompt: str | Mapping[str, str], place: int) -> Example:
+def _example(prompt: str | Mapping[str, Any], place: int) -> Example:
+    if isinstance(prompt, Mapping) and prompt.keys() == {"messages"} and is_turns(prompt["messages"]):
+        turns = tuple(turns_of(prompt["messages"], f"prompt {place}", "messages"))
+        return Example(next((turn.content for turn in reversed(turns)), ""), turns=turns)
     fields = {"instruction": prompt} if isinstance(prompt, str) else dict(prompt)
     unknown = set(fields) - {"instruction", "input"}
     texts = [value for value in fields.values() if isinstance(value, str)]
     if unknown or len(texts) < len(fields) or not fields.get("instruction", "").strip():
         raise InputError(
-            f"prompt {place} must be a text, or a dictionary with the texts instruction and input; "
-            f"got {prompt!r}"
+            f"prompt {place} must be a text, or a dictionary with the texts instruction and input, or with "
+            f"the turns of a conversation as messages; got {prompt!r}"
         )
     return Example(fields["instruction"], fields.get("input", ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,29 +14,30 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
-from fedtune.core.seeds import derive_seed
 from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
 from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.prompts import prompts, record_of, template_notes, with_template
+from fedtune.data.prompts import prompts, record_of, with_template
 from fedtune.errors import InputError
-from fedtune.evaluation.generation import end_tokens
+from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
-from fedtune.federation.encoding import Keys, describe, encode_for, template_of
+from fedtune.federation.encoding import Keys, encode_for, template_of
 from fedtune.federation.files import read_json
+from fedtune.federation.notes import of_examples, of_model
 from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
-from fedtune.federation.room import Room, batching_of, example_room, shortening
+from fedtune.federation.room import Room, batching_of, example_room
 from fedtune.federation.sources import public_examples
+from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
-from fedtune.models.load import Loaded, load_model
+from fedtune.models.load import Loaded
 from fedtune.models.packable import check_packable
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
@@ -96,16 +97,7 @@ class Assembly:
         if method.uses_wire and config.data.train != CLIENTS:  # there they are counted when they have joined
             check_counts(config, len(split.clients))
         device = device_of(config.model.device)
-        loaded = load_model(
-            config.model.name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(split.labels) if split.labels else None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-            shared=shared,
-        )
+        loaded = load_base(config, split.labels, shared=shared)
         torch.nn.Module.to(loaded.model, device)
         if config.data.batching == "packed":
             check_packable(loaded.model)
@@ -162,6 +154,9 @@ class Assembly:
                 "weights_sha256": loaded.weights_sha256,
                 "drawn": drawn_modules(loaded.model),
                 "settings_sha256": dict(loaded.settings_sha256),
+                "quantization": loaded.quantization,
+                "quantized_sha256": loaded.quantized_sha256,
+                **adapter_of(config, loaded.weights_sha256),
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
@@ -200,12 +195,8 @@ class Assembly:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the examples and of what is not looked at, a line each."""
-        said = self.split.reading.notes
-        template, tokenizer = template_of(self.config), self.loaded.tokenizer
-        if template is not None:
-            said += template_notes(template, tokenizer, [*self.split.trained, *self.split.evaluation])
-            said += _other_end(prompts(template, tokenizer).end, self.loaded)
-        return said + _notes(self.config, self.room, self.counts)
+        told = of_model(self.config, self.loaded, self.split)
+        return [*told, *of_examples(self.config, self.room, self.counts)]
 
     def tell(self, progress: Progress) -> None:
         """Says what was read, and what a person should know of it."""
@@ -291,6 +282,9 @@ class Assembly:
         """Raises InputError if the run in `path` began with other weights, data, plugins or split."""
         require_plugins(path, unchanged=True)
         loaded_of(path, self.loaded)
+        began = read_json(path / "environment.json")["model"].get("adapter_sha256")
+        if self.environment["model"].get("adapter_sha256") != began:
+            raise InputError(f"{path} began with another adapter (model.adapter); bring it back as it was")
         refuse_other_data(path, self.split, self.config.data.train)
         refuse_other_classes(path, self.split.labels)
         now = self.split.partition["clients"]  # none over a network: there the clients say what they have
@@ -304,36 +298,6 @@ class Assembly:
         """Leaves a pooler frozen where the version that began the run in `path` did."""
         if "drawn" not in read_json(path / "environment.json")["model"]:
             mark_drawn(self.loaded.model, [])
-
-
-def _other_end(end: int | None, loaded: Loaded) -> list[str]:
-    """What to say where answers end with a token at which a server would not stop."""
-    known = end_tokens(loaded.model, loaded.tokenizer)
-    if end is None or end in known:
-        return []
-    names = [str(token) for token in loaded.tokenizer.convert_ids_to_tokens([end, *sorted(known)])]
-    return [
-        f"answers end with {names[0]}, and the model's own end is {', '.join(names[1:]) or 'none'}: a server "
-        f"has to be told to stop at {names[0]} (eos_token_id {end} in generation_config.json)"
-    ]
-
-
-def _notes(config: RunConfig, room: Room, counts: Mapping[str, Counts | None]) -> list[str]:
-    """What a person should know of the examples and of what is not looked at, a line each."""
-    known = {group: one for group, one in counts.items() if one is not None}
-    notes = shortening(config, room, lost=any(one.cut or one.dropped for one in known.values()))
-    notes += describe(known, room.tokens)
-    if config.data.train == CLIENTS:
-        notes.append(
-            "what is cut or dropped of a client's file is counted there, and said on its own terminal"
-        )
-    federation = config.federation
-    for name in ("secure_aggregation", "privacy"):
-        if getattr(federation, name) is not None:
-            notes.append(
-                f"with federation.{name} no single update is looked at: who sends a bad one is not named"
-            )
-    return notes
 
 
 def _who_has_what(clients: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:

@@ -83,6 +83,15 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
             shutil.rmtree(folder / f"round-{old:04d}")
 
 
+def rename(folder: Path, *, config_sha256: str) -> None:
+    """Has all checkpoints of a folder belong to a configuration, whichever they belonged to."""
+    for round in rounds(folder):
+        file = folder / f"round-{round:04d}" / "checkpoint.json"
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if about["config_sha256"] != config_sha256:
+            write_json(file, about | {"config_sha256": config_sha256})
+
+
 def rounds(folder: Path) -> list[int]:
     """The rounds that `folder` has complete checkpoints of, ascending."""
     if not folder.is_dir():

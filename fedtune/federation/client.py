@@ -22,7 +22,6 @@ from torch import nn
 from fedtune.config.file import parse_config
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
-from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
@@ -31,17 +30,19 @@ from fedtune.data.opening import check_ordinary
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
-from fedtune.errors import FedtuneError, InputError
+from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
 from fedtune.federation.room import Room, batching_of, example_room
+from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
-from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.packable import check_packable
 from fedtune.transport.acceptance import NotAccepted
 from fedtune.transport.messages import Field, Message, broken, fault
@@ -134,7 +135,7 @@ def join(
         named.setdefault(CHOICES, CHOICES)
     asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
     consent.invited(str(invitation.get("run", "")), asked)
-    name, where = model or config.model.name, device_of(device)
+    name, where = model or config.model.place, device_of(device)
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":
         unknown = sorted({example.output for example in examples} - set(labels))
@@ -148,20 +149,8 @@ def join(
         tokenizer, held = load_tokenizer(name, Path(".")), nn.Module()
         room = Room(settings.max_length)  # as the server has cut it to what its model sees
     else:
-        loaded = load_model(
-            name,
-            dtype=config.model.dtype,
-            initial=config.model.initial,
-            task=config.model.task,
-            num_labels=len(labels) or None,
-            seed=derive_seed(config.seed, "model"),
-            base=Path("."),
-        )
-        if loaded.weights_sha256 != weights:
-            raise NotAccepted(
-                f"its model {config.model.name} has other weights ({loaded.weights_sha256[:12]}) than the "
-                f"server's ({weights[:12]})"
-            )
+        loaded = load_base(config, labels, place=name)
+        _refuse_other_base(loaded, message, config.model.name)
         torch.nn.Module.to(loaded.model, where)
         if config.data.batching == "packed":
             check_packable(loaded.model)
@@ -181,6 +170,29 @@ def join(
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
+
+
+def _refuse_other_base(loaded: Loaded, invitation: Message, name: str) -> None:
+    """Refuses a base model that is not the server's, or is not quantised to the same bits."""
+    weights, fields = invitation.text("weights"), invitation.fields
+    theirs = str(fields.get("quantization", loaded.quantization))  # a server of 0.1 does not say
+    if theirs != loaded.quantization:
+        raise NotAccepted(
+            f"its model {name} is quantised as {loaded.quantization}, and the server's as "
+            f"{foreign(theirs, 40)}; all sides need the same checkpoint"
+        )
+    if loaded.weights_sha256 != weights:
+        raise NotAccepted(
+            f"its model {name} has other weights ({loaded.weights_sha256[:12]}) than the server's "
+            f"({weights[:12]})"
+        )
+    bits = str(fields.get("quantized", loaded.quantized_sha256))
+    if bits != loaded.quantized_sha256:
+        raise NotAccepted(
+            f"its model {name}, quantised as {loaded.quantization}, has other bits "
+            f"({loaded.quantized_sha256[:12]}) than the server's ({foreign(bits[:12], 12)}): another version "
+            "of bitsandbytes quantised it; install the server's"
+        )
 
 
 @dataclass(frozen=True)
@@ -259,5 +271,5 @@ def _runner(of: OfRun) -> ClientRunner:
     assembly.data.cache = cache_of(assembly.config, held.parent)
     assembly.data.begin()
     if not assembly.method.sends_model:
-        assembly.runner.use(assembly.method.client_model(lambda: assembly.loaded.model))
+        assembly.runner.use(model_to_train(config, assembly.method, lambda: assembly.loaded.model))
     return assembly.runner

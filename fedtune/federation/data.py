@@ -154,7 +154,7 @@ def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
 
 def _in_order(names: set[str], config: RunConfig) -> Sequence[str]:
     """Classes sorted; but as the base model has them, if it has a head for just these."""
-    name = config.model.name
+    name = config.model.place
     folder = local_folder(name)
     if folder is None and "/" in name:  # of the hub: otherwise the order would depend on what is cached
         folder = model_folder(name, Path("."), weights=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.file import dump_config, load_config
-from fedtune.config.places import without_places
 from fedtune.config.schema import RunConfig, document_sha256
 from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import InputError
@@ -111,23 +110,6 @@ def refuse_existing(path: Path) -> None:
             f"{path} exists already; give another --out. A run in it goes on with --resume {path}, in Python "
             "with resume=True"
         )
-
-
-def reopen(config: RunConfig, path: Path) -> RunFolder:
-    """The folder of a run to go on with; its inputs may be elsewhere than when it began.
-
-    Raises:
-        InputError: It is no run's, or of another configuration.
-    """
-    folder = RunFolder.open(path)
-    mine, its = without_places(config), without_places(folder.config())
-    if mine != its:
-        different = [key for key in its if mine.get(key) != its[key]]
-        raise InputError(
-            f"{path} was started with another configuration; different: {', '.join(different)}. "
-            f"Continue it with --resume {path} and {path / 'config.yaml'}, or start anew with --out"
-        )
-    return folder
 
 
 def kept(path: Path) -> str:

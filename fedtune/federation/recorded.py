@@ -143,6 +143,14 @@ def loaded_of(path: Path, loaded: Loaded) -> Loaded:
         InputError: It is another one.
     """
     refuse_other_model(path, loaded.weights_sha256, loaded.settings_sha256, loaded.name)
+    began = read_json(path / "environment.json")["model"]
+    alike = began.get("quantization", "none") == loaded.quantization
+    if alike and (bits := began.get("quantized_sha256", "")) != loaded.quantized_sha256:
+        raise InputError(
+            f"{path} began with model {loaded.name}, quantised as {loaded.quantization}, with the bits "
+            f"{_short(bits)}, and here they are {_short(loaded.quantized_sha256)}: another version of "
+            "bitsandbytes quantised it; install the one that environment.json names"
+        )
     return loaded
 
 
@@ -157,7 +165,7 @@ def refuse_replaced(path: Path, config: RunConfig, objects: ObjectData | None = 
 
 
 def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
-    folder = local_folder(config.model.name)
+    folder = local_folder(config.model.place)
     if folder is None:
         return
     weights = None

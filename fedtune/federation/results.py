@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.config.file import apply_overrides, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
-from fedtune.core.seeds import derive_seed
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
 from fedtune.data.prompts import other_template
@@ -22,6 +21,7 @@ from fedtune.evaluation.tasks import score, scorer, summarize
 from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.base_model import load_base
 from fedtune.federation.data import Split, all_held_out, prepare_data
 from fedtune.federation.encoding import template_of
 from fedtune.federation.folder import RunFolder, refuse_existing
@@ -32,7 +32,7 @@ from fedtune.federation.scoring import eval_settings, memory_for
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.folders import local_folder
-from fedtune.models.load import Loaded, load_model, load_tokenizer
+from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.portable import classes_of, name_classes
 from fedtune.models.save import BASE, classes_in, load_result
 
@@ -69,7 +69,7 @@ def evaluate_target(
     else:
         config = _with_own_classes(model_config(target, wanted))
         split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
-        models = iter([("model", _load(config, config.model.name, split.labels))])
+        models = iter([("model", _load(config, config.model.place, split.labels))])
         tuned = None
     return scores_of(target, models, split, config, tuned)
 
@@ -154,6 +154,8 @@ def export_run(
         InputError: The run has no result yet, `out` is taken, or merging does not apply.
     """
     refuse_existing(out)
+    if merge:  # into the weights that were quantised, where they are to be had
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
     models = ((name, loaded.model) for name, loaded in results(path, config, objects))
     return save_models(models, tokenizer_of(path), out, merge=merge, what=f"export {out}")
 
@@ -243,8 +245,8 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
 
 
 def own_base(own: RunConfig, asked: RunConfig) -> RunConfig:
-    """A run's configuration with its base model where, and in the dtype in which, it was asked for."""
-    model = asked.model.model_dump(include={"name", "dtype", "device"})
+    """A run's configuration with its base model where, and held as, it was asked for."""
+    model = asked.model.model_dump(exclude={"initial", "task"})
     return own.model_copy(update={"model": own.model.model_copy(update=model)})
 
 
@@ -254,11 +256,11 @@ def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) 
 
     def base_model(name: str) -> Loaded:
         if name == whole:  # the result is a whole model, even where it began from scratch
-            return _load(config, name, labels, initial="pretrained")
+            return _load(config, name, labels, whole=True)
         try:
-            loaded = _load(config, config.model.name, labels)
+            loaded = _load(config, config.model.place, labels)
         except InputError as error:
-            if local_folder(config.model.name) is not None:
+            if local_folder(config.model.place) is not None:
                 raise
             raise InputError(
                 f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
@@ -268,16 +270,8 @@ def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) 
     return load_result(folder, base_model)
 
 
-def _load(config: RunConfig, name: str, labels: Sequence[str], initial: str = "") -> Loaded:
-    loaded = load_model(
-        name,
-        dtype=config.model.dtype,
-        initial=initial or config.model.initial,
-        task=config.model.task,
-        num_labels=len(labels) or None,
-        seed=derive_seed(config.seed, "model"),
-        base=Path("."),
-    )
+def _load(config: RunConfig, name: str, labels: Sequence[str], *, whole: bool = False) -> Loaded:
+    loaded = load_base(config, labels, place=name, whole=whole)
     name_classes(loaded.model.config, labels)
     return loaded
 
@@ -298,7 +292,7 @@ def _to_score(
 
 def _with_own_classes(config: RunConfig) -> RunConfig:
     """With the classes that a classifier's own configuration names, if `data.labels` names none."""
-    folder = local_folder(config.model.name) if config.model.task == "classification" else None
+    folder = local_folder(config.model.place) if config.model.task == "classification" else None
     return config if folder is None else _with_classes(config, classes_in(folder))
 
 

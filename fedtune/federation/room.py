@@ -38,7 +38,8 @@ def reserved_tokens(config: RunConfig) -> int:
     method = config.method
     if not isinstance(method, Tuning):
         return 0
-    return (method.prompt.tokens if method.prompt else 0) + (method.p_tuning.tokens if method.p_tuning else 0)
+    soft = method.prompt or method.p_tuning or method.prefix
+    return soft.tokens if soft else 0
 
 
 def example_room(config: RunConfig, model: PretrainedConfig) -> Room:
@@ -104,4 +105,4 @@ def known_room(config: RunConfig) -> Room | None:
         return None
     from fedtune.models.load import model_config
 
-    return example_room(config, model_config(name, base=Path("."), task=config.model.task))
+    return example_room(config, model_config(config.model.place, base=Path("."), task=config.model.task))

@@ -30,14 +30,16 @@ from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
 from fedtune.federation.files import disk_errors, read_json, write_json
-from fedtune.federation.folder import RunFolder, kept, refuse_existing, reopen
+from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal, written
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
+from fedtune.federation.reopening import reopen
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
+from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
@@ -187,7 +189,7 @@ class _Federation:
         self._progress.begin(rounds=method.rounds, name=self._config.method_name)
         if self._start is None:
             self._zero_shot = self._evaluate(None)
-        self._model = method.client_model(lambda: self._assembly.loaded.model)
+        self._model = model_to_train(self._config, method, lambda: self._assembly.loaded.model)
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._assembly.runner.use(self._model)
 
@@ -297,8 +299,7 @@ class _Federation:
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
             **of_training(outcome),
         }
-        entry |= settled.entry
-        entry |= {"privacy": privacy} if privacy else {}
+        entry |= settled.entry | ({"privacy": privacy} if privacy else {})
         entry |= {"arrivals": arrivals} if arrivals else {}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state
@@ -320,12 +321,8 @@ class _Federation:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
         if scores.result:
             self._scoring.enter_memory(entry["round"])
-        if scores.models:
-            entry["eval_clients"] = scores.models
-        if scores.per_client:
-            entry["per_client"] = scores.per_client
-        if scores.notes:
-            entry["eval_notes"] = scores.notes
+        more = {"eval_clients": scores.models, "per_client": scores.per_client, "eval_notes": scores.notes}
+        entry |= {key: found for key, found in more.items() if found}
         for line in scores.details:
             self._folder.append("answers.jsonl", {"round": entry["round"], **line})
         self._rounds.append(entry)

@@ -91,11 +91,11 @@ def cores_here() -> int:
 def bytes_of_one(config: RunConfig, assembly: Assembly) -> int:
     """Memory that a process of clients is taken to need, from sizes alone; `fedtune plan` knows better."""
     model = assembly.loaded.model
-    total, trainable = count_parameters(model)
+    trainable = count_parameters(model).trainable
     batch = getattr(config.method, "batch_size", 1)
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     logits = batch * assembly.room.tokens * vocabulary * 4
-    weights = total * next(model.parameters()).element_size()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     return int(PROCESS_BYTES + weights + TRAINED_BYTES * trainable + LOGITS * logits)
 
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "numpy",
     "numba",
     "triton",
+    "bitsandbytes",
     "flwr",
     "rouge-score",
     "lm-eval",

@@ -2,7 +2,7 @@
 
 The optimiser and its schedule are rebuilt for each client and round, as in the one-shot paper's code:
 AdamW with a learning rate that falls linearly to 0, no warm-up. T rounds therefore restart the rate T
-times and one shot decays it once; `lr_schedule: constant` takes that difference away.
+times and one shot decays it once; `lr_over: run` or `lr_schedule: constant` takes that difference away.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def train(
         for step, group in enumerate(step_batches(env, settings)):
             if step == total_steps:
                 break
-            rate = settings.lr * (1 - step / total_steps if settings.lr_schedule == "linear" else 1.0)
+            rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
             batches = drawn(env, group)
             with env.memory.step(batches.size, resident=[env.model, *stepper.resident()]):

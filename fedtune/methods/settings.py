@@ -30,7 +30,9 @@ class Training(Settings):
     gradient_accumulation: int = Field(1, ge=1)  # batches a step, whose loss is the mean over their tokens
     optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
     lr: float = Field(3e-4, gt=0)
-    lr_schedule: Literal["linear", "constant"] = "linear"
+    lr_schedule: Literal["linear", "constant", "cosine"] = "linear"
+    lr_warmup: float = Field(0.0, ge=0, lt=1)  # share of the steps, at the start, in which the rate rises
+    lr_over: Literal["round", "run"] = "round"  # what rise and fall reach over: each round, or all of them
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)  # adamw, adamw-8bit
@@ -72,6 +74,31 @@ class Training(Settings):
                 f"does not go with {together}. Leave one of the two out"
             )
         return self
+
+    def rate(self, step: int, steps: int, round: int = 1) -> float:
+        """The learning rate of a step.
+
+        With w of n steps to rise in, step s from 0 and p = (s − w) / (n − w) it is
+
+            lr · (s + 1) / (w + 1)      while s < w
+            lr · (1 − p)                then, linear
+            lr · (1 + cos πp) / 2       cosine
+            lr                          constant
+
+        Args:
+            step: Of the round, from 0.
+            steps: Of a round.
+            round: From 1. With `lr_over: run` n is all rounds' steps, as many in each as in this one.
+        """
+        if self.lr_over == "run":
+            step, steps = (round - 1) * steps + step, getattr(self, "rounds", 1) * steps
+        rise = math.ceil(self.lr_warmup * steps)
+        if step < rise:
+            return self.lr * ((step + 1) / (rise + 1))
+        done = (step - rise) / (steps - rise)
+        if self.lr_schedule == "cosine":
+            return self.lr * (0.5 * (1 + math.cos(math.pi * done)))
+        return self.lr * (1 - done if self.lr_schedule == "linear" else 1.0)
 
     def steps(self, examples: int) -> int:
         """Optimiser steps of a round for a client with that many examples."""

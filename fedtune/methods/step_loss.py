@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
 from fedtune.data.batches import collate, trained_labels
+from fedtune.models.context import has_prefix, virtual_tokens
 from fedtune.models.lean_loss import batch_loss
 
 Batch = Mapping[str, Tensor]
@@ -96,9 +96,8 @@ def drawn(env: ClientEnv, group: Iterable[Sequence[int]]) -> StepBatches:
 
 def trained_tokens(model: nn.Module, batch: Batch) -> int:
     """Labels of a batch that carry loss in this model; of a classifier its examples."""
-    config: Any = getattr(model, "active_peft_config", None)
     # behind a soft prompt the text's first token is predicted too
-    return trained_labels(batch["labels"], first=config is not None and config.is_prompt_learning)
+    return trained_labels(batch["labels"], first=bool(virtual_tokens(model)) and not has_prefix(model))
 
 
 def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> TokenMean:

@@ -98,6 +98,14 @@ def find_feed_forward(block: nn.Module) -> FeedForward:
     )
 
 
+def is_mixing(path: str) -> bool:
+    """Whether a layer, by its path inside a block, belongs to what mixes tokens: attention, Mamba.
+
+    Attention may have experts of its own (JetMoE), whose router is not of it.
+    """
+    return bool(_MIXING.search(path)) and not any(map(_FEED_FORWARD.search, path.split(".")))
+
+
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of one block by their path inside it, in the order in which they were registered."""
     return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}

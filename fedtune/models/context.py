@@ -88,6 +88,12 @@ def virtual_tokens(model: Module) -> int:
     return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
 
+def has_prefix(model: Module) -> bool:
+    """Whether its virtual tokens are keys and values, so that it gives no logits of them."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return config is not None and config.peft_type == "PREFIX_TUNING"
+
+
 def _count(value: object) -> bool:
     return isinstance(value, int) and value > 0
 

@@ -9,6 +9,7 @@ other shapes than the model's: what is built takes every tensor as it comes.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,10 +59,19 @@ def cut(layers: int, adapter_layers: int, *, both_ends: bool) -> Cut:
     if layers - adapter_layers < 2:
         raise InputError(
             f"method.adapter_layers: {adapter_layers} of the model's {layers} blocks leave "
-            f"{max(layers - adapter_layers, 0)} for the emulator; it needs at least 2"
+            f"{max(layers - adapter_layers, 0)} for the emulator; it needs at least 2. "
+            f"{_less(layers - 2, layers, both_ends=both_ends)}"
         )
     back = layers - (adapter_layers - front)
     return Cut(tuple(range(front)), tuple(range(front, back)), tuple(range(back, layers)))
+
+
+def _less(most: int, layers: int, *, both_ends: bool) -> str:
+    """What to set so that the adapter has at most so many blocks."""
+    most -= most % 2 if both_ends else 0
+    if most < 1:
+        return f"A model of {layers} blocks is too small for this method; take a deeper one"
+    return f"Set method.adapter_layers={most}{' or less' if most > 1 + both_ends else ''}"
 
 
 def kept_blocks(blocks: int, dropout: float) -> tuple[int, ...]:
@@ -73,12 +83,16 @@ def kept_blocks(blocks: int, dropout: float) -> tuple[int, ...]:
     Raises:
         InputError: Fewer than two blocks would be left.
     """
-    kept = int((1 - Fraction(str(dropout))) * blocks)
+    kept = _left(blocks, dropout)
     if kept < 2:
         raise InputError(
             f"method.layer_dropout: {dropout} of {blocks} blocks leaves {kept}; an emulator needs at least 2"
         )
     return tuple(j * (blocks - 1) // (kept - 1) for j in range(kept))
+
+
+def _left(blocks: int, dropout: float) -> int:
+    return int((1 - Fraction(str(dropout))) * blocks)
 
 
 def flops_per_token(block_parameters: int, places: Cut) -> int:
@@ -116,7 +130,14 @@ Emulator = Callable[[nn.Module, Sequence[int], float], list[Block]]
 
 def layer_dropout(model: nn.Module, middle: Sequence[int], dropout: float) -> list[Block]:
     """The emulator of the paper: some of E*'s blocks as they are, evenly spaced."""
-    return take(model, [middle[j] for j in kept_blocks(len(middle), dropout)])
+    layers, both_ends = len(find_blocks(model).modules), bool(middle[0])
+    try:
+        kept = kept_blocks(len(middle), dropout)
+    except InputError as error:
+        needed = next(n for n in itertools.count(len(middle)) if _left(n, dropout) >= 2)
+        way = _less(layers - needed, layers, both_ends=both_ends)
+        raise InputError(f"{error}. {way}, or method.layer_dropout=0 to leave nothing out") from error
+    return take(model, [middle[j] for j in kept])
 
 
 def channel_pruning(model: nn.Module, middle: Sequence[int], dropout: float) -> list[Block]:

@@ -49,7 +49,7 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
     """The local folder of a model, downloaded from the hub if that is where it is.
 
     Args:
-        name: "bundled", a folder (relative to `base`) or a hub name.
+        name: "bundled", a folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
         base: The folder that relative names start from.
         weights: Whether to download the weights too.
 
@@ -67,16 +67,20 @@ def model_folder(name: str, base: Path, *, weights: bool) -> Path:
             f"model.name: {folder} is no folder. "
             "Give a Hugging Face model folder, a hub name such as owner/model, or bundled."
         )
+    name, revision = of_revision(name)
     require_hub_name(name, base, "model.name", [BUNDLED])
-    if not isinstance(try_to_load_from_cache(name, CONFIG), str):
+    if not isinstance(try_to_load_from_cache(name, CONFIG, revision=revision), str):
         say_asking(f"model {name}")
     patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         # Nothing from subfolders, and no second copy of the weights in another layout.
-        found = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
     except (OSError, ValueError) as error:  # every error of huggingface_hub and of a network is one of these
         raise InputError(
-            f'model.name: {folder} is not there, and the hub did not give "{name}": {first_line(error)} '
+            f'model.name: {folder} is not there, and the hub did not give "{name}"'
+            f"{f' at model.revision {revision}' if revision else ''}: {first_line(error)} "
             "Give a model folder, or check the name, the network and HF_HUB_OFFLINE."
         ) from error
     return Path(found)
@@ -86,8 +90,16 @@ def local_folder(name: str) -> Path | None:
     """The folder of a model that is on this machine, in the hub's cache too; None if it is not."""
     if name == BUNDLED or Path(name).expanduser().is_dir():
         return model_folder(name, Path("."), weights=False)
-    cached = try_to_load_from_cache(name, CONFIG) if name.count("/") == 1 and name[:1] != "/" else None
+    name, revision = of_revision(name)
+    on_hub = name.count("/") == 1 and name[:1] != "/"
+    cached = try_to_load_from_cache(name, CONFIG, revision=revision) if on_hub else None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def of_revision(name: str) -> tuple[str, str | None]:
+    """A hub name and the revision behind its @; None where it has none."""
+    hub, at, revision = name.partition("@")
+    return (hub, revision) if at else (name, None)
 
 
 def require_config(name: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from fedtune.errors import InputError, nearest
 from fedtune.models.boundary import usable
+from fedtune.models.ends import name_ends
 from fedtune.models.folders import (
     CONFIG,
     files_sha256,
     has_weights,
     model_folder,
+    of_revision,
     require_config,
     require_tokenizer,
     settings_sha256,
@@ -40,14 +43,19 @@ from fedtune.models.folders import (
     weight_files,
 )
 from fedtune.models.heads import drawn_modules, lacking_poolers, mark_drawn, outside_body, pooler_of
-from fedtune.models.mapped import known, share
+from fedtune.models.mapped import adopt, known, share
+from fedtune.models.quantize import quantization_of, quantize, quantized_parameters, quantized_sha256
+from fedtune.models.quantized_checkpoints import as_it_comes, came_quantised, load_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REVISION = "hub_revision"  # attribute of a model
 INITIALS = ("pretrained", "scratch")
+QUANTIZATIONS = ("none", "int8", "nf4")
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 ARCHITECTURES = {
     "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -74,6 +82,8 @@ class Loaded:
         name: As the configuration gave it: "bundled", a folder or a hub name.
         weights_sha256: Of the safetensors files' bytes, or of the initial weights when drawn from a seed.
         settings_sha256: By name, of each file beside the weights that loading reads; of a hub model's too.
+        quantization: "none", or how the weights of linear layers are kept: nf4, int8, or as they came.
+        quantized_sha256: Of the bits that are kept so; "" of none.
     """
 
     model: PreTrainedModel
@@ -81,6 +91,8 @@ class Loaded:
     name: str
     weights_sha256: str
     settings_sha256: Mapping[str, str] = field(default_factory=dict)
+    quantization: str = "none"
+    quantized_sha256: str = ""
 
 
 def load_tokenizer(name: str, base: Path) -> PreTrainedTokenizerBase:
@@ -106,11 +118,13 @@ def load_model(
     seed: int,
     base: Path,
     shared: Path | None = None,
+    quantization: str = "none",
+    attention: str = "auto",
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
     Args:
-        name: "bundled", a folder (relative to `base`) or a hub name.
+        name: "bundled", a folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
         dtype: Of the parameters, a name in `DTYPES`, whatever dtype the weights are stored in.
         initial: "pretrained", or "scratch" for the same architecture with random weights drawn from `seed`.
         task: "causal-lm" or "classification".
@@ -120,22 +134,39 @@ def load_model(
         base: The folder that relative names start from.
         shared: A folder of several processes that hold the same model, empty for the first of them: their
             weights are then mapped from one file.
+        quantization: How the weights of the blocks' linear layers are kept: none, int8, nf4 (quantize.py). A
+            checkpoint that comes quantised stays as it came.
+        attention: Which implementation of it: auto (transformers' choice), sdpa, eager, flash_attention_2.
 
     Raises:
         InputError: Anything wrong with the arguments, the folder, the weights or the hub.
     """
     _check(dtype, DTYPES, "model.dtype")
     _check(initial, INITIALS, "model.initial")
+    _check(quantization, QUANTIZATIONS, "model.quantization")
+    check_attention(attention, dtype)
     folder = model_folder(name, base, weights=initial == "pretrained")
-    config = _config(name, folder, task, num_labels)
+    config = _config(name, folder, task, num_labels, attention)
+    came = came_quantised(config, quantization, name, scratch=initial == "scratch")
     tokenizer = _tokenizer(name, folder)
     model: Any
-    before = known(shared)
+    before, quantised = known(shared), bool(came) or quantization != "none"
+    in_file = before is not None and before.written  # by whoever loaded it first
     with seeded(seed), quiet():
-        if shared is not None and before is not None and (before.written or initial == "pretrained"):
+        if (
+            shared is not None
+            and before is not None
+            and not quantised
+            and (in_file or initial == "pretrained")
+        ):
             digest = before.sha256
-            model = _pretrained(name, shared if before.written else folder, config, task, DTYPES[dtype])
+            model = _pretrained(name, shared if in_file else folder, config, task, DTYPES[dtype])
             mark_drawn(model, [f"{path}.weight" for path in before.drawn])
+        elif came and initial == "pretrained":
+            digest = files_sha256(name, weight_files(name, folder))
+            model = load_quantised(
+                name, came, lambda more: _pretrained(name, folder, config, task, DTYPES[dtype], more)
+            )
         elif initial == "scratch":
             with usable(f"model {name}: no model can be made from {folder / CONFIG}"):
                 model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
@@ -143,6 +174,14 @@ def load_model(
         else:
             digest = files_sha256(name, weight_files(name, folder))
             model = _pretrained(name, folder, config, task, DTYPES[dtype])
+    if quantization != "none" and not came:
+        quantize(model, quantization, name)
+        own = {id(parameter) for parameter in quantized_parameters(model)}
+        for parameter in model.parameters():  # the others, so that the file is mapped no more
+            if id(parameter) not in own:
+                parameter.data = parameter.data.clone()
+    if shared is not None and in_file and quantised:
+        adopt(model, shared)
     with usable(f"model {name}: it has no input embeddings that fedtune can use"):
         vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -158,7 +197,8 @@ def load_model(
     _name(model, name)
     if shared is not None and before is None:
         share(model, shared, digest, drawn_modules(model))
-    return Loaded(model, tokenizer, name, digest, settings_sha256(folder))
+    kept = came if came and quantized_parameters(model) else quantization_of(model)
+    return Loaded(model, tokenizer, name, digest, settings_sha256(folder), kept, quantized_sha256(model))
 
 
 def model_config(name: str, *, base: Path, task: str = "causal-lm") -> PretrainedConfig:
@@ -178,6 +218,8 @@ def meta_model(
     task: str = "causal-lm",
     num_labels: int | None = None,
     dtype: str = "float32",
+    quantization: str = "none",
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """Builds the architecture on torch's meta device from config.json alone: no weights, no memory.
 
@@ -188,15 +230,40 @@ def meta_model(
         InputError: As `load_model`, but weights and tokenizer are not needed.
     """
     _check(dtype, DTYPES, "model.dtype")
+    check_attention(attention, dtype)
     folder = model_folder(name, base, weights=False)
-    config = _config(name, folder, task, num_labels)
+    config = _config(name, folder, task, num_labels, attention)
+    came = came_quantised(config, quantization, name, scratch=initial == "scratch")
     built = usable(f"model {name}: no model can be made from {CONFIG}")
     with built, torch.device("meta"), seeded(0), quiet():
         model: PreTrainedModel = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()
     if initial == "pretrained" and task == "classification" and has_weights(folder):
         mark_drawn(model, lacking_poolers(model, tensor_shapes(name, weight_files(name, folder))))
+    if came:
+        as_it_comes(model, came, name)
+    elif quantization != "none":
+        quantize(model, quantization, name)
     _name(model, name)
     return model
+
+
+def check_attention(attention: str, dtype: str) -> None:
+    """Refuses an implementation of attention that this machine cannot run, with what is missing.
+
+    transformers would fetch one from the hub in its place, and run it.
+    """
+    _check(attention, ATTENTIONS, "model.attention")
+    if attention != "flash_attention_2":
+        return
+    missing = [
+        *(["the package flash-attn"] if find_spec("flash_attn") is None else []),
+        *([] if torch.cuda.is_available() else ["an NVIDIA GPU"]),
+        *(["model.dtype: bfloat16 or float16"] if dtype == "float32" else []),
+    ]
+    if missing:
+        raise InputError(
+            f"model.attention: flash_attention_2 needs {' and '.join(missing)}; set it to auto or sdpa"
+        )
 
 
 @contextmanager
@@ -223,6 +290,7 @@ def quiet() -> Iterator[None]:
             # PEFT's own use of transformers' old names, and its report of what load_result refuses.
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # merged here
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -238,14 +306,20 @@ def _check(value: str, allowed: Iterable[str], field: str) -> None:
 
 def _name(model: PreTrainedModel, name: str) -> None:
     # PEFT records this as the base model. A path to the bundled folder would mean nothing on another machine.
-    model.name_or_path = name
-    model.config.name_or_path = name
+    hub, revision = (name, None) if Path(name).is_dir() else of_revision(name)
+    model.name_or_path = model.config.name_or_path = hub
+    if revision is not None:
+        setattr(model, REVISION, revision)
 
 
-def _config(name: str, folder: Path, task: str, num_labels: int | None) -> PretrainedConfig:
+def _config(
+    name: str, folder: Path, task: str, num_labels: int | None, attention: str = "auto"
+) -> PretrainedConfig:
     _check(task, TASKS, "task")
     require_config(name, folder)
     config = _read_config(name, folder)
+    if attention != "auto":
+        config._attn_implementation = attention
     kind = config.model_type
     if task == "causal-lm" and kind in ENCODERS:
         raise InputError(f'model {name}: "{kind}" is an encoder and cannot generate. Use it to classify.')
@@ -275,17 +349,17 @@ def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
         _read_config(name, folder)
     with usable(f"model {name}: the tokenizer in {folder} cannot be read"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"model {name}: its tokenizer has neither a pad nor an eos token. Set one in {folder}."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+        name_ends(tokenizer, name, folder)
     return tokenizer
 
 
 def _pretrained(
-    name: str, folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype
+    name: str,
+    folder: Path,
+    config: PretrainedConfig,
+    task: str,
+    dtype: torch.dtype,
+    more: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     model: PreTrainedModel
     with usable(f"model {name}: the weights in {folder} cannot be loaded"):
@@ -298,6 +372,7 @@ def _pretrained(
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported in `info`: only a head may differ, checked below
+            **(more or {}),
         )
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     absent = sorted(set(info["missing_keys"]) | mismatched)

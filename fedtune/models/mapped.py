@@ -72,13 +72,18 @@ def share(model: nn.Module, folder: Path, sha256: str, drawn: list[str]) -> None
                 f"{system_error(error)} Or set TMPDIR to a folder with more room, or transport.workers=1."
             ) from error
         del tensors
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            there = set(file.keys())
-            for name, parameter in model.named_parameters():
-                if name in there:
-                    parameter.data = file.get_tensor(name)
+        adopt(model, folder)
     about = Known(sha256, tuple(drawn), written)
     (folder / ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
+
+
+def adopt(model: nn.Module, folder: Path) -> None:
+    """Maps a model's parameters from the file that `share` wrote of the same model."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        there = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name in there:
+                parameter.data = file.get_tensor(name)
 
 
 def _mapped(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
+from fedtune.models.quantize import weight_count
 
 LARGE = 10**9  # parameters of a model from which on `auto` computes activations again
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -41,7 +42,7 @@ def resolved(model: nn.Module, wanted: int | str) -> int | str:
     """`method.gradient_checkpointing`; of `auto` its meaning: `full` of a large model that can, or `none`."""
     if wanted != "auto":
         return wanted
-    large = sum(p.numel() for p in base_model(model).parameters()) >= LARGE
+    large = weight_count(base_model(model)) >= LARGE
     return "full" if large and can_compute_again(model) else "none"
 
 

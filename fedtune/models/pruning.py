@@ -2,10 +2,13 @@
 
 A channel of an MLP is one row of each linear layer into it (up, gate) and one column of the layer out of it
 (down). Taking all of them out together leaves a smaller dense MLP (Ma et al., LLM-Pruner, 2023, section 3.1).
+Of a mixture of experts each expert loses as many channels, those that matter least in it; its router and the
+experts that all tokens share stay whole.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,16 +22,54 @@ from fedtune.models.blocks import find_feed_forward, linear_layers, out_features
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where channels lie in a tensor.
+
+    Attributes:
+        name: The tensor's path inside the block.
+        dim: Along which dimension.
+        copies: How often all channels come in it: twice where gate and up are one.
+        inner: Whether copies of a channel are neighbours (GPT-OSS), or all of the first come first.
+    """
+
+    name: str
+    dim: int
+    copies: int = 1
+    inner: bool = False
+
+    def apart(self, t: Tensor) -> tuple[Tensor, int]:
+        """The tensor with a dimension of its own for the copies, and that of the channels in it."""
+        sizes = (-1, self.copies) if self.inner else (self.copies, -1)
+        return t.unflatten(self.dim, sizes), self.dim + (not self.inner)
+
+
+@dataclass(frozen=True)
 class Mlp:
-    """A block's MLP by the paths of its linear layers inside the block, and its width in channels."""
+    """A block's MLP, or its experts' together.
+
+    Attributes:
+        ups: The paths of the layers into it inside the block, or of the experts' parameter.
+        down: Of the layer out of it.
+        width: Its channels; of experts, each one's.
+        places: All tensors that channels lie in.
+        experts: How many there are, along the first dimension of each tensor; 0: no mixture.
+    """
 
     ups: tuple[str, ...]
     down: str
     width: int
+    places: tuple[Place, ...]
+    experts: int = 0
 
 
-def find_mlp(block: nn.Module) -> Mlp:
+def find_mlp(block: nn.Module, *, experts: bool = False) -> Mlp:
     """Locates a block's MLP: its last linear layer, and those that feed it by their shape.
+
+    Gate and up may be one layer of twice the width, whose result the family's code cuts in halves (Phi-3).
+
+    Args:
+        block: The block.
+        experts: Take a mixture of experts too, where transformers says how their parameters are laid out.
 
     Raises:
         InputError: The block has none, or a mixture of experts; names its linear layers.
@@ -38,12 +79,55 @@ def find_mlp(block: nn.Module) -> Mlp:
         down = list(linears)[-1]
         width = in_features(linears[down])
         ups = tuple(path for path, x in linears.items() if path != down and out_features(x) == width)
-        if ups:
-            return Mlp(ups, down, width)
+        joined = [path for path, x in linears.items() if path != down and _halved(block, path, x, width)]
+        if ups or len(joined) == 1:
+            return _dense(block, ups or tuple(joined), down, width, copies=1 if ups else 2)
+    elif experts and (found := _experts(block)):
+        return found
     raise InputError(
-        f"channels can be taken out of an MLP of linear layers, and {type(block).__name__} has none; its "
-        f"linear layers: {', '.join(linear_layers(block)) or 'none'}"
+        f"channels can be taken out of an MLP of linear layers{', or of experts,' if experts else ','} and "
+        f"{type(block).__name__} has none that is known; its linear layers: "
+        f"{', '.join(linear_layers(block)) or 'none'}"
     )
+
+
+def _dense(block: nn.Module, ups: tuple[str, ...], down: str, width: int, *, copies: int) -> Mlp:
+    places = []
+    for path in (*ups, down):
+        linear = block.get_submodule(path)
+        rows = int(isinstance(linear, Conv1D))  # GPT-2 keeps its weights (in x out)
+        into = Place(f"{path}.weight", rows, copies)
+        places.append(Place(f"{path}.weight", 1 - rows) if path == down else into)
+        if path != down and getattr(linear, "bias", None) is not None:
+            places.append(Place(f"{path}.bias", 0, copies))
+    return Mlp(ups, down, width, tuple(places))
+
+
+def _halved(block: nn.Module, path: str, linear: nn.Module, width: int) -> bool:
+    """Whether a layer gives gate and up, which the code around it takes apart in the middle."""
+    around = block.get_submodule(path.rpartition(".")[0])
+    code = inspect.getsource(type(around).forward)
+    return out_features(linear) == 2 * width and ".chunk(2, dim=-1)" in code
+
+
+def _experts(block: nn.Module) -> Mlp | None:
+    """The experts of a block in their layout as transformers notes it, each of which is gate, up and down."""
+    found = [(path, module) for path, module in block.named_modules() if hasattr(module, "is_concatenated")]
+    if len(found) != 1:
+        return None
+    path, module = found[0]
+    held = dict(module.named_parameters(recurse=False))
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    known = all(t.ndim == (2 if name.endswith("bias") else 3) for name, t in held.items())
+    if not known or {"down_proj", up} - held.keys():
+        return None
+    across = 1 + bool(module.is_transposed)  # (experts, out, in), or (experts, in, out)
+    copies, inner = held[up].shape[across] // held["down_proj"].shape[3 - across], not module.is_concatenated
+    places = [Place(f"{path}.{up}", across, copies, inner), Place(f"{path}.down_proj", 3 - across)]
+    if f"{up}_bias" in held:
+        places.append(Place(f"{path}.{up}_bias", 1, copies, inner))
+    width = held["down_proj"].shape[3 - across]
+    return Mlp((f"{path}.{up}",), f"{path}.down_proj", width, tuple(places), experts=len(held["down_proj"]))
 
 
 def in_features(linear: nn.Module) -> int:
@@ -59,19 +143,29 @@ def kept_channels(width: int, dropout: float) -> int:
 
 
 def largest_channels(block: nn.Module, tensors: Mapping[str, Tensor], dropout: float) -> Tensor:
-    """Indices, ascending, of the channels whose weights have the largest sum of squares."""
-    mlp = find_mlp(block)
-    score = torch.zeros(mlp.width, dtype=torch.float64, device=tensors[f"{mlp.down}.weight"].device)
-    for path in (*mlp.ups, mlp.down):
-        weight = tensors[f"{path}.weight"]
-        score += weight.double().square().sum(1 - _channel_dim(block, path, mlp))
+    """Indices, ascending, of the channels whose weights have the largest sum of squares; a row an expert."""
+    mlp = find_mlp(block, experts=True)
+    score = torch.zeros((), dtype=torch.float64, device=tensors[mlp.places[0].name].device)
+    for place in mlp.places:
+        if not place.name.endswith("bias"):
+            score = score + _sums(tensors[place.name].double().square(), place, mlp)
     order = score.argsort(descending=True, stable=True)  # of equals the first
-    return order[: kept_channels(mlp.width, dropout)].sort().values
+    return order[..., : kept_channels(mlp.width, dropout)].sort().values
 
 
 def prune_mlp(block: nn.Module, tensors: Mapping[str, Tensor], channels: Tensor) -> dict[str, Tensor]:
     """A block's tensors with these channels of its MLP alone; everything else is not copied."""
-    return _select(block, tensors, lambda t, dim, width: t.index_select(dim, channels))
+
+    def chosen(t: Tensor, dim: int, width: int) -> Tensor:
+        if channels.ndim == 1:
+            return t.index_select(dim, channels)
+        shape = [1] * t.ndim
+        shape[0], shape[dim] = channels.shape
+        sizes = list(t.shape)
+        sizes[dim] = channels.shape[1]
+        return t.gather(dim, channels.view(shape).expand(sizes))
+
+    return _select(block, tensors, chosen)
 
 
 def pad_mlp(block: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,21 +186,21 @@ def pad_mlp(block: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def _select(
     block: nn.Module, tensors: Mapping[str, Tensor], change: Callable[[Tensor, int, int], Tensor]
 ) -> dict[str, Tensor]:
-    mlp = find_mlp(block)
+    mlp = find_mlp(block, experts=True)
     result = dict(tensors)
-    for path in (*mlp.ups, mlp.down):
-        name = f"{path}.weight"
-        result[name] = change(tensors[name], _channel_dim(block, path, mlp), mlp.width)
-        bias = f"{path}.bias"
-        if path != mlp.down and bias in tensors:
-            result[bias] = change(tensors[bias], 0, mlp.width)
+    for place in mlp.places:
+        if place.name in tensors:
+            apart, dim = place.apart(tensors[place.name])
+            result[place.name] = change(apart, dim, mlp.width).flatten(place.dim, place.dim + 1)
     return result
 
 
-def _channel_dim(block: nn.Module, path: str, mlp: Mlp) -> int:
-    """Where channels lie in a weight: rows of `nn.Linear` into the MLP, columns of the one out of it."""
-    transposed = isinstance(block.get_submodule(path), Conv1D)
-    return int((path == mlp.down) != transposed)
+def _sums(t: Tensor, place: Place, mlp: Mlp) -> Tensor:
+    """A tensor's sum over all but the channels, and of experts all but these two."""
+    apart, dim = place.apart(t)
+    kept = (0, dim) if mlp.experts else (dim,)
+    others = [each for each in range(apart.ndim) if each not in kept]
+    return apart.sum(others) if others else apart
 
 
 @dataclass(frozen=True)
@@ -181,11 +275,9 @@ def group_scores(
     for name, dim, start, width in _group_places(block, attention, product):
         part = product[name].narrow(dim, start, attention.groups * width).movedim(dim, 0)
         heads += part.reshape(attention.groups, -1).sum(1)
-    for path in (*mlp.ups, mlp.down):
-        dim = _channel_dim(block, path, mlp)
-        channels += product[f"{path}.weight"].sum(1 - dim)
-        if path != mlp.down and f"{path}.bias" in product:
-            channels += product[f"{path}.bias"]
+    for place in mlp.places:
+        if place.name in product:
+            channels += _sums(product[place.name], place, mlp)
     return heads.float(), channels.float()
 
 

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,9 +29,12 @@ from fedtune.models.bottleneck import find_bottlenecks, sits_as_before
 from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import CONFIG, WEIGHTS, WEIGHTS_INDEX, local_folder, weight_files
 from fedtune.models.heads import float32_heads
-from fedtune.models.load import Loaded, quiet, seeded
+from fedtune.models.ia3 import scaled_tensors
+from fedtune.models.load import REVISION, Loaded, quiet, seeded
+from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
+from fedtune.models.quantize import packed_layers, plain_state, quantized_parameters
 from fedtune.models.soft_prompt import mend_soft_prompt
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
@@ -56,16 +60,23 @@ def save_result(
         model: What `train_all` or an `attach_*` function returned; it is not changed.
         tokenizer: Saved beside it.
         folder: Made if it is not there.
-        merge: Add LoRA's update into the weights and write a plain model, W + (alpha / rank) B A, summed in
-            float32 and rounded to the base's dtype.
+        merge: Put what LoRA or IA3 changes into the weights and write a plain model, W + (alpha / rank) B A,
+            computed in float32 and rounded to the base's dtype.
         place: Where the folder will be, if it is written elsewhere at first.
 
     Raises:
-        InputError: `merge` for anything but LoRA.
+        InputError: `merge` for anything but LoRA and IA3.
     """
-    is_lora = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
-    if merge and not is_lora:
-        raise InputError("--merge is for LoRA: nothing else can be added into the base model's weights.")
+    into = isinstance(model, PeftModel) and model.active_peft_config.peft_type in ("LORA", "IA3")
+    if merge and not into:
+        raise InputError(
+            "--merge is for LoRA and IA3: nothing else can be added into the base model's weights."
+        )
+    if merge and packed_layers(model):
+        raise InputError(
+            "--merge: the base model came quantised by a package that alone can widen its weights; give the "
+            "adapter to the model that it was made from (model.name), and merge it there."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(model, PeftModel):
@@ -77,7 +88,8 @@ def save_result(
         elif find_bottlenecks(model):
             _save_adapter(model, folder)
         else:
-            model.save_pretrained(folder)
+            whole = plain_state(model) if quantized_parameters(model) else None
+            model.save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
     mend_config(folder / CONFIG)
     mend_tokenizer(folder, tokenizer)
@@ -117,25 +129,27 @@ def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loa
 
 def _merged_state(model: PeftModel) -> dict[str, Tensor]:
     base = cast(PreTrainedModel, model.get_base_model())
-    deltas = {}
+    merged = {
+        canonical_name(model, f"base_model.model.{path}.{lora_parameter(module)}"): merged_weight(module)
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
     for path, module in base.named_modules():
-        if isinstance(
-            module, LoraLayer
-        ):  # of a linear layer, or of a parameter that holds all experts' weights
-            name = f"base_model.model.{path}.{getattr(module, 'parameter_name', 'weight')}"
-            deltas[canonical_name(model, name)] = cast(Linear, module).get_delta_weight("default")
+        if isinstance(module, IA3Layer):
+            for name, tensor in scaled_tensors(module).items():
+                merged[canonical_name(model, f"base_model.model.{path}.{name}")] = tensor
     state = {}
-    for name, tensor in base.state_dict().items():
-        if ".lora_" in name or ".original_module." in name:
+    for name, tensor in plain_state(base).items():
+        if ".lora_" in name or ".ia3_l" in name or ".original_module." in name:
             continue
         plain = canonical_name(model, f"base_model.model.{name}")
-        if plain in deltas:
-            tensor = tensor.float() + deltas.pop(plain).float()
+        if plain in merged:
+            tensor = merged.pop(plain)
         # A copy for each changed tensor only. The head is float32 while it is trained on a bfloat16 base.
         if tensor.is_floating_point():
             tensor = tensor.to(base.dtype)
         state[plain] = tensor
-    assert not deltas, f"what LoRA changed is not in the model: {', '.join(deltas)}"
+    assert not merged, f"what was changed is not in the model: {', '.join(merged)}"
     return state
 
 
@@ -143,18 +157,44 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
     # Asked to decide whether embeddings were resized, PEFT would look for the base on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     about = _read_json(folder / PEFT_CONFIG)
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, in whatever order
+    state = _adapter_state(model)
+    if state.keys() != _read_tensors(folder / PEFT_WEIGHTS).keys() or joined_rank(model):
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(held, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    if rank := joined_rank(model):  # plain LoRA of twice the rank, and of the same scale
+        times = (rank / about["r"]) ** (0.5 if about["use_rslora"] else 1.0)
+        about |= {"r": rank, "lora_alpha": about["lora_alpha"] * times}
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "feedforward_modules",
+        "modules_to_save",
+    ):  # sets, in whatever order
         if isinstance(about.get(key), list):
             about[key] = sorted(about[key])
     base = cast(PreTrainedModel, model.get_base_model())
     # Of an adapter that was read back PEFT keeps the base that it was trained on, wherever that was.
     about["base_model_name_or_path"] = str(base.name_or_path)
+    about["revision"] = getattr(base, REVISION, None)
     if about.get("task_type") == "SEQ_CLS":
         # PEFT has no field for classes; in this one it keeps what it does not know.
         about["auto_mapping"] = {"base_model": about["base_model_name_or_path"], **_classes(base)}
         if _save_base(base, folder / BASE):
             about["base_model_name_or_path"] = str(place / BASE)
     _write_json(folder / PEFT_CONFIG, about)
+
+
+def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter's file holds, by PEFT's names: with trained biases, and with what factors began as."""
+    state = dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith(".bias") and ".modules_to_save." not in name:
+            state.setdefault(name, parameter.detach())  # PEFT looks for lora_only's under another name
+    for path, layer in lora_layers(model).items():
+        if (joined := joined_factors(layer)) is not None:
+            for part, tensor in zip("AB", joined, strict=True):
+                state[f"base_model.model.{path}.lora_{part}.weight"] = tensor
+    return state
 
 
 def _save_base(base: PreTrainedModel, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, LoRA, bottleneck adapters, a soft prompt, or a P-tuning encoder.
+"""What of a model is trained: all of it, bottleneck adapters, a soft prompt; LoRA is lora.py's.
 
 Each `attach_*` works in place around the model it is given, so that one base model in memory serves all
 simulated clients, freezes the base and draws the new parameters from its `seed` alone. A classification head
@@ -7,33 +7,19 @@ always trains. What is added is float32, also on a bfloat16 base, where rounding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    PromptTuningInit,
-    TaskType,
-    get_peft_model,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, PromptTuningInit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from fedtune.errors import InputError, nearest
-from fedtune.models.blocks import find_blocks, linear_layers
 from fedtune.models.bottleneck import find_bottlenecks, insert_bottlenecks
-from fedtune.models.heads import float32_heads, head_modules, is_classifier
-from fedtune.models.load import quiet, seeded
-from fedtune.models.soft_prompt import mend_soft_prompt
+from fedtune.models.heads import float32_heads
+from fedtune.models.load import seeded
+from fedtune.models.quantize import quantized_parameters, weight_count
+from fedtune.models.wrapping import attach, task_type
 
 _PEFT_SHAPE = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
-_NAMED_BY_PEFT = {"classifier", "score"}  # heads that PEFT trains by itself, by their names
 
 
 class ParameterCount(NamedTuple):
@@ -44,58 +30,11 @@ class ParameterCount(NamedTuple):
 
 
 def train_all(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes every parameter trainable, in the dtype that it has."""
-    return model.requires_grad_(True)
-
-
-def attach_lora(
-    model: PreTrainedModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: list[str] | None,
-    seed: int,
-    layers: Sequence[int] | None = None,
-) -> PeftModel:
-    """Adds low-rank updates W + (alpha / rank) B A (Hu et al. 2022, eq. 3) to linear layers.
-
-    A is drawn from `seed`, B is 0, so the model starts as it was.
-
-    Args:
-        rank: Columns of B.
-        alpha: The update's scale is alpha / rank.
-        dropout: On the input of A while training. torch draws it from its global generator.
-        targets: Names of linear layers, matched as the end of a module's path ("q_proj",
-            "attention.output.dense"). None takes PEFT's choice for the architecture, usually query and value.
-        seed: What A is drawn from.
-        layers: The blocks that get it, counted from 0; None: all.
-
-    Raises:
-        InputError: A target matches no linear layer, or there is no default for the architecture.
-    """
-    linears = _block_linears(model)
-    chosen = targets if targets is not None else _default_targets(model, linears)
-    for target in chosen:
-        if not any(path.endswith(f".{target}") for path in linears):
-            known = _short_names(model)
-            raise InputError(
-                f'method.lora.targets: no linear layer of the blocks is named "{target}".'
-                f"{nearest(target, known)} Linear layers: {', '.join(known)}."
-            )
-    if layers is not None:
-        inside = tuple(f"{find_blocks(model).path}.{layer}." for layer in layers)
-        ends = tuple(f".{target}" for target in chosen)
-        chosen = [path for path in linears if path.startswith(inside) and path.endswith(ends)]
-    config = LoraConfig(
-        task_type=_task_type(model),
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a number
-        lora_dropout=dropout,
-        target_modules=list(chosen),
-        fan_in_fan_out=any(isinstance(linear, Conv1D) for linear in linears.values()),
-    )
-    return _attach(model, config, seed)
+    """Makes every parameter trainable, in the dtype that it has; what is quantised stays frozen."""
+    kept = {id(parameter) for parameter in quantized_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in kept)
+    return model
 
 
 def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftModel:
@@ -104,12 +43,12 @@ def attach_prompt(model: PreTrainedModel, *, tokens: int, seed: int) -> PeftMode
     They start as embeddings of vocabulary entries drawn from `seed`; the paper found that better than noise.
     """
     config = PromptTuningConfig(
-        task_type=_task_type(model),
+        task_type=task_type(model),
         num_virtual_tokens=tokens,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
         **_shape(model),
     )
-    return _attach(model, config, seed)
+    return attach(model, config, seed)
 
 
 def attach_p_tuning(model: PreTrainedModel, *, tokens: int, hidden: int, seed: int) -> PeftModel:
@@ -119,9 +58,9 @@ def attach_p_tuning(model: PreTrainedModel, *, tokens: int, hidden: int, seed: i
     a saved result holds the prompt that the MLP gives and not the MLP.
     """
     config = PromptEncoderConfig(
-        task_type=_task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden, **_shape(model)
+        task_type=task_type(model), num_virtual_tokens=tokens, encoder_hidden_size=hidden, **_shape(model)
     )
-    return _attach(model, config, seed)
+    return attach(model, config, seed)
 
 
 def attach_adapter(model: PreTrainedModel, *, size: int, seed: int) -> PreTrainedModel:
@@ -168,30 +107,11 @@ def canonical_name(model: nn.Module, name: str) -> str:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts parameters: total = base + what is attached, less the frozen copy of a head that PEFT keeps."""
-    counted = [p for name, p in model.named_parameters() if ".original_module." not in name]
+    copies = [p for name, p in model.named_parameters() if ".original_module." in name]
     return ParameterCount(
-        total=sum(p.numel() for p in counted), trainable=sum(p.numel() for p in counted if p.requires_grad)
+        total=weight_count(model) - sum(p.numel() for p in copies),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-
-
-def _attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    float32_heads(model)  # before PEFT copies them
-    named = sorted(head_modules(model).keys() - _NAMED_BY_PEFT)
-    if (
-        config.is_prompt_learning
-    ):  # PEFT compares ends of paths: a "head" would be P-tuning's own mlp_head too
-        named = [f"base_model.{path}" for path in named]
-    config.modules_to_save = named or None  # type: ignore[attr-defined]  # of every kind that is used here
-    with seeded(seed), quiet():
-        wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel)
-    if config.is_prompt_learning:
-        mend_soft_prompt(wrapped)
-    return wrapped
-
-
-def _task_type(model: PreTrainedModel) -> TaskType:
-    return TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
 
 
 def _shape(model: PreTrainedModel) -> dict[str, Any]:
@@ -203,28 +123,3 @@ def _shape(model: PreTrainedModel) -> dict[str, Any]:
     width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
     shape = {key: value for key, value in known.items() if isinstance(value, int)}
     return {**shape, "token_dim": width}
-
-
-def _block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    blocks = find_blocks(model)
-    return {
-        f"{blocks.path}.{index}.{path}": linear
-        for index, block in enumerate(blocks.modules)
-        for path, linear in linear_layers(block).items()
-    }
-
-
-def _short_names(model: PreTrainedModel) -> list[str]:
-    """The linear layers' paths inside a block."""
-    return list(dict.fromkeys(path for block in find_blocks(model).modules for path in linear_layers(block)))
-
-
-def _default_targets(model: PreTrainedModel, linears: dict[str, nn.Module]) -> list[str]:
-    kind = model.config.model_type
-    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if not isinstance(default, list) or not any(p.endswith(f".{t}") for p in linears for t in default):
-        raise InputError(
-            f'method.lora.targets: there is no default for models of type "{kind}". '
-            f"Name some of its linear layers: {', '.join(_short_names(model))}."
-        )
-    return default

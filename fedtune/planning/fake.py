@@ -37,14 +37,32 @@ class Fakes:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
     def model(
-        self, name: str, *, base: Path, initial: str, task: str, num_labels: int | None, dtype: str
+        self,
+        name: str,
+        *,
+        base: Path,
+        initial: str,
+        task: str,
+        num_labels: int | None,
+        dtype: str,
+        quantization: str = "none",
+        attention: str = "auto",
     ) -> PreTrainedModel:
         """The model of a config.json, eval mode, all parameters trainable, as `load_model` gives it.
 
         Raises:
             InputError: As `meta_model`.
         """
-        model = meta_model(name, base=base, initial=initial, task=task, num_labels=num_labels, dtype=dtype)
+        model = meta_model(
+            name,
+            base=base,
+            initial=initial,
+            task=task,
+            num_labels=num_labels,
+            dtype=dtype,
+            quantization=quantization,
+            attention=attention,
+        )
         self.empty_out(model)
         return model
 

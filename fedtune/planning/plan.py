@@ -20,15 +20,19 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.federation.base_model import refuse_quantized
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
+from fedtune.models.lora_targets import tuned_modules
 from fedtune.models.memory_efficient import base_model
 from fedtune.models.portable import name_classes
+from fedtune.models.quantize import quantization_of
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
 from fedtune.planning.evaluation import evaluation_step
 from fedtune.planning.fake import Fakes
 from fedtune.planning.memory import PARTS, PartsMeter
+from fedtune.planning.modules import module_notes
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
@@ -76,13 +80,16 @@ def plan(
 
     fakes = Fakes()
     base = fakes.model(
-        config.model.name,
+        config.model.place,
         base=Path("."),
         initial=config.model.initial,
         task=config.model.task,
         num_labels=len(work.labels) or None,
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        attention=config.model.attention,
     )
+    refuse_quantized(config, quantization_of(base))
     name_classes(base.config, work.labels)  # they travel with a model that is sent
     vocabulary = cast(Tensor, base.get_input_embeddings().weight).shape[0]
     method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
@@ -123,6 +130,7 @@ def plan(
         "method": config.method_name,
         "model": config.model.name,
         "dtype": config.model.dtype,
+        "quantization": quantization_of(base),
         "total_parameters": parameters.total,
         "trainable_parameters": parameters.trainable,
         "rounds": method.rounds,
@@ -146,7 +154,12 @@ def plan(
             "batching": config.data.batching,
         },
         "published": published(config.method, base, traffic),
-        "notes": [*work.notes, *_notes(config, method, traffic)],
+        "modules": tuned_modules(model),
+        "notes": [
+            *work.notes,
+            *(module_notes(config.method, model) if tuned_modules(model) else []),
+            *_notes(config, method, traffic),
+        ],
     }
     return Plan(document, traffic, method.arrival == "in-turn")
 

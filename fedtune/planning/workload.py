@@ -94,7 +94,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
     sources = [] if objects else [data.train]
     sources += [data.holdout.source] if data.holdout.source else []
     here = all(map(is_here, sources))
-    tokenized = _has_tokenizer(config.model.name)
+    tokenized = _has_tokenizer(config.model.place)
     longest = _assumed(config, rows, room.tokens)
     public = longest if data.public is not None else ()
     held_out: Sequence[Encoded] = _assumed_held_out(config, room.tokens)
@@ -122,7 +122,7 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         )
         held_out = held_out[: len(split.evaluation)]
         return Workload(counts, len(counts), longest, public, held_out, split.labels, tuple(notes))
-    tokenizer = load_tokenizer(config.model.name, Path("."))
+    tokenizer = load_tokenizer(config.model.place, Path("."))
     longest, each = (), dict[str, Counts]()
     batching, packed = batching_of(config, room), dict[int, int]()
     computed = padded = 0
@@ -193,7 +193,7 @@ def assumed(config: RunConfig, clients: int, rows: int) -> Workload:
 
 def room_of(config: RunConfig) -> Room:
     """How long the run's examples may be."""
-    return example_room(config, model_config(config.model.name, base=Path("."), task=config.model.task))
+    return example_room(config, model_config(config.model.place, base=Path("."), task=config.model.task))
 
 
 def _in_words(config: RunConfig, room: Room) -> str:

@@ -214,7 +214,9 @@ class _Running:
         steps = self.multi.steps(len(env.rows))
         common: dict[str, Any] = {"proximal": self.multi.proximal, "device": self.device}
         one = Trajectory(begun, self.one, self.multi.rounds * steps, **common)
-        many = Trajectory(lora.pad(order.payload.tensors, self.parameters), self.multi, steps, **common)
+        many = Trajectory(
+            lora.pad(order.payload.tensors, self.parameters), self.multi, steps, round=round, **common
+        )
         if round == 1:
             sums = {key: _zeros(one.weights) for key in (ERROR, ERROR_WITHOUT_RATES)}
         else:

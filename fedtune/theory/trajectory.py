@@ -35,7 +35,8 @@ class Trajectory:
     Args:
         start: The weights of step 0, by name; copied.
         settings: Optimiser, rate, schedule.
-        total_steps: Steps of the whole trajectory; the linear schedule ends with them.
+        total_steps: Steps of the whole trajectory; a schedule of one round ends with them.
+        round: Which round's it is, for a schedule over all.
         proximal: μ of FedProx, towards `start`.
         device: Where the weights lie.
     """
@@ -46,6 +47,7 @@ class Trajectory:
         settings: Training,
         total_steps: int,
         *,
+        round: int = 1,
         proximal: float = 0.0,
         device: torch.device,
     ) -> None:
@@ -53,7 +55,7 @@ class Trajectory:
             name: nn.Parameter(w.to(device, torch.float32, copy=True)) for name, w in start.items()
         }
         self.taken = 0
-        self._settings, self._total = settings, total_steps
+        self._settings, self._total, self._round = settings, total_steps, round
         self._stepper = Stepper(
             self.weights,
             settings.model_copy(update={"optimizer_in_backward": False}),  # the same bits, from all gradients
@@ -65,8 +67,7 @@ class Trajectory:
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
-        linear = self._settings.lr_schedule == "linear"
-        return self._settings.lr * (1 - self.taken / self._total if linear else 1.0)
+        return self._settings.rate(self.taken, self._total, self._round)
 
     def step(self, gradient: Weights) -> None:
         """One optimiser step with the loss's gradient, which is used up."""

@@ -21,6 +21,7 @@ from fedtune.errors import FederationError, foreign
 Field = int | float | str | bool
 PART_BYTES = 64 * 1024 * 1024  # of a frame in one message; Flower's own limit with a database is 256 MB
 _FIELDS_LIMIT = 1 << 20  # bytes of JSON in a socket: a message's fields may stand inside another's as text
+HERE = "here"  # what a client is asked to see whether it is there, in the field `do`; it answers nothing
 FOREIGN_LIMIT = 400 * 1024  # bytes of JSON of another party's fields: a configuration is the longest there is
 
 

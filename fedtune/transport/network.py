@@ -40,11 +40,14 @@ class Invitation:
         run: Names the run; a resumed run has the name it had.
         config: The whole configuration, as JSON.
         weights_sha256: Of the base model, which a client that holds one must have too.
+        quantization, quantized_sha256: How its layers are kept, and of the bits that are; the same holds.
     """
 
     run: str
     config: str
     weights_sha256: str
+    quantization: str = "none"
+    quantized_sha256: str = ""
 
     def message(self, client: int) -> Message:
         """The invitation of one client."""
@@ -55,6 +58,8 @@ class Invitation:
                 "client": client,
                 "config": self.config,
                 "weights": self.weights_sha256,
+                "quantization": self.quantization,
+                "quantized": self.quantized_sha256,
             }
         )
 

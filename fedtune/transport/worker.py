@@ -27,7 +27,7 @@ from fedtune.core.types import ClientError, Payload
 from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode
 from fedtune.errors import InputError, ProgramError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
-from fedtune.transport.messages import PART_BYTES, Field, Message, fault
+from fedtune.transport.messages import HERE, PART_BYTES, Field, Message, fault
 
 KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
 
@@ -102,6 +102,8 @@ class Worker:
         try:
             with faults("answering the server", passing=(NotAccepted, ClientError, ValueError)):
                 do = message.text("do")
+                if do == HERE:
+                    return Message({})
                 if do == "join":
                     return self._invited(message.fields)
                 if not self._knows(message.text("run")):

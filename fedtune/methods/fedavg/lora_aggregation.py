@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from fedtune.models.lora import lora_layers
 
 A, B, DENSE = ".lora_A.weight", ".lora_B.weight", ".dense"
 
@@ -121,15 +122,6 @@ def inner(one: Mapping[str, Tensor], other: Mapping[str, Tensor], scale: float) 
 def scaled(update: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
     """An update times a factor, where factors stand for their product: B carries it."""
     return {name: t if name.endswith(A) else t.to(torch.float32) * times for name, t in update.items()}
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """LoRA layers by the module name that `trainable` gives their factors."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
 
 
 @contextmanager

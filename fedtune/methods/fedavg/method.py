@@ -47,6 +47,7 @@ from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg import robust
 from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.local_training import train
+from fedtune.models.lora import lora_layers
 from fedtune.models.tuning import trainable
 
 CONTROL, PRODUCT = "control:", "product:"  # prefixes on the wire beside the weights' own names
@@ -116,9 +117,7 @@ class FedAvg:
         return State(
             weights,
             {name: str(p.dtype).removeprefix("torch.") for name, p in parameters.items()},
-            scaling={
-                name: float(layer.scaling["default"]) for name, layer in lora.lora_layers(model).items()
-            },
+            scaling={name: float(layer.scaling["default"]) for name, layer in lora_layers(model).items()},
             control={n: torch.zeros_like(w) for n, w in weights.items()}
             if self.config.control_variates
             else {},

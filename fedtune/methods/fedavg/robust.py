@@ -61,7 +61,7 @@ def updates(factors: Lora | None, *, stacked: bool, control: str) -> Updates:
         control: What the control variates' names start with.
     """
     if factors is not None and stacked:
-        scale = factors.alpha / factors.rank
+        scale = factors.scale
         return Updates(
             inner=partial(lora.inner, scale=scale),
             scaled=lora.scaled,

@@ -22,6 +22,20 @@ class Config(Tuning, Training):
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
 
+    @property
+    def quantized_refusal(self) -> str:
+        """Stacked products are added to the weights themselves."""
+        if self.aggregation == "stack":
+            return "aggregation: stack adds each round's product to the model's own weights; take mean"
+        return super().quantized_refusal
+
+    @property
+    def adapter_refusal(self) -> str:
+        """Clients that draw factors of their own do not have the adapter's."""
+        if self.aggregation != "mean":
+            return f"with aggregation: {self.aggregation} clients draw factors anew; take mean"
+        return super().adapter_refusal
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.aggregation != "mean" and self.trainable != "lora":
@@ -32,6 +46,12 @@ class Config(Tuning, Training):
             raise ValueError(
                 "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
                 "server_optimizer mean and no control_variates"
+            )
+        if self.aggregation == "stack" and self.lora and (self.lora.use_dora or self.lora.init != "default"):
+            one = "use_dora" if self.lora.use_dora else f"init: {self.lora.init}"
+            why = "a row's length is no part of the product" if self.lora.use_dora else "which are drawn"
+            raise ValueError(
+                f"aggregation: stack adds products of fresh factors, {why}; it does not go with lora.{one}"
             )
         if self.arrival == "asynchronous" and (self.rounds != 1 or self.control_variates):
             raise ValueError(

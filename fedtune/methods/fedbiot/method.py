@@ -60,9 +60,9 @@ from fedtune.models.blocks import find_blocks
 from fedtune.models.boundary import usable
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, submodel, take
 from fedtune.models.heads import is_classifier
+from fedtune.models.lora import LoraForm, attach_lora
 from fedtune.models.proximal import moved_squared
 from fedtune.models.pruning import find_mlp
-from fedtune.models.tuning import attach_lora
 
 log = logging.getLogger("fedtune")
 
@@ -110,18 +110,25 @@ class FedBiOT:
         compressed = EMULATORS[self.config.emulator](model, places.middle, self.config.layer_dropout)
         parts = (take(model, places.front), compressed, take(model, places.back))
         submodel(model, [block for some in parts for block in some])  # refused here if it is to be refused
+        modules = [find_blocks(model).modules[index] for index in places.middle]
         pruned = (
-            find_mlp(find_blocks(model).modules[0]) if self.config.emulator == "channel-pruning" else None
+            {
+                path: None
+                for mlp in (find_mlp(block, experts=True) for block in modules)
+                for path in (*mlp.ups, mlp.down)
+            }
+            if self.config.emulator == "channel-pruning"
+            else {}
         )
         full = self._attach(model, places.adapter)
         if pruned:
             tuned = {name.partition(".")[2].removesuffix(A) for name in factors(full, places.adapter, "")}
-            if tuned & {*pruned.ups, pruned.down}:
+            if tuned & pruned.keys():
                 raise InputError(
                     "method.emulator channel-pruning takes channels out of the MLP; LoRA must be elsewhere: "
-                    f"leave {', '.join((*pruned.ups, pruned.down))} out of method.lora.targets"
+                    f"leave {', '.join(pruned)} out of method.lora.targets"
                 )
-        scaling = self.config.lora.alpha / self.config.lora.rank
+        scaling = self.config.lora.scale
         room = self.config.alignment.keep_mb * 1_000_000
         self._server = Server(model, full, places, parts, self._attach, scaling, room, bool(pruned))
         return full
@@ -173,7 +180,7 @@ class FedBiOT:
         parameters = factors(model, places.adapter, ADAPTER)
         load(parameters | factors(model, places.middle, EMULATOR), lora)
         start = {name: lora[name].to(env.device, torch.float32) for name in parameters}
-        scaling = self.config.lora.alpha / self.config.lora.rank
+        scaling = self.config.lora.scale
 
         def proximal() -> Tensor:  # ε/2 ‖ŵ − ŵ(t)‖², ŵ = s B A
             moved = [
@@ -249,6 +256,7 @@ class FedBiOT:
             targets=lora.targets,
             seed=seed,
             layers=layers,
+            form=LoraForm(rslora=lora.use_rslora),
         )
 
     def division(self, model: nn.Module) -> Cut:

@@ -38,6 +38,15 @@ class Config(Training):
     """Settings of `method.name: fedbiot`."""
 
     name: Literal["fedbiot", "fedot", "offsite-tuning"] = "fedbiot"  # the method
+
+    @property
+    def quantized_refusal(self) -> str:
+        """The emulator is made of the model's own weights, and trained."""
+        return (
+            "clients are sent an emulator that is cut from the model's own weights and aligned by training "
+            "them; take fedavg with trainable: lora"
+        )
+
     rounds: int = Field(10, ge=1)  # communication rounds
     adapter_layers: int = Field(2, ge=1)  # s, the blocks that clients train
     both_ends: bool = False  # the adapter is the first and the last s/2 blocks instead of the last s
@@ -83,6 +92,11 @@ class Config(Training):
             raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
         if lora.dropout:
             raise ValueError("dropout is for fedavg; the emulator is aligned without it, leave it out")
+        if said := lora.more():
+            raise ValueError(
+                f"{said} is for fedavg, standalone and centralized; the emulator is aligned in plain "
+                "factors, leave it out"
+            )
         return lora
 
     @property

@@ -123,15 +123,12 @@ class FedCyBGD:
                 raise ValueError("no client replied: there is nothing to average")
             log.warning("turn %d: nobody answered; block %s keeps its value", now, ", ".join(own))
             return replace(state, turns=now, missed=now)
-        weights, masters = dict(state.weights), dict(state.masters)
+        weights = dict(state.weights)
         for name in changes:
             change = changes[name] if self.arrival == "in-turn" else total.mean(name)
-            master = masters.get(name, weights[name].to(torch.float32)) + change
-            weights[name] = master.to(weights[name].dtype)
-            if weights[name].dtype != torch.float32:
-                masters[name] = master
+            weights[name] = weights[name].to(torch.float32) + change
         versions = state.versions | dict.fromkeys([*own, *self._at_server().always], now)
-        return State(weights, masters, versions, held, answered, heads, channels, now, state.missed)
+        return State(weights, versions, held, answered, heads, channels, now, state.missed)
 
     def mean_refusal(self, mean: MeanName) -> str | None:
         """A cycle has one client a block: there is no mean. In fedbavg there is."""

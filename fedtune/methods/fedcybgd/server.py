@@ -129,7 +129,10 @@ class ServerModel:
         for part, form in forms.items():
             if held.get(part) == form:
                 continue
-            found = {n: state.weights.get(f"{part}:{n}", t) for n, t in self.parts.tensors(part).items()}
+            found = {
+                n: state.weights.get(f"{part}:{n}", t).to(t.dtype)
+                for n, t in self.parts.tensors(part).items()
+            }
             if form.endswith(_PRUNED):
                 block = find_blocks(self.model).modules[int(part)]
                 found = prune_groups(block, found, state.heads[part], state.channels[part])

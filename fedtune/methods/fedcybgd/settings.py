@@ -26,6 +26,12 @@ class Config(InBlocks, Training):
     """Settings of `method.name: fedcybgd`."""
 
     name: Literal["fedcybgd", "fedbavg"] = "fedcybgd"  # the method
+
+    @property
+    def quantized_refusal(self) -> str:
+        """Blocks travel as whole weights."""
+        return "clients are sent the blocks' own weights, whole; take fedavg with trainable: lora"
+
     rounds: int = Field(3, ge=1)  # cycles; of fedbavg, rounds of one turn each
     blocks_per_client: int = Field(1, ge=1)  # blocks that a client trains in its turn
     block_order: BlockOrder = "ascending"  # of each pass over the blocks
@@ -55,6 +61,11 @@ class Config(InBlocks, Training):
             )
         if self.lora and self.lora.client_ranks:
             raise ValueError("clients of unlike ranks (client_ranks) are for fedavg; leave it out")
+        if self.lora and (said := self.lora.more(dora=False)):
+            raise ValueError(
+                f"lora.{said} is for fedavg, standalone and centralized; a turn trains what is added to its "
+                "own block alone, leave it out"
+            )
         if self.powersgd and (self.optimizer_in_backward or self.masters != "float32"):
             with_ = "optimizer_in_backward" if self.optimizer_in_backward else f"masters: {self.masters}"
             raise ValueError(
@@ -80,6 +91,12 @@ class BAdamConfig(Training):
     """Settings of `method.name: badam`."""
 
     name: Literal["badam"] = "badam"
+
+    @property
+    def quantized_refusal(self) -> str:
+        """It trains the blocks' weights."""
+        return "it trains the blocks' own weights in turn; take centralized with trainable: lora"
+
     switch_interval: int = Field(100, ge=1)  # steps until the next block
     block_order: BlockOrder = "random"  # of each pass over the blocks
     extra_blocks: list[Literal["embeddings", "norm", "head"]] = Field([])  # trained too, behind the blocks

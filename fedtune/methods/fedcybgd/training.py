@@ -76,7 +76,7 @@ def train_blocks(
                         env.derive_seed("block", step),
                     )
                     others.enter_context(offloaded(env.model, settings.offload_params))
-                rate = settings.lr * (1 - step / total if settings.lr_schedule == "linear" else 1.0)
+                rate = settings.rate(step, total, env.round)
                 rate_sum += rate
                 batches = drawn(env, group)
                 with env.memory.step(batches.size, resident=[env.model, *active.resident(), *resident]):

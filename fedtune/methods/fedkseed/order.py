@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedtune.core.types import Scalar
 from fedtune.core.wire import FrameError
+from fedtune.models.quantize import quantized_sha256
 from fedtune.models.tuning import trainable
 
 _SHOWN = 16  # hexadecimal digits of a hash in a message
@@ -89,7 +90,10 @@ _PARTS = (
 
 
 class Fingerprint:
-    """SHA-256 over the trainable weights; computed once a model, for they are never written for long."""
+    """SHA-256 over the trainable weights and what is quantised.
+
+    Computed once a model, for they are never written for long.
+    """
 
     def __init__(self) -> None:
         self._known: tuple[weakref.ref[nn.Module], str] | None = None
@@ -102,6 +106,7 @@ class Fingerprint:
                 digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
                 data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
                 digest.update(data.numpy().data)
+            digest.update(quantized_sha256(model).encode())
             self._known = (weakref.ref(model), digest.hexdigest())
         return self._known[1]
 

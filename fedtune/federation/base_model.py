@@ -1,0 +1,58 @@
+"""The base model of a configuration, as every side of its federation loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedtune.config.schema import RunConfig
+from fedtune.core.seeds import derive_seed
+from fedtune.errors import InputError
+from fedtune.models.load import Loaded, load_model
+
+
+def load_base(
+    config: RunConfig,
+    labels: Sequence[str],
+    *,
+    place: str = "",
+    whole: bool = False,
+    shared: Path | None = None,
+) -> Loaded:
+    """Loads it.
+
+    Args:
+        config: Says which model, and how it is held.
+        labels: Of a classifier, its classes.
+        place: Where it is on this machine; empty: where the configuration says.
+        whole: It is the result of a run, all weights of which are there as they are to be used.
+        shared: As `load_model` takes it.
+
+    Raises:
+        InputError: As `load_model`.
+    """
+    model = config.model
+    loaded = load_model(
+        place or model.place,
+        dtype=model.dtype,
+        initial="pretrained" if whole else model.initial,
+        task=model.task,
+        num_labels=len(labels) or None,
+        seed=derive_seed(config.seed, "model"),
+        base=Path("."),
+        shared=shared,
+        quantization="none" if whole else model.quantization,
+        attention=model.attention,
+    )
+    if not whole:
+        refuse_quantized(config, loaded.quantization)
+    return loaded
+
+
+def refuse_quantized(config: RunConfig, quantization: str) -> None:
+    """Raises InputError if a base model that is quantised, maybe as it came, does not go with the method."""
+    if quantization != "none" and (reason := config.method.quantized_refusal):
+        raise InputError(
+            f"model {config.model.name} is quantised ({quantization}), which does not go with "
+            f"{config.method_name}: {reason}"
+        )

@@ -1,0 +1,47 @@
+"""Which modules of a model a configuration will train: from its config.json, without weights or data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedtune.config.schema import RunConfig
+from fedtune.methods import registry
+from fedtune.models.lora_targets import ALL_LINEAR, tuned_modules, tuned_text, unlinear
+from fedtune.models.memory_efficient import base_model
+from fedtune.models.tuning import count_parameters
+from fedtune.planning.fake import Fakes
+
+
+def trained_modules(config: RunConfig) -> list[str]:
+    """What is trained, a line each, as the method would attach it.
+
+    Raises:
+        InputError: No such model or no config.json, or the method does not go with the model.
+    """
+    base = Fakes().model(
+        config.model.name,
+        base=Path("."),
+        initial=config.model.initial,
+        task=config.model.task,
+        num_labels=2 if config.model.task == "classification" else None,  # of whatever number
+        dtype=config.model.dtype,
+    )
+    model = registry.build(config.method, config.seed).client_model(lambda: base)
+    return module_notes(config.method, model)
+
+
+def module_notes(settings: Any, model: nn.Module) -> list[str]:
+    """The same of a model that the method was attached to."""
+    found, count = tuned_modules(model), count_parameters(model)
+    form = tuned_text(found) or getattr(settings, "trainable", "full")
+    trained = f"{count.trainable:,} of {count.total:,} parameters"
+    notes = [f"trained: {form}; {trained}" if settings.name != "zero-shot" else "trained: nothing"]
+    lora = getattr(settings, "lora", None)
+    if found and lora and lora.targets == ALL_LINEAR and (left := unlinear(base_model(model))):
+        notes.append(
+            f"not trained, as they are no linear layers but hold all experts in one: {', '.join(left)}"
+        )
+    return notes
