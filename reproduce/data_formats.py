@@ -7,7 +7,7 @@ Table:   formats, kinds of files, settings and what is said; docs/data.md, block
 Command: python reproduce/data_formats.py formats
 Time:    seconds
 Needs:   nothing
-Result:  each is read with at most two settings
+Result:  3 rows are read of each, with at most two settings
 """
 
 from __future__ import annotations

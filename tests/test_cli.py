@@ -24,7 +24,20 @@ from fedtune.models.load import Loaded, load_model
 from fedtune.models.save import load_result
 
 COMMANDS = (
-    *("run", "compare", "validate", "plan", "diagnose", "eval", "report", "export", "replay", "ls", "bench"),
+    *(
+        "run",
+        "compare",
+        "validate",
+        "data",
+        "plan",
+        "diagnose",
+        "eval",
+        "report",
+        "export",
+        "replay",
+        "ls",
+        "bench",
+    ),
     *("keys", "server", "client"),
 )
 

@@ -60,7 +60,7 @@ WRONG = {
     "seed: -1": "seed: .*greater than or equal to 0, got -1",
     "model: bundled": "model: .*got 'bundled'",
     "model:": "model: .*got None",
-    "data: {clients: 3.5}": "data.clients: .*integer, got 3.5",
+    "data: {clients: 3.5}": "data.clients: .*integer or .files., got 3.5",
     "data: {clients: null}": "data: clients must be a number with partition iid",
     "data: {partition: iid}": "data.partition must be a block of settings with a name, got 'iid'",
     "data: {partition: {alpha: 1}}": "data.partition.name is missing; known are iid, dirichlet",

@@ -51,7 +51,7 @@ def splits(draw: st.DrawFn) -> tuple[list[str], int, str, Split]:
     labels = draw(labels_lists)
     n = len(labels)
     clients = draw(st.integers(1, n))
-    name = draw(st.sampled_from(sorted(set(PARTITIONERS) - {"file", "given"})))
+    name = draw(st.sampled_from(sorted(set(PARTITIONERS) - {"file", "files", "given"})))
     alpha = draw(st.sampled_from([0.3, 1.0, 1e6]))
     if name == "iid":
         return labels, clients, name, lambda ls, r: iid(len(ls), clients, r)

@@ -67,7 +67,8 @@ def tls(folder: Path) -> Iterator[int]:
 
 def test_a_client_without_usable_data(folder: Path) -> None:
     refused(client(folder, data="none.jsonl"), "none.jsonl: there is no such file")
-    refused(client(folder, data="none.csv"), "a client's data are a .json or .jsonl file")
+    (folder / "data.xlsx").write_text("a")
+    refused(client(folder, data="data.xlsx"), "data.xlsx: this kind of file is not read")
     (folder / "empty.jsonl").write_text("")
     refused(client(folder, data="empty.jsonl"), "empty.jsonl")
     (folder / "accept.yaml").write_text("data_folder: elsewhere\n")

@@ -204,6 +204,8 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
+    "data.bad_rows",  # test_client_files.py
+    "data.streaming",  # test_client_files.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory

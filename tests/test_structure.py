@@ -313,8 +313,8 @@ def test_what_is_a_record_stays_as_it_was_made() -> None:
         if decorator.startswith("dataclass") and "frozen=True" not in decorator
     }
     assert changing == {
-        "fedtune.core.cohort.RoundOutcome",
         "fedtune.data.reading.Reading",
+        "fedtune.core.cohort.RoundOutcome",
         "fedtune.evaluation.code._Tally",
         "fedtune.federation.assembly.Assembly",
         "fedtune.federation.consent.Consent",

@@ -78,10 +78,11 @@ def head(document: Mapping[str, Any]) -> Iterator[str]:
         f"{examples['held_out']:,} held out{public}"
     )
     template = f"template {document['template']}, " if document["template"] else ""
-    share = f", {padding['padding'] / padding['computed']:.1%} of their tokens padding"
+    computed = padding["computed"]
+    share = f", {padding['padding'] / computed:.1%} of their tokens padding" if computed else ""
     yield (
         f"model {document['model']}: {template}at most {document['max_length']} tokens an example; batches "
-        f"of {padding['batch_size']} ({padding['batching']}){share if padding['computed'] else ''}"
+        f"of {padding['batch_size']} ({padding['batching']}){share}"
     )
     if document["sampled"] is not None:
         yield f"tokens are those of {document['sampled']:,} examples, evenly spread (--sample)"

@@ -93,7 +93,8 @@ def _named(
 
 def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
     """One line a problem, with the dotted name as a user writes it."""
-    lines = []
+    lines = list[str]()
+    before = dict[str, tuple[str, str]]()  # by name, its line and what that says is allowed
     for problem in error.errors(include_url=False):
         path, known = _walk(cls, problem["loc"])
         name = foreign(".".join([*prefix, *path])) or "the configuration"
@@ -109,9 +110,12 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
             if problem["type"] == "literal_error" and isinstance(problem["input"], str):
                 got += "." + nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
             text = short(problem["msg"].removeprefix("Value error, "), 600)
-            lines.append(
-                f"{name}: {text[0].lower() + text[1:]}{'' if problem['type'] == 'value_error' else got}"
-            )
+            text = text[0].lower() + text[1:]
+            if lines and name in before and lines[-1] is before[name][0]:  # a number or a word would do
+                lines.pop()
+                text = f"{before[name][1]} or {text.removeprefix('input should be ')}"
+            lines.append(f"{name}: {text}{'' if problem['type'] == 'value_error' else got}")
+            before[name] = lines[-1], text
     return lines
 
 

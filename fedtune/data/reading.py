@@ -57,6 +57,11 @@ class Reading:
         rows = " and ".join(f"{n:,} row{'s' * (n > 1)} of {kind}" for kind, n in kinds if n)
         self.lines.append(f"{self.what}: {rows} {where}" if self.what else f"{rows} {where}")
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it, a line each."""
+        return [*self.said, *skipped_notes(self.skipped)]
+
     def document(self) -> dict[str, Any]:
         """What partition.json and summary.json say of skipped rows."""
         first = [{"place": place, "reason": why} for place, why in self.skipped[:SHOWN]]

@@ -27,7 +27,7 @@ from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.opening import check_ordinary
-from fedtune.data.reading import NONE_THERE, Reading, skipped_notes
+from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
@@ -168,12 +168,7 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
     )
-    notes = [
-        *reading.lines,
-        *reading.said,
-        *skipped_notes(reading.skipped),
-        *describe({"train": found.counts}, room.tokens),
-    ]
+    notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
 
 
