@@ -3,16 +3,17 @@
 Table:   memory of LoRA training of a Llama of 156 M weights, by plan, ledger and process, and Llama-2-7B
          planned; docs/quantized.md, block quantized-memory
 Command: python reproduce/quantized.py quantized-memory
-Time:    five minutes
+Time:    two minutes of CPU
 Needs:   bitsandbytes; the shape of Llama-2-7B is in configs/papers/shapes
-Result:  see the page
+Result:  397.94 MB with bfloat16 and 173.66 MB with nf4 by plan and ledger, 467.70 MB and 391.57 MB by process;
+         Llama-2-7B 30.05 GB and 20.43 GB planned
 
 Table:   held-out loss of a model of 7 M weights on Dolly after three rounds of LoRA, three seeds;
          docs/quantized.md, block quantized-loss
 Command: python reproduce/quantized.py quantized-loss
-Time:    fifteen minutes
+Time:    two minutes of CPU
 Needs:   bitsandbytes, ../shared/models/instruct-7m, ../shared/data/dolly15k
-Result:  see the page
+Result:  3.9132 with bfloat16 and 3.9197 with nf4 (4.1931 and 4.1960 before), +0.0064 ± 0.0026 apart
 """
 
 from __future__ import annotations
