@@ -3,16 +3,17 @@
 Table:   memory of LoRA training of a Llama of 156 M weights, by plan, ledger and process, and Llama-2-7B
          planned; docs/quantized.md, block quantized-memory
 Command: python reproduce/quantized.py quantized-memory
-Time:    five minutes
+Time:    two minutes of CPU
 Needs:   bitsandbytes; the shape of Llama-2-7B is in configs/papers/shapes
-Result:  see the page
+Result:  397.94 MB with bfloat16 and 173.66 MB with nf4 by plan and ledger, 467.70 MB and 391.57 MB by
+         process; of a Llama of 7 B weights 30.05 GB and 20.43 GB, planned
 
 Table:   held-out loss of a model of 7 M weights on Dolly after three rounds of LoRA, three seeds;
          docs/quantized.md, block quantized-loss
 Command: python reproduce/quantized.py quantized-loss
-Time:    fifteen minutes
+Time:    two minutes of CPU
 Needs:   bitsandbytes, ../shared/models/instruct-7m, ../shared/data/dolly15k
-Result:  see the page
+Result:  3.9132 with bfloat16 and 3.9197 with nf4 (4.1931 and 4.1960 before), +0.0064 ± 0.0026 apart
 """
 
 from __future__ import annotations
@@ -143,12 +144,12 @@ def loss(kind: str, seed: int) -> tuple[float, float]:
         "data": {
             "train": str(ROOT / DOLLY),
             "fields": {"input": "context", "output": "response"},
-            "max_examples": 2000,
-            "max_length": 128,
-            "clients": 4,
+            "max_examples": 400,
+            "max_length": 96,
+            "clients": 2,
         },
-        "method": {"name": "fedavg", "rounds": 3, "local_steps": 10, "batch_size": 8, "lr": 1e-3},
-        "evaluation": {"tasks": ["loss"], "every": 0, "max_examples": 200, "bootstrap": 0},
+        "method": {"name": "fedavg", "rounds": 3, "local_steps": 10, "batch_size": 4, "lr": 1e-3},
+        "evaluation": {"tasks": ["loss"], "every": 0, "max_examples": 100, "bootstrap": 0},
     }
     with tempfile.TemporaryDirectory() as folder:
         run = fedtune.run(document, out=Path(folder) / "run", progress=False)
@@ -159,7 +160,7 @@ def loss(kind: str, seed: int) -> tuple[float, float]:
 def losses() -> str:
     """A row for each way to hold the base."""
     rows, first = [], list[float]()
-    for name, kind in KINDS.items():
+    for name, kind in {"bfloat16": "none", "nf4": "nf4"}.items():
         found = [loss(kind, seed) for seed in SEEDS]
         after = [trained for _, trained in found]
         first = first or after
