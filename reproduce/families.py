@@ -142,7 +142,9 @@ def all_of_them() -> str:
         lines.append([f"`{family}`", *cells])
     listed = "\n".join(f"{number}. {said}" for said, number in sentences.items())
     found = [cell for line in lines for cell in line[1:]]
-    said = f"{found.count(WORKS)} of {len(found)} work: {len(FAMILIES)} families, {len(METHODS)} methods."
+    said = (
+        f"{found.count(WORKS)} of {len(found)} work: {len(FAMILIES)} families, {len(list(METHODS))} methods."
+    )
     return f"{table(['family', *METHODS], lines)}\n\n{said}\n\n{listed}"
 
 

@@ -38,7 +38,7 @@ def test_the_page_has_every_family_and_every_method() -> None:
     said = sentences()
     assert list(said) == [str(number + 1) for number in range(len(said))]
     found = [cell for row in cells.values() for cell in row]
-    assert len(found) == len(NAMES) * len(METHODS)
+    assert len(found) == len(NAMES) * len(list(METHODS))
     assert {cell for cell in found if cell != families.WORKS} == {f"[{number}]" for number in said}
     works = found.count(families.WORKS)
     assert f"{works} of {len(found)}" in families.__doc__
@@ -47,7 +47,7 @@ def test_the_page_has_every_family_and_every_method() -> None:
 @pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
 def test_a_family_does_what_the_page_says(place: int) -> None:
     """Families take turns with the methods, so that each method has some of every kind."""
-    family, column = NAMES[place], place % len(METHODS)
+    family, column = NAMES[place], place % len(list(METHODS))
     cell = table()[family][column]
     said = families.tried(family, list(METHODS)[column])
     expected = cell if cell == families.WORKS else sentences()[cell.strip("[]")]
