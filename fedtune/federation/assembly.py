@@ -38,6 +38,7 @@ from fedtune.measure.environment import environment
 from fedtune.methods import registry
 from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded
+from fedtune.models.memory_efficient import check_computed_again
 from fedtune.models.packable import check_packable
 from fedtune.models.portable import name_classes
 from fedtune.models.tuning import count_parameters
@@ -99,6 +100,7 @@ class Assembly:
         device = device_of(config.model.device)
         loaded = load_base(config, split.labels, shared=shared)
         torch.nn.Module.to(loaded.model, device)
+        check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)

@@ -43,6 +43,7 @@ from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.load import Loaded, load_tokenizer
+from fedtune.models.memory_efficient import check_computed_again
 from fedtune.models.packable import check_packable
 from fedtune.transport.acceptance import NotAccepted
 from fedtune.transport.messages import Field, Message, broken, fault
@@ -152,6 +153,7 @@ def join(
         loaded = load_base(config, labels, place=name)
         _refuse_other_base(loaded, message, config.model.name)
         torch.nn.Module.to(loaded.model, where)
+        check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
         if config.data.batching == "packed":
             check_packable(loaded.model)
         room = example_room(config, loaded.model.config)

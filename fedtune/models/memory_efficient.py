@@ -46,6 +46,24 @@ def resolved(model: nn.Module, wanted: int | str) -> int | str:
     return "full" if large and can_compute_again(model) else "none"
 
 
+def check_computed_again(model: nn.Module, wanted: int | str) -> list[nn.Module]:
+    """The blocks of which each N-th is computed again, where `method.gradient_checkpointing` is N.
+
+    Raises:
+        InputError: The family cannot do what is wanted.
+    """
+    base, can, wanted = base_model(model), can_compute_again(model), resolved(model, wanted)
+    if wanted == "none":
+        return []
+    blocks: list[nn.Module] = list(find_blocks(base).modules) if can and wanted != "full" else []
+    if not can or not all(hasattr(block, "gradient_checkpointing") for block in blocks):
+        raise InputError(
+            f"method.gradient_checkpointing: {type(base).__name__} has none, got {wanted}; "
+            f"set it to {'full or ' if can else ''}none"
+        )
+    return blocks
+
+
 @contextmanager
 def memory_efficient(model: nn.Module, *, checkpointing: int | str) -> Iterator[None]:
     """`computed_again`, in a process that gives memory back to the system."""
@@ -65,16 +83,11 @@ def computed_again(model: nn.Module, wanted: int | str) -> Iterator[None]:
     Raises:
         InputError: The family cannot do that.
     """
-    base, can, wanted = base_model(model), can_compute_again(model), resolved(model, wanted)
+    base, wanted = base_model(model), resolved(model, wanted)
+    blocks = check_computed_again(model, wanted)
     if wanted == "none":
         yield
         return
-    blocks: list[nn.Module] = list(find_blocks(base).modules) if can and wanted != "full" else []
-    if not can or not all(hasattr(block, "gradient_checkpointing") for block in blocks):
-        raise InputError(
-            f"method.gradient_checkpointing: {type(base).__name__} has none, got {wanted}; "
-            f"set it to {'full or ' if can else ''}none"
-        )
     try:
         _checkpointing(base, "enable")({"use_reentrant": False})
         base.disable_input_require_grads()  # else frozen blocks before the first that trains have a graph
