@@ -152,7 +152,7 @@ FOLDERS: dict[str, Broken] = {
     "no context": Broken(config(max_position_embeddings=-3), ("max_position_embeddings",)),
     "huge sizes": Broken(config(hidden_size=HUGE, intermediate_size=HUGE), ("model m",)),
     "quantised without its package": Broken(
-        config(quantization_config=BITS), ("model m", "bitsandbytes"), LOADING
+        config(quantization_config=BITS), ("model m", "quantised"), LOADING
     ),
     "weights cut": Broken(cut("model.safetensors", 1000), ("model.safetensors is damaged",), LOADING),
     "weights empty": Broken(text("model.safetensors", b""), ("model.safetensors is damaged",), LOADING),

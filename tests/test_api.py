@@ -189,7 +189,7 @@ def with_rows(config: dict[str, Any]) -> Any:
         ([], "data: holds no examples"),
         ([3], r"data\[0\]: a record must be"),
         ([{"question": "a"}], r'data\[0\]: no key "answer" for output; the keys here are: "question"'),
-        ([ROWS[0], {"question": "a", "answer": True}], r'data\[1\]: "answer" for output must be text'),
+        ([ROWS[0], {"question": "a", "answer": [1]}], r'data\[1\]: "answer" for output must be text'),
         ({}, "data has no clients"),
         ({"north": ROWS, "south": []}, r'data\["south"\]: holds no examples'),
         ({3: ROWS}, "data must map clients' names to rows; 3 is not a name"),

@@ -38,7 +38,7 @@ COMMANDS = (
         "ls",
         "bench",
     ),
-    *("keys", "server", "client"),
+    *("init", "cp", "keys", "server", "client"),
 )
 
 
@@ -195,7 +195,7 @@ def test_version(tmp_path: Path) -> None:
         ("methods", list(METHODS)),
         ("partitioners", list(PARTITIONERS)),
         ("tasks", list(TASKS)),
-        ("templates", list(TEMPLATES)),
+        ("templates", ["auto", "chat", *TEMPLATES]),
     ],
 )
 def test_ls(what: str, names: list[str], tmp_path: Path) -> None:

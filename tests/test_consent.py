@@ -331,7 +331,7 @@ def test_a_run_is_checked_before_a_model_is_loaded_or_fetched(
 ) -> None:
     from fedtune.federation import client
 
-    monkeypatch.setattr(client, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(client, "load_base", lambda *a, **k: pytest.fail("a model was loaded"))
     home = Home(tmp_path, models=["cd" * 32])
     config = document(data={"fields": FIELDS, "template": "alpaca"}, model={"name": "evil/model"})
     assert "accepts models with the SHA-256 cdcdcdcdcdcd, and the run's is abab" in home.invited(config)

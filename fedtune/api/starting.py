@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 
 from fedtune.config.shipped import about, shipped
-from fedtune.config.yaml_text import dump_yaml
 from fedtune.errors import InputError, nearest
 
 _SUFFIX = ".yaml"
@@ -89,4 +88,6 @@ def _written(path: Path, text: str) -> Path:
 
 
 def _line(key: str, text: str) -> str:
+    from fedtune.config.yaml_text import dump_yaml
+
     return f"  {dump_yaml({key: text}).strip()}"

@@ -150,8 +150,9 @@ def run(
 ) -> None:
     """Run one federation.
 
-    Examples: fedtune run demo method.rounds=1 method.local_epochs=3;
-    fedtune run --resume runs/demo method.rounds=5
+    Example: fedtune run demo method.rounds=1 method.local_epochs=3
+
+    Example: fedtune run --resume runs/demo method.rounds=5
     """
     if out is not None and resume is not None:
         raise InputError("--out starts a new run and --resume continues one; give one of them")

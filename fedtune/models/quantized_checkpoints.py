@@ -86,10 +86,13 @@ def load_quantised(
         name: The model's.
         came: As `came_quantised` gives it.
         load: Loads it as transformers does, with these arguments besides.
+
+    Raises:
+        InputError: Its weights are not quantised.
     """
     model = load({"device_map": {"": "cpu"}})
     if came in ("nf4", "fp4", "int8"):
-        _take_over(model)
+        _take_over(model, name)
     _forget(model)
     return model
 
@@ -138,14 +141,19 @@ def _there(module: str) -> bool:
         return False
 
 
-def _take_over(model: PreTrainedModel) -> None:
+def _take_over(model: PreTrainedModel, name: str) -> None:
     """Puts layers of our own in the places of bitsandbytes', with the same bits."""
     made = {}
     for module in model.modules():
         kind = type(module).__name__
         if kind == "Linear4bit":
             weight: Any = module.weight
-            state = weight.quant_state
+            state = getattr(weight, "quant_state", None)
+            if state is None:
+                raise InputError(
+                    f"model {name}: its config.json says that its weights are quantised, and those in its "
+                    "files are not; take quantization_config out of config.json, and set model.quantization"
+                )
             assert not state.nested or state.state2.blocksize == NESTED
             bits = of_state(weight.data, state)
             layer = QuantizedLinear(module, state.quant_type, model.dtype, bits, state.blocksize)

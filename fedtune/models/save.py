@@ -187,6 +187,8 @@ def _save_peft(model: PeftModel, folder: Path, place: Path) -> None:
 def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """What an adapter's file holds, by PEFT's names: with trained biases, and with what factors began as."""
     state = dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if model.active_peft_config.is_prompt_learning:
+        return state
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.endswith(".bias") and ".modules_to_save." not in name:
             state.setdefault(name, parameter.detach())  # PEFT looks for lora_only's under another name
