@@ -20,12 +20,6 @@ Time:    half a minute
 Needs:   nothing
 Result:  of 19.6 seconds training takes 16.3 and evaluation 2.9
 
-Table:   a client's steps against a loop by hand, Trainer and TRL; docs/results.md, block bench-local-step
-Command: python reproduce/bundled.py bench-local-step
-Time:    10 minutes
-Needs:   trl for its row
-Result:  of LoRA fedtune takes LORA of the loop's time, and LARGE at a vocabulary of 151,936
-
 Table:   rounds of twenty clients against the same written by hand; docs/results.md, block bench-federation
 Command: python reproduce/bundled.py bench-federation
 Time:    8 minutes
@@ -63,7 +57,6 @@ ENTRIES = {
     "demo": federation("demo", columns=90),
     "overhead": federation("overhead", columns=80),
     "bench-aggregation": bench("aggregation", columns=110),
-    "bench-local-step": bench("local-step", columns=110),
     "bench-federation": bench("federation", columns=110),
     "bench-simulation": bench("simulation", columns=110),
 }

@@ -50,10 +50,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg", "rounds": 1, "local_epochs": 3, **LORA, **TRAINING},
     },
     "FedKSeed, three rounds": {
-        "method": {"name": "fedkseed", "rounds": 3, "local_steps": 60, "batch_size": 8, "lr": 1e-4}
+        "method": {"name": "fedkseed", "rounds": 3, "local_steps": 16, "batch_size": 8, "lr": 1e-4}
     },
     "FedKSeed, one round": {
-        "method": {"name": "fedkseed", "rounds": 1, "local_steps": 180, "batch_size": 8, "lr": 1e-4}
+        "method": {"name": "fedkseed", "rounds": 1, "local_steps": 48, "batch_size": 8, "lr": 1e-4}
     },
     "FedBiOT, three rounds": {
         "data": {"public": {"source": str(MADE_OF), "max_examples": 200}},

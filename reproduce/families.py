@@ -151,4 +151,4 @@ def all_of_them() -> str:
 ENTRIES = {"families": Entry(table=all_of_them)}
 
 if __name__ == "__main__":
-    main(ENTRIES)
+    main(__doc__, ENTRIES)

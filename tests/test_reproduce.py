@@ -44,6 +44,7 @@ def test_there_are_files_for_all_papers() -> None:
 @pytest.mark.parametrize("stem", HEADS)
 def test_heads_and_entries_are_the_same(stem: str) -> None:
     assert entries(stem).keys() == HEADS[stem].keys()
+    assert (FOLDER / f"{stem}.py").read_text(encoding="utf-8").endswith("    main(__doc__, ENTRIES)\n")
     for name, head in HEADS[stem].items():
         assert head.command == f"python reproduce/{stem}.py {name}"
 
