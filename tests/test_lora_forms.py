@@ -188,5 +188,5 @@ def test_what_cannot_be_is_refused_with_what_can() -> None:
         tried("gpt2", whole=("wte",))
     with pytest.raises(InputError, match=r"method.lora.rank: with init olora at most 16, .*v_proj, got 17"):
         tried("llama", rank=17, start="olora")
-    with pytest.raises(InputError, match=r"method.lora.bias lora_only: LlamaForCausalLM has none"):
+    with pytest.raises(InputError, match=r"method.lora.bias lora_only: LlamaForCausalLM has no such biases"):
         tried("llama", bias="lora_only")

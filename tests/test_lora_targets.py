@@ -12,6 +12,8 @@ import transformers
 from model_families import build, save_folder
 from peft import LoraConfig, get_peft_model
 from per_layer_models import BASE, IDS, KINDS, LATENT, LLAMA4, MOE, logits, made
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from fedtune.config.file import parse_config
@@ -87,7 +89,10 @@ def test_auto_finds_what_mixes_tokens(label: str) -> None:
     assert find_targets(model, "auto") == expected
     wrapped = attach_lora(model, rank=2, alpha=4, dropout=0.0, targets="auto", seed=0)
     assert list(tuned_modules(wrapped)) == expected or set(tuned_modules(wrapped)) == set(expected)
-    assert torch.equal(logits(wrapped), before)
+    if label == "no attention":  # without its kernel for training Mamba sums in another order
+        assert_close(logits(wrapped), before, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(logits(wrapped), before)
     wrapped.train()
     wrapped(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in trainable(wrapped).items():  # each is called: what LoRA adds has an effect
@@ -183,6 +188,7 @@ def test_a_kernel_that_takes_weights_past_lora_is_not_used(monkeypatch: pytest.M
 
 def test_what_will_be_trained_is_said_from_the_configuration_alone(tmp_path: Path) -> None:
     save_folder(tmp_path / "m", "llama")
+    whole = sum(tensor.numel() for tensor in load_file(tmp_path / "m" / "model.safetensors").values())
     (tmp_path / "m" / "model.safetensors").unlink()
 
     def said(**method: Any) -> list[str]:
@@ -191,9 +197,9 @@ def test_what_will_be_trained_is_said_from_the_configuration_alone(tmp_path: Pat
 
     lora = 2 * 2 * (16 * (32 + 32) + 16 * (32 + 16)) // 2  # q and v of two blocks, rank 16
     assert said(name="fedavg") == [
-        f"trained: self_attn.q_proj, self_attn.v_proj (2 of each); {lora:,} of {lora + 18_784:,} parameters"
+        f"trained: self_attn.q_proj, self_attn.v_proj (2 of each); {lora:,} of {lora + whole:,} parameters"
     ]
-    assert said(name="fedkseed") == ["trained: full; 18,784 of 18,784 parameters"]
+    assert said(name="fedkseed") == [f"trained: full; {whole:,} of {whole:,} parameters"]
     assert said(name="zero-shot") == ["trained: nothing"]
     made("olmoe", MOE | TWO).config.save_pretrained(tmp_path / "m")
     first, second = said(name="fedavg", lora={"targets": "all-linear"})
