@@ -252,7 +252,7 @@ def test_a_package_that_cannot_be_used(
     site.add("bad", {"fedtune.templates": {"loud": place, "again": place}}, code)
     site.add("good", {"fedtune.templates": {"soft": "good:soft"}}, PACKAGE.replace("loud", "soft"))
     rows = listed("templates", tmp_path)
-    assert list(rows) == ["alpaca", "plain", "again", "loud", "soft"]
+    assert list(rows) == ["auto", "chat", "alpaca", "plain", "again", "loud", "soft"]
     for name in ("loud", "again"):
         assert rows[name]["summary"].startswith(
             f"cannot be loaded: bad 1.0 brings the template '{name}', but "
