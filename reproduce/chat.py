@@ -1,4 +1,4 @@
-"""A chat model on conversations: made, tuned in every way that goes, and scored in its own template.
+"""A chat model on conversations: made, tuned by LoRA, and scored in its own template.
 
 There is no chat model at hand, so one is made: instruct-7m trained on conversations of Alpaca, of one and two
 turns, in a template of its own, which goes into the tokenizer of the result. The federations know nothing of
@@ -7,9 +7,9 @@ conversations of one category.
 
 Table:   held-out loss of the assistant's tokens before and after; docs/chat.md, block chat-methods
 Command: python reproduce/chat.py chat-methods
-Time:    40 minutes
+Time:    half an hour
 Needs:   ../shared, extra quant
-Result:  NOT MADE YET
+Result:  LoRA 3.5515 before, 3.5310 after three rounds and 3.5363 after one; on NF4 3.5598, 3.5388 and 3.5443
 """
 
 from __future__ import annotations
@@ -49,27 +49,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "model": {"quantization": "nf4"},
         "method": {"name": "fedavg", "rounds": 1, "local_epochs": 3, **LORA, **TRAINING},
     },
-    "FedKSeed, three rounds": {
-        "method": {"name": "fedkseed", "rounds": 3, "local_steps": 16, "batch_size": 8, "lr": 1e-4}
-    },
-    "FedKSeed, one round": {
-        "method": {"name": "fedkseed", "rounds": 1, "local_steps": 48, "batch_size": 8, "lr": 1e-4}
-    },
-    "FedBiOT, three rounds": {
-        "data": {"public": {"source": str(MADE_OF), "max_examples": 200}},
-        "method": {
-            "name": "fedbiot", "rounds": 3, "local_steps": 5, "adapter_layers": 2, "layer_dropout": 0.2,
-            "alignment": {"steps_before": 40, "steps": 5}, **TRAINING,
-        },
-    },
-    "FedBiOT, one round": {
-        "data": {"public": {"source": str(MADE_OF), "max_examples": 200}},
-        "method": {
-            "name": "fedbiot", "rounds": 1, "local_steps": 15, "adapter_layers": 2, "layer_dropout": 0.2,
-            "alignment": {"steps_before": 40, "steps": 5}, **TRAINING,
-        },
-    },
-}  # fmt: skip
+}
 
 
 def conversations(path: Path) -> None:
