@@ -140,7 +140,7 @@ FIELDS: Table = {
     "method.lora.use_dora": (True, {}),
     "method.lora.use_rslora": (True, {}),
     "method.lora.init": ("pissa", {}),
-    "method.lora.bias": ("all", {}),
+    "method.lora.bias": ("all", {"model.name": "other"}),
     "method.lora.modules_to_save": (["norm"], {}),
     "method.adapter.size": (5, {"method.trainable": "adapter"}),
     "method.prompt.tokens": (3, {"method.trainable": "prompt"}),

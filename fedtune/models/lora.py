@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
 from fedtune.models.lora_targets import Targets, find_targets, taken_past, tunable_layers
+from fedtune.models.quantize import whole
 from fedtune.models.wrapping import attach, task_type
 
 Start = Literal["default", "pissa", "olora"]
@@ -182,12 +183,11 @@ def lora_parameter(layer: LoraLayer) -> str:
 
 
 def merged_weight(layer: LoraLayer) -> Tensor:
-    """A layer's weight with LoRA in it, in its own shape, float32."""
-    module = cast(nn.Module, layer)
-    own = layer.get_base_layer().get_parameter(lora_parameter(layer))
-    weight = own.detach().float() + delta_weight(layer)
+    """A layer's weight with LoRA in it, in its own shape, float32; of a quantised one what it stands for."""
+    module, base = cast(nn.Module, layer), layer.get_base_layer()
+    weight = whole(getattr(base, lora_parameter(layer))).detach().float() + delta_weight(layer)
     if not layer.use_dora.get("default"):
-        return weight
+        return weight.T.contiguous() if getattr(base, "transposed", False) else weight
     magnitude = module.get_parameter("lora_magnitude_vector.default.weight").detach().float()
     rows = 0 if getattr(layer, "fan_in_fan_out", False) else 1  # GPT-2 keeps its weights (in x out)
     norms = weight.norm(dim=rows, keepdim=True)

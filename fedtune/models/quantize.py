@@ -202,10 +202,13 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             del state[f"{path}.{name}"]
         weight = layer.weight
         state[f"{path}.weight"] = weight.t().contiguous() if layer.transposed else weight
-    for name, tensor in state.items():
-        if hasattr(tensor, "dequantize") and not type(tensor).__module__.startswith("torch."):  # torchao's
-            state[name] = tensor.dequantize()
-    return state
+    return {name: whole(tensor) for name, tensor in state.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; of those that packages keep in few bits what they stand for."""
+    own = type(tensor).__module__.partition(".")[0] == "torch"
+    return tensor if own or not hasattr(tensor, "dequantize") else tensor.dequantize()
 
 
 def describe(model: nn.Module) -> str:
