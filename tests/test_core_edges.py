@@ -20,8 +20,8 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.types import Payload, TensorSpec
 from fedtune.core.wire import Content, FrameError, check, decode, encode
-from fedtune.data.sources import part_of_task
 from fedtune.data.split import checked
+from fedtune.data.task_folders import part_of_task
 from fedtune.errors import InputError, ProgramError
 from fedtune.methods.fedkseed import order
 from fedtune.protection.share import flatten, unflatten

@@ -238,14 +238,14 @@ def test_a_client_over_a_network_counts_its_own_file(gpt2: Path, tmp_path: Path)
         consent=Consent(),
     )
     assert joined.examples == 4
-    assert joined.notes == (
+    assert joined.notes[1:] == (
         "of 4 training examples 2 are cut to 32 tokens (2 lost the end of the answer and have no end token), "
         "1 repeat an earlier one of the same owner, 1 have an empty answer",
     )
     said: list[str] = []
     worker = Worker(lambda fields: joined, Acceptance(), tmp_path / "state", said.append)
     worker.answer(Message({"do": "join", "run": "a" * 16, "client": 0}))
-    assert said[-1] == joined.notes[0]
+    assert said[-1] == joined.notes[-1]
 
 
 @pytest.mark.parametrize("length", [128, 64])
