@@ -94,6 +94,26 @@ def test_lengths_are_those_before_anything_is_cut(tmp_path: Path) -> None:
     assert refused["level"] == "error" and refused["text"].startswith(f"{long} of 40 training examples are")
 
 
+def test_a_conversation_that_loses_turns_has_the_length_that_it_had(tmp_path: Path) -> None:
+    """What is left of it may be far shorter than the limit, and with `drop` nothing of it is."""
+
+    def talk(exchanges: int) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "x " * 6}, {"role": "assistant", "content": "y"}]
+        return {"messages": turns * exchanges}
+
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(json.dumps(talk(n)) for n in (1, 2, 3, 4)))
+    document = {"data": {"train": str(path), "clients": 1, "holdout": {"source": str(path)}}}
+    free = fedtune.data_report(document, "data.max_length=400")
+    limit = int(free["clients"][0]["tokens"]["longest"]) // 2  # of two exchanges and not of three
+    short = fedtune.data_report(document, f"data.max_length={limit}")
+    assert short["encoded"]["train"]["cut"] == 2 and short["encoded"]["train"]["turns"] == 2 + 4
+    for key in ("median", "longest"):
+        assert short["clients"][0]["tokens"][key] == free["clients"][0]["tokens"][key], key
+    dropped = fedtune.data_report(document, f"data.max_length={limit}", "data.too_long=drop")
+    assert dropped["encoded"]["train"]["dropped"] == 2
+
+
 def test_a_sample_is_said_and_texts_are_looked_at_whole(tmp_path: Path) -> None:
     rows = [(f"question {n % 30}", "y") for n in range(60)]
     found = report(tmp_path, {"a": rows[:40], "b": rows[40:]}, HELD, sample=12)

@@ -126,8 +126,8 @@ def histogram(document: Mapping[str, Any]) -> Iterator[str]:
         return
     quantiles, room = document["lengths"]["quantiles"], document["max_length"]
     yield (
-        f"Tokens of an example, before it is cut: median {quantiles['0.5']:g}, 90 % have at most "
-        f"{quantiles['0.9']:g}, 99 % {quantiles['0.99']:g}, the longest {quantiles['1']:g}"
+        f"Tokens of an example, before it is cut: median {quantiles['0.5']:,.0f}, 90 % have at most "
+        f"{quantiles['0.9']:,.0f}, 99 % {quantiles['0.99']:,.0f}, the longest {quantiles['1']:,.0f}"
     )
     width = len(f"{edges[-1]:,}")
     for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True):

@@ -66,7 +66,7 @@ def data_report(
 
     Returns:
         `model`, `template`, `max_length`, `sources` (a line each), `skipped`; `examples` by group; `clients`:
-        of each its `client`, `name`, `examples`, `labels`, `tokens` (`median`, `longest`, `total`),
+        of each its `client`, `name`, `examples`, `labels`, `tokens` (`median`, `longest`, `looked_at`),
         `duplicates`, `empty`, `cut` and `dropped`; `lengths` (`edges`, `counts`, quantiles); `duplicates`
         (`within` a client, `between` clients, of `held_out` ones in training, `held_out_questions` with
         another answer); `padding`; `sampled`; `example`: its pieces, with and without loss; and `checks`:
@@ -160,8 +160,13 @@ class _Look:
         """The tokens of a client's examples."""
         found = self._encoded(items, whose)
         lengths = [int(length) for length in found.items.lengths]
-        # those that fill the room may be longer: of these alone it is looked how long they are whole
-        full = [place for place, length in enumerate(lengths) if length >= self._room.tokens]
+        # those that fill the room may be longer, and so may conversations of any length, which have lost
+        # turns: of these alone it is looked how long they are whole
+        full = [
+            place
+            for place, length in enumerate(lengths)
+            if length >= self._room.tokens or (found.counts.turns and items[place].turns)
+        ]
         whole = dict(enumerate(lengths))
         if len(lengths) != len(items):  # a plain text became several examples
             lengths = [int(length) for length in self._encoded(items, whose, length=UNLIMITED).items.lengths]
