@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from judge_server import Judge, Playing
+from toolchains import toolchains
 
+from fedtune.evaluation.compilers import Toolchain
 from fedtune.registry import forgotten_afterwards
 
 # no deadline for one example: on a busy machine the first takes long, which says nothing about the code
@@ -59,3 +61,21 @@ def parts_as_before() -> Iterator[None]:
     """What a test registers is forgotten after it."""
     with forgotten_afterwards():
         yield
+
+
+@pytest.fixture(scope="module")
+def cpp() -> Iterator[Toolchain]:
+    """What compiles and runs C++ here, apart from everything else."""
+    yield from toolchains("cpp")
+
+
+@pytest.fixture(scope="module")
+def java() -> Iterator[Toolchain]:
+    """The same of Java."""
+    yield from toolchains("java")
+
+
+@pytest.fixture(scope="module")
+def go() -> Iterator[Toolchain]:
+    """The same of Go."""
+    yield from toolchains("go")

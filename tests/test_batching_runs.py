@@ -70,7 +70,6 @@ def test_tokens_and_steps_are_those_of_the_plan(batching: str, tmp_path: Path) -
     given = document("lora", batching, batch_size=64, local_epochs=1, gradient_accumulation=1)
     work = workload.read(parse_config(given, "here"), pooled=False, rows=64)
     run = fedtune.run(given, out=tmp_path / "run", progress=False)
-    assert work.tokens is not None
     for entry in run.rounds[1:]:
         assert entry["tokens"] == dict(zip(("computed", "padding"), work.tokens, strict=True))
     planned = fedtune.plan(given, "method.batch_size=2")
@@ -93,7 +92,6 @@ def test_padding_is_least_where_rows_are_packed() -> None:
         given = document("lora", batching, batch_size=4)
         given["data"]["max_examples"] = 240
         work = workload.read(parse_config(given, "here"), pooled=False, rows=4)
-        assert work.tokens is not None
         shares[batching] = work.tokens[1] / work.tokens[0]
     assert shares["packed"] < shares["random"] and shares["length-grouped"] < shares["random"]
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from code_attacks import MARK, NONCE, PROBLEMS, finished, judge, of_the_sandbox
-from toolchains import toolchains
 
 from fedtune.errors import InputError
 from fedtune.evaluation import sandbox
@@ -19,21 +16,6 @@ from fedtune.evaluation.sandbox import CodeSettings, Step
 @pytest.fixture(scope="module")
 def limits() -> CodeSettings:
     return of_the_sandbox()
-
-
-@pytest.fixture(scope="module")
-def cpp() -> Iterator[Toolchain]:
-    yield from toolchains("cpp")
-
-
-@pytest.fixture(scope="module")
-def java() -> Iterator[Toolchain]:
-    yield from toolchains("java")
-
-
-@pytest.fixture(scope="module")
-def go() -> Iterator[Toolchain]:
-    yield from toolchains("go")
 
 
 # C++: the answer is called in a copy of the process that has its tests

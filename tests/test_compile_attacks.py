@@ -6,12 +6,11 @@ Go's are tried where a Go compiler is; the others on any machine with g++ and ja
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toolchains import need_namespaces, toolchains
+from toolchains import need_namespaces
 
 from fedtune.evaluation import sandbox
 from fedtune.evaluation.compilers import Problem, Toolchain
@@ -44,21 +43,6 @@ SECONDS = 6.0  # instead of a compiler's 60
 @pytest.fixture(scope="module", autouse=True)
 def isolated() -> None:
     need_namespaces()
-
-
-@pytest.fixture(scope="module")
-def cpp() -> Iterator[Toolchain]:
-    yield from toolchains("cpp")
-
-
-@pytest.fixture(scope="module")
-def java() -> Iterator[Toolchain]:
-    yield from toolchains("java")
-
-
-@pytest.fixture(scope="module")
-def go() -> Iterator[Toolchain]:
-    yield from toolchains("go")
 
 
 def compiled(
