@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin, print_json
+from fedtune.cli.display import Json, Plugin, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +33,7 @@ def data(
     example: Annotated[
         int, typer.Option(min=0, help="Show this training example, by its index in partition.json.")
     ] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
     """What will be trained on: examples of each client, lengths, what stands twice or is cut, one example.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin, print_json
+from fedtune.cli.display import Json, Plugin, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,9 +30,7 @@ def diagnose(
     whole: Annotated[
         bool, typer.Option("--whole", help="Measure the whole run in both schemes; predict nothing.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
     plugin: Plugin = None,
 ) -> None:

@@ -20,6 +20,10 @@ def _load_plugins(files: list[Path] | None) -> list[Path] | None:
     return files
 
 
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
+
 # The files are imported while the command line is read, so that a command finds their parts like any other.
 Plugin = Annotated[
     list[Path] | None,

@@ -15,7 +15,7 @@ import fedtune
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Plugin, print_json, show_run
+from fedtune.cli.display import Json, Plugin, print_json, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
@@ -39,9 +39,6 @@ app = typer.Typer(
 ConfigPath = Annotated[
     Path,
     typer.Argument(metavar="CONFIG", help="YAML file of settings, or one of fedtune ls configs, as demo."),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")]
 
@@ -328,7 +325,7 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
-app.command()(init)
+app.command(no_args_is_help=True)(init)
 app.command(no_args_is_help=True)(cp)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)

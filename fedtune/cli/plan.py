@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin, print_json
+from fedtune.cli.display import Json, Plugin, print_json
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def plan(
         str | None, typer.Option(help="Count computing too, at this speed, as in 10TFLOPS; needs --examples.")
     ] = None,
     examples: Annotated[int | None, typer.Option(help="Training examples of a client.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
     """What a run will cost: bytes, memory, operations and steps, from the model's config.json alone.

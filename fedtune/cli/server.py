@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin, show_run
+from fedtune.cli.display import Json, Plugin, show_run
 from fedtune.errors import InputError
 
 
@@ -23,9 +23,7 @@ def server(
         Path | None, typer.Option(help="Folder of the run; default runs/NAME, numbered if taken.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
     plugin: Plugin = None,
 ) -> None:

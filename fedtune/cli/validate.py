@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin, print_json
+from fedtune.cli.display import Json, Plugin, print_json
 from fedtune.errors import InputError
 
 
@@ -24,9 +24,7 @@ def validate(
     look: Annotated[
         bool, typer.Option("--data", help="Read the data too: what fedtune data has to say of them.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:
     """Check configurations without weights, and without data unless asked.
