@@ -144,7 +144,7 @@ READY = [
     Prepared("conversations of Alpaca and Dolly, and a template", CLIENTS, conversations),
     Prepared("a chat model, made of instruct-7m", MODEL, chat_model),
 ]
-NEEDS = [ALPACA, DOLLY, MODELS / "instruct-7m", "bitsandbytes"]
+NEEDS: list[Path | str] = [ALPACA, DOLLY, MODELS / "instruct-7m", "bitsandbytes"]
 ENTRIES = {"chat-methods": Entry(methods, READY, needs=NEEDS)}
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ TURNS = (
 
 def chat_formats() -> str:
     """A row for each format."""
-    from chat_formats import FORMATS
+    from chat_formats import FORMATS  # type: ignore[import-not-found]
 
     rows = []
     for name, form in FORMATS.items():

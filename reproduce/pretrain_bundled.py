@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from make_bundled_data import (
@@ -204,7 +205,7 @@ def batches(
 
 
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[dict[str, str]]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
     """Share of right greedy answers, by category and as ``"all"``, as `fedtune eval` has it."""
     settings = EvalSettings(template="plain", loss_on="response", max_length=64, max_new_tokens=24)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -165,9 +166,12 @@ def _by_hand(env: ClientEnv, config: Config) -> Callable[[], object]:
 def _trainer(env: ClientEnv, config: Config) -> Callable[[], object]:
     from transformers import Trainer, TrainingArguments
 
-    given = _given(Trainer, env, config)(
-        model=env.model, args=TrainingArguments(**ARGUMENTS), train_dataset=_Rows(env.items)
-    )
+    with tempfile.TemporaryDirectory() as out:  # made by the trainer, and nothing is saved in it
+        given = _given(Trainer, env, config)(
+            model=env.model,
+            args=TrainingArguments(output_dir=out, **ARGUMENTS),
+            train_dataset=_Rows(env.items),
+        )
     return _quietly(given)
 
 
@@ -177,10 +181,14 @@ def _trl(env: ClientEnv, config: Config) -> Callable[[], object]:
 
     rows = datasets.Dataset.from_list([{"input_ids": list(item.input_ids)} for item in env.items])
     datasets.disable_progress_bars()
-    with quiet(), warnings.catch_warnings(action="ignore"):
+    with (
+        quiet(),
+        warnings.catch_warnings(action="ignore"),
+        tempfile.TemporaryDirectory() as out,
+    ):
         given = _given(SFTTrainer, env, config)(
             model=env.model,
-            args=SFTConfig(**ARGUMENTS, gradient_checkpointing=False),
+            args=SFTConfig(output_dir=out, **ARGUMENTS, gradient_checkpointing=False),
             train_dataset=rows,
             processing_class=load_tokenizer("bundled", Path(".")),
         )
