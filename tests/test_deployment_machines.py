@@ -1,7 +1,8 @@
-"""Clients whose machines are not as they should be: another day, a full disk."""
+"""Machines that are not as they should be: another day, a full disk, other noise, a server started twice."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 from command import lines, write_config
-from deployed import PROGRAM, Site
+from deployed import PROGRAM, Site, free_port
 from test_deployment import HERE, METHODS, THERE
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -70,3 +71,25 @@ def test_a_client_whose_disk_is_full_is_named_and_the_others_go_on(tmp_path: Pat
     assert [entry["clients"] for entry in rounds] == [[0, 2], [0, 2]]
     assert rounds[0]["left_out"]["1"] == "it failed: OSError; its own log says more"
     assert "a fault of this machine, not of a client: File too large" in log and "Traceback" not in log
+
+
+def test_noise_of_another_version_is_named_and_a_run_has_one_server(tmp_path: Path) -> None:
+    """The second server of a folder is refused at once, and the first does not notice it."""
+    (tmp_path / "other").mkdir()
+    other = "import fedtune.zeroth\nfedtune.zeroth.NOISE_VERSION = 99\n"
+    (tmp_path / "other" / "sitecustomize.py").write_text(other)
+    path = os.pathsep.join(filter(None, (str(tmp_path / "other"), os.environ.get("PYTHONPATH"))))
+    write_config(tmp_path / "c.yaml", document("fedkseed", THERE, deadline_s=60.0, quorum=1))
+    with Site(tmp_path, "now,later,too", seconds=600) as site:
+        site.split(document("fedkseed", HERE))
+        site.server("c.yaml", "--out", "run")
+        site.wait(lambda: site.says("server", "waiting for 3 clients"), "the server's start")
+        second = site.run("server", "c.yaml", "--keys", "keys/server", "--port", str(free_port()), "--out", "run")
+        site.client(0)
+        site.client(1, program=("env", f"PYTHONPATH={path}", str(PROGRAM), "client"))
+        site.client(2)
+        assert site.status("server") == 0, site.logs()
+    assert second.returncode == 2 and "is being written by process" in second.stderr, second.stderr
+    rounds = lines(tmp_path / "run/rounds.jsonl")[1:]
+    assert [entry["clients"] for entry in rounds] == [[0, 2]] * len(rounds) and rounds
+    assert "noise of version" in rounds[0]["left_out"]["1"]
