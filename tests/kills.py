@@ -143,7 +143,7 @@ def kill_sites(folder: Path, count: int, draw: random.Random, side: str) -> Coun
             site.wait(lambda before=before: len(site.rounds("run")) > before, "a round")  # type: ignore[misc]
             if len(site.rounds("run")) > rounds:
                 break
-            time.sleep(draw.uniform(0, 1.5))
+            time.sleep(draw.uniform(0, 4))
             if side == "server":
                 site.kill("server")
                 seen[where(folder / "run")] += 1
