@@ -38,6 +38,14 @@ TURNS = """\
 MADE, EACH, KEPT = 1200, 12, 6  # conversations: for the model, of a client, held out of a category
 LORA = {"trainable": "lora", "lora": {"rank": 8}}
 TRAINING = {"batch_size": 8, "lr": 5e-3}
+PUBLIC = {"public": {"source": str(MADE_OF), "max_examples": 200}}  # what the emulator is aligned on
+FEDBIOT: dict[str, Any] = {
+    "name": "fedbiot",
+    "adapter_layers": 2,
+    "layer_dropout": 0.2,
+    "alignment": {"steps_before": 40, "steps": 5},
+    **TRAINING,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA, three rounds": {"method": {"name": "fedavg", "rounds": 3, "local_epochs": 1, **LORA, **TRAINING}},
     "LoRA, one shot": {"method": {"name": "fedavg", "rounds": 1, "local_epochs": 3, **LORA, **TRAINING}},
@@ -49,6 +57,14 @@ WAYS: dict[str, dict[str, Any]] = {
         "model": {"quantization": "nf4"},
         "method": {"name": "fedavg", "rounds": 1, "local_epochs": 3, **LORA, **TRAINING},
     },
+    "FedKSeed, three rounds": {
+        "method": {"name": "fedkseed", "rounds": 3, "local_steps": 16, "batch_size": 8, "lr": 1e-4}
+    },
+    "FedKSeed, one round": {
+        "method": {"name": "fedkseed", "rounds": 1, "local_steps": 48, "batch_size": 8, "lr": 1e-4}
+    },
+    "FedBiOT, three rounds": {"data": PUBLIC, "method": {**FEDBIOT, "rounds": 3, "local_steps": 5}},
+    "FedBiOT, one round": {"data": PUBLIC, "method": {**FEDBIOT, "rounds": 1, "local_steps": 15}},
 }
 
 

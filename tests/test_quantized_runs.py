@@ -140,8 +140,10 @@ def test_bits_are_the_same_from_an_earlier_round_and_with_more_rounds(
 @pytest.mark.slow
 @pytest.mark.parametrize("initial", ["pretrained", "scratch"])
 def test_processes_hold_the_same_bits(initial: str, tiny: Path, tmp_path: Path) -> None:
-    one = ran(config(tiny, LORA, model={"initial": initial}), tmp_path / "one")
-    two = ran(config(tiny, LORA, model={"initial": initial}, transport={"workers": 2}), tmp_path / "two")
+    # The CPU's fused attention has other bits with other numbers of threads where heads are 8 wide.
+    alike = {"initial": initial, "attention": "eager"}
+    one = ran(config(tiny, LORA, model=alike), tmp_path / "one")
+    two = ran(config(tiny, LORA, model=alike, transport={"workers": 2}), tmp_path / "two")
     assert final(one) == final(two)
 
 

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
@@ -63,6 +64,11 @@ class QuantizedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]  # whoever asks gets it whole
         """The weight, (out, in), made anew each time."""
         return self.widened(self.dtype)
+
+    @property
+    def qweight(self) -> Tensor:
+        """What PEFT asks for a layer's device before it asks for `weight`, 18 times a layer."""
+        return self.get_parameter("packed")
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype."""
@@ -307,7 +313,8 @@ def _widened_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         return packed.to(dtype).mul_(scale)
     wide = torch.empty_like(packed, dtype=dtype)
     rows = max(1, PIECE // packed.shape[1])
-    for at in range(0, packed.shape[0], rows):
+    pieces = range(0, packed.shape[0], rows)
+    for at in pieces[:1] if isinstance(wide, FakeTensor) else pieces:  # of a plan one says all
         wide[at : at + rows] = packed[at : at + rows].to(torch.float32).mul_(scale[at : at + rows])
     return wide
 

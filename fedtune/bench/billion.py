@@ -1,0 +1,146 @@
+"""One round of each method on a model of 1.1 billion parameters, on this machine: memory by three accounts.
+
+The shape is TinyLlama's, bfloat16, with random weights, on disk in shards; two clients take two local steps
+of one example each, and the result is scored on two. Each run is a process of its own, as a user starts it.
+Beside the plan (made before, from shapes alone) stands what the ledger of the run counted, and what the
+operating system says that the process had resident at its peak. `rss_beyond` is what that is more than the
+ledger's largest account: libraries, the allocator, and whatever no account knows of. What no private memory
+is needed for counts as resident too: pages of the checkpoint that are mapped and were read.
+
+A machine needs some 16 GB of memory and of disk for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedtune.config.file import parse_config
+from fedtune.config.yaml_text import dump_yaml
+from fedtune.core.temporary import temporary_folder
+from fedtune.models.load import load_tokenizer, quiet, seeded
+from fedtune.planning.plan import plan
+
+TINY_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+LONGEST, CLIENTS, HELD_OUT = 128, 2, 2
+STEPS = {"rounds": 1, "local_steps": 2, "batch_size": 1, "lr": 1e-5}
+CASES: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": {"name": "fedavg", "trainable": "lora"}},
+    "NF4 and LoRA": {"model": {"quantization": "nf4"}, "method": {"name": "fedavg", "trainable": "lora"}},
+    "FedKSeed": {"method": {"name": "fedkseed"}},
+    "FedBiOT": {"method": {"name": "fedbiot", "alignment": {"steps_before": 2, "steps": 1}}},
+    "FedCyBGD": {"method": {"name": "fedcybgd"}},
+    "all weights, 8-bit AdamW": {
+        "method": {
+            "name": "fedavg",
+            "trainable": "full",
+            "optimizer": "adamw-8bit",
+            "masters": "stochastic",
+            "optimizer_in_backward": True,
+        }
+    },
+}
+ROLES = ("client", "server", "evaluation")
+PARTS = ("setup", "training", "aggregation", "rebuild", "wire", "checkpoint", "evaluation")
+
+
+def measure(
+    shape: dict[str, int] = TINY_LLAMA, cases: Sequence[str] = tuple(CASES)
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each method, with bytes, and seconds by part of the run; ratios of ledger and plan."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    with temporary_folder() as folder, quiet():
+        _write(shape, folder)
+        for case in cases:
+            document = _document(folder, CASES[case])
+            planned = plan(parse_config(document, "bench billion")).document
+            summary, resident = _run(document, folder / f"run-{len(rows)}")
+            row: dict[str, Any] = {"case": case}
+            for role in ROLES:
+                row |= {f"planned_{role}": planned[f"{role}_peak_memory_bytes"]["total"]}
+                row |= {f"ledger_{role}": (counted := summary["peak_memory_bytes"][role])}
+                if counted:
+                    ratios[f"{role}'s peak: {case}: ledger / plan"] = counted / row[f"planned_{role}"]
+            row["rss"] = resident
+            row["rss_beyond"] = resident - max(row[f"ledger_{role}"] for role in ROLES)
+            row["folder"] = _size(folder / f"run-{len(rows)}")
+            row |= {f"{part}_s": summary["seconds"][part] for part in PARTS}
+            rows.append(row)
+    return rows, ratios
+
+
+def _write(shape: dict[str, int], folder: Path) -> None:
+    """The model in shards, with the bundled tokenizer, and the examples."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with seeded(0):
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder / "model", max_shard_size="500MB")
+    load_tokenizer("bundled", folder).save_pretrained(folder / "model")
+    rows = [{"instruction": f"Add {n} and {n + 1}.", "output": "So be it. " * 60} for n in range(8)]
+    for name, part in (("train", rows), ("test", rows[:HELD_OUT])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _document(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    train = str(folder / "train.jsonl")
+    return {
+        "model": {"name": str(folder / "model"), "dtype": "bfloat16", **case.get("model", {})},
+        "data": {
+            "train": train,
+            "clients": CLIENTS,
+            "template": "plain",
+            "max_length": LONGEST,
+            "cache": "none",
+            "holdout": {"source": str(folder / "test.jsonl")},
+            **({"public": {"source": train}} if case["method"]["name"] == "fedbiot" else {}),
+        },
+        "method": {**STEPS, **case["method"]},
+        "evaluation": {"tasks": ["loss"], "every": 0},
+    }
+
+
+def _run(document: dict[str, Any], out: Path) -> tuple[dict[str, Any], int]:
+    """The summary of a run in a process of its own, and the most that was resident, in bytes."""
+    path = out.with_suffix(".yaml")
+    path.write_text(dump_yaml(document), encoding="utf-8")
+    command = [sys.executable, "-c", "from fedtune.cli.main import main; main()"]
+    process = subprocess.Popen(
+        [*command, "run", str(path), "--out", str(out), "--quiet"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    said = process.stderr.read().decode(errors="replace") if process.stderr else ""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{path.name} ended with status {process.returncode}: {said.strip()}")
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    scale = 1 if sys.platform == "darwin" else 1024
+    return summary, used.ru_maxrss * scale
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
