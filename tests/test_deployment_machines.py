@@ -84,7 +84,9 @@ def test_noise_of_another_version_is_named_and_a_run_has_one_server(tmp_path: Pa
         site.split(document("fedkseed", HERE))
         site.server("c.yaml", "--out", "run")
         site.wait(lambda: site.says("server", "waiting for 3 clients"), "the server's start")
-        second = site.run("server", "c.yaml", "--keys", "keys/server", "--port", str(free_port()), "--out", "run")
+        second = site.run(
+            "server", "c.yaml", "--keys", "keys/server", "--port", str(free_port()), "--out", "run"
+        )
         site.client(0)
         site.client(1, program=("env", f"PYTHONPATH={path}", str(PROGRAM), "client"))
         site.client(2)
