@@ -29,7 +29,7 @@ from fedtune.core.temporary import temporary_folder
 from fedtune.models.load import load_tokenizer, quiet, seeded
 from fedtune.planning.plan import plan
 
-TINY_LLAMA = {
+TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -61,7 +61,7 @@ PARTS = ("setup", "training", "aggregation", "rebuild", "wire", "checkpoint", "e
 
 
 def measure(
-    shape: dict[str, int] = TINY_LLAMA, cases: Sequence[str] = tuple(CASES)
+    shape: dict[str, Any] = TINY_LLAMA, cases: Sequence[str] = tuple(CASES)
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for each method, with bytes, and seconds by part of the run; ratios of ledger and plan."""
     rows: list[dict[str, Any]] = []
@@ -86,7 +86,7 @@ def measure(
     return rows, ratios
 
 
-def _write(shape: dict[str, int], folder: Path) -> None:
+def _write(shape: dict[str, Any], folder: Path) -> None:
     """The model in shards, with the bundled tokenizer, and the examples."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
