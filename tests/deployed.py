@@ -33,6 +33,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.up = self.down = 0  # bytes to and from the server
         self._to, self._cut_until, self._open = port, 0.0, list[socket.socket]()
+        self._lose, self.lost = range(0), 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -44,6 +45,10 @@ class Proxy:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         self._open.clear()
+
+    def lose(self, sizes: range) -> None:
+        """Breaks the next connection on which so many bytes come down in one go, and does not pass them on."""
+        self._lose = sizes
 
     def close(self) -> None:
         self._listener.close()
@@ -74,6 +79,9 @@ class Proxy:
                     self.up += len(data)
                 else:
                     self.down += len(data)
+                    if len(data) in self._lose:
+                        self._lose, self.lost = range(0), self.lost + 1
+                        break
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):
