@@ -43,9 +43,10 @@ Result:  no effect of K that 3 seeds show: FedKSeed ends at 2.4422 ± 0.0411 wit
 
 Table:   Table 3, memory of a client's step beside inference; docs/fedkseed.md, block bench-memory
 Command: python reproduce/fedkseed.py bench-memory
-Time:    not measured
+Time:    half an hour on a busy machine, with the rows of docs/fedcybgd.md
 Needs:   nothing
-Result:  a step with hadamard4 peaks at 1.0001 of inference, LoRA at 1.3104, full fine-tuning at 3.7245
+Result:  a step with hadamard4 peaks at 1.0640 of inference, with rademacher at 1.0000, full fine-tuning at
+         3.8597; LoRA at 1.2973, with checkpointing at 1.0361
 
 Table:   Table 3, time of a step; docs/fedkseed.md, block bench-zo-step
 Command: python reproduce/fedkseed.py bench-zo-step

@@ -47,7 +47,7 @@ class Proxy:
         self._open.clear()
 
     def lose(self, sizes: range) -> None:
-        """Breaks the next connection on which so many bytes come down in one go, and does not pass them on."""
+        """Breaks the next connection on which so many bytes come down at once, and does not pass them on."""
         self._lose = sizes
 
     def close(self) -> None:

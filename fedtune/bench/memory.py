@@ -1,7 +1,8 @@
 """Peak memory of a client: tuning methods against inference, with the same random model and batch.
 
-Behind them stand the methods that train all of a model or a block of it, on two larger shapes
-(`client_steps.py`), with their backward time.
+All have the loss of `models/lean_loss.py` and an allocator that gives memory back; what takes gradients is
+there with and without `gradient_checkpointing: full`. Behind them stand the methods that train all of a model
+or a block of it, on two larger shapes (`client_steps.py`), with their backward time.
 
 Each case is a process of its own. `peak_bytes` is the most that tensors held at once, the model among them.
 `rss_bytes` checks it from outside: the most that the process held in its steps, less what it held before it
@@ -27,7 +28,9 @@ from fedtune.bench.process_memory import forget_peak, peak_rss, rss
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.measure.memory import MemoryMeter, Resident
 from fedtune.methods.fedkseed.step import step_weights
+from fedtune.models.lean_loss import batch_loss
 from fedtune.models.lora import attach_lora
+from fedtune.models.memory_efficient import memory_efficient, release_memory
 from fedtune.models.tuning import train_all
 from fedtune.zeroth import SeedPool
 
@@ -45,7 +48,7 @@ class Client(NamedTuple):
 def _inference(model: LlamaForCausalLM) -> Iterator[Client]:
     batch = random_batch()
     with torch.no_grad():
-        yield Client(lambda: float(model(**batch).loss), [model])
+        yield Client(lambda: float(batch_loss(model, batch)), [model])
 
 
 def _fedkseed(noise: Any) -> Callable[[LlamaForCausalLM], AbstractContextManager[Client]]:
@@ -63,18 +66,21 @@ def _fedkseed(noise: Any) -> Callable[[LlamaForCausalLM], AbstractContextManager
     return client
 
 
-def _gradients(attach: Callable[..., Any]) -> Callable[[LlamaForCausalLM], AbstractContextManager[Client]]:
+def _gradients(
+    attach: Callable[..., Any], checkpointing: str = "none"
+) -> Callable[[LlamaForCausalLM], AbstractContextManager[Client]]:
     @contextmanager
     def client(base: LlamaForCausalLM) -> Iterator[Client]:
-        model, batch = attach(base), random_batch()
+        model, batch = attach(base).train(), random_batch()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
         def step() -> None:
-            model(**batch).loss.backward()
+            batch_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        yield Client(step, [model, optimizer])
+        with memory_efficient(model, checkpointing=checkpointing):
+            yield Client(step, [model, optimizer])
 
     return client
 
@@ -89,6 +95,8 @@ CASES: dict[str, Callable[[LlamaForCausalLM], AbstractContextManager[Client]]] =
     "FedKSeed, rademacher": _fedkseed("rademacher"),
     "full fine-tuning, AdamW": _gradients(train_all),
     "LoRA, AdamW": _gradients(_lora),
+    "full fine-tuning, AdamW, checkpointing": _gradients(train_all, "full"),
+    "LoRA, AdamW, checkpointing": _gradients(_lora, "full"),
 }
 """What can be measured; the first is what the others are compared with."""
 
@@ -113,6 +121,7 @@ def measure(hidden: int = HIDDEN, layers: int = LAYERS) -> tuple[list[dict[str, 
 
 def measure_case(case: str, hidden: int, layers: int) -> dict[str, Any]:
     """One row, of this process."""
+    release_memory()
     with CASES[case](random_llama(64, 1)) as tiny:
         tiny.step()
     del tiny
