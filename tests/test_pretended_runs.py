@@ -1,0 +1,134 @@
+"""Whole runs on a pretended GPU: no device mistake, and the result of a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_families import save_folder
+from pretended_gpu import PretendedGpu
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fedtune
+from fedtune.methods import registry
+
+WORDS = [f"w{index}" for index in range(4, 64)]
+ROWS = [
+    {"instruction": " ".join(WORDS[i : i + 3]), "output": " ".join(WORDS[i + 1 : i + 2 + i % 3])}
+    for i in range(8)
+]
+STEPS = {"local_steps": 2, "batch_size": 2, "lr": 0.01}
+SEEDS = {"seeds": 16, "local_steps": 2, "lr": 1e-4, "epsilon": 1e-3}
+ALIGNED = {"steps_before": 2, "steps": 1, "batch_size": 2, "lr": 1e-2}
+EMULATED = {**STEPS, "adapter_layers": 1, "layer_dropout": 0.3, "lora": {"rank": 2}, "alignment": ALIGNED}
+ENDS = {**EMULATED, "adapter_layers": 2, "alignment": {**ALIGNED, "steps": 0}}
+TRAINABLE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": {"rank": 2, "dropout": 0.5}},
+    "ia3": {},
+    "adapter": {"adapter": {"size": 3}},
+    "prompt": {"prompt": {"tokens": 3}},
+    "prefix": {"prefix": {"tokens": 3}},
+    "p-tuning": {"p_tuning": {"tokens": 3, "hidden": 6}},
+}
+# By method its forms; of each the settings of the method, and "model" or "federation" beside them.
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "fedavg": {
+        **{name: {**STEPS, "trainable": name, **more} for name, more in TRAINABLE.items()},
+        "scaffold": {**STEPS, "trainable": "full", "optimizer": "sgd", "control_variates": True},
+        "stack": {**STEPS, "lora": {"rank": 2}, "aggregation": "stack"},
+        "asynchronous": {**STEPS, "rounds": 1, "lora": {"rank": 2}, "arrival": "asynchronous"},
+        "proximal-bfloat16": {
+            **STEPS,
+            "trainable": "full",
+            "proximal": 0.1,
+            "max_grad_norm": 1.0,
+            "model": {"dtype": "bfloat16"},
+        },
+        "narrow": {
+            **STEPS,
+            "trainable": "full",
+            "optimizer": "adamw-8bit",
+            "masters": "stochastic",
+            "optimizer_in_backward": True,
+            "gradient_checkpointing": "full",
+            "model": {"dtype": "bfloat16"},
+        },
+        "kahan": {**STEPS, "trainable": "full", "masters": "kahan", "model": {"dtype": "bfloat16"}},
+    },
+    "fedkseed": {
+        "hadamard4": SEEDS,
+        "gaussian": {**SEEDS, "noise": "gaussian", "epsilon": "auto"},
+        "rademacher-bfloat16": {**SEEDS, "noise": "rademacher", "model": {"dtype": "bfloat16"}},
+    },
+    "fedkseed-pro": {"plain": SEEDS},
+    "infinite-pool": {"plain": {name: value for name, value in SEEDS.items() if name != "seeds"}},
+    "fedbiot": {"plain": {**EMULATED, "proximal": 0.1}, "pruned": {**EMULATED, "emulator": "channel-pruning"}},
+    "fedot": {"plain": ENDS},
+    "offsite-tuning": {"plain": ENDS},
+    "fedcybgd": {
+        "hybrid": {**STEPS, "compression": "hybrid"},
+        "lora": {**STEPS, "trainable": "lora", "lora": {"rank": 2}, "compression": "layer-drop"},
+        "adapter": {**STEPS, "trainable": "adapter", "adapter": {"size": 3}},
+    },
+    "fedbavg": {"plain": STEPS},
+    "badam": {"plain": {**STEPS, "switch_interval": 1}},
+    "standalone": {"plain": {**STEPS, "lora": {"rank": 2}}},
+    "centralized": {"plain": {**STEPS, "trainable": "full"}},
+    "zero-shot": {"plain": {}},
+}
+LISTED = [
+    pytest.param(method, form, id=f"{method}-{form}")
+    for method in registry.METHODS
+    for form in FORMS.get(method, {"missing": {}})
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_folder(tmp_path_factory.mktemp("models") / "tiny", blocks=4)
+    (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def settings(tiny: Path, method: str, form: dict[str, Any], device: str) -> dict[str, Any]:
+    own = {name: value for name, value in form.items() if name not in ("model", "federation")}
+    rounds = {"rounds": 2} if "rounds" in registry.config_class(method).model_fields else {}
+    return {
+        "model": {"name": str(tiny), "device": device, **form.get("model", {})},
+        "data": {
+            "clients": 2,
+            "template": "plain",
+            "max_length": 16,
+            **({"public": {"source": str(tiny / "public.jsonl")}} if "alignment" in own else {}),
+        },
+        "method": {"name": method, **rounds, **own},
+        "federation": form.get("federation", {}),
+        "evaluation": {"tasks": ["loss"], "max_examples": 2, "bootstrap": 0},
+    }
+
+
+def results(run: fedtune.Run) -> dict[str, Any]:
+    """What a run ends with: digests of its files of weights, and its losses."""
+    digests = {
+        str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted((run.path / "final").rglob("*.safetensors"))
+    }
+    return {**digests, "scores": run.summary["evaluation"], "loss": [r["train_loss"] for r in run.rounds]}
+
+
+@pytest.mark.parametrize(("method", "form"), LISTED)
+def test_a_run_on_a_gpu_ends_with_the_bits_of_a_cpu(
+    method: str, form: str, tiny: Path, tmp_path: Path
+) -> None:
+    chosen = FORMS[method][form]
+    with sdpa_kernel(SDPBackend.MATH), PretendedGpu() as gpu:
+        there = fedtune.run(settings(tiny, method, chosen, "cuda"), data=ROWS, out=tmp_path / "gpu", progress=False)
+    assert gpu.of("launch") or gpu.of("kernel")
+    with sdpa_kernel(SDPBackend.MATH):
+        here = fedtune.run(settings(tiny, method, chosen, "cpu"), data=ROWS, out=tmp_path / "cpu", progress=False)
+    assert results(there) == results(here)
