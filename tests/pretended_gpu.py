@@ -47,15 +47,7 @@ ROUNDED = 512  # bytes: PyTorch's allocator hands out multiples
 HOME = str(Path(fedtune.__file__).parent)
 
 _aten = torch.ops.aten
-# Of both devices at once: copies, and indices, which CUDA's own kernels fetch from the host.
-_MIXED = {
-    _aten.copy_.default,
-    _aten._to_copy.default,
-    _aten.index.Tensor,
-    _aten.index_put.default,
-    _aten.index_put_.default,
-    _aten._index_put_impl_.default,
-}
+# These may be of both devices at once: CUDA fetches a host's indices itself.
 _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 # The host cannot go on before it knows a value, or how many there are.
 _WAITS = {
@@ -70,7 +62,12 @@ _WAITS = {
 # CPUs and CUDA have kernels of their own for these; a backend that has none is given their parts, which round otherwise.
 _WHOLE = ("silu_backward", "mish_backward")
 _KERNELS = torch.library.Library("aten", "IMPL")
-_MASKED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
 
 
 class DeviceError(RuntimeError):
@@ -359,9 +356,13 @@ def _operate(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if device is None:
         raise DeviceError(f"{op}: a tensor of a pretended GPU is used after that was closed")
     here = [tensor for tensor in leaves if not isinstance(tensor, OnGpu) and tensor.device.type == "cpu"]
-    if there and op not in _MIXED and any(tensor.ndim for tensor in here):  # a number may lie on either side
+    if there and op not in _COPIES | _INDEXED and any(tensor.ndim for tensor in here):  # a number may lie on either side
         raise DeviceError(
             f"{op}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+        )
+    if op in _INDEXED and not isinstance(args[0], OnGpu) and any(isinstance(t, OnGpu) for t in _tensors(args[1])):
+        raise DeviceError(
+            f"{op}: indices should be either on cpu or on the same device as the indexed tensor (cpu)"
         )
     plain = {name: _each(value, _host) for name, value in kwargs.items()}
     if asked is not None:
@@ -373,7 +374,9 @@ def _operate(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if op is _aten.copy_.default and not isinstance(args[0], OnGpu):
         return args[0]
     wrapped = _each(out, device.wrap)
-    return return_and_correct_aliasing(op, args, kwargs, wrapped) if there else wrapped
+    if not there or not (op.is_view or op._schema.is_mutable):  # a new tensor, with memory of its own
+        return wrapped
+    return return_and_correct_aliasing(op, args, kwargs, wrapped)
 
 
 def _count(
@@ -388,8 +391,11 @@ def _count(
             if not waits:
                 device.count("stop")
             return
-    masks = op in _MASKED and any(t.dtype == torch.bool for t in _tensors(args[1]))
-    if op in _WAITS or masks:
+    masks = op in _INDEXED and any(isinstance(t, OnGpu) and t.dtype == torch.bool for t in _tensors(args[1]))
+    fetched = op in _INDEXED and any(not isinstance(t, OnGpu) for t in _tensors(args[1]))
+    if fetched:  # the host's indices
+        device.count("to the device", sum(t.nbytes for t in _tensors(args[1]) if not isinstance(t, OnGpu)))
+    if op in _WAITS or masks or fetched:
         device.count("stop")
     if not op.is_view:
         device.count("launch")

@@ -21,6 +21,7 @@ ROWS = [
     {"instruction": " ".join(WORDS[i : i + 3]), "output": " ".join(WORDS[i + 1 : i + 2 + i % 3])}
     for i in range(8)
 ]
+TWO = {"rounds": 2}
 STEPS = {"local_steps": 2, "batch_size": 2, "lr": 0.01}
 SEEDS = {"seeds": 16, "local_steps": 2, "lr": 1e-4, "epsilon": 1e-3}
 ALIGNED = {"steps_before": 2, "steps": 1, "batch_size": 2, "lr": 1e-2}
@@ -39,14 +40,15 @@ TRAINABLE: dict[str, dict[str, Any]] = {
 FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "fedavg": {
         **{name: {**STEPS, "trainable": name, **more} for name, more in TRAINABLE.items()},
-        "scaffold": {**STEPS, "trainable": "full", "optimizer": "sgd", "control_variates": True},
-        "stack": {**STEPS, "lora": {"rank": 2}, "aggregation": "stack"},
-        "asynchronous": {**STEPS, "rounds": 1, "lora": {"rank": 2}, "arrival": "asynchronous"},
-        "proximal-bfloat16": {
+        "scaffold": {**STEPS, **TWO, "trainable": "full", "optimizer": "sgd", "control_variates": True},
+        "stack": {**STEPS, **TWO, "lora": {"rank": 2}, "aggregation": "stack"},
+        "asynchronous-dora": {**STEPS, "lora": {"rank": 2, "use_dora": True}, "arrival": "asynchronous"},
+        "proximal-kahan": {
             **STEPS,
             "trainable": "full",
             "proximal": 0.1,
             "max_grad_norm": 1.0,
+            "masters": "kahan",
             "model": {"dtype": "bfloat16"},
         },
         "narrow": {
@@ -58,20 +60,28 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
             "gradient_checkpointing": "full",
             "model": {"dtype": "bfloat16"},
         },
-        "kahan": {**STEPS, "trainable": "full", "masters": "kahan", "model": {"dtype": "bfloat16"}},
+        "secure": {**STEPS, "lora": {"rank": 2}, "federation": {"secure_aggregation": {}}},
+        "private": {  # noise is drawn from the system, and never the same
+            **STEPS,
+            "lora": {"rank": 2},
+            "federation": {"privacy": {"clip": 0.1, "noise_multiplier": 0.0, "delta": 0.01}},
+        },
     },
     "fedkseed": {
-        "hadamard4": SEEDS,
-        "gaussian": {**SEEDS, "noise": "gaussian", "epsilon": "auto"},
-        "rademacher-bfloat16": {**SEEDS, "noise": "rademacher", "model": {"dtype": "bfloat16"}},
+        "hadamard4": {**SEEDS, **TWO},
+        "gaussian": {**SEEDS, "noise": "gaussian"},
+        "rademacher-bfloat16": {**SEEDS, "noise": "rademacher", "lr": 1e-3, "model": {"dtype": "bfloat16"}},
     },
     "fedkseed-pro": {"plain": SEEDS},
-    "infinite-pool": {"plain": {name: value for name, value in SEEDS.items() if name != "seeds"}},
-    "fedbiot": {"plain": {**EMULATED, "proximal": 0.1}, "pruned": {**EMULATED, "emulator": "channel-pruning"}},
+    "infinite-pool": {"plain": {n: v for n, v in {**SEEDS, **TWO}.items() if n != "seeds"}},
+    "fedbiot": {
+        "plain": {**EMULATED, **TWO, "proximal": 0.1},
+        "pruned": {**EMULATED, "emulator": "channel-pruning"},
+    },
     "fedot": {"plain": ENDS},
     "offsite-tuning": {"plain": ENDS},
     "fedcybgd": {
-        "hybrid": {**STEPS, "compression": "hybrid"},
+        "hybrid": {**STEPS, **TWO, "compression": "hybrid"},
         "lora": {**STEPS, "trainable": "lora", "lora": {"rank": 2}, "compression": "layer-drop"},
         "adapter": {**STEPS, "trainable": "adapter", "adapter": {"size": 3}},
     },
@@ -81,6 +91,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "centralized": {"plain": {**STEPS, "trainable": "full"}},
     "zero-shot": {"plain": {}},
 }
+DIVIDED = ("fedbiot", "fedot", "offsite-tuning", "fedcybgd")  # need blocks to divide
 LISTED = [
     pytest.param(method, form, id=f"{method}-{form}")
     for method in registry.METHODS
@@ -90,16 +101,19 @@ LISTED = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_folder(tmp_path_factory.mktemp("models") / "tiny", blocks=4)
+    folder = tmp_path_factory.mktemp("models")
+    for blocks in (2, 4):
+        save_folder(folder / str(blocks), blocks=blocks)
     (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 
 
 def settings(tiny: Path, method: str, form: dict[str, Any], device: str) -> dict[str, Any]:
     own = {name: value for name, value in form.items() if name not in ("model", "federation")}
-    rounds = {"rounds": 2} if "rounds" in registry.config_class(method).model_fields else {}
+    rounds = {"rounds": 1} if "rounds" in registry.config_class(method).model_fields else {}
+    blocks = 4 if method in DIVIDED else 2
     return {
-        "model": {"name": str(tiny), "device": device, **form.get("model", {})},
+        "model": {"name": str(tiny / str(blocks)), "device": device, **form.get("model", {})},
         "data": {
             "clients": 2,
             "template": "plain",
