@@ -5,14 +5,14 @@
         ...
     gpu.stops("step_loss.py")   # how often that file waited for the device
 
-A tensor of it is an `OnGpu`. Python sees the device cuda:0; C++ sees PyTorch's free backend, whose operations all
-come to `_operate`; what is computed is computed on the tensor's `host`, by the CPU's kernels, so that a result
-has the bits that the same operations have on a CPU.
+A tensor of it is an `OnGpu`. Python sees the device cuda:0; C++ sees PyTorch's free backend, whose operations
+all come to `_operate`; what is computed is computed on the tensor's `host`, by the CPU's kernels, so that a
+result has the bits that the same operations have on a CPU.
 
-What a GPU refuses is refused, with a `DeviceError`: operations on tensors of two devices, a generator of another
-device, NumPy and memory views of a device's tensor, a kernel of ours that is given memory of the other side. With a
-`limit` allocations beyond it raise torch.OutOfMemoryError. Memory is counted as a caching allocator hands it out: a
-storage's bytes, rounded up to 512.
+What a GPU refuses is refused, with a `DeviceError`: operations on tensors of two devices, a generator of
+another device, NumPy and memory views of a device's tensor, a kernel of ours that is given memory of the
+other side. With a `limit` allocations beyond it raise torch.OutOfMemoryError. Memory is counted as a caching
+allocator hands it out: a storage's bytes, rounded up to 512.
 
 Not pretended: streams, more than one device, kernels' rounding, the device's own random numbers.
 """
@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
-import torch._dynamo  # reads torch.cuda when it is imported, and must not find what is put there in the meantime
+import torch._dynamo  # reads torch.cuda when it is imported, and must not find what is put there
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -47,7 +47,6 @@ ROUNDED = 512  # bytes: PyTorch's allocator hands out multiples
 HOME = str(Path(fedtune.__file__).parent)
 
 _aten = torch.ops.aten
-# These may be of both devices at once: CUDA fetches a host's indices itself.
 _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 # The host cannot go on before it knows a value, or how many there are.
 _WAITS = {
@@ -59,7 +58,7 @@ _WAITS = {
     _aten.is_nonzero.default,
     _aten.repeat_interleave.Tensor,
 }
-# CPUs and CUDA have kernels of their own for these; a backend that has none is given their parts, which round otherwise.
+# CPUs and CUDA have kernels for these; a backend without is given their parts, which round otherwise.
 _WHOLE = ("silu_backward", "mish_backward")
 _KERNELS = torch.library.Library("aten", "IMPL")
 _INDEXED = {
@@ -115,14 +114,14 @@ class OnGpu(Tensor):
     @data.setter
     def data(self, other: Tensor) -> None:
         if not isinstance(other, OnGpu):
-            raise DeviceError("incompatible tensor type: .data of a tensor on cuda:0 was given one on the cpu")
+            raise DeviceError(
+                "incompatible tensor type: .data of a tensor on cuda:0 was given one on the cpu"
+            )
         Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.host = other.host
 
     def numpy(self, **_: Any) -> Any:
-        raise DeviceError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first"
-        )
+        raise DeviceError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self.numpy()
@@ -154,7 +153,9 @@ class OnGpu(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"OnGpu({tuple(self.shape)}, {self.dtype})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:  # with it Module.to keeps parameters what they are
+    def __tensor_flatten__(
+        self,
+    ) -> tuple[list[str], None]:  # with it Module.to keeps parameters what they are
         return ["host"], None
 
     @staticmethod
@@ -169,10 +170,11 @@ class PretendedGpu(TorchDispatchMode):
         limit: Bytes that it has; 0: as many as are asked for.
 
     Attributes:
-        counts: How often, by kind and place. Kinds: "to the device" and "to the host" (copies), "stop" (the host
+        counts: How often, by kind and place. Kinds: "to the device" and "to the host" (copies), "stop" (the
+        host
             waits until the device has done all it was given), "float64" (operations on numbers that a GPU is
-            slow with), "launch" (any operation that is not a view), "kernel" (of ours). A place is a file, line
-            and function of fedtune.
+            slow with), "launch" (any operation that is not a view), "kernel" (of ours). A place is a file,
+            line and function of fedtune.
         bytes: Of the copies, likewise.
         allocated: Bytes in use.
         peak: The most since `torch.cuda.reset_peak_memory_stats`.
@@ -345,7 +347,7 @@ def _host(tensor: Tensor) -> Tensor:
 
 
 def _operate(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One operation: refused, or done on the host's memory, counted, and given to the device it belongs to."""
+    """One operation: refused, or counted, done on the host's memory, and given to its device."""
     leaves = [*_tensors(args), *_tensors(list(kwargs.values()))]
     there = [tensor for tensor in leaves if isinstance(tensor, OnGpu)]
     asked = kwargs.get("device")
@@ -355,15 +357,8 @@ def _operate(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = PretendedGpu.current
     if device is None:
         raise DeviceError(f"{op}: a tensor of a pretended GPU is used after that was closed")
-    here = [tensor for tensor in leaves if not isinstance(tensor, OnGpu) and tensor.device.type == "cpu"]
-    if there and op not in _COPIES | _INDEXED and any(tensor.ndim for tensor in here):  # a number may lie on either side
-        raise DeviceError(
-            f"{op}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
-        )
-    if op in _INDEXED and not isinstance(args[0], OnGpu) and any(isinstance(t, OnGpu) for t in _tensors(args[1])):
-        raise DeviceError(
-            f"{op}: indices should be either on cpu or on the same device as the indexed tensor (cpu)"
-        )
+    if there and op not in _COPIES:
+        _refuse_mixed(op, args, leaves)
     plain = {name: _each(value, _host) for name, value in kwargs.items()}
     if asked is not None:
         plain["device"] = HOST
@@ -379,6 +374,21 @@ def _operate(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(op, args, kwargs, wrapped)
 
 
+def _refuse_mixed(op: Any, args: tuple[Any, ...], leaves: list[Tensor]) -> None:
+    if op in _INDEXED:  # the host's indices are fetched
+        if not isinstance(args[0], OnGpu):
+            raise DeviceError(
+                f"{op}: indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+            )
+        leaves = [args[0], *_tensors(args[2:])]
+    # a number may lie on either side
+    if any(t.ndim and not isinstance(t, OnGpu) and t.device.type == "cpu" for t in leaves):
+        raise DeviceError(
+            f"{op}: Expected all tensors to be on the same device, but found at least two devices, "
+            "cuda:0 and cpu!"
+        )
+
+
 def _count(
     device: PretendedGpu, op: Any, args: Any, kwargs: dict[str, Any], leaves: list[Tensor], on_gpu: bool
 ) -> None:
@@ -387,7 +397,9 @@ def _count(
         to_gpu = isinstance(leaves[0], OnGpu) if op is _aten.copy_.default else on_gpu
         if isinstance(source, OnGpu) != to_gpu:
             device.count("to the device" if to_gpu else "to the host", source.nbytes)
-            waits = kwargs.get("non_blocking", args[2] if op is _aten.copy_.default and len(args) > 2 else False)
+            waits = kwargs.get(
+                "non_blocking", args[2] if op is _aten.copy_.default and len(args) > 2 else False
+            )
             if not waits:
                 device.count("stop")
             return
@@ -419,7 +431,8 @@ class _Calls(TorchFunctionMode):
             where = "cuda" if there or (asked is not None and torch.device(asked).type == BACKEND) else "cpu"
             if generator.device.type != where:
                 raise DeviceError(
-                    f"{func}: Expected a '{where}' device type for generator but found '{generator.device.type}'"
+                    f"{func}: Expected a '{where}' device type for generator but found "
+                    f"'{generator.device.type}'"
                 )
         return func(*args, **kwargs)
 

@@ -20,11 +20,12 @@ from fedtune.errors import ProgramError
 from fedtune.evaluation import likelihoods
 from fedtune.evaluation.generation import generate
 from fedtune.evaluation.likelihoods import example_losses
-from fedtune.methods import eight_bit, step_loss, stepping
+from fedtune.methods import step_loss, stepping
 from fedtune.methods.fedavg import method as fedavg
 from fedtune.methods.fedbiot import method as fedbiot
 from fedtune.models import alignment, lean_loss
-from fedtune.zeroth import SeedPool, gpu as kernels
+from fedtune.zeroth import SeedPool
+from fedtune.zeroth import gpu as kernels
 
 Patch = pytest.MonkeyPatch
 
@@ -79,6 +80,7 @@ def test_a_tensor_is_where_it_was_put(gpu: PretendedGpu) -> None:
         "two devices": lambda x: x + torch.ones(3),
         "an index on the GPU for a host's tensor": lambda x: torch.ones(3)[x.long()],
         "a mask on the GPU for a host's tensor": lambda x: torch.ones(3)[x > 0],
+        "a host's values for what is indexed": lambda x: x.index_put_((torch.tensor([0, 1]),), torch.ones(2)),
         "a host's output": lambda x: torch.add(x, x, out=torch.ones(3)),
         "a host's generator": lambda x: x.normal_(generator=torch.Generator()),
         "a host's generator for a new tensor": lambda x: torch.randn(
@@ -92,7 +94,9 @@ def test_a_tensor_is_where_it_was_put(gpu: PretendedGpu) -> None:
     }.items(),
     ids=lambda pair: pair[0],
 )
-def test_what_cuda_refuses_is_refused(gpu: PretendedGpu, mistake: tuple[str, Callable[[Tensor], Any]]) -> None:
+def test_what_cuda_refuses_is_refused(
+    gpu: PretendedGpu, mistake: tuple[str, Callable[[Tensor], Any]]
+) -> None:
     with pytest.raises(DeviceError):
         mistake[1](torch.ones(3, device="cuda"))
 
@@ -146,7 +150,7 @@ def test_counts(gpu: PretendedGpu) -> None:
     assert "batches.py" in gpu.report("to the device") and gpu.of("launch") > 100
 
 
-# Mistakes that a machine without a GPU does not notice: each put into the program in the place of what is there.
+# Mistakes that a machine without a GPU does not notice, each put into the program.
 
 
 def _batch_stays(patch: Patch) -> Federation:
@@ -312,7 +316,7 @@ def test_too_small_a_gpu_is_said(gpu: PretendedGpu) -> None:
 
 
 def a_step(gpu: PretendedGpu, *form: str, **changes: object) -> dict[str, float]:
-    """What a step of a client adds, by kind: runs with two steps more, less runs without; in all our own lines.
+    """What one step more of a client adds, by kind, in lines of our own.
 
     What transformers does inside the forward pass is counted apart, as "forward".
     """
@@ -343,7 +347,12 @@ def a_step(gpu: PretendedGpu, *form: str, **changes: object) -> dict[str, float]
 )
 @pytest.mark.parametrize("few", [0, 1 << 20], ids=["in-pieces", "whole"])
 def test_a_step_waits_once_and_copies_its_batches_alone(
-    form: tuple[str, str], changes: dict[str, Any], batches: int, few: int, gpu: PretendedGpu, monkeypatch: Patch
+    form: tuple[str, str],
+    changes: dict[str, Any],
+    batches: int,
+    few: int,
+    gpu: PretendedGpu,
+    monkeypatch: Patch,
 ) -> None:
     monkeypatch.setattr(lean_loss, "FEW", few)
     found = a_step(gpu, *form, **changes)
@@ -391,14 +400,18 @@ def test_a_token_is_generated_in_one_wait(gpu: PretendedGpu) -> None:
             model.set_attn_implementation("eager")
             gpu.forget()
             prompts = [[1, 9, 33], [1, 41, 12, 7]]
-            answers[where, tokens] = generate(model, tokenizer(), prompts, max_new_tokens=tokens, batch_size=2)
+            answers[where, tokens] = generate(
+                model, tokenizer(), prompts, max_new_tokens=tokens, batch_size=2
+            )
             stops[where, tokens] = gpu.stops()
         assert answers["cpu", tokens] == answers["cuda", tokens]
     assert stops["cpu", 6] == 0 and stops["cuda", 6] - stops["cuda", 2] <= 2 * 4
 
 
 @pytest.mark.parametrize("form", [("fedbiot", "last-block"), ("fedcybgd", "hybrid"), ("fedbavg", "none")])
-def test_one_card_holds_one_role_at_a_time(form: tuple[str, str], gpu: PretendedGpu, monkeypatch: Patch) -> None:
+def test_one_card_holds_one_role_at_a_time(
+    form: tuple[str, str], gpu: PretendedGpu, monkeypatch: Patch
+) -> None:
     federation = Federation(*form, device="cuda")
     assert all(parameter.device.type == "cpu" for parameter in federation.model.parameters())
     step, before, inside = type(federation.method).client_step, [], []

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from model_families import save_folder
 from pretended_gpu import PretendedGpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -141,8 +140,12 @@ def test_a_run_on_a_gpu_ends_with_the_bits_of_a_cpu(
 ) -> None:
     chosen = FORMS[method][form]
     with sdpa_kernel(SDPBackend.MATH), PretendedGpu() as gpu:
-        there = fedtune.run(settings(tiny, method, chosen, "cuda"), data=ROWS, out=tmp_path / "gpu", progress=False)
+        there = fedtune.run(
+            settings(tiny, method, chosen, "cuda"), data=ROWS, out=tmp_path / "gpu", progress=False
+        )
     assert gpu.of("launch") or gpu.of("kernel")
     with sdpa_kernel(SDPBackend.MATH):
-        here = fedtune.run(settings(tiny, method, chosen, "cpu"), data=ROWS, out=tmp_path / "cpu", progress=False)
+        here = fedtune.run(
+            settings(tiny, method, chosen, "cpu"), data=ROWS, out=tmp_path / "cpu", progress=False
+        )
     assert results(there) == results(here)

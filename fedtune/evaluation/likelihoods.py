@@ -78,7 +78,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> tu
 
 
 def class_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-    """A classifier's loss on each example, and the class of its highest output; otherwise as `token_losses`."""
+    """A classifier's loss on each example, and the class of its highest output; else as `token_losses`."""
     device = next(model.parameters()).device
     moved = on_device(batch, device)
     inputs = {name: value for name, value in moved.items() if name != "labels"}

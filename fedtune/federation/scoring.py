@@ -102,8 +102,18 @@ class Scoring:
     def enter_memory(self, round: int) -> None:
         """Enters the highest peak so far, since a batch like one before is not followed again."""
         peak = max(self._peaks.bytes, self._ledger.peak_memory_bytes["evaluation"])
-        how = self._peaks.how
-        self._ledger.memory(round=round, where="evaluation", client=None, peak_bytes=peak, how=how)
+        apart = {
+            column: max(found, self._ledger.peaks_by_device["evaluation"].get(column, 0))
+            for column, found in self._peaks.by_device.items()
+        }
+        self._ledger.memory(
+            round=round,
+            where="evaluation",
+            client=None,
+            peak_bytes=peak,
+            how=self._peaks.how,
+            by_device=apart,
+        )
 
 
 def memory_for(config: RunConfig) -> str:

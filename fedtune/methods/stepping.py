@@ -68,7 +68,8 @@ class Stepper:
     ) -> None:
         self.parameters, self._settings, self._seed = parameters, settings, seed
         self._proximal, self._start = proximal, start or {}
-        self._correction = {n: c.to(parameters[n].device) for n, c in (correction or {}).items()}  # once a round
+        # copied once a round, and not once a step
+        self._correction = {n: c.to(parameters[n].device) for n, c in (correction or {}).items()}
         self._filter = filter
         narrow = {n: p for n, p in parameters.items() if p.dtype != torch.float32}
         kept = {"float32": {}, "kahan": narrow, "stochastic": narrow}[settings.masters]

@@ -1,8 +1,8 @@
 """Models that lie on the host, and on a GPU while they compute.
 
-In a simulation one card serves all roles in turn. The server's models, and those that clients were sent, are not
-needed there together: each comes for as long as it computes, and so the card holds what the largest role needs
-and not the sum. The host keeps its copy meanwhile, and nothing has to be copied back.
+In a simulation one card serves all roles in turn. The server's models, and those that clients were sent, are
+not needed there together: each comes for as long as it computes, and so the card holds what the largest role
+needs and not the sum. The host keeps its copy meanwhile, and nothing has to be copied back.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ HOST = torch.device("cpu")
 def at_work(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, models of the host are on the device; parameters are the same objects there and afterwards.
 
-    Models that share memory share it on the device too. From another device they come back with the values that
-    they went with: what is trained inside has to be read inside.
+    Models that share memory share it on the device too. From another device they come back with the values
+    that they went with: what is trained inside has to be read inside.
 
     Args:
         models: On the host. Those that are elsewhere stay there.

@@ -185,8 +185,8 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     Args:
         model: As in `batch_loss`.
         inputs: A batch without labels.
-        chosen: Which positions, boolean (batch, tokens), best on the host (`index_of`); a soft prompt's, which
-            come before, are not counted.
+        chosen: Which positions, boolean (batch, tokens), best on the host (`index_of`); a soft prompt's,
+            which come before, are not counted.
 
     Returns:
         The head, and hidden states (chosen, width).
