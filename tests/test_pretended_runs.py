@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fedtune
 from fedtune.methods import registry
+from fedtune.planning.plan import plan
 
 WORDS = [f"w{index}" for index in range(4, 64)]
 ROWS = [
@@ -134,6 +135,10 @@ def results(run: fedtune.Run) -> dict[str, Any]:
     return {**digests, "scores": run.summary["evaluation"], "loss": [r["train_loss"] for r in run.rounds]}
 
 
+def memory(run: fedtune.Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "memory.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize(("method", "form"), LISTED)
 def test_a_run_on_a_gpu_ends_with_the_bits_of_a_cpu(
     method: str, form: str, tiny: Path, tmp_path: Path
@@ -149,3 +154,14 @@ def test_a_run_on_a_gpu_ends_with_the_bits_of_a_cpu(
             settings(tiny, method, chosen, "cpu"), data=ROWS, out=tmp_path / "cpu", progress=False
         )
     assert results(there) == results(here)
+    for on_gpu, on_cpu in zip(memory(there), memory(here), strict=True):
+        where = on_cpu["where"]
+        print(
+            where,
+            on_cpu["peak_bytes"],
+            on_gpu["peak_bytes"],
+            on_gpu["device_bytes"],
+            on_gpu["host_bytes"],
+            "PLAN",
+        )
+    print(plan(there.config, objects=there.objects).document["memory_by_device"], "PLAN")
