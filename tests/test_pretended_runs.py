@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "centralized": {"plain": {**STEPS, "trainable": "full"}},
     "zero-shot": {"plain": {}},
 }
-DIVIDED = ("fedbiot", "fedot", "offsite-tuning", "fedcybgd")  # need blocks to divide
+BLOCKS = {"fedbiot": 4, "fedot": 6, "offsite-tuning": 6, "fedcybgd": 4}  # what divides them needs more
 LISTED = [
     pytest.param(method, form, id=f"{method}-{form}")
     for method in registry.METHODS
@@ -102,7 +103,7 @@ LISTED = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for blocks in (2, 4):
+    for blocks in (2, *{*BLOCKS.values()}):
         save_folder(folder / str(blocks), blocks=blocks)
     (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
@@ -111,7 +112,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(tiny: Path, method: str, form: dict[str, Any], device: str) -> dict[str, Any]:
     own = {name: value for name, value in form.items() if name not in ("model", "federation")}
     rounds = {"rounds": 1} if "rounds" in registry.config_class(method).model_fields else {}
-    blocks = 4 if method in DIVIDED else 2
+    blocks = BLOCKS.get(method, 2)
     return {
         "model": {"name": str(tiny / str(blocks)), "device": device, **form.get("model", {})},
         "data": {
@@ -126,13 +127,20 @@ def settings(tiny: Path, method: str, form: dict[str, Any], device: str) -> dict
     }
 
 
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*.safetensors"))
+    }
+
+
 def results(run: fedtune.Run) -> dict[str, Any]:
     """What a run ends with: digests of its files of weights, and its losses."""
-    digests = {
-        str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted((run.path / "final").rglob("*.safetensors"))
+    return {
+        **digests(run.path / "final"),
+        "scores": run.summary["evaluation"],
+        "loss": [r["train_loss"] for r in run.rounds],
     }
-    return {**digests, "scores": run.summary["evaluation"], "loss": [r["train_loss"] for r in run.rounds]}
 
 
 def memory(run: fedtune.Run) -> list[dict[str, Any]]:
@@ -165,3 +173,16 @@ def test_a_run_on_a_gpu_ends_with_the_bits_of_a_cpu(
             "PLAN",
         )
     print(plan(there.config, objects=there.objects).document["memory_by_device"], "PLAN")
+
+
+def test_a_run_is_resumed_and_exported_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
+    chosen, merged = FORMS["fedavg"]["lora"], {}
+    for device, rounds in (("cuda", 1), ("cpu", 2)):
+        document = settings(tiny, "fedavg", {**chosen, "rounds": rounds}, device)
+        on = PretendedGpu() if device == "cuda" else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), on:
+            run = fedtune.run(document, data=ROWS, out=tmp_path / device, progress=False)
+            run = run.resume(rounds=2, progress=False) if rounds == 1 else run
+            run.export(tmp_path / f"{device}-merged", merge=True)
+        merged[device] = results(run), digests(tmp_path / f"{device}-merged")
+    assert merged["cuda"] == merged["cpu"] and merged["cpu"][1]
