@@ -213,6 +213,9 @@ class PretendedGpu(TorchDispatchMode):
         self._stack.enter_context(mock.patch.object(gpu, "Update", _Update))
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
+        swapped = torch.__future__.get_swap_module_params_on_conversion()
+        self._stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapped)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # they stay the same objects, as on CUDA
         PretendedGpu.current = self
         self._stack.enter_context(_Calls())
         super().__enter__()
