@@ -25,6 +25,7 @@ from fedtune.methods import step_loss, stepping
 from fedtune.methods.fedavg import method as fedavg
 from fedtune.methods.fedbiot import method as fedbiot
 from fedtune.models import alignment, lean_loss
+from fedtune.models.at_work import at_work
 from fedtune.zeroth import SeedPool
 from fedtune.zeroth import gpu as kernels
 
@@ -319,18 +320,20 @@ def a_step(gpu: PretendedGpu, *form: str, **changes: object) -> dict[str, float]
     return {kind: (n - counted[0][kind]) / steps for kind, n in counted[1].items()}
 
 
+WHOLE = 1 << 20  # logits that are left to the model's own loss; a step of these tests has fewer
+
+
 @pytest.mark.parametrize(
-    ("form", "changes", "batches"),
+    ("form", "changes", "batches", "few"),
     [
-        (("fedavg", "full"), {}, 1),
-        (("fedavg", "full"), {"gradient_accumulation": 4}, 4),
-        (("fedavg", "full"), {"control_variates": True, "optimizer": "sgd"}, 1),
-        (("fedavg", "lora"), {"proximal": 0.1, "max_grad_norm": 1.0}, 1),
-        (("fedavg", "full"), {"optimizer": "adamw-8bit"}, 1),
-        (("fedavg", "full-bfloat16"), {"masters": "stochastic", "optimizer_in_backward": True}, 1),
+        (("fedavg", "full"), {}, 1, 0),
+        (("fedavg", "full"), {"gradient_accumulation": 4}, 4, WHOLE),
+        (("fedavg", "full"), {"control_variates": True, "optimizer": "sgd"}, 1, WHOLE),
+        (("fedavg", "lora"), {"proximal": 0.1, "max_grad_norm": 1.0}, 1, WHOLE),
+        (("fedavg", "full"), {"optimizer": "adamw-8bit"}, 1, WHOLE),
+        (("fedavg", "full-bfloat16"), {"masters": "stochastic", "optimizer_in_backward": True}, 1, 0),
     ],
 )
-@pytest.mark.parametrize("few", [0, 1 << 20], ids=["in-pieces", "whole"])
 def test_a_step_waits_once_and_copies_its_batches_alone(
     form: tuple[str, str],
     changes: dict[str, Any],
@@ -348,7 +351,11 @@ def test_a_step_waits_once_and_copies_its_batches_alone(
     assert found["float64"] == 0
 
 
-def test_a_zeroth_order_step_waits_once_a_forward_pass(gpu: PretendedGpu) -> None:
+@pytest.mark.parametrize("few", [0, WHOLE], ids=["in-pieces", "whole"])
+def test_a_zeroth_order_step_waits_once_a_forward_pass(
+    few: int, gpu: PretendedGpu, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(lean_loss, "FEW", few)
     found = a_step(gpu, "fedkseed", "hadamard4")
     assert (found["stop"], found["to the host"], found["float64"]) == (2, 2, 0)
     assert found["forward"] <= 4
@@ -411,3 +418,23 @@ def test_one_card_holds_one_role_at_a_time(
     monkeypatch.setattr(type(federation.method), "client_step", noted)
     federation.run()
     assert before == [0] * len(before) and gpu.allocated == 0 and min(inside) > 0
+
+
+def test_models_come_to_work_and_go(gpu: PretendedGpu) -> None:
+    one, other = build("llama"), nn.Linear(32, 64, bias=False)
+    other.weight = nn.Parameter(one.get_parameter("lm_head.weight").detach())  # of the same memory
+    before = {name: (id(p), p.data_ptr(), p.detach().clone()) for name, p in one.named_parameters()}
+    with pytest.raises(ZeroDivisionError), at_work([one, other], torch.device("cuda")):
+        assert all(isinstance(p, OnGpu) for p in (*one.parameters(), *one.buffers(), other.weight))
+        assert other.weight.data_ptr() == one.get_parameter("lm_head.weight").data_ptr()
+        sizes = {p.data_ptr(): -(-p.nbytes // 512) * 512 for p in (*one.parameters(), *one.buffers())}
+        assert gpu.allocated == sum(sizes.values())
+        with torch.no_grad():
+            other.weight.zero_()  # what is not read in here is lost
+        raise ZeroDivisionError
+    assert gpu.allocated == 0 and other.weight.data_ptr() == before["lm_head.weight"][1]
+    for name, parameter in one.named_parameters():
+        assert (id(parameter), parameter.data_ptr()) == before[name][:2]
+        assert torch.equal(parameter, before[name][2]) and parameter.requires_grad
+    with at_work([one], torch.device("cpu")):
+        assert one.get_parameter("lm_head.weight").data_ptr() == before["lm_head.weight"][1]

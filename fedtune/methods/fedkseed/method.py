@@ -153,8 +153,8 @@ class FedKSeed:
                 estimates, around = [], 0.0
                 with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
-                        plus = weights.loss(moved, j, epsilon)
-                        minus = weights.loss(moved, j, -epsilon)
+                        plus = weights.loss(moved, j, epsilon, batch["labels"])
+                        minus = weights.loss(moved, j, -epsilon, batch["labels"])
                         scalar = (plus - minus) / (2 * epsilon)  # line 15
                         scalar = float(np.float32(scalar))  # as it is sent
                         if not math.isfinite(scalar):
