@@ -287,15 +287,23 @@ class Federation:
     """A method with everything around it but the command line: model, clients, transport, ledger."""
 
     def __init__(
-        self, name: str, label: str, *, seed: int = 0, simulation: Simulation | None = None, **changes: object
+        self,
+        name: str,
+        label: str,
+        *,
+        seed: int = 0,
+        simulation: Simulation | None = None,
+        device: str = "cpu",
+        **changes: object,
     ) -> None:
         form = FORMS[name][label]
         config = registry.config_class(name).model_validate({**form.settings, **changes})
         self.name, self.method = name, registry.build(config, seed)
+        where = torch.device(device)
         base = build(form.family, getattr(torch, form.dtype), form.blocks)
-        self.method.prepare(
-            ServerEnv(examples(form.family)[1] if form.public else (), 0, torch.device("cpu"))
-        )
+        if not self.method.sends_model:
+            base.to(where)
+        self.method.prepare(ServerEnv(examples(form.family)[1] if form.public else (), 0, where))
         self.model = self.method.client_model(lambda: base)
         data = examples(form.family)
         if self.method.pools_data:
@@ -303,9 +311,9 @@ class Federation:
         self.sizes = {client: len(items) for client, items in data.items()}
         self.wire: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
-        clock, device = Clock(), torch.device("cpu")
+        clock = Clock()
         self.runner = ClientRunner(
-            self.method, self.model, data, pad_id=0, seed=seed, device=device, store=Store()
+            self.method, self.model, data, pad_id=0, seed=seed, device=where, store=Store()
         )
         self.transport = Recorder(
             InProcess(
@@ -314,7 +322,7 @@ class Federation:
             self.runner,
         )
         ledger = Ledger(self.wire.append, self.memory.append)
-        self.loop = RoundLoop(self.method, self.transport, ledger, clock, device)
+        self.loop = RoundLoop(self.method, self.transport, ledger, clock, where)
         self.seed = seed
         self.state: Any = self.method.init(self.model)
         self.saved = [self._checkpoint(0)]  # after each round, the first before any

@@ -39,7 +39,13 @@ LEVEL: dict[str, float] = {name: level for level, name in enumerate(ORDER)}
 LEVEL |= dict.fromkeys(BOTTOM, len(ORDER)) | {"": 0.5}  # `import fedtune` itself: the command line reads it
 FRONT_DOOR = {"api", "errors", "version"}  # what `import fedtune` itself may take
 BLIND = {"core": {"protection", "methods", "transport"}}  # told what they need by whoever calls them
-OF_TORCH = {"_parameters", "_buffers", "_modules", "_version"}  # of every nn.Module, of every tensor
+OF_TORCH = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_apply",
+    "_version",
+}  # of every nn.Module, of every tensor
 ONE_HOME = {"flwr": "fedtune.transport.flower"}  # a library that one module alone knows
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PROGRAM_LINES, TEST_LINES = 400, 600

@@ -44,7 +44,8 @@ def tiny_llama() -> LlamaForCausalLM:
 def test_says_how_it_measures() -> None:
     assert MemoryMeter("cpu").how == "live tensor bytes"
     assert MemoryMeter("cpu").peak_bytes == 0
-    assert MemoryMeter("cuda").how == "allocator peak"
+    assert MemoryMeter("cpu").by_device == {}
+    assert MemoryMeter("cuda").by_device == {"device_bytes": 0, "host_bytes": 0}
 
 
 def test_tensors_alive_together_add_up() -> None:

@@ -150,6 +150,11 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
     for where in ("client", "server", "evaluation"):
         peak = document[f"{where}_peak_memory_bytes"]
         memory.add_row(where, *(size(peak[part]) for part in (*PARTS, "total")))
+    simulated = document["memory_by_device"]["simulation"]
+    memory.caption = (
+        f"Simulated in one process: {size(simulated['cpu_bytes'])}, or "
+        f"{size(simulated['device_bytes'])} of a GPU and {size(simulated['host_bytes'])} of the host."
+    )
     return [cost, memory]
 
 

@@ -164,6 +164,7 @@ class ClientRunner:
             "round": round,
             "client": client,
             "peak_bytes": meter.peak_bytes,
+            **meter.by_device,
             "how": meter.how,
         }
         return encode(Content(result.payload, meta))

@@ -7,8 +7,10 @@ carries. Totals are sums of the written entries, so a resumed run continues the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from fedtune.measure.memory import COLUMNS
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -21,6 +23,7 @@ class Ledger:
         self.payload_bytes = Counter(down=0, up=0)
         self.framed_bytes = Counter(down=0, up=0)
         self.peak_memory_bytes = {"client": 0, "server": 0, "evaluation": 0}
+        self.peaks_by_device: dict[str, dict[str, int]] = {where: {} for where in self.peak_memory_bytes}
         self._client_rounds: set[tuple[int, int]] = set()
 
     def restore(self, wire: Iterable[dict[str, Any]], memory: Iterable[dict[str, Any]]) -> None:
@@ -45,9 +48,28 @@ class Ledger:
         self._count_message(entry)
         self._write_wire(entry)
 
-    def memory(self, *, round: int, where: str, client: int | None, peak_bytes: int, how: str) -> None:
-        """Enters the peak of one measured scope; `where` is `client`, `server` or `evaluation`."""
+    def memory(
+        self,
+        *,
+        round: int,
+        where: str,
+        client: int | None,
+        peak_bytes: int,
+        how: str,
+        by_device: Mapping[str, int] = {},
+    ) -> None:
+        """Enters the peak of one measured scope.
+
+        Args:
+            round: Of the run.
+            where: `client`, `server` or `evaluation`.
+            client: Which.
+            peak_bytes: Wherever they lay.
+            how: They were measured.
+            by_device: With a GPU, as `MemoryMeter.by_device`.
+        """
         entry = {"round": round, "where": where, "client": client, "peak_bytes": peak_bytes, "how": how}
+        entry |= by_device
         self._count_memory(entry)
         self._write_memory(entry)
 
@@ -63,3 +85,5 @@ class Ledger:
     def _count_memory(self, entry: dict[str, Any]) -> None:
         where = entry["where"]
         self.peak_memory_bytes[where] = max(self.peak_memory_bytes[where], entry["peak_bytes"])
+        apart = self.peaks_by_device[where]
+        apart |= {column: max(apart.get(column, 0), entry[column]) for column in COLUMNS if column in entry}

@@ -35,7 +35,7 @@ from fedtune.core.watch import sketch
 from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes, some
 from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
-from fedtune.measure.memory import MemoryMeter, paused
+from fedtune.measure.memory import COLUMNS, MemoryMeter, paused
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")
@@ -143,7 +143,12 @@ class RoundLoop:
         with faults(f"aggregation of round {round}"), part, meter.whole(resident=[*_tensors(state), *held]):
             state = (step or self._method.server_step)(state, received)
         self._ledger.memory(
-            round=round, where="server", client=None, peak_bytes=meter.peak_bytes, how=meter.how
+            round=round,
+            where="server",
+            client=None,
+            peak_bytes=meter.peak_bytes,
+            how=meter.how,
+            by_device=meter.by_device,
         )
         return state
 
@@ -264,6 +269,7 @@ class RoundLoop:
                 raise FrameError(f"scalars that were not asked for: {some(foreign_scalars)}")
             metrics, how = reported(content.meta, more=asked.metrics)
         self._enter(round, asked, "up", content.payload, len(arrival.frame))
+        apart = {column: int(metrics.pop(column)) for column in COLUMNS if column in metrics}
         if not asked.phase and not self._without:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
@@ -271,6 +277,7 @@ class RoundLoop:
                 client=arrival.client,
                 peak_bytes=int(metrics.pop(PEAK_BYTES, 0)),
                 how=how,
+                by_device=apart,
             )
         return Reply(arrival.client, content.payload, metrics, cohort)
 

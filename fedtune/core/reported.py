@@ -13,11 +13,12 @@ from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import Scalar
 from fedtune.core.wire import FrameError
 from fedtune.errors import foreign
+from fedtune.measure.memory import COLUMNS
 
 LOSS = "train_loss"
 PEAK_BYTES, HOW = "peak_bytes", "how"  # the client's memory, and how it was measured
 MOST = 1 << 53  # of a count: a whole number, as a float holds it
-COUNTS = frozenset({TRAINED_TOKENS, COMPUTED_TOKENS, PADDING_TOKENS, "steps", PEAK_BYTES})
+COUNTS = frozenset({TRAINED_TOKENS, COMPUTED_TOKENS, PADDING_TOKENS, "steps", PEAK_BYTES, *COLUMNS})
 KNOWN = COUNTS | {LOSS, HOW}
 _ADDRESS = frozenset({"round", "client"})
 

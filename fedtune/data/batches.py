@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,32 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         "labels": labels.squeeze(1) if label_width == 1 else labels,
         **places,
     }
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A host's batch where the model is.
+
+    A copy to a GPU begins behind what the GPU has to do yet, and the host goes on; what it copies from may be
+    freed or written at once, for the driver has taken it up by then.
+    """
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def index_of(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """What picks from a tensor on a device where a mask on the host is true.
+
+    A mask on a GPU would have the host wait until it is known how many are picked.
+
+    Args:
+        mask: Boolean.
+        device: Where the tensor is whose leading dimensions are the mask's.
+
+    Returns:
+        The mask itself if it is there already, else places, one tensor (picked) for each of its dimensions.
+    """
+    if mask.device == device:
+        return (mask,)
+    return tuple(places.to(device, non_blocking=True) for places in mask.nonzero(as_tuple=True))
 
 
 def trained_labels(labels: Tensor, *, first: bool = False) -> int:

@@ -302,7 +302,7 @@ class _Model(HFLM):
         for batch in cut(lengths, env.settings.batch_size, room):
             width = lengths[batch[0]]
             padded = [inputs[at] + (0,) * (width - lengths[at]) for at in batch]
-            ids = torch.tensor(padded, device=self.device)
+            ids = torch.tensor(padded)
             options = [[requests[place][2] for place in read[inputs[at]]] for at in batch]
             asked = [
                 [(lengths[at] - len(option), option) for option in each]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, index_of, on_device
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.models.lean_loss import ends, without_cache
@@ -46,11 +46,10 @@ def example_losses(
         classes: The model is a classifier.
         watched: Entered around each batch, with its kind, its examples and the tokens of the longest.
     """
-    device = next(model.parameters()).device
     lengths, rows = [len(item.input_ids) for item in items], head_rows(model, memory)
     losses, counts = [0.0] * len(items), [0] * len(items)
     for places in cut(lengths, batch_size, scoring_room(model, memory)):
-        batch = {k: v.to(device) for k, v in collate([items[p] for p in places], pad_id).items()}
+        batch = collate([items[p] for p in places], pad_id)
         with watched("classes" if classes else "loss", *batch["input_ids"].shape):
             found = class_losses(model, batch) if classes else token_losses(model, batch, rows)
         for place, loss, count in zip(places, *found, strict=True):
@@ -61,26 +60,31 @@ def example_losses(
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> tuple[list[float], list[int]]:
     """Of each example the sum of its tokens' losses in nats, and how many tokens carry loss.
 
+    On a GPU the host waits once a batch.
+
     Args:
         model: A causal language model, wrapped by PEFT or not.
-        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them.
+        batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them, on the host.
         rows: Positions whose logits are made at once.
     """
+    device = next(model.parameters()).device
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = on_device({name: value for name, value in batch.items() if name != "labels"}, device)
     chosen = targets != IGNORED
-    wanted, counts = targets[chosen], chosen.sum(1).tolist()
+    wanted, counts = targets[chosen].to(device, non_blocking=True), chosen.sum(1).tolist()
     found = _of_pieces(model, inputs, chosen, rows, lambda logits, at: _losses(logits, wanted[at]))
-    losses = torch.cat(found) if found else torch.zeros(0)
+    losses = torch.cat(found).cpu() if found else torch.zeros(0)
     return [float(part.sum()) for part in losses.split(counts)], counts
 
 
 def class_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-    """A classifier's loss on each example, and the class of its highest output."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    """A classifier's loss on each example, and the class of its highest output; else as `token_losses`."""
+    device = next(model.parameters()).device
+    moved = on_device(batch, device)
+    inputs = {name: value for name, value in moved.items() if name != "labels"}
     with without_cache(model):
         logits = model(**inputs).logits
-    return [float(loss) for loss in _losses(logits, batch["labels"])], [int(i) for i in logits.argmax(-1)]
+    return _losses(logits, moved["labels"]).tolist(), logits.argmax(-1).tolist()
 
 
 def likelihoods(
@@ -90,7 +94,7 @@ def likelihoods(
 
     Args:
         model: As for `token_losses`.
-        ids: (batch, tokens), padded on the right, which no position before sees.
+        ids: (batch, tokens), padded on the right, which no position before sees; on the host.
         asked: Of each row its texts: the position whose output predicts the first token, and the tokens.
         rows: Positions whose logits are made at once.
 
@@ -108,9 +112,11 @@ def likelihoods(
     def take(logits: Tensor, at: slice) -> tuple[Tensor, Tensor, Tensor]:
         own = ((where >= at.start) & (where < at.stop)).nonzero()[:, 0]
         logs, place, token = logits.log_softmax(-1), where[own] - at.start, wanted[own]
-        return own, logs[place, token].cpu(), logs.argmax(-1).cpu()[place] == token
+        there = [index.to(device, non_blocking=True) for index in (place, token)]
+        return own, logs[there[0], there[1]].cpu(), logs.argmax(-1).cpu()[place] == token
 
-    found = _of_pieces(model, {"input_ids": ids}, chosen.to(ids.device), rows, take)
+    device = next(model.parameters()).device
+    found = _of_pieces(model, {"input_ids": ids.to(device, non_blocking=True)}, chosen, rows, take)
     logs = torch.empty(len(where), dtype=found[0][1].dtype)
     likeliest = torch.empty(len(where), dtype=torch.bool)
     for own, some, same in found:
@@ -132,7 +138,8 @@ def _of_pieces(
     if isinstance(base_model(model), PreTrainedModel):
         head, hidden = ends(model, inputs, chosen)
         return [take(head.logits(hidden[at]), at) for at in _slices(len(hidden), rows)]
-    logits = model(**inputs).logits[:, -chosen.shape[1] :][chosen]
+    whole = model(**inputs).logits
+    logits = whole[:, -chosen.shape[1] :][index_of(chosen, whole.device)]
     return [take(logits[at], at) for at in _slices(len(logits), rows)]
 
 

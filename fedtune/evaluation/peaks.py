@@ -12,7 +12,7 @@ from fedtune.measure.memory import MemoryMeter, paused
 
 
 class Peaks:
-    """Follows batches: on a CPU, where that costs time, those larger than all before of a kind and model.
+    """Follows batches larger than all before of a kind and model, since that costs time.
 
     Args:
         device: Where the model is.
@@ -26,6 +26,11 @@ class Peaks:
     def bytes(self) -> int:
         """The highest peak so far, weights included; 0 before the first batch."""
         return self._meter.peak_bytes
+
+    @property
+    def by_device(self) -> dict[str, int]:
+        """As `MemoryMeter.by_device`."""
+        return self._meter.by_device
 
     @property
     def how(self) -> str:
@@ -44,7 +49,7 @@ class Peaks:
         """
         like = kind, sum(parameter.numel() for parameter in model.parameters())
         largest = self._largest.get(like, 0)
-        if rows * tokens <= largest and self._meter.device.type == "cpu":
+        if rows * tokens <= largest:
             yield
             return
         self._largest[like] = max(rows * tokens, largest)

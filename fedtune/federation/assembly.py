@@ -99,7 +99,8 @@ class Assembly:
             check_counts(config, len(split.clients))
         device = device_of(config.model.device)
         loaded = load_base(config, split.labels, shared=shared)
-        torch.nn.Module.to(loaded.model, device)
+        if not method.sends_model:  # else it is the server's, and comes to the device while it computes
+            torch.nn.Module.to(loaded.model, device)
         check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
         if config.data.batching == "packed":
             check_packable(loaded.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import Split
 from fedtune.federation.room import reserved_tokens
+from fedtune.models.at_work import at_work
 
 Scores = dict[str, dict[str, float]]
 
@@ -89,13 +90,30 @@ class Scoring:
         part = "evaluation" if trained else "zero-shot evaluation"
         with faults(part, lambda: memory_for(self._config)):
             models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            models = self._at_work(models)
             return evaluate(models, loaded.tokenizer, self._assembly.split, self._config, self._peaks)
+
+    def _at_work(self, models: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+        """Each model on the device for as long as it is scored: a server's own lies on the host."""
+        for name, model in models:
+            with at_work([model], self._assembly.device):
+                yield name, model
 
     def enter_memory(self, round: int) -> None:
         """Enters the highest peak so far, since a batch like one before is not followed again."""
         peak = max(self._peaks.bytes, self._ledger.peak_memory_bytes["evaluation"])
-        how = self._peaks.how
-        self._ledger.memory(round=round, where="evaluation", client=None, peak_bytes=peak, how=how)
+        apart = {
+            column: max(found, self._ledger.peaks_by_device["evaluation"].get(column, 0))
+            for column, found in self._peaks.by_device.items()
+        }
+        self._ledger.memory(
+            round=round,
+            where="evaluation",
+            client=None,
+            peak_bytes=peak,
+            how=self._peaks.how,
+            by_device=apart,
+        )
 
 
 def memory_for(config: RunConfig) -> str:

@@ -73,6 +73,7 @@ def of_run(
         "framed_bytes": dict(ledger.framed_bytes),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,
+        **({"peak_by_device": ledger.peaks_by_device} if any(ledger.peaks_by_device.values()) else {}),
         "scorers": {task: scorer(task, settings) for task in config.evaluation.tasks},
     }
 

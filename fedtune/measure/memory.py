@@ -1,13 +1,17 @@
 """Peak memory of a client's or the server's step, measured and not estimated.
 
-On a CUDA device it is the allocator's peak. A CPU has no allocator to ask, and the process's resident set
-also holds the interpreter, the libraries and every other simulated client, so there the live tensor bytes are
-followed: a dispatch mode sees the inputs and outputs of every operation, forward and backward, and a weak
-reference tells when a storage goes. A storage counts once, however many views it has, from the first
-operation that touches it (or from the start, if it is among the residents) until it is freed.
+The process's resident set also holds the interpreter, the libraries and every other simulated client, and a
+GPU's allocator whatever else lies there: another role's model, for instance. So the live bytes of the tensors
+that a step works with are followed: a dispatch mode sees the inputs and outputs of every operation, forward
+and backward, and a weak reference tells when a storage goes. A storage counts once, however many views it
+has, from the first operation that touches it (or from the start, if it is among the residents) until it is
+freed. Where there is a GPU, what lies there and what lies on the host are counted apart.
 
-Not seen: scratch space that a kernel takes and gives back inside one operation, and memory that is not a
-tensor's.
+Not seen: scratch space that a kernel takes and gives back inside one operation, what an allocator rounds up
+and keeps, and memory that is not a tensor's.
+
+A role needs on a GPU what it needs on a CPU: its peak is the larger of what it had there and on the host,
+where it may keep the same model meanwhile (models/at_work.py).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+COLUMNS = ("device_bytes", "host_bytes")
 Resident = Module | Optimizer | Tensor | Mapping[Any, Any]
 
 
@@ -37,19 +42,22 @@ class MemoryMeter:
                 ...  # forward, backward, optimizer step
         meter.peak_bytes
 
-    Following every operation of a CPU step costs time, so only the steps that can set a new peak are
+    Following every operation of a step costs time, so only the steps that can set a new peak are
     followed: the first (no gradients or optimizer state yet), the second, and any that is larger than all
     since the second. Measuring changes no bit of what is computed. A step that raises is counted up to there.
 
     Attributes:
-        peak_bytes: The largest number of bytes so far; 0 before the first step.
-        how: How it was measured: "live tensor bytes" or "allocator peak".
+        peak_bytes: The largest number of bytes so far, with a GPU there or on the host; 0 before the first
+        step. by_device: With a GPU the largest number there ("device_bytes") and on the host ("host_bytes");
+        else empty. how: How it was measured.
     """
+
+    how = "live tensor bytes"
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.how = "allocator peak" if self.device.type == "cuda" else "live tensor bytes"
         self.peak_bytes = 0
+        self.by_device = {} if self.device.type == "cpu" else dict.fromkeys(COLUMNS, 0)
         self._steps = 0
         self._largest = 0
 
@@ -67,7 +75,7 @@ class MemoryMeter:
         """
         _refuse_nesting()
         # The first step's size does not count as seen: there was no optimizer state beside it yet.
-        follow = self._steps == 0 or size > self._largest or self.device.type == "cuda"
+        follow = self._steps == 0 or size > self._largest
         if self._steps > 0:
             self._largest = max(self._largest, size)
         self._steps += 1
@@ -77,11 +85,7 @@ class MemoryMeter:
     def whole(self, resident: Iterable[Resident] = ()) -> Iterator[None]:
         """Follows everything inside, for instance the server's aggregation. Otherwise as `step`."""
         _refuse_nesting()
-        scope: _AllocatorPeak | _LiveBytes
-        if self.device.type == "cuda":
-            scope = _AllocatorPeak(self.device)
-        else:
-            scope = _LiveBytes(self.device, resident)
+        scope = _LiveBytes(self.device, resident)
         token = _open_scope.set(scope)
         try:
             with scope:
@@ -89,7 +93,9 @@ class MemoryMeter:
         finally:
             _open_scope.reset(token)
             scope.close()
-            self.peak_bytes = max(self.peak_bytes, scope.peak)
+            self.peak_bytes = max(self.peak_bytes, *scope.peaks)
+            for column, peak in zip(self.by_device, scope.peaks, strict=False):
+                self.by_device[column] = max(self.by_device[column], peak)
 
 
 @contextmanager
@@ -113,36 +119,14 @@ def paused() -> Iterator[None]:
         _open_scope.reset(token)
 
 
-class _AllocatorPeak:
-    """The CUDA allocator's peak; everything of this process on the device counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peak = 0
-
-    def __enter__(self) -> None:
-        self.resume()
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def close(self) -> None:
-        self.pause()
-
-    def pause(self) -> None:
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
-
-    def resume(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
     """A weak reference that knows what it stood for after the storage is gone."""
 
-    __slots__ = ("key", "nbytes")
+    __slots__ = ("host", "key", "nbytes")
 
     key: int
     nbytes: int
+    host: bool
 
     def __new__(cls, storage: torch.UntypedStorage, freed: Callable[[Any], None]) -> _StorageRef:
         ref = super().__new__(cls, storage, freed)
@@ -152,17 +136,17 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages of one device, each by its address, which is unique while it lives."""
+    """Follows storages of a device and of the host, each by its address, which is unique while it lives."""
 
     def __init__(self, device: torch.device, resident: Iterable[Resident]) -> None:
         super().__init__()
         self.device_type = device.type
-        self.live = 0  # bytes
-        self.peak = 0  # bytes
+        self.live = [0, 0]  # bytes on the GPU, on the host
+        self.peaks = [0, 0]
         self._refs: dict[int, _StorageRef] = {}
         for tensor in _resident_tensors(resident):
             self._follow(tensor)
-        self.peak = self.live
+        self._rise()
 
     def close(self) -> None:  # not __exit__: the mode is entered again inside a composite operation
         self._refs.clear()  # storages freed from here on are no longer this scope's business
@@ -184,9 +168,13 @@ class _LiveBytes(TorchDispatchMode):
                 return op.decompose(*args, **kwargs)
         result = op(*args, **kwargs)
         self._follow(result)  # inputs are still alive here, as they were inside the operation
-        if self.live > self.peak:
-            self.peak = self.live
+        self._rise()
         return result
+
+    def _rise(self) -> None:
+        for place, live in enumerate(self.live):
+            if live > self.peaks[place]:
+                self.peaks[place] = live
 
     def _follow(self, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -198,12 +186,13 @@ class _LiveBytes(TorchDispatchMode):
                 return
             ref = self._refs.get(storage._cdata)
             if ref is None:
-                if storage.device.type == self.device_type:
+                if value.device.type in ("cpu", self.device_type):
                     ref = _StorageRef(storage, self._freed)
+                    ref.host = value.device.type == "cpu"
                     self._refs[ref.key] = ref
-                    self.live += ref.nbytes
+                    self.live[ref.host] += ref.nbytes
             elif ref.nbytes != storage.nbytes():  # resized in place
-                self.live += storage.nbytes() - ref.nbytes
+                self.live[ref.host] += storage.nbytes() - ref.nbytes
                 ref.nbytes = storage.nbytes()
         elif isinstance(value, (list, tuple)):
             for item in value:
@@ -211,7 +200,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _freed(self, ref: _StorageRef) -> None:
         del self._refs[ref.key]
-        self.live -= ref.nbytes
+        self.live[ref.host] -= ref.nbytes
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
@@ -227,7 +216,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(said in text for said in _NO_MEMORY)
 
 
-_open_scope: ContextVar[_LiveBytes | _AllocatorPeak | None] = ContextVar("open_scope", default=None)
+_open_scope: ContextVar[_LiveBytes | None] = ContextVar("open_scope", default=None)
 _composite: dict[tuple[Any, str], bool] = {}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
-from fedtune.data.batches import collate, trained_labels
+from fedtune.data.batches import collate, on_device, trained_labels
 from fedtune.models.context import has_prefix, virtual_tokens
 from fedtune.models.lean_loss import batch_loss
 
@@ -103,12 +103,17 @@ def trained_tokens(model: nn.Module, batch: Batch) -> int:
 def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> TokenMean:
     """Adds the gradient of the step's loss to the parameters' `.grad`, one batch on the device at a time.
 
+    On a GPU the host waits once a step, for the losses of all batches together.
+
     Returns:
         The step's loss; NaN or infinite where that of a batch is.
     """
-    loss, total = TokenMean(), sum(step.tokens)
+    total, means = sum(step.tokens), list[Tensor]()
     for batch, tokens in zip(step.batches, step.tokens, strict=True):
-        mean = batch_loss(model, {key: value.to(device) for key, value in batch.items()})
+        mean = batch_loss(model, on_device(batch, device), labels=batch["labels"])
         (mean / (total / tokens)).backward()  # one batch, or n alike: divided by 1 or n, to the bit
-        loss.add(float(mean.detach()), tokens, batch)
+        means.append(mean.detach().flatten())
+    loss, values = TokenMean(), torch.cat(means).tolist() if means else []
+    for value, tokens, batch in zip(values, step.tokens, step.batches, strict=True):
+        loss.add(value, tokens, batch)
     return loss

@@ -67,7 +67,9 @@ class Stepper:
         filter: Filter | None = None,
     ) -> None:
         self.parameters, self._settings, self._seed = parameters, settings, seed
-        self._proximal, self._start, self._correction = proximal, start or {}, correction or {}
+        self._proximal, self._start = proximal, start or {}
+        # copied once a round, and not once a step
+        self._correction = {n: c.to(parameters[n].device) for n, c in (correction or {}).items()}
         self._filter = filter
         narrow = {n: p for n, p in parameters.items() if p.dtype != torch.float32}
         kept = {"float32": {}, "kahan": narrow, "stochastic": narrow}[settings.masters]
@@ -192,7 +194,7 @@ class Stepper:
         if self._proximal:
             gradient.add_(master.detach() - self._start[name], alpha=self._proximal)
         if name in self._correction:
-            gradient.add_(self._correction[name].to(master.device))
+            gradient.add_(self._correction[name])
         return gradient
 
     def _scale(self) -> Tensor | None:

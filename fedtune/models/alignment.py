@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.data.batches import collate, trained_labels
+from fedtune.data.batches import collate, index_of, on_device, trained_labels
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
 from fedtune.models.lean_loss import ROWS, Head, ends, in_pieces, outputs
@@ -95,7 +95,7 @@ class Teacher:
         tail: The adapter's blocks behind E* alone, with the same weights.
         block, tail_block: The first block behind E* in either.
         room: Bytes that may still be kept.
-        kept: E*(x) of the public examples that were used so far, by their index.
+        kept: E*(x) of the public examples that were used so far, by their index, on the host.
     """
 
     model: nn.Module
@@ -111,9 +111,14 @@ class Teacher:
 
         With room, E*(x) of each example is computed from that example alone and the rest from it: so no bit
         depends on what was kept before, and a resumed run, which begins with nothing, ends as it would have.
+
+        Args:
+            indices: Which public examples.
+            batch: As `collate` makes it of them, on the host.
         """
+        device = next(self.model.parameters()).device
         lengths = batch["attention_mask"].sum(1).tolist()
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = on_device({name: value for name, value in batch.items() if name != "labels"}, device)
         answer = predicting(batch["labels"])
         if not self.room and not self.kept:
             with entering(self.block) as seen:
@@ -131,12 +136,12 @@ class Teacher:
     def _of(self, index: int, alone: Mapping[str, Tensor]) -> Tensor:
         """E*(x) of one example, (tokens, width)."""
         if index in self.kept:
-            return self.kept[index]
+            return self.kept[index].to(alone["input_ids"].device, non_blocking=True)
         with entering(self.block) as seen:
             outputs(self.model, alone)
         hidden = seen[0][0].clone()
         if hidden.nbytes <= self.room:
-            self.kept[index] = hidden
+            self.kept[index] = hidden.cpu()
             self.room -= hidden.nbytes
         return hidden
 
@@ -155,7 +160,6 @@ def align(
     public: Sequence[Encoded],
     *,
     pad_id: int,
-    device: torch.device,
     steps: int,
     lr: float,
     betas: tuple[float, float],
@@ -172,7 +176,6 @@ def align(
         batches: Indices into `public`.
         public: The public examples.
         pad_id: The padding token.
-        device: Where the models lie.
         steps: AdamW steps, with a constant rate and no weight decay.
         lr: Their rate.
         betas: Their momenta.
@@ -186,7 +189,7 @@ def align(
     total = 0.0
     for step in range(steps):
         indices = next(batches)
-        batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
+        batch = collate([public[i] for i in indices], pad_id)
         if not trained_labels(batch["labels"]):  # no answer to compare on: the step counts nothing
             continue
         hidden, end = teacher.ask(indices, batch)
@@ -212,13 +215,15 @@ def alignment_loss(
     distill_weight: float,
     form: Form,
 ) -> Tensor:
-    """Eq. 7 on one batch, from what the teacher gave; logits of either exist for some tokens at a time."""
+    """Eq. 7 on one batch of the host, from what the teacher gave; logits exist for some tokens at a time."""
     answer = predicting(batch["labels"])
     with entering(block) as seen:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        device = next(student.parameters()).device
+        inputs = on_device({name: value for name, value in batch.items() if name != "labels"}, device)
         own_head, own = ends(student, inputs, answer)
     counted = batch["attention_mask"].bool() if form == "rms-normalized" else answer
-    loss = representation_loss(seen[0][counted], hidden[counted], form)
+    places = index_of(counted, hidden.device)
+    loss = representation_loss(seen[0][places], hidden[places], form)
     if distill_weight:
         head, rows = end
 

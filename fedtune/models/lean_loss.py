@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from fedtune.data.batches import index_of
 from fedtune.data.encoded import IGNORED
 from fedtune.models.memory_efficient import base_model
 
@@ -41,7 +42,9 @@ FEW = 2**20  # logits of a batch that are left to the model's own loss
 Summed = Callable[[Tensor, slice], Tensor]
 
 
-def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = False) -> Tensor:
+def batch_loss(
+    model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = False, labels: Tensor | None = None
+) -> Tensor:
     """`model(**batch).loss`, a scalar, with a gradient where that is enabled.
 
     Its backward pass can be run once. Keys and values are not cached.
@@ -51,6 +54,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
         batch: `input_ids`, `attention_mask` and `labels`, as `collate` makes them, and `position_ids` of rows
             of several examples.
         whole: Run the head once, on all labelled positions: for weights that cost time when they are used.
+        labels: The batch's, on the host. With them a GPU is not waited for to find the labelled positions.
     """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
@@ -58,7 +62,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], *, whole: bool = F
     with without_cache(base):
         if not is_lean(base) or _few(base, batch):
             return cast(Tensor, outputs(model, batch).loss)
-        head = Head(base, whole=whole)
+        head = Head(base, whole=whole, labels=labels)
         with head.apart(), _replaced(base, "_loss_function", head.loss):
             return cast(Tensor, outputs(model, batch).loss)
 
@@ -108,8 +112,9 @@ class Head:
         parameters: What trains outside the body, the head's weight among it where that does.
     """
 
-    def __init__(self, base: PreTrainedModel, *, whole: bool = False) -> None:
+    def __init__(self, base: PreTrainedModel, *, whole: bool = False, labels: Tensor | None = None) -> None:
         self._base, self._body, self._whole = base, cast(nn.Module, base.get_decoder()), whole
+        self._labels = labels
         inside = set(self._body.modules())
         outside = (module for module in base.modules() if module not in inside)
         trained = (p for m in outside for p in m.parameters(recurse=False) if p.requires_grad)
@@ -155,9 +160,14 @@ class Head:
         """
         if self.hidden is None:
             return ForCausalLMLoss(logits, labels, vocab_size, **more)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(self.hidden.device)
+        device = self.hidden.device
+        if self._labels is not None and labels.device != self._labels.device:
+            before = labels.shape[1] - self._labels.shape[1]  # a soft prompt's, which carry no loss
+            labels = F.pad(self._labels, (before, 0), value=IGNORED)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         counted = (targets != IGNORED).nonzero()[:, 0]
-        targets, rows = targets[counted], self.hidden.flatten(0, 1)[counted]
+        targets, counted = (t.to(device, non_blocking=True) for t in (targets[counted], counted))
+        rows = self.hidden.flatten(0, 1)[counted]
         self.hidden = None
         most = max(1, min(ROWS, ELEMENTS // vocab_size))
         if self._whole:
@@ -175,7 +185,8 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     Args:
         model: As in `batch_loss`.
         inputs: A batch without labels.
-        chosen: Which positions, boolean (batch, tokens); a soft prompt's, which come before, are not counted.
+        chosen: Which positions, boolean (batch, tokens), best on the host (`index_of`); a soft prompt's,
+            which come before, are not counted.
 
     Returns:
         The head, and hidden states (chosen, width).
@@ -186,7 +197,7 @@ def ends(model: nn.Module, inputs: Mapping[str, Tensor], chosen: Tensor) -> tupl
     with without_cache(base), apart:
         whole = outputs(model, inputs).logits
     whole, head.hidden = whole if head.hidden is None else head.hidden, None
-    return head, whole[:, -chosen.shape[1] :][chosen]
+    return head, whole[:, -chosen.shape[1] :][index_of(chosen, whole.device)]
 
 
 def in_pieces(summed: Summed, rows: Tensor, parameters: Sequence[Tensor], size: int) -> Tensor:

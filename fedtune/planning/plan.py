@@ -29,6 +29,7 @@ from fedtune.models.portable import name_classes
 from fedtune.models.quantize import quantization_of
 from fedtune.models.tuning import count_parameters
 from fedtune.planning import dry_run, workload
+from fedtune.planning.by_device import by_device
 from fedtune.planning.evaluation import evaluation_step
 from fedtune.planning.fake import Fakes
 from fedtune.planning.memory import PARTS, PartsMeter
@@ -140,6 +141,7 @@ def plan(
         "client_peak_memory_bytes": _memory(client),
         "server_peak_memory_bytes": _memory(server),
         "evaluation_peak_memory_bytes": _memory(evaluation),
+        "memory_by_device": by_device(method, client, server, evaluation, items),
         "flops_per_token": {
             "forward": round(client.forward / tokens),
             "backward": round(client.backward / tokens),

@@ -68,7 +68,9 @@ class Update:
             return []
         if out.device not in self._uploaded:
             self._uploaded[out.device] = tuple(
-                torch.from_numpy(table).to(out.device) if isinstance(table, np.ndarray) else table
+                torch.from_numpy(table).to(out.device, non_blocking=True)
+                if isinstance(table, np.ndarray)
+                else table
                 for table in self._tables
             )
         if out.dtype == torch.bfloat16:

@@ -56,6 +56,7 @@ from fedtune.methods.fedbiot.settings import Config
 from fedtune.methods.fedbiot.state import State
 from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
+from fedtune.models.at_work import at_work
 from fedtune.models.blocks import find_blocks
 from fedtune.models.boundary import usable
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, submodel, take
@@ -174,7 +175,13 @@ class FedBiOT:
         held = env.store.get(key)
         if held is None:
             raise ClientError("it does not have the emulator any more; it will be sent again")
-        model = env.store.built(key, lambda: self._client(held, env.device))
+        model = env.store.built(key, lambda: self._client(held))
+        with at_work([model], env.device):  # it stays with the client, and leaves the device to the server
+            return self._trained(job, replace(env, model=model), key)
+
+    def _trained(self, job: Payload, env: ClientEnv, key: str) -> ClientResult:
+        """The client's step on its model, which is there."""
+        model = env.model
         places = self.division(model)
         lora = {n: t for n, t in job.tensors.items() if not n.startswith(MODEL)}
         parameters = factors(model, places.adapter, ADAPTER)
@@ -191,7 +198,7 @@ class FedBiOT:
             return self.config.proximal / 2 * torch.stack(moved).sum()
 
         trained = train(
-            replace(env, model=model),
+            env,
             parameters,
             self.config,
             penalty=proximal if self.config.proximal else None,
@@ -264,12 +271,12 @@ class FedBiOT:
         blocks = len(find_blocks(model).modules)
         return cut(blocks, self.config.adapter_layers, both_ends=self.config.both_ends)
 
-    def _client(self, held: Payload, device: torch.device) -> nn.Module:
-        """A client's model, from what it was sent and nothing else."""
+    def _client(self, held: Payload) -> nn.Module:
+        """A client's model, from what it was sent and nothing else, on the host."""
         model = build(held.tensors)
         places = self.division(model)
         emulator = places.middle if self.config.aligns else ()
-        attached = self._attach(model, sorted((*places.adapter, *emulator))).to(device)
+        attached = self._attach(model, sorted((*places.adapter, *emulator)))
         for parameter in factors(attached, places.middle, EMULATOR).values():
             parameter.requires_grad_(False)
         return attached
@@ -310,7 +317,8 @@ class FedBiOT:
             env.batching.lengths(public),
         )
         part = f"alignment {'before round 1' if when == 'before' else f'after round {when}'}"
-        with faults(part, lambda: alignment.batch(public)):
+        models = [server.full, student, teacher.tail]
+        with faults(part, lambda: alignment.batch(public)), at_work(models, env.device):
             loss = align(
                 student.eval(),
                 find_blocks(student).modules[places.back[0]],
@@ -319,7 +327,6 @@ class FedBiOT:
                 batches,
                 public,
                 pad_id=env.pad_id,
-                device=env.device,
                 steps=steps,
                 lr=alignment.lr,
                 betas=(self.config.betas[0], self.config.betas[1]),

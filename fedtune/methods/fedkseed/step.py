@@ -30,8 +30,8 @@ from fedtune.zeroth.tensors import Prepared
 class StepWeights(Protocol):
     """The weights w that a client's steps move."""
 
-    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
-        """L(w + scale · z_j; x); w is as before afterwards."""
+    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float, labels: Tensor | None = None) -> float:
+        """L(w + scale · z_j; x); w is as before afterwards. `labels`: as of `batch_loss`."""
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         """W ← w − η Σ ĝ z_j over pairs (j, ĝ)."""
@@ -60,12 +60,12 @@ class _FromW0:
         self._formed = JustInTimeWeights(trainable(model), self._form)
         self._prepared: Prepared | None = None
 
-    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
+    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float, labels: Tensor | None = None) -> float:
         shifted = self._a.clone()
         shifted[j] += scale
         self._prepared = Prepared(self._pool, shifted)
         with torch.no_grad(), self._formed:
-            return float(batch_loss(self._model, batch, whole=True))
+            return float(batch_loss(self._model, batch, whole=True, labels=labels))
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         for j, scalar in estimates:
@@ -84,10 +84,10 @@ class _InPlace:
         self._weights = {name: parameter.data for name, parameter in trainable(model).items()}
         rebuild_all_(self._weights, self._weights, pool, a)
 
-    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float) -> float:
+    def loss(self, batch: Mapping[str, Tensor], j: int, scale: float, labels: Tensor | None = None) -> float:
         self._move(j, scale)
         with torch.no_grad():
-            value = float(batch_loss(self._model, batch))
+            value = float(batch_loss(self._model, batch, labels=labels))
         self._move(j, -scale)
         return value
 
