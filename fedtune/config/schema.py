@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.computing import Computing
 from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
@@ -106,6 +107,7 @@ class RunConfig(Settings):
     evaluation: Evaluation = Evaluation()
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
+    run: Computing = Computing()
 
     @model_validator(mode="wrap")
     @classmethod

@@ -28,6 +28,7 @@ from fedtune.federation.encoding import Keys, encode_for, template_of
 from fedtune.federation.files import read_json
 from fedtune.federation.notes import of_examples, of_model
 from fedtune.federation.plugins import record, require_plugins
+from fedtune.federation.process import torch_told
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.federation.room import Room, batching_of, example_room
@@ -162,6 +163,7 @@ class Assembly:
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
+            "computing": torch_told(config.run, device),
             **record(config),
             **({"template": record_of(template, loaded.tokenizer)} if template is not None else {}),
         }

@@ -26,7 +26,7 @@ from fedtune.core.types import Transport
 from fedtune.data.objects import ObjectData
 from fedtune.errors import FederationError, InputError, ProgramError
 from fedtune.federation import checkpoint, rollback
-from fedtune.federation.assembly import Assembly, check_counts
+from fedtune.federation.assembly import Assembly, check_counts, device_of
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
 from fedtune.federation.files import disk_errors, read_json, write_json
@@ -97,7 +97,8 @@ def run(
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
-    with settings_kept(), torch_settings(), shared_folder(config) as shared:
+    device = device_of(config.model.device)
+    with settings_kept(), torch_settings(config.run, device), shared_folder(config) as shared:
         with clock.part("setup"), faults("loading data and model"):
             assembly = Assembly.assemble(config, clock, objects, path=path, shared=shared)
         assembly.tell(progress)
