@@ -81,8 +81,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Evaluation.tasks": "see `fedtune ls tasks`",
     "Checkpoints.journal": "keep replies on disk until their round ends, so that a killed run need not train "
     "them again; `auto`: not where the round before took less than 30 s and its clients are of this machine",
-    "Computing.deterministic": "on a GPU: the same bits each time, or what is fastest; a CPU has the same bits "
-    "either way (wire.md)",
+    "Computing.deterministic": "of a GPU: the same bits each time, or what is fastest; a CPU has the "
+    "same bits either way (wire.md)",
     "Computing.tf32": "float32 products of a GPU in TF32: 10 bits of a number's 23, several times as fast",
     "Transport.name": "in-process: all clients on this machine, on one base model",
     "Transport.workers": "processes that simulated clients train in; `auto`: by cores, clients and memory",

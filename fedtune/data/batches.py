@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,17 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         "labels": labels.squeeze(1) if label_width == 1 else labels,
         **places,
     }
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch of the host on a device; on a CPU the same tensors.
+
+    To a GPU it goes from pinned memory, and nobody waits: a plain copy waits until all that the GPU was told
+    before is done. Whoever needs a number of a batch, such as its labels that carry loss, asks the host's.
+    """
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def trained_labels(labels: Tensor, *, first: bool = False) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, on_device
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.models.lean_loss import ends, without_cache
@@ -50,7 +50,7 @@ def example_losses(
     lengths, rows = [len(item.input_ids) for item in items], head_rows(model, memory)
     losses, counts = [0.0] * len(items), [0] * len(items)
     for places in cut(lengths, batch_size, scoring_room(model, memory)):
-        batch = {k: v.to(device) for k, v in collate([items[p] for p in places], pad_id).items()}
+        batch = on_device(collate([items[p] for p in places], pad_id), device)
         with watched("classes" if classes else "loss", *batch["input_ids"].shape):
             found = class_losses(model, batch) if classes else token_losses(model, batch, rows)
         for place, loss, count in zip(places, *found, strict=True):

@@ -37,6 +37,7 @@ from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
+from fedtune.models.compiled import check_compiled
 from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded
 from fedtune.models.memory_efficient import check_computed_again
@@ -102,6 +103,8 @@ class Assembly:
         loaded = load_base(config, split.labels, shared=shared)
         torch.nn.Module.to(loaded.model, device)
         check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
+        if getattr(config.method, "compile", False):
+            check_compiled(loaded.model)
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)

@@ -43,6 +43,7 @@ from fedtune.federation.room import Room, batching_of, example_room
 from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
+from fedtune.models.compiled import check_compiled
 from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.memory_efficient import check_computed_again
 from fedtune.models.packable import check_packable
@@ -156,6 +157,8 @@ def join(
         _refuse_other_base(loaded, message, config.model.name)
         torch.nn.Module.to(loaded.model, where)
         check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
+        if getattr(config.method, "compile", False):
+            check_compiled(loaded.model)
         if config.data.batching == "packed":
             check_packable(loaded.model)
         room = example_room(config, loaded.model.config)

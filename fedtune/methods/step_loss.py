@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
-from fedtune.data.batches import collate, trained_labels
+from fedtune.data.batches import collate, on_device, trained_labels
 from fedtune.models.context import has_prefix, virtual_tokens
 from fedtune.models.lean_loss import batch_loss
 
@@ -108,7 +108,7 @@ def add_gradient(model: nn.Module, step: StepBatches, device: torch.device) -> T
     """
     loss, total = TokenMean(), sum(step.tokens)
     for batch, tokens in zip(step.batches, step.tokens, strict=True):
-        mean = batch_loss(model, {key: value.to(device) for key, value in batch.items()})
+        mean = batch_loss(model, on_device(batch, device))
         (mean / (total / tokens)).backward()  # one batch, or n alike: divided by 1 or n, to the bit
         loss.add(float(mean.detach()), tokens, batch)
     return loss

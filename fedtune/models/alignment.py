@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.data.batches import collate, trained_labels
+from fedtune.data.batches import collate, on_device, trained_labels
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.errors import FederationError
 from fedtune.models.lean_loss import ROWS, Head, ends, in_pieces, outputs
@@ -186,9 +186,10 @@ def align(
     total = 0.0
     for step in range(steps):
         indices = next(batches)
-        batch = {k: v.to(device) for k, v in collate([public[i] for i in indices], pad_id).items()}
+        batch = collate([public[i] for i in indices], pad_id)
         if not trained_labels(batch["labels"]):  # no answer to compare on: the step counts nothing
             continue
+        batch = on_device(batch, device)
         hidden, end = teacher.ask(indices, batch)
         loss = alignment_loss(student, block, batch, hidden, end, distill_weight, form)
         value = float(loss.detach())

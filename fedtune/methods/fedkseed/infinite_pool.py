@@ -36,7 +36,7 @@ from fedtune.core.types import (
     ServerEnv,
     TensorSpec,
 )
-from fedtune.data.batches import collate, endless_batches
+from fedtune.data.batches import collate, endless_batches, on_device
 from fedtune.errors import InputError
 from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
@@ -197,16 +197,17 @@ class InfinitePool:
         batches = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
         scalars, loss = list[float](), TokenMean()
         for step, seed in enumerate(drawn.tolist()):
-            batch = {k: v.to(env.device) for k, v in self._batch(env, next(batches)).items()}
+            batch = self._batch(env, next(batches))
             tokens = trained_tokens(env.model, batch)
             if not tokens:  # no loss to compare: the slope is 0
                 scalars.append(0.0)
                 continue
+            moved = on_device(batch, env.device)
             with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
                 self._move(weights, seed, epsilon)
-                plus = float(batch_loss(env.model, batch))
+                plus = float(batch_loss(env.model, moved))
                 self._move(weights, seed, -2 * epsilon)
-                minus = float(batch_loss(env.model, batch))
+                minus = float(batch_loss(env.model, moved))
                 scalar = (plus - minus) / (2 * epsilon)
                 if not math.isfinite(scalar):
                     raise not_finite(plus, minus, step, env.model)

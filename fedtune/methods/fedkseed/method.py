@@ -51,7 +51,7 @@ from fedtune.core.types import (
     Summed,
     TensorSpec,
 )
-from fedtune.data.batches import collate, endless_batches
+from fedtune.data.batches import collate, endless_batches, on_device
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.aggregation import (
     SUM_LIMIT,
@@ -149,12 +149,12 @@ class FedKSeed:
                 if not tokens:  # no loss to compare: the slope is 0
                     scalars += [0.0] * config.perturbations
                     continue
-                on_device = {key: value.to(env.device) for key, value in batch.items()}
+                moved = on_device(batch, env.device)
                 estimates, around = [], 0.0
                 with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
-                        plus = weights.loss(on_device, j, epsilon)
-                        minus = weights.loss(on_device, j, -epsilon)
+                        plus = weights.loss(moved, j, epsilon)
+                        minus = weights.loss(moved, j, -epsilon)
                         scalar = (plus - minus) / (2 * epsilon)  # line 15
                         scalar = float(np.float32(scalar))  # as it is sent
                         if not math.isfinite(scalar):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedtune.core.seeds import torch_generator
 from fedtune.core.types import ClientEnv, ClientError, Payload
-from fedtune.data.batches import collate, endless_batches
+from fedtune.data.batches import collate, endless_batches, on_device
 from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.step import StepWeights, step_weights
@@ -118,7 +118,7 @@ def scale_of(epsilon: float | Literal["auto"], model: nn.Module, pool: SeedPool)
     if epsilon != "auto":
         return epsilon
     generator, device = torch_generator(pool.key, "epsilon"), next(model.parameters()).device
-    batches = [_on(device, collate([item], 0)) for item in _made_up(model, generator)]
+    batches = [on_device(collate([item], 0), device) for item in _made_up(model, generator)]
     draws = torch.randint(pool.size, (len(batches),), generator=generator).tolist()
     with step_weights(model, pool, torch.zeros(pool.size), 0.0) as weights:
         found = find(_of(weights, batches, draws), largest_epsilon(model))
@@ -165,7 +165,9 @@ def warn_where_rounded(
     if _dtype(env.model) == "float32" and FINE <= epsilon <= COARSE:
         return
     order = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
-    batches = [_on(env.device, collate([env.rows[i] for i in next(order)], env.pad_id)) for _ in range(DRAWS)]
+    batches = [
+        on_device(collate([env.rows[i] for i in next(order)], env.pad_id), env.device) for _ in range(DRAWS)
+    ]
     draws = torch.randint(pool.size, (DRAWS,), generator=env.generator("epsilon")).tolist()
     with step_weights(env.model, pool, accumulator, config.lr) as weights:
         said = advice(env.model, _of(weights, batches, draws), epsilon)
@@ -227,10 +229,6 @@ def _of(weights: StepWeights, batches: Sequence[Mapping[str, Tensor]], draws: Se
         return torch.tensor(found, dtype=torch.float64)
 
     return slopes
-
-
-def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _dtype(model: nn.Module) -> str:
