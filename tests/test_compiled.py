@@ -40,7 +40,7 @@ def test_training_with_compiled_blocks_ends_where_plain_ones_do(monkeypatch: pyt
             calls.append(1)
             return fast(*args, **kwargs)
 
-        self._compiled_call_impl = call  # type: ignore[assignment]
+        self._compiled_call_impl = call
 
     monkeypatch.setattr(nn.Module, "compile", counted)
     steps: dict[str, Any] = {"rounds": 1, "local_epochs": None, "local_steps": 5, "batch_size": 2, "lr": 1e-3}
@@ -69,7 +69,7 @@ def test_blocks_are_plain_where_operations_are_followed(monkeypatch: pytest.Monk
             said.append("compiled")
             return plain(*args, **kwargs)
 
-        self._compiled_call_impl = call  # type: ignore[assignment]
+        self._compiled_call_impl = call
 
     monkeypatch.setattr(nn.Module, "compile", compile)
     model, ids = build("llama", blocks=1), torch.tensor([[3, 4]])

@@ -30,7 +30,7 @@ def switches() -> dict[str, Any]:
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         "cudnn": (cudnn.deterministic, cudnn.benchmark),
         "attention": (
             cuda.flash_sdp_enabled(),
@@ -105,7 +105,8 @@ def _old(tf32: bool) -> None:
 
 
 def _new(precision: str) -> None:
-    for each in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    for each in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         each.fp32_precision = precision
 
 

@@ -56,7 +56,7 @@ class ClientSetup:
         data: This client's examples.
         fields: Our field names to the file's; None: no example has that one.
         model: Where the base model is on this machine; None: where the configuration says.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or one GPU as cuda:1.
         accept: The operator's limits; None: no limits.
         state: The folder of what must outlive this process.
     """

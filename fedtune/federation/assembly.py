@@ -24,6 +24,7 @@ from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import Keys, encode_for, template_of
 from fedtune.federation.files import read_json
 from fedtune.federation.notes import of_examples, of_model
@@ -338,13 +339,6 @@ def client_protection(
         robust_mean(federation.robust, cast(MeanMethod, method), None) if federation.robust else None,
         lambda examples: weights_of({0: examples}, federation.weights, federation.max_examples)[0],
     )
-
-
-def device_of(name: str) -> torch.device:
-    """The device that `model.device` stands for on this machine. Raises InputError if it has none such."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check_counts(config: RunConfig, clients: int) -> None:

@@ -32,10 +32,11 @@ from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
-from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.assembly import Assembly, client_protection
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
 from fedtune.federation.process import set_torch

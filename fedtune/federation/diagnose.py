@@ -26,7 +26,8 @@ from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.likelihoods import example_losses
-from fedtune.federation.assembly import Assembly, device_of
+from fedtune.federation.assembly import Assembly
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress

@@ -50,7 +50,7 @@ def torch_kept() -> Iterator[None]:
     backends = torch.backends
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = _filling().fill_uninitialized_memory
     cudnn, attention = (backends.cudnn.deterministic, backends.cudnn.benchmark), _cudnn_attention()
     precisions, old = [each.fp32_precision for each in _precisions()], _old_precision()
     told = {name: os.environ.get(name) for name in _TOLD}
@@ -58,7 +58,7 @@ def torch_kept() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        _filling().fill_uninitialized_memory = fill
         backends.cudnn.deterministic, backends.cudnn.benchmark = cudnn
         backends.cuda.enable_cudnn_sdp(attention)
         if _old_precision() != old:
@@ -93,7 +93,7 @@ def set_torch(run: Computing, device: torch.device) -> None:
     """
     strict, gpu = run.deterministic == "strict", device.type == "cuda"
     torch.use_deterministic_algorithms(strict or not gpu, warn_only=not strict and not gpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _filling().fill_uninitialized_memory = False
     if not gpu:
         return
     # the old switches: they set what has taken their place too, the new ones leave them contradicting it
@@ -138,6 +138,11 @@ _TOLD = (_WORKSPACE, _FLASH)
 def told_in_time() -> bool:
     """Whether cuBLAS had not begun when it was first to be told; from then on it has been."""
     return not torch.cuda.is_initialized()
+
+
+def _filling() -> Any:
+    """PyTorch's switch, which its types do not know."""
+    return torch.utils.deterministic
 
 
 def _cudnn_attention() -> bool:

@@ -26,9 +26,10 @@ from fedtune.core.types import Transport
 from fedtune.data.objects import ObjectData
 from fedtune.errors import FederationError, InputError, ProgramError
 from fedtune.federation import checkpoint, rollback
-from fedtune.federation.assembly import Assembly, check_counts, device_of
+from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
+from fedtune.federation.devices import device_of
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
