@@ -51,7 +51,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "ModelSettings.dtype": "of the base model; what is added is float32. float16: methods without gradients",
     "ModelSettings.initial": "`scratch`: the same architecture with random weights",
     "ModelSettings.task": "`classification`: RoBERTa or BERT; classes are the outputs in the training data",
-    "ModelSettings.device": "`auto`: the GPU if there is one",
+    "ModelSettings.device": "`auto`: the GPU if there is one; a GPU by its number; a list: clients of "
+    "`transport.workers` train on these, the server works on the first",
     "Dirichlet.alpha": "small: few labels a client; large: everyone has the same mix",
     "Dirichlet.minimum": "examples that each client has at least",
     "Dirichlet.by": "the field whose values are the labels",
@@ -81,6 +82,9 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Evaluation.tasks": "see `fedtune ls tasks`",
     "Checkpoints.journal": "keep replies on disk until their round ends, so that a killed run need not train "
     "them again; `auto`: not where the round before took less than 30 s and its clients are of this machine",
+    "Computing.deterministic": "of a GPU: the same bits each time, or what is fastest; a CPU has the "
+    "same bits either way (wire.md)",
+    "Computing.tf32": "float32 products of a GPU in TF32: 10 bits of a number's 23, several times as fast",
     "Transport.name": "in-process: all clients on this machine, on one base model",
     "Transport.workers": "processes that simulated clients train in; `auto`: by cores, clients and memory",
     "fedavg.rounds": "communication rounds; 1 is one-shot",

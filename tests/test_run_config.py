@@ -16,6 +16,7 @@ from command import lines
 from model_families import save_folder
 from pydantic import BaseModel
 
+from fedtune.config.computing import Computing
 from fedtune.config.data import Public
 from fedtune.config.file import load_config, parse_config, settings_blocks
 from fedtune.config.partitions import PARTITIONS
@@ -204,10 +205,12 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     "data.cache",  # test_encoding_cache.py
+    *(f"run.{name}" for name in Computing.model_fields),  # test_determinism.py: of a GPU
     "data.bad_rows",  # test_client_files.py
     "data.streaming",  # test_client_files.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
+    "method.compile",  # test_compiled.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py
     *("data.format", "data.trees"),  # test_conversations.py

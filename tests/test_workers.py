@@ -92,9 +92,11 @@ def test_threads_of_all_processes_together_are_no_more_than_cores(monkeypatch: p
 
 
 def test_each_process_sees_one_gpu_in_turn() -> None:
-    assert [gpu_of(n, 2, None) for n in range(5)] == ["0", "1", "0", "1", "0"]
-    assert [gpu_of(n, 2, "3, 5") for n in range(3)] == ["3", "5", "3"]
-    assert gpu_of(1, 2, "GPU-ab,GPU-cd") == "GPU-cd"
+    assert [gpu_of(n, [0, 1], None) for n in range(5)] == ["0", "1", "0", "1", "0"]
+    assert [gpu_of(n, [0, 1], "3, 5") for n in range(3)] == ["3", "5", "3"]
+    assert gpu_of(1, [0, 1], "GPU-ab,GPU-cd") == "GPU-cd"
+    assert [gpu_of(n, [3, 1], None) for n in range(3)] == ["3", "1", "3"]  # as model.device lists them
+    assert gpu_of(0, [1], "GPU-ab,GPU-cd") == "GPU-cd"
 
 
 def test_every_process_of_flowers_simulation_has_a_place_on_a_gpu() -> None:

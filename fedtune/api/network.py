@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,7 +110,7 @@ def take_part(
         data: This client's examples, a .jsonl file; never leaves this machine.
         fields: Our field names to the file's, as `data.fields`; None: no example has that one.
         model: Where the base model is here; None: where the server's configuration says.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or one GPU as cuda:1.
         accept: YAML file of what this machine's operator accepts.
         state: Folder of what must outlive this process; None: KEYS/state.
 
@@ -118,8 +119,10 @@ def take_part(
         FederationError: The server does not take this client.
     """
     require_flower()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be one of auto, cpu, cuda, got {device}")
+    from fedtune.config.model import CARD
+
+    if device not in ("auto", "cpu", "cuda") and not re.match(CARD, device):
+        raise InputError(f"device must be auto, cpu, cuda or a GPU's name as cuda:1, got {device}")
     from fedtune.core.permissions import private
     from fedtune.deploy.client import ClientSetup, run_client
 

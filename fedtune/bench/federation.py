@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fedtune.bench.random_model import random_llama
+from fedtune.config.computing import Computing
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.temporary import temporary_folder
@@ -50,7 +51,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for each case and side, with CPU seconds of a round, and the ratios between them."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
-    with temporary_folder() as folder, torch_settings(), quiet():
+    with temporary_folder() as folder, torch_settings(Computing(), torch.device("cpu")), quiet():
         for case, (shape, trained) in CASES.items():
             here = folder / str(len(rows))
             config = _federation(here, shape, trained)

@@ -28,7 +28,7 @@ def client(
     model: Annotated[
         str | None, typer.Option(help="Where the base model is here, if not where the server's settings say.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or one GPU as cuda:1.")] = "auto",
     accept: Annotated[
         Path | None, typer.Option(help="YAML file of what this machine's operator accepts.")
     ] = None,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedtune.core.settings import Settings
+
+CARD = r"^cuda:\d{1,3}$"
+
+
+Card = Annotated[str, Field(pattern=CARD)]
+Device = Literal["auto", "cpu", "cuda"] | Card
 
 
 class ModelSettings(Settings):
@@ -21,7 +27,7 @@ class ModelSettings(Settings):
     adapter: str | None = Field(None, min_length=1)  # PEFT folder, or a run, whose adapter is trained further
     initial: Literal["pretrained", "scratch"] = "pretrained"
     task: Literal["causal-lm", "classification"] = "causal-lm"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device | list[Card] = "auto"
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
@@ -31,6 +37,18 @@ class ModelSettings(Settings):
                 "leave revision out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _cards(self) -> Self:
+        if isinstance(self.device, list) and len(set(self.device)) < max(1, len(self.device)):
+            raise ValueError(f"device: name each GPU once, as in [cuda:0, cuda:1], got {self.device}")
+        return self
+
+    @property
+    def cards(self) -> list[str]:
+        """GPUs that are named by number."""
+        named = self.device if isinstance(self.device, list) else [self.device]
+        return [name for name in named if name.startswith("cuda:")]
 
     @property
     def place(self) -> str:

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.computing import Computing
 from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
@@ -106,6 +107,7 @@ class RunConfig(Settings):
     evaluation: Evaluation = Evaluation()
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
+    run: Computing = Computing()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -131,6 +133,16 @@ class RunConfig(Settings):
                 "model.dtype: float16 is for methods that move no weights in it, such as fedkseed; "
                 f"{self.method_name} would lose small gradients and steps. Set model.dtype: bfloat16 or "
                 "float32"
+            )
+        if self.model.cards and self.transport.name == "flower-simulation":
+            raise ValueError(
+                f"model.device: {self.model.device} does not go with flower-simulation, where Ray "
+                "hands GPUs out; set it to cuda, and CUDA_VISIBLE_DEVICES to the GPUs that are meant"
+            )
+        if len(self.model.cards) > 1 and (self.transport.name == "flower" or self.transport.workers == 1):
+            raise ValueError(
+                f"model.device: {self.model.device} is for clients that train at the same time, each on "
+                "one GPU; set transport.workers to auto or to as many, or name one GPU"
             )
         if self.model.adapter is not None and (why := self.method.adapter_refusal):
             raise ValueError(f"model.adapter does not go with {self.method_name}: {why}")

@@ -21,6 +21,7 @@ from fedtune.measure.memory import out_of_memory
 
 LEFT_OUT = (ClientError, FrameError)
 _OTHERS = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
+_NO_ORDER = "does not have a deterministic implementation"  # of a RuntimeError of PyTorch
 _OWN = str(Path(__file__).resolve().parents[1])
 
 
@@ -56,6 +57,11 @@ def _said(error: BaseException, part: str, memory: Callable[[], str] | None) -> 
     if out_of_memory(error):
         how = memory() if memory else "It needs a machine with more; fedtune plan says what a run needs."
         return f"{part}: out of memory ({_text(error)}) {how}"
+    if _NO_ORDER in str(error):
+        return (
+            f"{part}: {str(error).partition(' ')[0]} has no form that gives the same bits each time, and "
+            f"run.deterministic is strict; set run.deterministic=fast.{_at(error)}"
+        )
     if isinstance(error, ImportError) and error.name:
         package = error.name.partition(".")[0]
         return (

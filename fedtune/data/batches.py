@@ -50,12 +50,14 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A host's batch where the model is.
+    """A batch of the host on a device; on a CPU the same tensors.
 
-    A copy to a GPU begins behind what the GPU has to do yet, and the host goes on; what it copies from may be
-    freed or written at once, for the driver has taken it up by then.
+    To a GPU it goes from pinned memory, and nobody waits: a plain copy waits until all that the GPU was told
+    before is done. Whoever needs a number of a batch, such as its labels that carry loss, asks the host's.
     """
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def index_of(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:

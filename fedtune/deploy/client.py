@@ -25,7 +25,7 @@ from fedtune.deploy.keys import check_client, read_identity
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.federation.client import join, local_records
 from fedtune.federation.consent import Consent
-from fedtune.federation.process import torch_settings
+from fedtune.federation.process import torch_kept
 from fedtune.federation.spending import Record
 from fedtune.transport.acceptance import Acceptance, check_data, check_server, read_acceptance
 from fedtune.transport.messages import Message, connect, listening, receive, send
@@ -56,7 +56,7 @@ class ClientSetup:
         data: This client's examples.
         fields: Our field names to the file's; None: no example has that one.
         model: Where the base model is on this machine; None: where the configuration says.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or one GPU as cuda:1.
         accept: The operator's limits; None: no limits.
         state: The folder of what must outlive this process.
     """
@@ -99,7 +99,7 @@ def run_client(setup: ClientSetup) -> None:
         identity=read_identity(setup.keys),
     )
     worker = Worker(joining, acceptance, setup.state, log_line)
-    with torch_settings(), quiet_environment(), listening() as (listener, address):
+    with torch_kept(), quiet_environment(), listening() as (listener, address):
         node = Node(setup, host, port, address)
         try:
             while True:

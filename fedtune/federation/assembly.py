@@ -24,10 +24,12 @@ from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import Keys, encode_for, template_of
 from fedtune.federation.files import read_json
 from fedtune.federation.notes import of_examples, of_model
 from fedtune.federation.plugins import record, require_plugins
+from fedtune.federation.process import torch_told
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
 from fedtune.federation.room import Room, batching_of, example_room
@@ -36,6 +38,7 @@ from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
 from fedtune.measure.environment import environment
 from fedtune.methods import registry
+from fedtune.models.compiled import check_compiled
 from fedtune.models.heads import drawn_modules, mark_drawn
 from fedtune.models.load import Loaded
 from fedtune.models.memory_efficient import check_computed_again
@@ -102,6 +105,8 @@ class Assembly:
         if not method.sends_model:  # else it is the server's, and comes to the device while it computes
             torch.nn.Module.to(loaded.model, device)
         check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
+        if getattr(config.method, "compile", False):
+            check_compiled(loaded.model)
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)
@@ -163,6 +168,7 @@ class Assembly:
             },
             "data": {"name": config.data.train, "sha256": split.sha256},
             "device_used": str(device),
+            "computing": torch_told(config.run, device),
             **record(config),
             **({"template": record_of(template, loaded.tokenizer)} if template is not None else {}),
         }
@@ -334,13 +340,6 @@ def client_protection(
         robust_mean(federation.robust, cast(MeanMethod, method), None) if federation.robust else None,
         lambda examples: weights_of({0: examples}, federation.weights, federation.max_examples)[0],
     )
-
-
-def device_of(name: str) -> torch.device:
-    """The device that `model.device` stands for on this machine. Raises InputError if it has none such."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device is cuda, but PyTorch sees no GPU here; set model.device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check_counts(config: RunConfig, clients: int) -> None:

@@ -32,16 +32,19 @@ from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
-from fedtune.federation.assembly import Assembly, client_protection, device_of
+from fedtune.federation.assembly import Assembly, client_protection
 from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
+from fedtune.federation.process import set_torch
 from fedtune.federation.room import Room, batching_of, example_room
 from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
+from fedtune.models.compiled import check_compiled
 from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.memory_efficient import check_computed_again
 from fedtune.models.packable import check_packable
@@ -137,6 +140,7 @@ def join(
     asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
     consent.invited(str(invitation.get("run", "")), asked)
     name, where = model or config.model.place, device_of(device)
+    set_torch(config.run, where)  # of this process, which knows one run at a time
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":
         unknown = sorted({example.output for example in examples} - set(labels))
@@ -154,6 +158,8 @@ def join(
         _refuse_other_base(loaded, message, config.model.name)
         torch.nn.Module.to(loaded.model, where)
         check_computed_again(loaded.model, getattr(config.method, "gradient_checkpointing", "none"))
+        if getattr(config.method, "compile", False):
+            check_compiled(loaded.model)
         if config.data.batching == "packed":
             check_packable(loaded.model)
         room = example_room(config, loaded.model.config)
@@ -262,10 +268,10 @@ def _runner(of: OfRun) -> ClientRunner:
     """The runner of all clients, once a process."""
     os.chdir(of.base)  # the process is this simulation's own
     torch.set_num_threads(of.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     load_again(of.plugins)
     objects = ObjectData.from_json(of.objects) if of.objects else None
     config = parse_config(json.loads(of.config), "the run's configuration")
+    set_torch(config.run, device_of(config.model.device))
     assembly = Assembly.assemble(config, Clock(), objects, shared=Path(of.shared) if of.shared else None)
     held = Path(of.held)
     assembly.train_as_begun(held.parent)

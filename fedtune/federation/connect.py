@@ -13,17 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from fedtune.config.schema import RunConfig
 from fedtune.core.temporary import temporary_folder
 from fedtune.core.types import Arrival, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError, ProgramError
-from fedtune.federation.assembly import Assembly, device_of
+from fedtune.federation.assembly import Assembly
 from fedtune.federation.client import OfRun, simulated
 from fedtune.federation.client_process import told
+from fedtune.federation.devices import cards_of, device_of
 from fedtune.federation.plugins import refuse_this_process
 from fedtune.federation.workers import workers_of
 from fedtune.measure.clock import Clock
@@ -107,8 +106,11 @@ def connected(
             assembly.runner, simulation=what, deadline_s=deadline_s, seed=config.seed, clock=clock
         )
         return
+    cards, document = cards_of(config.model.device), config.resolved()
+    if cards:
+        document["model"]["device"] = "cuda"  # each process sees one, whichever that is
     of = OfRun(
-        config=json.dumps(config.resolved()),
+        config=json.dumps(document),
         held=str(folder.resolve() / "held"),
         threads=workers.threads,
         base=os.getcwd(),
@@ -116,7 +118,6 @@ def connected(
         objects=objects.to_json() if objects else "",
         plugins=tuple((str(plugin.file), plugin.sha256) for plugin in plugins()),
     )
-    gpus = torch.cuda.device_count() if assembly.device.type == "cuda" else 0
     faults = SimulatedFaults(what, deadline_s, config.seed)
     simulation = partial(
         Simulated, faults=faults, states=assembly.runner.states, window=2 * count, clock=clock
@@ -124,10 +125,10 @@ def connected(
     if flower:
         from fedtune.transport.flower import simulation as flowers
 
-        with flowers(partial(simulated, of=of), workers=count, gpus=gpus) as channel:
+        with flowers(partial(simulated, of=of), workers=count, gpus=len(cards)) as channel:
             yield simulation(channel)
     else:
-        with processes(PROGRAM, told(of), workers=count, threads=workers.threads, gpus=gpus) as own:
+        with processes(PROGRAM, told(of), workers=count, threads=workers.threads, cards=cards) as own:
             yield simulation(own, rest=own.wait)
 
 

@@ -27,6 +27,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.likelihoods import example_losses
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
@@ -92,7 +93,7 @@ def diagnose(
             "federation.robust=null, federation.weights=examples and federation.max_examples=null"
         )
     progress.stage("loading data and model")
-    with torch_settings():
+    with torch_settings(config.run, device_of(config.model.device)):
         assembly = Assembly.assemble(config, Clock(), objects)
         assembly.look_ahead()
         assembly.tell(progress)

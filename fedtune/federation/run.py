@@ -29,6 +29,7 @@ from fedtune.federation import checkpoint, rollback
 from fedtune.federation.assembly import Assembly, check_counts
 from fedtune.federation.callbacks import Callbacks, RoundState
 from fedtune.federation.connect import Deployment, check_transport, connected, shared_folder
+from fedtune.federation.devices import device_of
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
@@ -97,7 +98,8 @@ def run(
         refuse_existing(path)
     clock = Clock()
     progress.stage("loading data and model")
-    with settings_kept(), torch_settings(), shared_folder(config) as shared:
+    device = device_of(config.model.device)
+    with settings_kept(), torch_settings(config.run, device), shared_folder(config) as shared:
         with clock.part("setup"), faults("loading data and model"):
             assembly = Assembly.assemble(config, clock, objects, path=path, shared=shared)
         assembly.tell(progress)

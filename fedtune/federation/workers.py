@@ -12,6 +12,7 @@ import torch
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import sample_cohort
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.devices import cards_of
 from fedtune.models.tuning import count_parameters
 
 PROCESS_BYTES = 600 << 20  # of Python and the libraries, in each process
@@ -46,8 +47,7 @@ def workers_of(config: RunConfig, assembly: Assembly) -> Workers:
     in_turn = assembly.method.arrival == "in-turn"
     if given == "auto":
         limits = {f"{cores} cores": cores, f"a round asks {asked} clients": asked}
-        if assembly.device.type == "cuda":
-            gpus = torch.cuda.device_count()
+        if gpus := len(cards_of(config.model.device)):
             limits = {f"{gpus} GPUs": gpus, f"a round asks {asked} clients": asked}
         elif (free := free_bytes()) is not None:
             each = bytes_of_one(config, assembly)

@@ -20,6 +20,7 @@ from fedtune.errors import InputError
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.methods.stepping import Stepper
+from fedtune.models.compiled import compiled
 from fedtune.models.memory_efficient import computed_again
 from fedtune.models.offload import offloaded
 
@@ -94,6 +95,7 @@ def train(
     with (
         computed_again(env.model, settings.gradient_checkpointing),
         offloaded(env.model, settings.offload_params),
+        compiled(env.model, settings.compile),
     ):
         for step, group in enumerate(step_batches(env, settings)):
             if step == total_steps:

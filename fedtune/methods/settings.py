@@ -40,6 +40,7 @@ class Training(Settings):
     optimizer_in_backward: bool = False  # a weight moves as soon as its gradient is there, which then goes
     masters: Masters = "float32"  # what a step moves in the place of bfloat16 weights, see fedavg.md
     gradient_checkpointing: Checkpointing = "auto"  # activations computed again: none, all, each N-th block's
+    compile: bool = False  # blocks compiled by PyTorch at the first step; needs a C++ compiler
     offload_params: Literal["none", "disk"] = "none"  # where frozen weights of blocks are, but while in use
 
     @model_validator(mode="before")
@@ -72,6 +73,11 @@ class Training(Settings):
             raise ValueError(
                 "optimizer_in_backward takes each weight's step before the other gradients are there; it "
                 f"does not go with {together}. Leave one of the two out"
+            )
+        if self.compile and self.offload_params != "none":
+            raise ValueError(
+                "compile is for weights that stay where they are, and offload_params is "
+                f"{self.offload_params}; leave one of the two out"
             )
         return self
 

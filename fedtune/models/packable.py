@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, on_device
 from fedtune.data.encoded import Encoded
 from fedtune.data.packing import joined
 from fedtune.errors import InputError
@@ -69,7 +69,7 @@ def _compared(model: PreTrainedModel, examples: list[Encoded], device: torch.dev
 
     row = joined(examples)
     batch = collate([row, Encoded(row.input_ids + row.input_ids[:1], row.labels + row.labels[:1], (8,))], 0)
-    batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    batch = on_device({key: value for key, value in batch.items() if key != "labels"}, device)
     handle = model.get_input_embeddings().register_forward_hook(embedded)
     try:
         with torch.enable_grad():

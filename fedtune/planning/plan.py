@@ -283,7 +283,7 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
             f"of evaluation the loss of held-out examples is planned; batches of {', '.join(others)} are cut "
             f"to about {config.evaluation.memory}"
         )
-    if config.model.device == "cuda":
+    if config.model.device == "cuda" or config.model.cards:
         notes.append("memory is that of tensors; a GPU's allocator adds what it rounds up and keeps")
     return notes
 

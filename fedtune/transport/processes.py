@@ -153,7 +153,7 @@ class _Process:
 
 @contextmanager
 def processes(
-    module: str, start: Message, *, workers: int, threads: int, gpus: int = 0
+    module: str, start: Message, *, workers: int, threads: int, cards: Sequence[int] = ()
 ) -> Iterator[Processes]:
     """Processes that answer messages, for as long as the context lasts.
 
@@ -162,11 +162,13 @@ def processes(
         start: What each is told first.
         workers: How many there are.
         threads: Of each; what it starts must not take all cores either.
-        gpus: GPUs that this process sees. Each process sees one of them.
+        cards: GPUs by their number among those that this process sees. Each process sees one, in turn.
     """
     few = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     devices = [
-        {"CUDA_VISIBLE_DEVICES": gpu_of(number, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))} if gpus else {}
+        {"CUDA_VISIBLE_DEVICES": gpu_of(number, cards, os.environ.get("CUDA_VISIBLE_DEVICES"))}
+        if cards
+        else {}
         for number in range(workers)
     ]
     channel = Processes(module, start, [{**few, **device} for device in devices])
@@ -176,16 +178,17 @@ def processes(
         channel.close()
 
 
-def gpu_of(worker: int, gpus: int, visible: str | None) -> str:
+def gpu_of(worker: int, cards: Sequence[int], visible: str | None) -> str:
     """What CUDA_VISIBLE_DEVICES is in a process: one GPU, each in turn.
 
     Args:
         worker: The process's number, from 0.
-        gpus: GPUs that are seen here.
+        cards: As in `processes`; at least one.
         visible: CUDA_VISIBLE_DEVICES here; None or empty: all are.
     """
     names = [name.strip() for name in (visible or "").split(",") if name.strip()]
-    return (names or [str(number) for number in range(gpus)])[:gpus][worker % gpus]
+    card = cards[worker % len(cards)]
+    return names[card] if names else str(card)
 
 
 def serve(answer_of: Callable[[Message], Callable[[Message], Message]]) -> None:

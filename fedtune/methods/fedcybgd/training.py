@@ -24,6 +24,7 @@ from fedtune.methods.local_training import Trained, step_batches
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.methods.stepping import Stepper
+from fedtune.models.compiled import compiled
 from fedtune.models.memory_efficient import memory_efficient
 from fedtune.models.offload import offloaded
 
@@ -60,7 +61,11 @@ def train_blocks(
     active: ActiveBlock | None = None
     env.model.train()
     try:
-        with memory_efficient(env.model, checkpointing=checkpointing), ExitStack() as others:
+        with (
+            memory_efficient(env.model, checkpointing=checkpointing),
+            compiled(env.model, settings.compile),
+            ExitStack() as others,
+        ):
             for step, group in enumerate(step_batches(env, settings)):
                 if step == total:
                     break
