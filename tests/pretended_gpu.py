@@ -19,6 +19,7 @@ Not pretended: streams, more than one device, kernels' rounding, the device's ow
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -209,6 +210,9 @@ class PretendedGpu(TorchDispatchMode):
         self._thread, self._stack = threading.get_ident(), ExitStack()
         for name, instead in self._cuda().items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, instead))
+        told = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as where `strict` runs follow one another
+        self._stack.enter_context(mock.patch.dict(os.environ, told))
+        self._stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self: self))
         self._stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         self._stack.enter_context(mock.patch.object(gpu, "Update", _Update))
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())

@@ -192,7 +192,6 @@ def align(
         batch = collate([public[i] for i in indices], pad_id)
         if not trained_labels(batch["labels"]):  # no answer to compare on: the step counts nothing
             continue
-        batch = on_device(batch, device)
         hidden, end = teacher.ask(indices, batch)
         loss = alignment_loss(student, block, batch, hidden, end, distill_weight, form)
         value = float(loss.detach())
