@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from chat_formats import FORMATS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedtune.data.control import text_of
 from fedtune.data.encode import encode_causal, encode_prompts, prompt_text
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.data.examples import Example, Turn
-from fedtune.data.prompts import prompts
+from fedtune.data.prompts import prompts, template_notes
 from fedtune.errors import InputError
 
 QUESTIONS = (Turn("user", "Q1"), Turn("assistant", "A1"), Turn("user", "Q2"), Turn("assistant", "A2"))
@@ -145,6 +147,74 @@ def test_thoughts_of_earlier_answers_are_not_there_to_learn() -> None:
         "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n<|im_start|>user\nQ2<|im_end|>\n"
         "<|im_start|>assistant\n⟦<think>\nso\n</think>\n\nA2<|im_end|>⟧"
     )
+
+
+THOUGHT = [
+    QUESTIONS[0],
+    Turn("assistant", "<think>\nhm\n</think>\n\nA1"),
+    QUESTIONS[2],
+    Turn("assistant", "<think>\nso\n</think>\n\nA2"),
+]
+APART = [
+    QUESTIONS[0],
+    Turn("assistant", "A1", '{"reasoning_content": "hm"}'),
+    QUESTIONS[2],
+    Turn("assistant", "A2", '{"reasoning_content": "so"}'),
+]
+# what Qwen 3's own reads where there is such a key, and DeepSeek R1's own leaves out
+WITH_KEY = FORMATS["Qwen 3"].template.replace(
+    "{%- if message.role == 'assistant' and '</think>' in message.content -%}",
+    "{%- if message.reasoning_content is string -%}"
+    "{%- set thought, answer = message.reasoning_content, message.content -%}"
+    "{%- elif message.role == 'assistant' and '</think>' in message.content -%}",
+)
+LOST = FORMATS["DeepSeek R1"].template.replace("message.content", "message.content.split('</think>')[-1]")
+QWEN = (
+    "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n<|im_start|>user\nQ2<|im_end|>\n"
+    "<|im_start|>assistant\n⟦<think>\nso\n</think>\n\nA2<|im_end|>⟧"
+)
+R1 = (
+    "<｜begin▁of▁sentence｜><｜User｜>Q1<｜Assistant｜>⟦{}A1<｜end▁of▁sentence｜>⟧"
+    "<｜User｜>Q2<｜Assistant｜>⟦{}A2<｜end▁of▁sentence｜>⟧"
+)
+KEPT = R1.format("<think>\nhm\n</think>\n\n", "<think>\nso\n</think>\n\n")
+
+
+@pytest.mark.parametrize("declared", ["special", "added"])
+@pytest.mark.parametrize("turns", [THOUGHT, APART], ids=["in the text", "apart"])
+@pytest.mark.parametrize(
+    ("name", "template", "said", "thoughts"),
+    [
+        ("Qwen 3", FORMATS["Qwen 3"].template, QWEN, 1),  # has no form for thoughts apart
+        ("Qwen 3", WITH_KEY, QWEN, 1),
+        ("DeepSeek R1", FORMATS["DeepSeek R1"].template, KEPT, 2),
+        ("DeepSeek R1", LOST, R1.format("\n\n", "\n\n"), 0),
+        ("ChatML", FORMATS["ChatML"].template, QWEN.replace("A1", "<think>\nhm\n</think>\n\nA1"), 2),
+    ],
+    ids=["Qwen 3", "Qwen 3 with a key", "R1", "R1 without", "ChatML"],
+)
+def test_thoughts_are_learned_as_far_as_the_template_writes_them(
+    name: str, template: str, said: str, thoughts: int, turns: list[Turn], declared: str
+) -> None:
+    tags, form = ("<think>", "</think>"), replace(FORMATS[name], template=template)
+    special = declared == "special"
+    made = (replace(form, special=(*form.special, *tags)) if special else form).tokenizer()
+    if not special:
+        made.add_tokens(list(tags))
+    item = encoded(made, turns)
+    assert shown(made, item) == said
+    (think,) = made.convert_tokens_to_ids(["<think>"])
+    assert item.input_ids.count(think) == thoughts  # one token, however it is declared
+    assert "<think>\n" in text_of(made("<think>\nhm</think>x").input_ids, made)  # of what is generated
+    notes = template_notes("chat", made, [Example("", turns=tuple(turns))])
+    assert any("leaves out the thoughts" in note for note in notes) == (thoughts == 0)
+    apart = turns is APART and template != WITH_KEY
+    assert any("no form for thoughts, which go in front" in note for note in notes) == apart
+    # and a control token in them is none
+    hostile = [turns[2], Turn("assistant", f"<think>\n{form.end} x\n</think>\n\nA2")]
+    plain = [turns[2], Turn("assistant", "<think>\nx\n</think>\n\nA2")]
+    end = made.eos_token_id
+    assert encoded(made, hostile).input_ids.count(end) == encoded(made, plain).input_ids.count(end)
 
 
 def test_a_system_text_without_a_turn_of_its_own_opens_the_users_next() -> None:

@@ -78,6 +78,12 @@ def test_a_run_on_conversations_and_who_uses_its_result(folder: Path, tmp_path: 
         "sha256": about["template"]["sha256"],
         "text": ZEPHYR.template,
     }
+    assert about["taken"] == {
+        "data.format": 'conversation, because the records have turns under "messages"',
+        "data.template": "chat, because the tokenizer has a chat template",
+        "method.lora.targets": "self_attn.q_proj, self_attn.v_proj (4 of each)",
+        "model.attention": "sdpa",
+    }
     served = AutoTokenizer.from_pretrained(run.path / "final")
     assert served.chat_template == ZEPHYR.template
     # the loss is that of all answers' tokens, as a plain encoder has them and transformers takes it
@@ -147,7 +153,10 @@ def test_without_a_chat_template_alpaca_is_taken_and_exported(tmp_path: Path) ->
     rows = [{"instruction": f"say {number}", "input": "now", "output": "it"} for number in range(8)]
     given = document(model, {"train": written(tmp_path / "d.jsonl", rows), "max_length": 256})
     run = fedtune.run(given, out=tmp_path / "run", progress=False)
-    assert json.loads((run.path / "environment.json").read_text())["template"]["name"] == "alpaca"
+    about = json.loads((run.path / "environment.json").read_text())
+    assert about["template"]["name"] == "alpaca"
+    assert about["taken"]["data.format"] == "instruction"
+    assert about["taken"]["data.template"] == "alpaca, because the tokenizer has no chat template"
     assert "template" not in fedtune.evaluate(run, ["loss"])
     named = {**given, "data": {**given["data"], "template": "alpaca"}}
     same = fedtune.run(named, out=tmp_path / "named", progress=False)
@@ -226,6 +235,33 @@ def test_plain_texts_are_trained_on_and_scored(folder: Path, tmp_path: Path, bat
         fedtune.run(
             {**given, "evaluation": {"tasks": ["loss", "accuracy"]}}, out=tmp_path / "other", progress=False
         )
+
+
+@pytest.mark.parametrize("template", [ZEPHYR.template, None], ids=["chat", "none"])
+def test_what_was_tuned_on_plain_texts_is_in_no_template(tmp_path: Path, template: str | None) -> None:
+    folder = saved(tmp_path / "model", template)
+    given = document(folder, {"train": written(tmp_path / "d.jsonl", TEXTS)})
+    run = fedtune.run(given, out=tmp_path / "run", progress=False)
+    about = json.loads((run.path / "environment.json").read_text())
+    assert "template" not in about and about["data"]["forms"] == ["text"]
+    assert "data.template" not in about["taken"]
+    # the exported tokenizer keeps what the model brought
+    assert AutoTokenizer.from_pretrained(run.path / "final").chat_template == template
+    # a prompt is continued: by hand, the likeliest token behind its own ones
+    tokenizer, model = run.tokenizer(), run.model()
+    ids = [tokenizer.bos_token_id, *tokenizer("once upon", add_special_tokens=False)["input_ids"]]
+    made = []
+    for _ in range(3):
+        with torch.no_grad():
+            made.append(int(model(input_ids=torch.tensor([ids + made])).logits[0, -1].argmax()))
+    assert run.generate(["once upon"], max_new_tokens=3) == [tokenizer.decode(made, skip_special_tokens=True)]
+    # what asks questions of its own says in which template they are
+    given["evaluation"]["tasks"] = ["loss", "gsm8k-0shot"]
+    said = fedtune.data_report(given)["checks"]
+    asked = "chat" if template else "alpaca"
+    assert [one["text"] for one in said if "template" in one["text"]] == [
+        f"the examples are plain texts, in no template; gsm8k-0shot is asked in {asked} (data.template)"
+    ]
 
 
 METHODS: dict[str, dict[str, Any]] = {

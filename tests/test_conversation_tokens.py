@@ -15,7 +15,14 @@ from fedtune.data.encode import encode_asked, encode_causal, encode_prompts, pro
 from fedtune.data.encoded import IGNORED, Counts, Encoded
 from fedtune.data.examples import Example, Turn
 from fedtune.data.marked import Marked
-from fedtune.data.prompts import other_template, prompts, record_of, template_notes, with_template
+from fedtune.data.prompts import (
+    other_template,
+    prompts,
+    record_of,
+    taken_template,
+    template_notes,
+    with_template,
+)
 from fedtune.data.spelled import Spelled
 from fedtune.data.templates import register_template
 from fedtune.errors import InputError
@@ -177,12 +184,11 @@ def test_which_template_auto_is() -> None:
     made = ZEPHYR.tokenizer()
     sha256 = hashlib.sha256(ZEPHYR.template.encode()).hexdigest()
     assert record_of("auto", made) == {"name": "chat", "sha256": sha256, "text": ZEPHYR.template}
-    assert template_notes("auto", made, [talk(("Q", "A"))]) == [
-        "data.template: chat, because the tokenizer has a chat template"
-    ]
+    assert taken_template(made) == "chat, because the tokenizer has a chat template"
+    assert template_notes("auto", made, [talk(("Q", "A"))]) == []
     made.chat_template = None
     assert record_of("auto", made)["name"] == "alpaca"
-    assert template_notes("auto", made, [talk(("Q", "A"))]) == []
+    assert taken_template(made) == "alpaca, because the tokenizer has no chat template"
     with pytest.raises(InputError, match=r"data.template is chat, and the tokenizer has no chat template"):
         prompts("chat", made)
     made.chat_template = {"rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}

@@ -108,7 +108,7 @@ def test_a_list_of_choices_becomes_letters(choices: Any, answer: Any, letter: st
     found = read(row, FIELDS)
     texts = choices["text"] if isinstance(choices, dict) else choices
     lines = "\n".join(f"{name}. {text}" for name, text in zip("ABC", texts, strict=False))
-    assert found == Example(f"Which?\n{lines}", "", letter, "")
+    assert found == Example(f"Which?\n{lines}", "", letter, "", choices=len(texts))
     below = read({**row, "input": "About."}, FIELDS)
     assert (below.instruction, below.input) == ("Which?", f"About.\n{lines}")
 

@@ -190,7 +190,9 @@ def test_the_commands(tmp_path: Path) -> None:
         "Tokens of an example",
     ):
         assert words in done.stdout
-    checked = call("validate", "c.yaml", "--data")
+    checked = call("validate", "c.yaml", "data.max_length=400", "--data")
     assert checked.returncode == 0 and "  LEAK: 1 of 3 held-out examples" in checked.stdout
+    lines = checked.stdout.splitlines()  # what the data's checks have is said once
+    assert len(set(lines)) == len(lines) and any("sees 256 tokens" in line for line in lines), lines
     refused = call("validate", "c.yaml", "data.max_length=8", "data.too_long=error", "--data")
     assert refused.returncode == 2 and "no run begins" in refused.stderr and not refused.stdout

@@ -20,6 +20,7 @@ from fedtune.federation.client import join
 from fedtune.federation.consent import Consent
 from fedtune.models.load import load_model, meta_model
 from fedtune.models.quantize import plain_state, quantized_layers
+from fedtune.planning import rank
 from fedtune.planning.plan import plan
 from fedtune.transport.acceptance import NotAccepted
 
@@ -124,6 +125,28 @@ def test_a_plan_is_what_a_run_on_a_quantised_base_measures(kind: str, dtype: str
     planned, measured = peaks(fedtune.run(document, out=tmp_path / "run", progress=False))
     for side in SIDES:
         assert planned[side] == pytest.approx(measured[side], rel=0.05)
+
+
+def test_methods_are_ranked_on_a_quantised_base(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {name: rank.CANDIDATES[name] for name in ("fedavg, full", "fedavg, lora", "zero-shot")}
+    monkeypatch.setattr(rank, "CANDIDATES", some)
+    figures: Any = {"client_memory": "1GB", "uplink": "1Mbps", "downlink": "1Mbps"}
+    weights = {}
+    for kind in ("none", "nf4", "int8"):
+        loaded = load_model(
+            str(tiny), dtype="float32", initial="pretrained", seed=0, base=Path("."), quantization=kind
+        )
+        held = {id(t): t for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
+        ranked = fedtune.rank(str(tiny), f"model.quantization={kind}", "data.max_length=16", **figures)
+        assert ranked["quantization"] == kind
+        rows = {row["method"]: row for row in ranked["methods"]}
+        memory = rows["fedavg, lora"]["plan"]["client_peak_memory_bytes"]
+        weights[kind] = memory["weights"], sum(t.nbytes for t in held.values())
+        (why,) = rows["fedavg, full"]["reasons"] if kind != "none" else ("",)
+        if kind != "none":
+            assert why.startswith(f"does not apply: model.quantization: {kind} does not go with fedavg")
+    for kind in ("nf4", "int8"):  # beside LoRA's own, which are the same on all three
+        assert weights["none"][0] - weights[kind][0] == weights["none"][1] - weights[kind][1] > 0
 
 
 @pytest.mark.parametrize("name", ["lora", "fedkseed", "scaffold"])

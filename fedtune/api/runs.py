@@ -114,6 +114,8 @@ class Run:
     ) -> list[str]:
         """The result's answers, in the template that it was tuned in; of a classifier the class.
 
+        A model that was tuned on plain texts continues a prompt as it is, without any template.
+
         Args:
             prompts: Instructions; or dictionaries with `instruction` and `input`, or with `messages`, the
                 turns of a conversation.
@@ -127,6 +129,7 @@ class Run:
             InputError: There is no result, or a prompt is empty or too long for the model.
         """
         from fedtune.federation.answering import answers
+        from fedtune.federation.recorded import trained_on_texts
 
         return answers(
             self.config,
@@ -137,6 +140,7 @@ class Run:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            texts=trained_on_texts(self.folder, self.config),
         )
 
     def resume(

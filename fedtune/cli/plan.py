@@ -163,7 +163,8 @@ def _rank_tables(document: Mapping[str, Any]) -> list[Table]:
 
     from fedtune.report.tables import size
 
-    table = Table(title=f"Methods on {document['model']}", title_justify="left")
+    held = "" if document["quantization"] == "none" else f", {document['quantization']}"
+    table = Table(title=f"Methods on {document['model']}{held}", title_justify="left")
     table.add_column("method")
     table.add_column("fits")
     for column in (

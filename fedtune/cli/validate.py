@@ -44,7 +44,7 @@ def validate(
         try:
             config = fedtune.load(path, *overrides)
             room = known_room(config)
-            notes = shortening(config, room) if room else []
+            notes = shortening(config, room) if room and not look else []  # else it is among the checks
             if modules:
                 from fedtune.planning.modules import trained_modules
 

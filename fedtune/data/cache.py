@@ -30,7 +30,7 @@ from fedtune.errors import system_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = "fedtune encoded examples 1"  # another number with each change of what is encoded, and how
+FORMAT = "fedtune encoded examples 2"  # another number with each change of what is encoded, and how
 LEFT_S = 3600  # a part of a file that is older was left by a process that was killed
 _ALIGNED = 64
 _DTYPE = np.dtype("<i4")

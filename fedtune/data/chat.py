@@ -23,8 +23,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.data.control import special_tokens
-from fedtune.data.examples import ASSISTANT, SYSTEM, TOOL, USER, Turn
-from fedtune.data.fitting import Message, Traits, fitted, message
+from fedtune.data.examples import ASSISTANT, USER, Turn
+from fedtune.data.fitting import Message, Traits, fitted, message, traits_of
 from fedtune.data.layout import Around, Laid, Span, around, closing, up_to_end, without
 from fedtune.data.marked import Marked
 from fedtune.errors import InputError
@@ -39,7 +39,7 @@ _EMPTY, _OTHER, _ANSWER = (chr(_FIRST + MOST + more) for more in (1, 2, 3))
 _RUN = re.compile(f"([{chr(_FIRST)}-{_EMPTY}])\\1*")
 _COVER = re.compile(f"[{chr(_FIRST)}-{_ANSWER}]")
 # Not covered is what templates look for in a text, and what JSON would escape.
-_COVERED = re.compile(r"</?\w+>|[^\s\"'\\<>]")
+_COVERED = re.compile(r"</?\w+>|\[/?THINK\]|[^\s\"'\\<>]")
 _UNCOVERED_KEYS = ("role", "type", "id", "tool_call_id", "weight")
 _STEPS = 1_000_000  # lines of a template that one short question may take
 _CUT = re.compile(r"\n|>")  # behind which a prompt for an answer may end
@@ -84,31 +84,10 @@ class ChatTemplate:
     @cached_property
     def traits(self) -> Traits:
         """What it has a form for, found out by trying. Raises InputError if it cannot be rendered at all."""
-        ask, answer = message(USER, "question-"), message(ASSISTANT, "answer-")
-        again, more = message(USER, "again-"), message(ASSISTANT, "more-")
         with _bounded():
-            if len(self._render([ask, answer])) > LONGEST:
+            if len(self._render([message(USER, "question-"), message(ASSISTANT, "answer-")])) > LONGEST:
                 raise InputError(f"{self.name} makes more than {LONGEST:,} characters of one short question")
-        name = "probing"
-        about = {"name": name, "description": "defined-", "parameters": {"type": "object", "properties": {}}}
-        call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": "b"}}}
-        called = message(ASSISTANT, "", tool_calls=[call])
-        told = message(TOOL, "result-", tool_call_id="a1b2c3d4e", name=name)
-
-        def shows(messages: list[Message], *words: str, tools: list[Any] | None = None) -> bool:
-            try:
-                text = self._render(messages, tools)
-            except InputError:
-                return False
-            return all(word in text for word in words)
-
-        return Traits(
-            system=shows([message(SYSTEM, "system-"), ask, answer], "system-", "question-"),
-            calls=shows([ask, called, told, answer], name, "result-"),
-            tools=shows([ask, answer], "defined-", tools=[{"type": "function", "function": about}]),
-            repeats=shows([ask, again, answer, more], "question-", "again-", "answer-", "more-"),
-            opens=shows([answer, ask, more], "answer-", "more-"),
-        )
+        return traits_of(self._render)
 
     @cached_property
     def end(self) -> int | None:

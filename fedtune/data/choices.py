@@ -52,7 +52,13 @@ def joined(texts: Sequence[str]) -> str:
     """The answers below each other, each behind its letter. Raises NoChoice if there are too few letters."""
     if len(texts) > len(ascii_uppercase):
         raise NoChoice(f"has {len(texts)} choices, and there are {len(ascii_uppercase)} letters")
-    return "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False))
+    letters = letters_of(len(texts))
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
+
+
+def letters_of(count: int) -> str:
+    """The letters of so many answers."""
+    return ascii_uppercase[:count]
 
 
 def letter_of(answer: Any, choices: Choices) -> str:
@@ -69,7 +75,7 @@ def letter_of(answer: Any, choices: Choices) -> str:
     if said is None or isinstance(answer, bool):
         raise NoChoice(f"has the answer {answer!r:.60}, which is no place, letter or text of a choice")
     said = said.strip()
-    letters = ascii_uppercase[: len(texts)]
+    letters = letters_of(len(texts))
     if labels:
         named = labels.index(said) if said in labels else None
     else:

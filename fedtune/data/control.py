@@ -4,16 +4,17 @@
 text is encoded as ever; only where a special token came up is it encoded again, with that token spelled out.
 What a template writes around the user's fields keeps its control tokens: `Marked` says where they stand.
 
-Special are the tokens that the tokenizer itself declares so. Its other added words (runs of blanks,
-`<think>`) are text, and so is a special token of a single character ("!" to pad with), which has no other
-spelling.
+Special are the tokens that the tokenizer itself declares so. Its other added words (runs of blanks) are
+text, and so is a special token of a single character ("!" to pad with), which has no other spelling. The
+tags around thoughts (`<think>`) are text too, whatever the tokenizer declares: they end nothing, templates
+look for them in what the assistant says, and who tunes a model to think has them in the data.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _EDGE = "\U0010fffe"  # a noncharacter: no text may hold it, and no vocabulary does
+THINKING = ("<think>", "</think>", "[THINK]", "[/THINK]")
 _FILLERS = "xzjqvwkyuhgbfcmdlprnstioae"
 
 
@@ -38,6 +40,7 @@ class Special:
 
     ids: dict[str, int]
     unknown: int | None  # the id that only says "not in the vocabulary"; None where it means more than that
+    tags: Mapping[int, str]  # those around thoughts, which are text
 
     @cached_property
     def pattern(self) -> re.Pattern[str] | None:
@@ -59,13 +62,23 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Special:
     """A tokenizer's special tokens, as they are now."""
     if not hasattr(tokenizer, "added_tokens_decoder"):
-        return Special({}, None)  # what only looks like a tokenizer of transformers has no such tokens
+        return Special({}, None, {})  # what only looks like a tokenizer of transformers has no such tokens
     # what changes when a tokenizer is given more of them: its length and roles, which are read quickly
     state = len(tokenizer), *(getattr(tokenizer, role, None) for role in _ROLES)
     known = _SPECIAL.get(tokenizer)
     if known is None or known[0] != state:
         known = _SPECIAL[tokenizer] = state, _read_special(tokenizer)
     return known[1]
+
+
+def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Token ids as text, without special tokens; tags around thoughts stay."""
+    tags, texts, start = special_tokens(tokenizer).tags, list[str](), 0
+    for place, token in enumerate([*ids, -1]):
+        if token in tags or place == len(ids):
+            texts += [str(tokenizer.decode(ids[start:place], skip_special_tokens=True)), tags.get(token, "")]
+            start = place + 1
+    return "".join(texts)
 
 
 def _read_special(tokenizer: PreTrainedTokenizerBase) -> Special:
@@ -77,7 +90,8 @@ def _read_special(tokenizer: PreTrainedTokenizerBase) -> Special:
     }
     if unknown in more:
         unknown = None
-    return Special({text: place for text, place in ids.items() if len(text) > 1}, unknown)
+    told = {text: place for text, place in ids.items() if len(text) > 1 and text not in THINKING}
+    return Special(told, unknown, {ids[text]: text for text in THINKING if text in ids})
 
 
 def marked(

@@ -38,6 +38,7 @@ class Example:
         category: What partitions and hold-outs group by (category, language, task); empty when there is none.
         turns: Of a conversation all that is said; of a plain text that alone; else empty.
         tools: Of a conversation the tools that the assistant may call, as a JSON list; empty of none.
+        choices: How many answers there are to choose from; the output is the letter of one. 0: any answer.
     """
 
     instruction: str
@@ -46,6 +47,7 @@ class Example:
     category: str = ""
     turns: tuple[Turn, ...] = ()
     tools: str = ""
+    choices: int = 0
 
     @property
     def form(self) -> str:
@@ -61,7 +63,8 @@ class Example:
     def document(self) -> dict[str, Any]:
         """As JSON has it, without what is empty of an instruction."""
         document = asdict(self)
-        return document if self.turns else {key: document[key] for key in _PLAIN}
+        plain = _PLAIN if self.choices == 0 else (*_PLAIN, "choices")
+        return document if self.turns else {key: document[key] for key in plain}
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> Example:

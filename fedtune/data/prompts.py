@@ -24,6 +24,7 @@ from fedtune.data.examples import ASSISTANT, SYSTEM, TOOL, USER, Example, Turn
 from fedtune.data.fitting import PART, Traits, fitted
 from fedtune.data.marked import Marked
 from fedtune.data.templates import AUTO, CHAT, is_program
+from fedtune.data.turns import THOUGHTS
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -269,6 +270,14 @@ def record_of(template: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     return {"name": how.name, "sha256": sha256_of(how.text), "text": how.text}
 
 
+def taken_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `auto` is for a tokenizer, and why."""
+    name = prompts(AUTO, tokenizer).name
+    if own_template(tokenizer) is None:
+        return f"{name}, because the tokenizer has no chat template"
+    return f"{name}, because the tokenizer has {'a' if name == CHAT else 'that as its'} chat template"
+
+
 def other_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What to say where a template is another than the tokenizer's own; None where it is not.
 
@@ -297,8 +306,6 @@ def template_notes(
         examples: All of them.
     """
     how, notes = prompts(template, tokenizer), list[str]()
-    if template == AUTO and how.name == CHAT:
-        notes.append("data.template: chat, because the tokenizer has a chat template")
     if other := other_template(template, tokenizer):
         notes.append(other)
     traits = how.traits
@@ -309,10 +316,19 @@ def template_notes(
         lacks.append("a system's turn, whose text goes in front of the user's next")
     if (TOOL in said or calls) and not traits.calls:
         lacks.append("calls of tools, which are written as JSON, and what they give as the user's")
+    apart = any(f'"{key}"' in turn.more for example in examples for turn in example.turns for key in THOUGHTS)
+    if apart and not traits.thoughts:
+        lacks.append("thoughts, which go in front of their answer between <think> and </think>")
     if any(example.tools for example in examples) and not traits.tools:
         lacks.append("definitions of tools, which go into the system's text as JSON")
     if lacks:
         notes.append(f"the template {how.name} has no form for {'; for '.join(lacks)}")
+    inside = any("</think>" in turn.content for example in examples for turn in example.turns)
+    if not traits.keeps and (inside or (apart and not traits.thoughts)):
+        notes.append(
+            f"the template {how.name} leaves out the thoughts of every answer, the last one's too, so they "
+            "are not learned; to learn them give a template that writes them (data.template: FILE.jinja)"
+        )
     return notes
 
 

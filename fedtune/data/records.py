@@ -17,6 +17,10 @@ from fedtune.errors import InputError, nearest
 
 FIELDS = ("instruction", "input", "output", "category")
 CHOICES = "choices"  # a list that is joined into the question
+LETTERS = (
+    "multiple choice: choices stand below their question, and its answer is a letter; "
+    "the task multiple-choice scores that"
+)
 _NAMES = (*FIELDS, CHOICES)
 _OPTIONAL = ("input", "category", CHOICES)
 _LABELS = ("output", "category")  # true and false are no words to ask something with
@@ -114,6 +118,8 @@ def examples_from(
         shown = "; ".join(f"{place}: {why}" for place, why in bad.rows[:3])
         raise InputError(f"{name}: each of its {len(bad.rows):,} rows is bad, so none is left. {shown}")
     account.skipped += bad.rows
+    if account.choices and LETTERS not in account.said:
+        account.said.append(LETTERS)
     if reading is None and not examples:
         raise InputError(f"{name}: {NONE_THERE}")
     return examples
@@ -153,7 +159,7 @@ def _instructions(
             continue
         account.choices |= found is not None
         category = categories.setdefault(category, category)  # one text for all that have it
-        yield Example(instruction, about, output, category)
+        yield Example(instruction, about, output, category, choices=len(found.texts) if found else 0)
 
 
 def _others(

@@ -19,7 +19,8 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), TOOL),
     **dict.fromkeys(("function_call", "tool_call"), _CALL),
 }
-_PASSED = ("tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "weight")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what an answer was preceded by
+_PASSED = ("tool_calls", "name", "tool_call_id", *THOUGHTS, "weight")
 
 
 def is_turns(value: Any) -> bool:

@@ -1,12 +1,17 @@
-"""Loss, accuracy and Rouge-L on the held-out examples."""
+"""Loss, accuracy, multiple choice and Rouge-L on the held-out examples."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 
+from fedtune.data.choices import letters_of
+from fedtune.data.encode import encode_causal
+from fedtune.data.encoded import IGNORED
 from fedtune.errors import InputError
+from fedtune.evaluation.likelihoods import option_likelihoods
 from fedtune.evaluation.metrics import exact_match, rouge_l, rouge_scorer
 from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 
@@ -30,7 +35,52 @@ def _loss(env: EvalEnv) -> Outcome:
 
 
 def _accuracy(env: EvalEnv) -> Outcome:
-    right = [exact_match(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)]
+    return _right(env, [exact_match(a, e.output) for a, e in zip(env.answers, env.examples, strict=True)])
+
+
+def _multiple_choice(env: EvalEnv) -> Outcome:
+    """The likeliest letter, of equal ones the first, as `multiple_choice` tasks of lm-evaluation-harness.
+
+    A letter stands where training has it, with all that the template writes between question and answer. The
+    end token behind it does not count.
+    """
+    letters = [letters_of(example.choices) for example in env.examples]
+    asked = [
+        replace(example, output=letter)
+        for example, several in zip(env.examples, letters, strict=True)
+        for letter in several
+    ]
+    found = encode_causal(
+        asked,
+        env.tokenizer,
+        template=env.settings.template,
+        loss_on="response",
+        max_length=env.max_length,
+    )
+    ends = {env.end, env.tokenizer.eos_token_id}
+    options = []
+    for item in found.items:
+        begin = next(at for at, label in enumerate(item.labels) if label != IGNORED)
+        ids = item.input_ids[: -1 if item.input_ids[-1] in ends else None]
+        options.append((ids[:begin], ids[begin:]))
+    likelihoods = iter(
+        option_likelihoods(
+            env.model,
+            options,
+            batch_size=env.settings.batch_size,
+            memory=env.settings.memory,
+            watched=env.watched,
+        )
+    )
+    right = []
+    for example, several in zip(env.examples, letters, strict=True):
+        logs = [next(likelihoods)[0] for _ in several]
+        right.append(several[logs.index(max(logs))] == example.output)
+    return _right(env, right)
+
+
+def _right(env: EvalEnv, right: list[bool]) -> Outcome:
+    """The share of answers that are right, also by category."""
     by_category: dict[str, list[bool]] = defaultdict(list)
     for example, is_right in zip(env.examples, right, strict=True):
         if example.category:
@@ -52,6 +102,7 @@ TASKS = {
         examples=True,
         classifier=True,
     ),
+    "multiple-choice": Task(_multiple_choice, "accuracy", examples=True),
     "rouge-l": Task(
         _rouge_l,
         "rouge_l",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fedtune.data.control import text_of
 from fedtune.errors import InputError
 from fedtune.evaluation.batches import answering_room, cut
 from fedtune.evaluation.peaks import Peaks
@@ -91,7 +92,7 @@ def generate(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> str:
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    text = text_of(ids, tokenizer)
     return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
 
 
@@ -239,7 +240,7 @@ class _Stop:
         return bool(self._texts) and self._in(ids[-self._tail :]) and self._in(ids)
 
     def _in(self, ids: list[int]) -> bool:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = text_of(ids, self._tokenizer)
         return any(stop in text for stop in self._texts)
 
 

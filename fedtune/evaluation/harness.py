@@ -22,7 +22,6 @@ from typing import Any
 
 import jinja2
 import lm_eval.api.task
-import torch
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
@@ -35,10 +34,9 @@ from fedtune.data.encode import encode_prompts
 from fedtune.data.examples import ASSISTANT, Turn
 from fedtune.data.marked import Marked
 from fedtune.errors import InputError
-from fedtune.evaluation.batches import cut, head_rows, scoring_room
 from fedtune.evaluation.generation import Sampling, generate
 from fedtune.evaluation.harness_names import LOCAL_TASKS
-from fedtune.evaluation.likelihoods import likelihoods
+from fedtune.evaluation.likelihoods import option_likelihoods
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored
 from fedtune.models.context import context_length
 
@@ -289,31 +287,18 @@ class _Model(HFLM):
         return self._scored(requests)
 
     def _scored(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """As the harness, but logits exist for the options' tokens alone, and for some of them at a time.
-
-        Options that differ in their last token are read once, as there.
-        """
-        env, read = self._env, dict[tuple[int, ...], list[int]]()
-        for place, (_, context, option) in enumerate(requests):
-            read.setdefault(tuple(context + option)[-(self.max_length + 1) : -1], []).append(place)
-        inputs, answers = list(read), [(0.0, False)] * len(requests)
-        rows, room = head_rows(env.model, env.settings.memory), scoring_room(env.model, env.settings.memory)
-        lengths = [len(each) for each in inputs]
-        for batch in cut(lengths, env.settings.batch_size, room):
-            width = lengths[batch[0]]
-            padded = [inputs[at] + (0,) * (width - lengths[at]) for at in batch]
-            ids = torch.tensor(padded)
-            options = [[requests[place][2] for place in read[inputs[at]]] for at in batch]
-            asked = [
-                [(lengths[at] - len(option), option) for option in each]
-                for at, each in zip(batch, options, strict=True)
-            ]
-            with env.watched("options", len(batch), width):
-                found = likelihoods(env.model, ids, asked, rows)
-            for at, each in zip(batch, found, strict=True):
-                for place, answer in zip(read[inputs[at]], each, strict=True):
-                    answers[place] = answer
-        return answers
+        """As the harness, but logits exist for the options' tokens alone, and for some of them at a time."""
+        env, asked = self._env, list[tuple[list[int], list[int]]]()
+        for _, context, option in requests:
+            whole = (context + option)[-(self.max_length + 1) :]
+            asked.append((whole[: len(whole) - len(option)], option))
+        return option_likelihoods(
+            env.model,
+            asked,
+            batch_size=env.settings.batch_size,
+            memory=env.settings.memory,
+            watched=env.watched,
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answers up to a stopping text, by fedtune's own decoding."""

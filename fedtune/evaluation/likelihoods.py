@@ -127,6 +127,47 @@ def likelihoods(
     return [[next(answers) for _ in several] for several in asked]
 
 
+def option_likelihoods(
+    model: nn.Module,
+    asked: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    memory: int,
+    watched: Watched = lambda kind, rows, tokens: nullcontext(),
+) -> list[tuple[float, bool]]:
+    """What `likelihoods` finds of each text after its own context.
+
+    Those that differ in their last token alone are read once.
+
+    Args:
+        model: As for `token_losses`.
+        asked: Token ids of a context and of the text that may follow; neither is empty.
+        batch_size: Contexts a batch, at most.
+        memory: Bytes that a batch may take beside the weights, about.
+        watched: As of `example_losses`.
+    """
+    read = dict[tuple[int, ...], list[int]]()
+    for place, (context, option) in enumerate(asked):
+        read.setdefault((*context, *option)[:-1], []).append(place)
+    inputs, answers = list(read), [(0.0, False)] * len(asked)
+    lengths = [len(each) for each in inputs]
+    rows, room = head_rows(model, memory), scoring_room(model, memory)
+    for batch in cut(lengths, batch_size, room):
+        width = lengths[batch[0]]
+        padded = [inputs[at] + (0,) * (width - lengths[at]) for at in batch]
+        options = [[asked[place][1] for place in read[inputs[at]]] for at in batch]
+        wanted = [
+            [(lengths[at] - len(option), option) for option in each]
+            for at, each in zip(batch, options, strict=True)
+        ]
+        with watched("options", len(batch), width):
+            found = likelihoods(model, torch.tensor(padded), wanted, rows)
+        for at, each in zip(batch, found, strict=True):
+            for place, answer in zip(read[inputs[at]], each, strict=True):
+                answers[place] = answer
+    return answers
+
+
 def _of_pieces(
     model: nn.Module,
     inputs: Mapping[str, Tensor],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
 from fedtune.evaluation import harness_names
 from fedtune.registry import Registry
@@ -28,11 +29,16 @@ class Entry:
         module: In this folder.
         summary: One line for people.
         classifier: Whether it can score a classifier, as the task itself says.
+        asks: Whether it puts questions of its own into the run's template.
     """
 
     module: str
     summary: str
     classifier: bool = False
+    asks: bool = False
+
+
+CHOICES_TASK = "multiple-choice"
 
 
 def _humaneval(language: str) -> Entry:
@@ -42,17 +48,22 @@ def _humaneval(language: str) -> Entry:
 OWN = {
     "loss": Entry("basic", "mean cross-entropy a token in nats, and perplexity", classifier=True),
     "accuracy": Entry("basic", "share of answers that are exactly right, also by category", classifier=True),
+    CHOICES_TASK: Entry(
+        "basic", "share of questions with choices whose right letter is the likeliest, also by category"
+    ),
     "rouge-l": Entry("basic", "longest common subsequence of generated answer and reference, F1"),
     "gsm8k-0shot": Entry(
-        "answers", "GSM8K without solved examples: the number after ####, in the run's template"
+        "answers", "GSM8K without solved examples: the number after ####, in the run's template", asks=True
     ),
     "gsm8k-cot-8shot": Entry("answers", "GSM8K after eight solved examples"),
-    "squad": Entry("answers", "SQuAD answers in the run's template: exact match and token F1"),
+    "squad": Entry("answers", "SQuAD answers in the run's template: exact match and token F1", asks=True),
     "rouge-l-fedkseed": Entry("answers", "Rouge-L as in the FedKSeed paper: the scorer of the rouge package"),
     "matthews": Entry("correlation", "Matthews correlation of labels", classifier=True),
     "pearson": Entry("correlation", "Pearson and Spearman correlation of numbers", classifier=True),
     "mt-bench": Entry(
-        "judge", "MT-bench: answers in two turns, marked from 1 to 10 by a judge behind an endpoint"
+        "judge",
+        "MT-bench: answers in two turns, marked from 1 to 10 by a judge behind an endpoint",
+        asks=True,
     ),
     "humaneval-x-python": _humaneval("Python"),
     "humaneval-x-cpp": _humaneval("C++"),
@@ -62,7 +73,7 @@ OWN = {
 }
 
 
-_ON_ANSWERS = ("accuracy", "rouge-l", "rouge-l-fedkseed", "matthews", "pearson")
+_ON_ANSWERS = ("accuracy", CHOICES_TASK, "rouge-l", "rouge-l-fedkseed", "matthews", "pearson")
 
 
 def _load(name: str) -> Task:
@@ -82,7 +93,41 @@ def classifies(task: str) -> bool:
     return found is not None and found.classifier
 
 
-def compares_answers(task: str) -> bool:
+def refuse_unsuited(tasks: Sequence[str], examples: Sequence[Example]) -> None:
+    """Refuses held-out examples that have not what a task scores.
+
+    Raises:
+        InputError: Plain texts where answers are compared, or no choices for multiple choice.
+    """
+    comparing = [task for task in tasks if _compares_answers(task)]
+    if comparing and any(example.form == "text" for example in examples):
+        raise InputError(
+            f"task {comparing[0]} compares answers, and the held-out examples are plain texts, which have "
+            "none. Set evaluation.tasks to [loss]"
+        )
+    bare = sum(not example.choices for example in examples)
+    if CHOICES_TASK in tasks and bare:
+        raise InputError(
+            f"task {CHOICES_TASK} needs questions with choices, and {bare:,} of the {len(examples):,} "
+            "held-out examples have none: name the key of their list of answers in data.fields.choices, or "
+            "take accuracy, which compares generated answers"
+        )
+
+
+def asks(task: str, *, in_template: bool) -> bool:
+    """Whether a task, by its name, puts questions of its own into the run's template.
+
+    Args:
+        task: Its name.
+        in_template: Whether tasks of lm-evaluation-harness are.
+    """
+    if task in OWN:
+        return OWN[task].asks
+    found = TASKS.get(task)
+    return in_template if found is None else not found.examples
+
+
+def _compares_answers(task: str) -> bool:
     """Whether a task, by its name, holds answers against those of the held-out examples."""
     if task in OWN:
         return task in _ON_ANSWERS

@@ -15,7 +15,7 @@ from fedtune.errors import InputError
 from fedtune.evaluation import bootstrap
 from fedtune.evaluation.generation import evaluating
 from fedtune.evaluation.peaks import Peaks
-from fedtune.evaluation.registry import TASKS, check_tasks, classifies
+from fedtune.evaluation.registry import TASKS, check_tasks, classifies, refuse_unsuited
 from fedtune.evaluation.types import EvalEnv, EvalSettings, Outcome, Scored, Task
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def score(
             raise InputError(
                 f"evaluation.tasks: {task} is for generated text; a classifier has loss and accuracy."
             )
+    refuse_unsuited(tasks, examples)
     env = EvalEnv(model, tokenizer, examples, settings, peaks)
     outcomes = {}
     with evaluating(model), torch.no_grad():

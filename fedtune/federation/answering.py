@@ -12,6 +12,7 @@ import torch
 from fedtune.config.schema import RunConfig
 from fedtune.data.encode import encode_prompts
 from fedtune.data.examples import Example
+from fedtune.data.marked import Marked
 from fedtune.data.turns import is_turns, turns_of
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import evaluating, prompt_room
@@ -32,6 +33,7 @@ def answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    texts: bool = False,
 ) -> list[str]:
     """Answers of a model, one a prompt.
 
@@ -45,6 +47,7 @@ def answers(
         temperature: 0: the likeliest token each time; else drawn.
         top_p: Of draws: the least set of likeliest tokens with this probability in sum.
         seed: Of draws.
+        texts: The model was tuned on plain texts: a prompt that is a text is one that it continues.
 
     Raises:
         InputError: A prompt is empty, something else than text, or too long for the model; or another
@@ -61,20 +64,22 @@ def answers(
             return env.answers
         most = env.max_new_tokens(NEW_TOKENS) if max_new_tokens is None else max_new_tokens
         asked = [
-            env.conversation(example.turns)
+            Marked(example.instruction)
+            if texts and isinstance(prompt, str)
+            else env.conversation(example.turns)
             if example.turns
             else env.prompt(example.instruction, example.input)
-            for example in examples
+            for prompt, example in zip(prompts, examples, strict=True)
         ]
         _check_lengths(asked, loaded, most)
-        texts = env.generate(
+        found = env.generate(
             asked,
             max_new_tokens=most,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
-    return [text.strip() for (text,) in texts]
+    return [text if texts else text.strip() for (text,) in found]
 
 
 def _check_draws(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> None:

@@ -25,7 +25,7 @@ from fedtune.federation.base_model import load_base
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.devices import device_of
-from fedtune.federation.encoding import Keys, encode_for, template_of
+from fedtune.federation.encoding import Keys, encode_for, forms_of, template_of, used_template
 from fedtune.federation.files import read_json
 from fedtune.federation.notes import of_examples, of_model
 from fedtune.federation.plugins import record, require_plugins
@@ -110,7 +110,7 @@ class Assembly:
         if config.data.batching == "packed":
             check_packable(loaded.model)
         name_classes(loaded.model.config, split.labels)
-        template = template_of(config)
+        template = used_template(config, split.examples)
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
             batching = batching_of(config, room)
@@ -166,7 +166,11 @@ class Assembly:
                 "quantized_sha256": loaded.quantized_sha256,
                 **adapter_of(config, loaded.weights_sha256),
             },
-            "data": {"name": config.data.train, "sha256": split.sha256},
+            "data": {
+                "name": config.data.train,
+                "sha256": split.sha256,
+                "forms": forms_of(split.examples),
+            },
             "device_used": str(device),
             "computing": torch_told(config.run, device),
             **record(config),
@@ -226,7 +230,7 @@ class Assembly:
     @property
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with the template in which the run's examples are, for whoever uses its result."""
-        template, tokenizer = template_of(self.config), self.loaded.tokenizer
+        template, tokenizer = used_template(self.config, self.split.examples), self.loaded.tokenizer
         return tokenizer if template is None else with_template(tokenizer, template)
 
     def look_ahead(self) -> None:

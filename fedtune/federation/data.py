@@ -24,7 +24,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import compares_answers
+from fedtune.evaluation.registry import refuse_unsuited
 from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
@@ -58,6 +58,11 @@ class Split:
     def trained(self) -> list[Example]:
         """What clients train on."""
         return [example for part in self.clients.values() for example in part]
+
+    @property
+    def examples(self) -> list[Example]:
+        """All that are trained on or scored."""
+        return [*self.trained, *self.evaluation]
 
     def owner(self, client: int) -> str:
         """A client's number, and its name where it has one, for people."""
@@ -103,7 +108,7 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         if unseen:
             whose = "that are not in data.labels" if config.data.labels else "that no training example has"
             raise InputError(f"held-out examples have classes {whose}: {sorted(unseen)[:5]}")
-    _refuse_without_answers(config, evaluation)
+    refuse_unsuited(config.evaluation.tasks, evaluation)
     # of answers in free text every one would stand in partition.json, word for word
     classifies = config.model.task == "classification"
     values = [example.category or (example.output if classifies else "") for example in train]
@@ -132,15 +137,6 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         in_order,
         reading,
     )
-
-
-def _refuse_without_answers(config: RunConfig, evaluation: Sequence[Example]) -> None:
-    tasks = [task for task in config.evaluation.tasks if compares_answers(task)]
-    if tasks and any(example.form == "text" for example in evaluation):
-        raise InputError(
-            f"task {tasks[0]} compares answers, and the held-out examples are plain texts, which have none. "
-            "Set evaluation.tasks to [loss]"
-        )
 
 
 def all_held_out(config: RunConfig, objects: ObjectData) -> Split:
@@ -192,6 +188,7 @@ def _server_split(config: RunConfig, reading: Reading) -> Split:
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
     evaluation = in_order[: config.evaluation.max_examples]
+    refuse_unsuited(config.evaluation.tasks, evaluation)
     labels = tuple(config.data.labels or ()) if config.model.task == "classification" else ()
     unseen = {example.output for example in evaluation} - set(labels) if labels else set()
     if unseen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,6 +72,16 @@ def encode_for(
 def template_of(config: RunConfig) -> str | None:
     """The template that a run's examples are put into; None of a classifier, which reads them as they are."""
     return config.data.template if config.model.task == "causal-lm" else None
+
+
+def forms_of(examples: Iterable[Example]) -> list[str]:
+    """Which forms examples have, sorted: instruction, conversation, text."""
+    return sorted({example.form for example in examples})
+
+
+def used_template(config: RunConfig, examples: Iterable[Example]) -> str | None:
+    """The template of a run with these examples; None also where all are plain texts, which are in none."""
+    return None if forms_of(examples) == ["text"] else template_of(config)
 
 
 @dataclass(frozen=True)

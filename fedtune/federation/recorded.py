@@ -57,6 +57,12 @@ def examples_of(split: Split) -> dict[str, Any]:
     }
 
 
+def trained_on_texts(path: Path, config: RunConfig) -> bool:
+    """Whether all examples of the run in `path` are plain texts."""
+    forms = read_json(path / "environment.json")["data"].get("forms", [config.data.format])
+    return bool(forms == ["text"])
+
+
 def recorded_examples(path: Path) -> Examples | None:
     """What the run in `path` recorded of its examples; None of one that an earlier version began."""
     if not (path / EXAMPLES).is_file():

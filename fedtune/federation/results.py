@@ -23,8 +23,9 @@ from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.base_model import load_base
 from fedtune.federation.data import Split, all_held_out, prepare_data
-from fedtune.federation.encoding import template_of
+from fedtune.federation.encoding import used_template
 from fedtune.federation.folder import RunFolder, refuse_existing
+from fedtune.federation.notes import asked_in_template
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
 from fedtune.federation.saving import save_models
@@ -113,9 +114,11 @@ def scores_of(
         for name, loaded in models:
             outcomes[name] = score(loaded.model, loaded.tokenizer, split.evaluation, tasks, settings)
             tokenizer = tokenizer or loaded.tokenizer
-    template, other = template_of(config), None
-    if template is not None and tokenizer is not None:
-        other = other_template(template, tokenizer)
+    template, other = used_template(config, split.evaluation), None
+    if tokenizer is not None:
+        other = asked_in_template(config, split.evaluation, tokenizer)
+        if template is not None:
+            other = other_template(template, tokenizer)
     return {
         "target": target,
         "examples": len(split.evaluation),

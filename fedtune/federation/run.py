@@ -34,6 +34,7 @@ from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal, written
+from fedtune.federation.notes import taken
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
@@ -122,6 +123,7 @@ def run(
         for note in assembly.note_weights():
             progress.note(note)
         federation.open_account()
+        assembly.environment["taken"] = federation.taken()
         if not resume:  # only now: until here, anything in the input may still turn out to be wrong
             split = assembly.split
             RunFolder.create(
@@ -194,6 +196,11 @@ class _Federation:
         self._model = model_to_train(self._config, method, lambda: self._assembly.loaded.model)
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._assembly.runner.use(self._model)
+
+    def taken(self) -> dict[str, str]:
+        """What each setting that is `auto` stood for."""
+        assembly = self._assembly
+        return taken(self._config, assembly.loaded, assembly.split, self._model)
 
     def open_account(self) -> None:
         """Reads what the run has spent of its privacy, once its clients are known; writes nothing.

@@ -44,6 +44,7 @@ from fedtune.models.folders import (
 )
 from fedtune.models.heads import drawn_modules, lacking_poolers, mark_drawn, outside_body, pooler_of
 from fedtune.models.mapped import adopt, known, share
+from fedtune.models.memory_efficient import release_memory
 from fedtune.models.quantize import quantization_of, quantize, quantized_parameters, quantized_sha256
 from fedtune.models.quantized_checkpoints import as_it_comes, came_quantised, load_quantised
 
@@ -152,6 +153,8 @@ def load_model(
     model: Any
     before, quantised = known(shared), bool(came) or quantization != "none"
     in_file = before is not None and before.written  # by whoever loaded it first
+    if quantised:
+        release_memory()  # and from here on at once what bits are made of
     with seeded(seed), quiet():
         if (
             shared is not None

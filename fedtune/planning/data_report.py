@@ -20,11 +20,12 @@ from fedtune.core.seeds import torch_generator
 from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
-from fedtune.data.prompts import prompts, template_notes
+from fedtune.data.prompts import prompts, taken_template, template_notes
 from fedtune.data.templates import AUTO
 from fedtune.errors import InputError, foreign
 from fedtune.federation.data import Split, prepare_data
-from fedtune.federation.encoding import encode_for, template_of
+from fedtune.federation.encoding import encode_for, used_template
+from fedtune.federation.notes import asked_in_template
 from fedtune.federation.room import Room, batching_of, shortening
 from fedtune.federation.sources import public_examples
 from fedtune.models.load import load_tokenizer
@@ -79,7 +80,7 @@ def data_report(
         raise InputError(f"sample must be at least 1, got {sample}")
     split = prepare_data(config, pooled=False, objects=objects)
     public = public_examples(config, split.reading)
-    room, tokenizer = room_of(config), load_tokenizer(config.model.name, Path("."))
+    room, tokenizer = room_of(config), load_tokenizer(config.model.place, Path("."))
     total = sum(map(len, split.clients.values()))
     look = _Look(config, split, room, tokenizer)
     tokens = {
@@ -92,7 +93,7 @@ def data_report(
     looked = sum(len(one.whole) for one in tokens.values())
     document: dict[str, Any] = {
         "model": config.model.name,
-        "template": _template(config, tokenizer),
+        "template": _template(config, split, tokenizer),
         "max_length": room.tokens,
         "sources": [*split.reading.lines, *split.reading.said],
         "skipped": split.reading.document(),
@@ -122,9 +123,13 @@ def data_report(
         "sampled": looked if looked < total else None,
         "example": look.example(example) if total else None,
     }
-    template = template_of(config)
     shown = [*split.trained, *split.held_out]
+    template = used_template(config, shown)
+    if template == AUTO:
+        document["sources"].append(f"data.template: {taken_template(tokenizer)}")
     said = template_notes(template, tokenizer, shown) if template is not None else []
+    if other := asked_in_template(config, shown, tokenizer):
+        said.append(other)
     document["checks"] = [*_checks(config, document, split, room, twice), *map(_check, said)]
     return document
 
@@ -270,13 +275,12 @@ def _asked(e: Example) -> Any:
     return (e.instruction, e.input, e.turns[:-1])
 
 
-def _template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template in which examples are, and what `auto` came to; None of a classifier."""
-    asked = template_of(config)
+def _template(config: RunConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template in which examples are; None of plain texts and of a classifier."""
+    asked = used_template(config, split.examples)
     if asked is None:
         return None
-    found = prompts(asked, tokenizer).name
-    return f"{found} (auto)" if asked == AUTO else found
+    return prompts(asked, tokenizer).name
 
 
 def _twice(split: Split) -> _Twice:

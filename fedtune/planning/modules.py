@@ -22,12 +22,14 @@ def trained_modules(config: RunConfig) -> list[str]:
         InputError: No such model or no config.json, or the method does not go with the model.
     """
     base = Fakes().model(
-        config.model.name,
+        config.model.place,
         base=Path("."),
         initial=config.model.initial,
         task=config.model.task,
         num_labels=2 if config.model.task == "classification" else None,  # of whatever number
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        attention=config.model.attention,
     )
     model = registry.build(config.method, config.seed).client_model(lambda: base)
     return module_notes(config.method, model)

@@ -51,10 +51,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 """What is ranked, with each method's own defaults where nothing is said; `SAME` is the same for all."""
 
 SAME = ("gradient_checkpointing", "offload_params")  # of methods that take gradients; they cost time alone
+QUANTIZATION = "model.quantization"
 SETTINGS = (
     "seed",
     "model.dtype",
     "model.task",
+    QUANTIZATION,
+    "model.attention",
     "data.max_length",
     "data.clients",
     "federation.clients_per_round",
@@ -123,7 +126,13 @@ def plan_all(
     found = []
     for name, settings in CANDIDATES.items():
         on_candidate(name)
-        config = _config(model, settings, [*overrides, *filter(partial(_has, settings), alike)])
+        own = [*overrides, *filter(partial(_has, settings), alike)]
+        try:
+            config = _config(model, settings, own)
+        except InputError as error:  # it does not go with the quantisation; any other setting goes with all
+            whole = _config(model, settings, [one for one in own if not one.startswith(QUANTIZATION)])
+            found.append(Candidate(name, whole, None, str(error).rpartition("the configuration: ")[2]))
+            continue
         try:
             found.append(Candidate(name, config, plan(config, _work(config, examples))))
         except InputError as error:
@@ -133,12 +142,13 @@ def plan_all(
 
 def judge(candidates: Sequence[Candidate], resources: ClientResources) -> dict[str, Any]:
     """Which fit, ordered by the time that they need. The document is the JSON of `fedtune plan --model`."""
-    first = candidates[0].config
+    first = next((one for one in candidates if one.plan is not None), candidates[0]).config
     rows = [_row(candidate, resources) for candidate in candidates]
     rows.sort(key=_order)
     return {
         "model": first.model.name,
         "dtype": first.model.dtype,
+        "quantization": first.model.quantization,
         "client_memory_bytes": round(resources.memory),
         "uplink_bits_per_second": resources.uplink,
         "downlink_bits_per_second": resources.downlink,

@@ -11,7 +11,7 @@ import io
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
-from fedtune.federation.files import disk_errors, write_text
+from fedtune.federation.files import disk_errors, read_json, write_text
 from fedtune.federation.folder import RunFolder
 from fedtune.report.tables import interval, number, size
 from fedtune.version import __version__
@@ -50,6 +50,7 @@ class RunData:
     payload: Mapping[int, Mapping[str, int]]  # by round and direction
     peaks: Mapping[str, int]  # by client and server
     summary: Mapping[str, Any]  # empty while the run goes on
+    taken: Mapping[str, str] = field(default_factory=dict)  # what settings that are auto stood for
     changed: Sequence[str] = ()  # which of its inputs are not any more what it had
 
     def curve(self, task: str, metric: str) -> dict[int, float]:
@@ -90,7 +91,15 @@ def read_run(path: Path, name: str) -> RunData:
     for sentence in changed:
         log.warning("%s", sentence)
     return RunData(
-        name, text, config.method_name, rounds, payload, peaks, folder.summary() or {}, tuple(changed)
+        name,
+        text,
+        config.method_name,
+        rounds,
+        payload,
+        peaks,
+        folder.summary() or {},
+        read_json(path / "environment.json").get("taken", {}),
+        tuple(changed),
     )
 
 
@@ -135,6 +144,10 @@ def report(runs: Sequence[RunData]) -> str:
     if left_out:
         parts += ["<h2>Who was left out</h2>", left_out]
     parts.append("<h2>Configurations</h2>")
+    settings = dict.fromkeys(setting for run in runs for setting in run.taken)
+    if settings:
+        rows = [[setting, *(run.taken.get(setting, "") for run in runs)] for setting in settings]
+        parts.append(_table("What auto stood for", ["setting", *(run.name for run in runs)], rows))
     parts += [
         f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.config)}</pre></details>"
         for run in runs

@@ -1,0 +1,125 @@
+"""Questions with choices: the likeliest letter, by hand and by a log-softmax over whole logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from answering_models import llama
+from chat_formats import FORMATS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import fedtune
+from fedtune.data.examples import Example
+from fedtune.errors import InputError
+from fedtune.evaluation.tasks import evaluate
+from fedtune.evaluation.types import EvalSettings
+from fedtune.models.load import load_tokenizer
+
+BUNDLED = load_tokenizer("bundled", Path("."))
+
+
+def settings(**changes: Any) -> EvalSettings:
+    plain: dict[str, Any] = {"template": "plain", "loss_on": "response", "max_length": 64, "bootstrap": 0}
+    return EvalSettings(**plain | changes)
+
+
+def question(letter: str, count: int, category: str = "") -> Example:
+    lines = "\n".join(f"{name}. text" for name in "ABCDEFGH"[:count])
+    return Example(f"Which?\n{lines}", "", letter, category, choices=count)
+
+
+def test_by_hand() -> None:
+    """A model that says the same everywhere, likeliest w, then C, then B and A alike."""
+    words = ["<pad>", "<s>", "</s>", "w", "A", "B", "C"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=7, n_positions=64, n_embd=8, n_layer=1, n_head=1, tie_word_embeddings=False)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.ln_f.bias[0] = 1.0
+        model.lm_head.weight[:, 0] = torch.tensor([0.0, 0.0, 9.0, 8.0, 1.0, 1.0, 3.0])
+    examples = [
+        question("A", 2, "two"),  # A and B alike: the first
+        question("B", 2, "two"),
+        question("C", 3, "three"),
+        question("A", 3, "three"),
+        question("C", 3),
+    ]
+    found = evaluate(model, tokenizer, examples, ["multiple-choice"], settings())["multiple-choice"]
+    assert found["accuracy"] == 3 / 5
+    assert found["accuracy/two"] == 1 / 2
+    assert found["accuracy/three"] == 1 / 2
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca", "chat"])
+def test_a_log_softmax_over_whole_logits_chooses_the_same(template: str) -> None:
+    tokenizer = FORMATS["Qwen 3"].tokenizer() if template == "chat" else BUNDLED
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2).eval()
+    examples = [question("ABCDEFGH"[i % n], n) for n in (2, 3, 5, 8) for i in range(n)]
+    right = []
+    for example in examples:
+        letters = "ABCDEFGH"[: example.choices]
+        if template == "plain":
+            before = f"{example.instruction}\nAnswer:"
+        elif template == "alpaca":
+            before = (
+                "Below is an instruction that describes a task. Write a response that appropriately "
+                f"completes the request.\n\n### Instruction:\n{example.instruction}\n\n### Response:"
+            )
+        else:
+            before = f"<|im_start|>user\n{example.instruction}<|im_end|>\n<|im_start|>assistant\n"
+        logs = []
+        for letter in letters:
+            answer = {"plain": " ", "alpaca": "", "chat": "<think>\n\n</think>\n\n"}[template] + letter
+            prompt = tokenizer(before, add_special_tokens=False).input_ids
+            if template != "chat" and tokenizer.bos_token_id is not None:
+                prompt = [tokenizer.bos_token_id, *prompt]
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
+            rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            logs.append(float(sum(rows[at, token] for at, token in enumerate(ids))))
+        right.append(letters[max(range(len(letters)), key=logs.__getitem__)] == example.output)
+    assert 0 < sum(right) < len(right)
+    for batch_size in (1, 64):
+        how = settings(template=template, max_length=250, batch_size=batch_size)
+        found = evaluate(model, tokenizer, examples, ["multiple-choice"], how)["multiple-choice"]
+        assert found["accuracy"] == sum(right) / len(right)
+
+
+def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "choices": ["x", "y", "z"][: 2 + n % 2], "gold": n % 2} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config: dict[str, Any] = {
+        "model": {"name": "bundled"},
+        "data": {
+            "train": str(tmp_path / "a.jsonl"),
+            "fields": {"instruction": "question", "output": "gold"},
+            "clients": 2,
+            "partition": {"name": "iid"},
+            "holdout": {"fraction": 0.5},
+            "max_length": 64,
+        },
+        "method": {"name": "fedavg", "trainable": "lora", "rounds": 1, "local_steps": 1},
+        "evaluation": {"tasks": ["multiple-choice"]},
+        "seed": 1,
+    }
+    run = fedtune.run(config, out=tmp_path / "run")
+    found = run.scores["multiple-choice"]
+    assert found["examples"] == 6
+    again = fedtune.evaluate(run, ["multiple-choice"])["scores"]["global"]["multiple-choice"]
+    assert again["accuracy"] == found["accuracy"]
+    config["data"]["fields"] = {"instruction": "question", "output": "gold", "choices": None}
+    with pytest.raises(InputError, match="needs questions with choices, and 6 of the 6 held-out examples"):
+        fedtune.run(config, out=tmp_path / "other")
