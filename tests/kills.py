@@ -61,6 +61,7 @@ def kill_runs(folder: Path, count: int, draw: random.Random) -> Counter[str]:
         seen[where(here / "run")] += 1
         done = fedtune("run", "c.yaml", "--resume", "run", "--quiet", cwd=here)
         seen["same bits" if done.status == 0 and same(here / "run", reference) else f"OTHER {name}"] += 1
+        print(f"{number + 1}: {dict(seen)}", flush=True)
         shutil.rmtree(here / "run", ignore_errors=True)
     return seen
 
@@ -84,7 +85,7 @@ def kill_workers(folder: Path, count: int, draw: random.Random) -> Counter[str]:
     started = time.monotonic()
     assert fedtune("run", "c.yaml", *flower, "--out", "whole", cwd=folder).status == 0
     seconds = time.monotonic() - started
-    for _ in range(count):
+    for number in range(count):
         shutil.rmtree(folder / "run", ignore_errors=True)
         moment = time.monotonic() + draw.uniform(0, seconds)
         command = Command("run", "c.yaml", *flower, "--out", "run", cwd=folder)
@@ -106,6 +107,7 @@ def kill_workers(folder: Path, count: int, draw: random.Random) -> Counter[str]:
         if ended.status:
             ended = fedtune("run", "c.yaml", *flower, "--resume", "run", cwd=folder)
         seen["same bits" if ended.status == 0 and same(folder / "run", folder / "whole") else "OTHER"] += 1
+        print(f"{number + 1}: {dict(seen)}", flush=True)
     return seen
 
 
