@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import command as commands
 from command import Command, fedtune, outcome, write_config
 from deployed import Site, descendants
 from test_deployment import HERE, METHODS, THERE, config
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    commands.LIMIT_S = 900  # it may run beside other things
     draw = random.Random(f"{given.what} {given.seed}")
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
