@@ -30,6 +30,9 @@ _context.set_forkserver_preload(
 )
 
 
+LIMIT_S = 120  # after which a command hangs
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended. `status` is negative for a signal."""
@@ -90,7 +93,7 @@ class Command:
         return self.wait()
 
     def wait(self) -> Result:
-        self._process.join(120)
+        self._process.join(LIMIT_S)
         assert self._process.exitcode is not None, "the command hangs"
         return Result(self._process.exitcode, self._out.read_text(), self._err.read_text())
 

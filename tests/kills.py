@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import command as commands
 from command import Command, fedtune, outcome, write_config
 from deployed import Site, descendants
 from test_deployment import HERE, METHODS, THERE, config
@@ -61,6 +62,7 @@ def kill_runs(folder: Path, count: int, draw: random.Random) -> Counter[str]:
         seen[where(here / "run")] += 1
         done = fedtune("run", "c.yaml", "--resume", "run", "--quiet", cwd=here)
         seen["same bits" if done.status == 0 and same(here / "run", reference) else f"OTHER {name}"] += 1
+        print(f"{number + 1}: {dict(seen)}", flush=True)
         shutil.rmtree(here / "run", ignore_errors=True)
     return seen
 
@@ -84,7 +86,7 @@ def kill_workers(folder: Path, count: int, draw: random.Random) -> Counter[str]:
     started = time.monotonic()
     assert fedtune("run", "c.yaml", *flower, "--out", "whole", cwd=folder).status == 0
     seconds = time.monotonic() - started
-    for _ in range(count):
+    for number in range(count):
         shutil.rmtree(folder / "run", ignore_errors=True)
         moment = time.monotonic() + draw.uniform(0, seconds)
         command = Command("run", "c.yaml", *flower, "--out", "run", cwd=folder)
@@ -106,6 +108,7 @@ def kill_workers(folder: Path, count: int, draw: random.Random) -> Counter[str]:
         if ended.status:
             ended = fedtune("run", "c.yaml", *flower, "--resume", "run", cwd=folder)
         seen["same bits" if ended.status == 0 and same(folder / "run", folder / "whole") else "OTHER"] += 1
+        print(f"{number + 1}: {dict(seen)}", flush=True)
     return seen
 
 
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    commands.LIMIT_S = 900  # it may run beside other things
     draw = random.Random(f"{given.what} {given.seed}")
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
