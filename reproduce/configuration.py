@@ -51,8 +51,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "ModelSettings.dtype": "of the base model; what is added is float32. float16: methods without gradients",
     "ModelSettings.initial": "`scratch`: the same architecture with random weights",
     "ModelSettings.task": "`classification`: RoBERTa or BERT; classes are the outputs in the training data",
-    "ModelSettings.device": "`auto`: the GPU if there is one; a GPU by its number; a list: clients of "
-    "`transport.workers` train on these, the server works on the first",
+    "ModelSettings.device": "`auto`: the GPU if there is one; `cpu`; `cuda`; or one as `cuda:1`; "
+    "`[cuda:0, cuda:1]`: clients of `transport.workers` train on these, the server works on the first",
     "Dirichlet.alpha": "small: few labels a client; large: everyone has the same mix",
     "Dirichlet.minimum": "examples that each client has at least",
     "Dirichlet.by": "the field whose values are the labels",

@@ -86,12 +86,12 @@ def test_as_many_processes_as_gpus_are_named(
 @pytest.mark.parametrize(
     ("device", "transport", "said"),
     [
-        ("gpu", {}, "model.device"),
-        ("cuda:x", {}, "model.device"),
-        ("cuda:-1", {}, "model.device"),
-        ([], {}, "name each GPU once"),
-        (["cuda:0", "cuda:0"], {"workers": 2}, "name each GPU once"),
-        (["cpu", "cuda:0"], {"workers": 2}, "model.device"),
+        ("gpu", {}, "device must be auto, cpu, cuda, one GPU as cuda:1"),
+        ("cuda:x", {}, "device must be"),
+        ("cuda:-1", {}, "device must be"),
+        ([], {}, "a list that names each once"),
+        (["cuda:0", "cuda:0"], {"workers": 2}, "a list that names each once"),
+        (["cpu", "cuda:0"], {"workers": 2}, "device must be"),
         (["cuda:0", "cuda:1"], {}, "set transport.workers to auto or to as many, or name one GPU"),
         ("cuda:1", {"name": "flower-simulation"}, "Ray hands GPUs out"),
     ],

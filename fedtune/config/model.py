@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedtune.core.settings import Settings
 
 CARD = r"^cuda:\d{1,3}$"
-
-
-Card = Annotated[str, Field(pattern=CARD)]
-Device = Literal["auto", "cpu", "cuda"] | Card
 
 
 class ModelSettings(Settings):
@@ -27,7 +24,7 @@ class ModelSettings(Settings):
     adapter: str | None = Field(None, min_length=1)  # PEFT folder, or a run, whose adapter is trained further
     initial: Literal["pretrained", "scratch"] = "pretrained"
     task: Literal["causal-lm", "classification"] = "causal-lm"
-    device: Device | list[Card] = "auto"
+    device: str | list[str] = "auto"
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
@@ -40,8 +37,14 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
-        if isinstance(self.device, list) and len(set(self.device)) < max(1, len(self.device)):
-            raise ValueError(f"device: name each GPU once, as in [cuda:0, cuda:1], got {self.device}")
+        named = self.device if isinstance(self.device, list) else [self.device]
+        words = () if isinstance(self.device, list) else ("auto", "cpu", "cuda")
+        known = all(name in words or re.match(CARD, name) for name in named)
+        if not known or len(set(named)) < max(1, len(named)):
+            raise ValueError(
+                "device must be auto, cpu, cuda, one GPU as cuda:1, or a list that names each once, as "
+                f"[cuda:0, cuda:1], got {self.device}"
+            )
         return self
 
     @property
