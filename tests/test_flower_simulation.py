@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,40 @@ def test_secure_aggregation_has_the_same_sums(tmp_path: Path) -> None:
     assert found["final"] == wanted["final"]
     assert payloads(found["wire"]) == payloads(wanted["wire"])
     assert {entry["kind"] for entry in found["wire"]} == {"train", "secure-aggregation"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_and_a_file_a_client_have_the_same_bits(kind: str, tmp_path: Path) -> None:
+    """In process, in processes of this machine and on Ray."""
+    pytest.importorskip("bitsandbytes", reason="quantisation is not installed (the extra `quant`)")
+    (tmp_path / "sites" / "east").mkdir(parents=True)
+    rows = [json.dumps({"instruction": f"Add {n} and 1.", "output": str(n + 1)}) for n in range(14)]
+    (tmp_path / "sites" / "north.jsonl").write_text("\n".join(rows[:4]))
+    (tmp_path / "sites" / "south.csv").write_text("instruction,output\nAdd 1 and 1.,2\nAdd 2 and 2.,4\n")
+    (tmp_path / "sites" / "east" / "a.jsonl").write_text("\n".join(rows[4:10]))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "north.jsonl").write_text("\n".join(rows[10:]))
+    document = {
+        "model": {"name": "bundled", "quantization": kind},
+        "data": {"train": "sites", "clients": "files", "holdout": {"source": "held"}, "max_length": 64},
+        "method": {"name": "fedavg", "rounds": 2, "batch_size": 2, "lr": 0.01, "lora": {"rank": 2}},
+        "evaluation": {"tasks": ["loss"], "every": 0},
+    }
+    write_config(tmp_path / "c.yaml", document)
+    ways: dict[str, tuple[str, ...]] = {"here": (), "workers": ("transport.workers=2",)}
+    if kind == "nf4":  # of int8 a second start of Ray would show nothing new
+        ways["flower"] = ("transport.name=flower-simulation",)
+    found = {}
+    for name, settings in ways.items():
+        done = fedtune("run", "c.yaml", *settings, "--out", name, "--quiet", cwd=tmp_path)
+        assert done.status == 0, done.err
+        found[name] = outcome(tmp_path / name)
+    about = json.loads((tmp_path / "here" / "environment.json").read_text())["model"]
+    assert about["quantization"] == kind
+    for name in ways:
+        assert found[name]["final"] == found["here"]["final"]
+        assert found[name]["rounds"] == found["here"]["rounds"]
+        assert payloads(found[name]["wire"]) == payloads(found["here"]["wire"])
 
 
 def test_a_config_runs_unchanged_with_drop_outs_delays_and_a_resume(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Special:
     return known[1]
 
 
-def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Token ids as text, without special tokens; tags around thoughts stay."""
     tags, texts, start = special_tokens(tokenizer).tags, list[str](), 0
     for place, token in enumerate([*ids, -1]):

@@ -70,7 +70,8 @@ def came_quantised(config: PretrainedConfig, wanted: str, name: str, *, scratch:
         raise InputError(
             f"model {name} comes quantised by {method} (in its config.json), which needs "
             f"{' and '.join(m.split('.')[0] for m in missing)}; pip install "
-            f"{' '.join(f'{package!r}' if '[' in package else package for package in missing.values())}"
+            f"{' '.join(f'{package!r}' if '[' in package else package for package in missing.values())}, "
+            "or take the model that it was made from, with model.quantization: nf4 or int8"
         )
     if method == WIDENED:
         config.quantization_config = {**settings, "dequantize": True}
