@@ -327,7 +327,10 @@ def _never(name: str, *_: Any) -> None:
 
 
 def _of_fedtune(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and not frame.f_code.co_filename.startswith(HOME):
+    """The first frame of fedtune from here outwards that is not of a mode which looks on."""
+    while frame is not None and (
+        not frame.f_code.co_filename.startswith(HOME) or frame.f_code.co_name == "__torch_dispatch__"
+    ):
         frame = frame.f_back
     return frame
 

@@ -227,7 +227,8 @@ def test_a_round_that_is_run_again_without_one_takes_all_others() -> None:
 
 
 def test_a_metric_that_is_not_known_is_told_which_are() -> None:
-    known = "computed_tokens, how, mine, padding_tokens, peak_bytes, steps, train_loss, trained_tokens"
+    known = "computed_tokens, device_bytes, host_bytes, how, mine, padding_tokens, peak_bytes, steps, "
+    known += "train_loss, trained_tokens"
     with pytest.raises(FrameError, match=f"metric other was not asked for; known are {known}$"):
         reported({"other": 1.0}, more=["mine"])
     assert reported({"mine": 2.0, "round": 1}, more=["mine"]) == ({"mine": 2.0}, "not measured")
