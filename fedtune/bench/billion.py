@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune.config.file import parse_config
 from fedtune.config.yaml_text import dump_yaml
 from fedtune.core.temporary import temporary_folder
 from fedtune.models.load import load_tokenizer, quiet, seeded
-from fedtune.planning.plan import plan
 
 TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
@@ -70,8 +69,11 @@ def measure(
         _write(shape, folder)
         for case in cases:
             document = _document(folder, CASES[case])
-            planned = plan(parse_config(document, "bench billion")).document
-            summary, resident = _run(document, folder / f"run-{len(rows)}")
+            path = folder / f"run-{len(rows)}.yaml"
+            path.write_text(dump_yaml(document), encoding="utf-8")
+            planned = json.loads(_fedtune("plan", str(path), "--json")[0])
+            resident = _fedtune("run", str(path), "--out", str(path.with_suffix("")), "--quiet")[1]
+            summary = json.loads((path.with_suffix("") / "summary.json").read_text(encoding="utf-8"))
             row: dict[str, Any] = {"case": case}
             for role in ROLES:
                 row |= {f"planned_{role}": planned[f"{role}_peak_memory_bytes"]["total"]}
@@ -80,7 +82,7 @@ def measure(
                     ratios[f"{role}'s peak: {case}: ledger / plan"] = counted / row[f"planned_{role}"]
             row["rss"] = resident
             row["rss_beyond"] = resident - max(row[f"ledger_{role}"] for role in ROLES)
-            row["folder"] = _size(folder / f"run-{len(rows)}")
+            row["folder"] = _size(path.with_suffix(""))
             row |= {f"{part}_s": summary["seconds"][part] for part in PARTS}
             rows.append(row)
     return rows, ratios
@@ -121,24 +123,19 @@ def _document(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(document: dict[str, Any], out: Path) -> tuple[dict[str, Any], int]:
-    """The summary of a run in a process of its own, and the most that was resident, in bytes."""
-    path = out.with_suffix(".yaml")
-    path.write_text(dump_yaml(document), encoding="utf-8")
-    command = [sys.executable, "-c", "from fedtune.cli.main import main; main()"]
-    process = subprocess.Popen(
-        [*command, "run", str(path), "--out", str(out), "--quiet"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    said = process.stderr.read().decode(errors="replace") if process.stderr else ""
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{path.name} ended with status {process.returncode}: {said.strip()}")
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    scale = 1 if sys.platform == "darwin" else 1024
-    return summary, used.ru_maxrss * scale
+def _fedtune(*arguments: str) -> tuple[str, int]:
+    """What a command of its own process prints, and the most that was resident of it, in bytes."""
+    command = [sys.executable, "-c", "from fedtune.cli.main import main; main()", *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        printed = process.stdout.read() if process.stdout else ""
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            words = said.read().strip()
+            raise RuntimeError(f"fedtune {' '.join(arguments)} ended with {process.returncode}: {words}")
+    return printed, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _size(folder: Path) -> int:

@@ -1,8 +1,7 @@
 """One run from configuration to summary: load, split, train round by round, evaluate, save.
 
-Everything of a run that has to survive a kill is in its folder. A resumed run reads the newest
-checkpoint, cuts the logs back to it, takes over the replies that had already come in, and ends with the
-bits of a run that was never killed.
+What has to survive a kill is in its folder. A resumed run reads the newest checkpoint, cuts the logs back
+to it, takes over the replies that had already come in, and ends with the bits of one that was never killed.
 """
 
 from __future__ import annotations
@@ -199,8 +198,7 @@ class _Federation:
 
     def taken(self) -> dict[str, str]:
         """What each setting that is `auto` stood for."""
-        assembly = self._assembly
-        return taken(self._config, assembly.loaded, assembly.split, self._model)
+        return taken(self._config, self._assembly.loaded, self._assembly.split, self._model)
 
     def open_account(self) -> None:
         """Reads what the run has spent of its privacy, once its clients are known; writes nothing.
