@@ -358,7 +358,7 @@ def test_a_zeroth_order_step_waits_for_its_losses_and_rows(
     monkeypatch.setattr(lean_loss, "FEW", few)
     found = a_step(gpu, "fedkseed", "hadamard4")
     # of each of two passes the loss, and which rows of the embeddings there are to form
-    assert 2 <= found["stop"] <= 6 and found["to the host"] <= 2 and found["float64"] == 0
+    assert 2 <= found["stop"] <= 8 and found["to the host"] <= 2 and found["float64"] == 0
     assert found["forward"] <= 4
 
 

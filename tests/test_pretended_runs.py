@@ -184,6 +184,6 @@ def test_a_run_is_resumed_and_exported_on_a_gpu(tiny: Path, tmp_path: Path) -> N
         with sdpa_kernel(SDPBackend.MATH), on:
             run = fedtune.run(document, data=ROWS, out=tmp_path / device, progress=False)
             run = run.resume(rounds=2, progress=False) if rounds == 1 else run
-            run.export(tmp_path / f"{device}-merged", merge=True)
+        run.export(tmp_path / f"{device}-merged", merge=True)
         merged[device] = results(run), digests(tmp_path / f"{device}-merged")
     assert merged["cuda"] == merged["cpu"] and merged["cpu"][1]

@@ -333,8 +333,9 @@ class FedBiOT:
                 distill_weight=self.config.distill_weight,
                 form=alignment.form,
             )
+            tuned = copied(parameters)
         log.info("alignment: mean loss %.4g over %d steps", loss, steps)
-        return copied(parameters)
+        return tuned
 
     def at_server(self) -> Server:
         """The models that the server holds; there once `client_model` was called."""
