@@ -5,7 +5,7 @@ Table:   memory of LoRA training of a Llama of 156 M weights, by plan, ledger an
 Command: python reproduce/quantized.py quantized-memory
 Time:    two minutes of CPU
 Needs:   bitsandbytes; the shape of Llama-2-7B is in configs/papers/shapes
-Result:  397.94 MB with bfloat16 and 173.66 MB with nf4 by plan and ledger, 467.70 MB and 391.57 MB by
+Result:  397.94 MB with bfloat16 and 173.66 MB with nf4 by plan and ledger, 451.96 MB and 214.57 MB by
          process; of a Llama of 7 B weights 30.05 GB and 20.43 GB, planned
 
 Table:   held-out loss of a model of 7 M weights on Dolly after three rounds of LoRA, three seeds;
