@@ -104,3 +104,41 @@ def test_how_far_a_clock_is_off_is_what_the_server_says(tmp_path: Path) -> None:
     with dated(keys, email.utils.formatdate(0)) as port:  # of another federation
         assert clock_ahead_s("localhost", port, tmp_path / "other/server/ca.crt") is None
     assert clock_ahead_s("localhost", port, authority) is None  # nobody is there any more
+
+
+@pytest.mark.parametrize(
+    ("said", "starts"),
+    [
+        ("Run ID 1 is not in `RUNNING` status. Ignoring message ab12.", 2),
+        ("Run ID 1 is not in `RUNNING` status. Ignoring reply message ab12.", 1),
+        ("Giving up reconnection", 2),
+    ],
+)
+def test_a_node_that_is_one_answer_behind_is_started_anew(
+    said: str, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+
+    class Process:
+        def poll(self) -> None:
+            return None
+
+    def start(command: list[str], environment: dict[str, str], log: Path) -> Process:
+        with log.open("a") as file:
+            file.write("SuperNode ID: 7\n" + ("" if started else f"{said}\n"))
+        started.append(log)
+        return Process()
+
+    monkeypatch.setattr(deployed_client.processes, "start", start)
+    monkeypatch.setattr(deployed_client.processes, "stop", lambda process: None)
+    monkeypatch.setattr(deployed_client, "supernode_command", lambda *about: ["node"])
+    monkeypatch.setattr(deployed_client, "LOOK_S", 0.01)
+    monkeypatch.setattr(deployed_client.Node, "_wait_for_server", lambda self: None)
+    about = (tmp_path, tmp_path / "d.jsonl", {}, None, "cpu", None, tmp_path)
+    node = deployed_client.Node(ClientSetup("localhost:1", *about), "localhost", 1, "nobody")
+    until = time.monotonic() + 10
+    while len(started) < starts and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.2)  # it is not started again and again
+    node.stop()
+    assert len(started) == starts and node.error is None

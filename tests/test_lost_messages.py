@@ -113,6 +113,31 @@ def test_a_client_that_takes_long_is_asked_once_and_not_taken_for_lost() -> None
         assert sum(message.fields["do"] == HERE for message in line.sent[0]) == asked
 
 
+def test_a_node_that_is_one_answer_behind_costs_a_round_the_same_time_each() -> None:
+    """It sends an answer when the next message is there: the second message brings the first one's."""
+
+    class Behind(Line):
+        def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
+            name = super().push(client, message, lifetime_s=lifetime_s)
+            before = f"{client} {len(self.sent[client]) - 2}"
+            self.held[name] = self.ready.pop(name)
+            if before in self.held:
+                self.ready[before] = max(self.held.pop(before), self.time.seconds + 2)
+            return name
+
+        held: dict[str, float]
+
+    time = Time()
+    line = Behind(time, echo)
+    line.held = {}
+    channel = Noticing(line, time)
+    for number in range(5):
+        before = time.seconds
+        name = channel.push(0, order(number), lifetime_s=1e6)
+        assert until(channel, [name], time, 1e5) == [(name, Message({"of": number}))]
+        assert lost.SILENT_S <= time.seconds - before < lost.SILENT_S + lost.AT_ONCE_S
+
+
 def test_an_answer_that_came_just_before_counts() -> None:
     """The order's answer and the second message's come in one look, in either order of the ids."""
     time = Time()

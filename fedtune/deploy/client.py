@@ -43,7 +43,9 @@ AHEAD_S, BEHIND_S = (
 TAKEN_S = 90.0  # a node that was killed blocks its key for 60 s
 # After these Flower's node does nothing more, but does not end: for it a connection that closes in the middle
 # of a TLS handshake, as through a proxy whose server is away, is one to the wrong server.
-BROKEN = ("Giving up reconnection", "SSL/TLS handshake error detected")
+# The third: a message of a run that has ended is answered all the same, and from then on the node is one
+# answer behind and sends each only when the next message is there.
+BROKEN = ("Giving up reconnection", "SSL/TLS handshake error detected", "Ignoring message")
 
 
 @dataclass(frozen=True)

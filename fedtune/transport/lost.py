@@ -4,7 +4,8 @@ Flower hands a message to a client's node once. If the connection breaks under i
 node forgets it and goes on, Flower counts it as delivered, and nothing says so: without a deadline a round
 would wait for ever. A node works on one message after another, in the order in which they were sent. So a
 client that is silent for long is sent a second message that asks for nothing; once that is answered and the
-first is not, the first was lost, and whoever waits for it is told so, as if Flower had.
+first is not, the first was lost, and whoever waits for it is told so, as if Flower had. It also brings what a
+node holds back that is one answer behind (`deploy/client.py` starts such a node anew).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fedtune.transport.network import Network
 from fedtune.transport.remote import LONGEST_S, Unreachable
 
 SILENT_S = 120.0  # after which a client is asked; more where answers have taken longer than half of that
+AT_ONCE_S = 10.0  # an answer that comes so soon after a second message came because of it
 
 
 class Noticing:
@@ -30,7 +32,9 @@ class Noticing:
     def __init__(self, channel: Network, now: Callable[[], float] = time.monotonic) -> None:
         self._channel, self._now = channel, now
         self._sent: dict[str, tuple[int, float]] = {}  # client and moment, of messages that are not answered
-        self._asked: dict[str, str] = {}  # the second message about each, if there is one
+        self._asked: dict[
+            str, tuple[str, float]
+        ] = {}  # the second message about each, if any, and its moment
         self._longest = 0.0  # seconds that an answer has taken
 
     def online(self) -> set[int]:
@@ -61,7 +65,7 @@ class Noticing:
 
     def _answered(self, silent: set[str]) -> list[str]:
         """Of silent messages those whose second one has been answered; sends one about others."""
-        found, asked = list[str](), {self._asked[name]: name for name in silent & self._asked.keys()}
+        found, asked = list[str](), {self._asked[name][0]: name for name in silent & self._asked.keys()}
         for second, answer in self._channel.pull(list(asked)) if asked else ():
             del self._asked[asked[second]]
             if not answer.fields.get("lost"):
@@ -70,15 +74,15 @@ class Noticing:
             client, since = self._sent[name]
             if self._now() - since >= max(SILENT_S, 2 * self._longest):
                 try:
-                    self._asked[name] = self._channel.push(
-                        client, Message({"do": HERE}), lifetime_s=LONGEST_S
-                    )
+                    second = self._channel.push(client, Message({"do": HERE}), lifetime_s=LONGEST_S)
+                    self._asked[name] = second, self._now()
                 except Unreachable:
                     continue  # Flower says itself what is lost with a client that is gone
         return found
 
     def _over(self, name: str, *, lost: bool) -> None:
-        _, since = self._sent.pop(name, (0, self._now()))
-        self._asked.pop(name, None)
-        if not lost:
-            self._longest = max(self._longest, self._now() - since)
+        now = self._now()
+        _, since = self._sent.pop(name, (0, now))
+        _, asked = self._asked.pop(name, ("", -AT_ONCE_S))
+        if not lost and now - asked >= AT_ONCE_S:  # else it says nothing of how long an answer takes
+            self._longest = max(self._longest, now - since)
