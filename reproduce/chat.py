@@ -1,4 +1,4 @@
-"""A chat model on conversations: made, tuned by LoRA, and scored in its own template.
+"""A chat model on conversations: made, tuned by LoRA, FedKSeed and FedBiOT, and scored in its own template.
 
 There is no chat model at hand, so one is made: instruct-7m trained on conversations of Alpaca, of one and two
 turns, in a template of its own, which goes into the tokenizer of the result. The federations know nothing of
@@ -7,9 +7,10 @@ conversations of one category.
 
 Table:   held-out loss of the assistant's tokens before and after; docs/chat.md, block chat-methods
 Command: python reproduce/chat.py chat-methods
-Time:    half an hour
+Time:    45 minutes
 Needs:   ../shared, extra quant
-Result:  LoRA 3.5515 before, 3.5310 after three rounds and 3.5363 after one; on NF4 3.5598, 3.5388 and 3.5443
+Result:  LoRA 3.5515 before, 3.5310 after three rounds and 3.5363 after one; on NF4 3.5598, 3.5388 and 3.5443;
+         FedKSeed 3.5503 and 3.5514, FedBiOT 3.5420 and 3.5413
 """
 
 from __future__ import annotations
