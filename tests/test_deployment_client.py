@@ -133,7 +133,7 @@ def test_a_node_that_is_one_answer_behind_is_started_anew(
     monkeypatch.setattr(deployed_client.processes, "stop", lambda process: None)
     monkeypatch.setattr(deployed_client, "supernode_command", lambda *about: ["node"])
     monkeypatch.setattr(deployed_client, "LOOK_S", 0.01)
-    monkeypatch.setattr(deployed_client.Node, "_wait_for_server", lambda self: None)
+    monkeypatch.setattr(deployed_client.Node, "wait_for_server", lambda self: None)
     about = (tmp_path, tmp_path / "d.jsonl", {}, None, "cpu", None, tmp_path)
     node = deployed_client.Node(ClientSetup("localhost:1", *about), "localhost", 1, "nobody")
     until = time.monotonic() + 10

@@ -157,7 +157,7 @@ class Node:
     def _run(self) -> None:
         began_refusing = None
         while not self._over.is_set():
-            self._wait_for_server()
+            self.wait_for_server()
             if self._over.is_set():
                 return
             start_of_log = self._log.stat().st_size if self._log.exists() else 0
@@ -216,7 +216,7 @@ class Node:
             )
         log_line(f"Flower's node ended; trying again. {processes.last_lines(self._log, 1)}")
 
-    def _wait_for_server(self) -> None:
+    def wait_for_server(self) -> None:
         """Waits until the server can be reached. Raises InputError if it has the wrong certificate."""
         told = False
         context = ssl.create_default_context(cafile=str(self._setup.keys / "ca.crt"))
