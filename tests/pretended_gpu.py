@@ -488,7 +488,7 @@ class _Update(gpu.Update):
 
     def _launched(self, jobs: list[fast.Job]) -> None:
         device = PretendedGpu.current
-        assert device is not None
+        assert device is not None, "a kernel is launched after its device was closed"
         device.count("kernel")
         with torch.utils._python_dispatch._disable_current_modes():
             for job in jobs:

@@ -219,14 +219,12 @@ def _host_generator(patch: Patch) -> Federation:
 def _labels_stay(patch: Patch) -> Federation:
     """Targets of the loss that were chosen on the host and not moved."""
     patch.setattr(lean_loss, "FEW", 0)
-    loss = lean_loss.Head.loss
 
     def wrong(self: Any, logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
         hidden = self.hidden
         chosen = labels.cpu() != -100
         return nn.functional.cross_entropy(self.logits(hidden[chosen]), labels.cpu()[chosen])
 
-    assert loss is not None
     patch.setattr(lean_loss.Head, "loss", wrong)
     return Federation("fedavg", "full", device="cuda")
 

@@ -48,8 +48,10 @@ class MemoryMeter:
 
     Attributes:
         peak_bytes: The largest number of bytes so far, with a GPU there or on the host; 0 before the first
-        step. by_device: With a GPU the largest number there ("device_bytes") and on the host ("host_bytes");
-        else empty. how: How it was measured.
+            step.
+        by_device: With a GPU the largest number there ("device_bytes") and on the host ("host_bytes"); else
+            empty.
+        how: How it was measured.
     """
 
     how = "live tensor bytes"
