@@ -95,16 +95,19 @@ def kill_workers(folder: Path, count: int, draw: random.Random) -> Counter[str]:
             if time.monotonic() < moment:
                 return False
             names = [(pid, name) for pid in descendants(command.pid) if "ray::" in (name := called(pid))]
-            if names:
-                pid, name = draw.choice(names)
-                seen[f"killed {name.split('(')[0].split('.')[0]}"] += 1
-                kill(pid)
+            if not names:  # none was started yet, or they are gone: then the run ends by itself
+                return False
+            pid, name = draw.choice(names)
+            seen[f"killed {name.split('(')[0].split('.')[0]}"] += 1
+            kill(pid)
             return True
 
         while command.alive and not struck():
             time.sleep(0.01)
         ended = command.wait()
         seen[f"status {ended.status}"] += 1
+        if ended.status not in (0, 3):  # neither done nor ended as a fault ends it
+            print(ended.err[-3000:], flush=True)
         if ended.status:
             ended = fedtune("run", "c.yaml", *flower, "--resume", "run", cwd=folder)
         seen["same bits" if ended.status == 0 and same(folder / "run", folder / "whole") else "OTHER"] += 1

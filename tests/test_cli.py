@@ -33,6 +33,8 @@ COMMANDS = (
         "diagnose",
         "eval",
         "report",
+        "generate",
+        "chat",
         "export",
         "replay",
         "ls",

@@ -11,6 +11,7 @@ import torch
 from model_families import edit_json, save_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import QuantizationMethod
 
 import fedtune
 from fedtune.errors import InputError
@@ -128,3 +129,33 @@ def test_without_the_package_it_is_said_what_else_goes(method: str, tmp_path: Pa
         ):
             with pytest.raises(InputError, match=r"pip install gptqmodel.*, or take the model that it was"):
                 call()
+
+
+@pytest.mark.parametrize("method", ["", "nobody-knows-it", *(str(one.value) for one in QuantizationMethod)])
+def test_whatever_config_json_says_of_plain_weights_it_is_a_plain_model_or_a_sentence(
+    method: str, tmp_path: Path
+) -> None:
+    """The name of every method that transformers knows; some it widens where there is no GPU."""
+    folder = save_folder(tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config={"quant_method": method})
+    try:
+        loaded = load_model(str(folder), **SETTINGS)
+    except InputError as refused:
+        assert 0 < len(str(refused)) < 700
+    else:
+        assert loaded.quantization == "none"
+        plain = load_model(str(save_folder(tmp_path / "plain")), **SETTINGS).model.state_dict()
+        found = loaded.model.state_dict()
+        for name, tensor in plain.items():  # of about 1; one of them goes through bfloat16
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2**-7)
+    if method != "compressed-tensors":  # is widened wherever it is loaded, and planned so
+        with pytest.raises(InputError) as refused_plan:
+            fedtune.plan(document(folder), data=ROWS)
+        assert 0 < len(str(refused_plan.value)) < 700
+
+
+def test_bitsandbytes_without_its_bits_says_which_are_missing(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(InputError, match="says neither load_in_4bit nor load_in_8bit"):
+        load_model(str(folder), **SETTINGS)

@@ -89,7 +89,7 @@ class Run:
 
         Args:
             name: `global`; or what the run made beside it (`adapemu`), or `client-0000` and so on where each
-                client has its own.
+                client has its own; or `zero-shot`, the model that the run began with.
 
         Raises:
             InputError: The run has no such result (yet).

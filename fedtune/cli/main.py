@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import fedtune
+from fedtune.cli.answer import chat, generate
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
@@ -234,6 +235,8 @@ def evaluate(
 
 
 app.command(no_args_is_help=True)(report)
+app.command(no_args_is_help=True)(generate)
+app.command(no_args_is_help=True)(chat)
 
 
 @app.command(no_args_is_help=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,12 +31,15 @@ from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import eval_settings, memory_for
+from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.folders import local_folder
 from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.portable import classes_of, name_classes
 from fedtune.models.save import BASE, classes_in, load_result
+
+ZERO_SHOT = "zero-shot"  # the model that a run began with, beside its results
 
 
 def evaluate_target(
@@ -235,10 +239,19 @@ def result_folders(path: Path) -> dict[str, Path]:
 
 
 def one_result(path: Path, config: RunConfig, name: str, objects: ObjectData | None) -> Loaded:
-    """One of a run's results, as of `results`. Raises InputError if it has none of that name."""
+    """One of a run's results, as of `results`; or the model that it began with, named ZERO_SHOT.
+
+    Raises:
+        InputError: It has none of that name, or its base model is another one now.
+    """
+    if name == ZERO_SHOT:
+        began = _base(path, config, classes(path, config, objects))
+        method = registry.build(config.method, config.seed)
+        adapted = model_to_train(config, method, lambda: began.model) if config.model.adapter else began.model
+        return replace(began, model=cast(PreTrainedModel, adapted))
     folders = result_folders(path)
     if name not in folders:
-        raise InputError(f"{path} has no result named {name!r}; it has {', '.join(folders)}")
+        raise InputError(f"{path} has no result named {name!r}; it has {', '.join([*folders, ZERO_SHOT])}")
     return _result(path, folders[name], config, classes(path, config, objects))
 
 
@@ -260,17 +273,22 @@ def _result(path: Path, folder: Path, config: RunConfig, labels: Sequence[str]) 
     def base_model(name: str) -> Loaded:
         if name == whole:  # the result is a whole model, even where it began from scratch
             return _load(config, name, labels, whole=True)
-        try:
-            loaded = _load(config, config.model.place, labels)
-        except InputError as error:
-            if local_folder(config.model.place) is not None:
-                raise
-            raise InputError(
-                f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
-            ) from error
-        return loaded_of(path, loaded)
+        return _base(path, config, labels)
 
     return load_result(folder, base_model)
+
+
+def _base(path: Path, config: RunConfig, labels: Sequence[str]) -> Loaded:
+    """The base model that a run began with. Raises InputError if it is another one now."""
+    try:
+        loaded = _load(config, config.model.place, labels)
+    except InputError as error:
+        if local_folder(config.model.place) is not None:
+            raise
+        raise InputError(
+            f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
+        ) from error
+    return loaded_of(path, loaded)
 
 
 def _load(config: RunConfig, name: str, labels: Sequence[str], *, whole: bool = False) -> Loaded:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,8 @@ def load_model(
             mark_drawn(model, [f"{path}.weight" for path in before.drawn])
         elif came and initial == "pretrained":
             digest = files_sha256(name, weight_files(name, folder))
-            model = load_quantised(
-                name, came, lambda more: _pretrained(name, folder, config, task, DTYPES[dtype], more)
-            )
+            load = partial(_pretrained, name, folder, config, task, DTYPES[dtype])
+            model = load_quantised(name, came, DTYPES[dtype], load)
         elif initial == "scratch":
             with usable(f"model {name}: no model can be made from {folder / CONFIG}"):
                 model = TASKS[task].from_config(config, dtype=DTYPES[dtype]).eval()

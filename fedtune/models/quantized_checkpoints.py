@@ -22,6 +22,7 @@ from fedtune.models.quantize import (
     QuantizedLinear,
     of_state,
     put,
+    quantized_parameters,
     require_bitsandbytes,
     shapes_of,
 )
@@ -59,6 +60,12 @@ def came_quantised(config: PretrainedConfig, wanted: str, name: str, *, scratch:
         return ""
     settings = about if isinstance(about, dict) else about.to_dict()
     method = str(settings.get("quant_method") or "bitsandbytes").lower()
+    if method == "bitsandbytes" and not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        raise InputError(
+            f"model {name}: quantization_config in its config.json is of bitsandbytes, and says neither "
+            "load_in_4bit nor load_in_8bit; set the one that its weights have to true, or take "
+            "quantization_config out if they have none"
+        )
     came = _of_bitsandbytes(settings) if method == "bitsandbytes" else method
     if wanted not in ("none", came):
         raise InputError(
@@ -79,13 +86,14 @@ def came_quantised(config: PretrainedConfig, wanted: str, name: str, *, scratch:
 
 
 def load_quantised(
-    name: str, came: str, load: Callable[[Mapping[str, Any]], PreTrainedModel]
+    name: str, came: str, dtype: torch.dtype, load: Callable[[Mapping[str, Any]], PreTrainedModel]
 ) -> PreTrainedModel:
     """The model of a quantised checkpoint.
 
     Args:
         name: The model's.
         came: As `came_quantised` gives it.
+        dtype: Of what is not quantised.
         load: Loads it as transformers does, with these arguments besides.
 
     Raises:
@@ -94,6 +102,8 @@ def load_quantised(
     model = load({"device_map": {"": "cpu"}})
     if came in ("nf4", "fp4", "int8"):
         _take_over(model, name)
+    elif not quantized_parameters(model):  # widened: some packages do that in a dtype of their own
+        nn.Module.to(model, dtype)
     _forget(model)
     return model
 
