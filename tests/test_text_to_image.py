@@ -377,3 +377,76 @@ def test_what_does_not_go_with_pictures(said: str, change: dict[str, Any]) -> No
     document = {"model": {"task": "text-to-image"}, "method": {"name": "fedavg"}, **change}
     with pytest.raises(InputError, match=said):
         parse_config(document, "c.yaml")
+
+
+def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "picture.png"
+    assert done.draw_to(PROMPTS[0], out, seed=5) == out
+    drawing = Drawing(steps=20, guidance=3.0)
+    (wanted,) = draw_pictures(done.model(), done.tokenizer(), PROMPTS[:1], [5], drawing)
+    with Image.open(out) as image:
+        assert np.array_equal(np.asarray(image).transpose(2, 0, 1), wanted.numpy())
+    for text, prompt, place in (
+        ("exists already", PROMPTS[0], out),
+        ("written as .png", PROMPTS[0], tmp_path / "picture.jpg"),
+        ("no folder", PROMPTS[0], tmp_path / "none" / "picture.png"),
+        ("the prompt is empty", " ", tmp_path / "empty.png"),
+    ):
+        with pytest.raises(InputError, match=text):
+            done.draw_to(prompt, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    with pytest.raises(InputError, match="is of a text-to-image model"):
+        done.generate(PROMPTS)
+
+
+@pytest.mark.parametrize("command", ["plan", "diagnose", "data_report"])
+def test_commands_that_know_texts_alone(pipeline: Path, pictures: Path, command: str) -> None:
+    with pytest.raises(InputError, match=r"is not there for model\.task: text-to-image"):
+        getattr(fedtune, command)(configuration(pipeline, pictures))
+
+
+def test_results_are_scored_again_and_reported(done: fedtune.Run, tmp_path: Path) -> None:
+    found = fedtune.evaluate(str(done.path), ["denoising-loss"])
+    assert found["scores"]["global"] == done.scores
+    page = done.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "denoising" in page and "<h2>Pictures</h2>" not in page
+
+
+def test_pictures_of_rounds_and_arrivals(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    config = configuration(pipeline, pictures, rounds=1, arrival="asynchronous")
+    prompts = [
+        "a red circle on a blue background",
+        {"text": "a sks square", "says": "two red stars on a blue background"},
+    ]
+    drawn = {"prompts": prompts, "steps": 2, "each": 3}
+    config["evaluation"] = {"tasks": ["pixel-check"], "pictures": drawn, "arrivals": True}
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    files = sorted(file.name for file in (run.path / "pictures").iterdir())
+    assert files == [
+        "round-0000.png",
+        "round-0001-arrival-0001.png",
+        "round-0001-arrival-0002.png",
+        "round-0001.png",
+    ]
+    with Image.open(run.path / "pictures" / "round-0001.png") as image:
+        assert image.size == (3 * (96 + 4) + 4, 2 * (96 + 4) + 4)
+    last = (run.path / "pictures" / "round-0001-arrival-0002.png").read_bytes()
+    assert last == (run.path / "pictures" / "round-0001.png").read_bytes()
+    assert set(run.scores["pixel-check"]) >= {"shown", "shown/background", "shown/colour", "shown/shape"}
+    page = run.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4
+
+
+def test_the_same_bits_in_a_simulation_with_a_sum_that_nobody_sees(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    config = configuration(pipeline, pictures, rounds=1)
+    plain = fedtune.run(config, out=tmp_path / "plain", progress=False)
+    federation = {"secure_aggregation": {"threshold": 2}}
+    summed = fedtune.run({**config, "federation": federation}, out=tmp_path / "summed", progress=False)
+    assert (plain.path / "final" / LORA).read_bytes() == (summed.path / "final" / LORA).read_bytes()

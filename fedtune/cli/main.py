@@ -16,6 +16,7 @@ from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
 from fedtune.cli.display import Json, Plugin, print_json, show_run
+from fedtune.cli.generate import generate
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
@@ -234,6 +235,7 @@ def evaluate(
 
 
 app.command(no_args_is_help=True)(report)
+app.command(no_args_is_help=True)(generate)
 
 
 @app.command(no_args_is_help=True)
