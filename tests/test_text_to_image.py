@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -450,3 +451,25 @@ def test_the_same_bits_in_a_simulation_with_a_sum_that_nobody_sees(
     federation = {"secure_aggregation": {"threshold": 2}}
     summed = fedtune.run({**config, "federation": federation}, out=tmp_path / "summed", progress=False)
     assert (plain.path / "final" / LORA).read_bytes() == (summed.path / "final" / LORA).read_bytes()
+
+
+def test_real_pictures_from_loading_to_a_result(shared_data: Path, pipeline: Path, tmp_path: Path) -> None:
+    for subject in ("dog", "backpack", "teapot"):
+        shutil.copytree(shared_data / "dreambooth" / subject, tmp_path / "pictures" / subject)
+    config = configuration(pipeline, tmp_path / "pictures", rounds=1)
+    config["data"]["pictures"] = {"caption": "a photo of sks {folder}", "flip": True}
+    config["data"]["partition"], config["data"]["clients"] = {"name": "iid"}, 3
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    partition = json.loads((run.path / "partition.json").read_text())
+    assert len(partition["clients"]) == 3
+    assert sum(client["examples"] for client in partition["clients"]) + partition["held_out"] >= 12
+    assert load_file(run.path / "final" / LORA)
+
+
+def test_the_same_bits_in_flowers_simulation(
+    done: fedtune.Run, pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("flwr")
+    config = {**configuration(pipeline, pictures), "transport": {"name": "flower-simulation"}}
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    assert (run.path / "final" / LORA).read_bytes() == (done.path / "final" / LORA).read_bytes()
