@@ -1,7 +1,7 @@
-"""Pre-train the bundled text-to-image pipeline and its CLIP from nothing, on drawn shapes, on a CPU.
+"""Pre-train a small text-to-image pipeline and a CLIP from nothing, on drawn shapes, on a CPU.
 
-    nice -n 19 python reproduce/pretrain_pictures.py [--part all] [--steps 6000] [--out FOLDER]
-    python reproduce/pretrain_pictures.py --part scores   # what the weights in --out can do
+    nice -n 19 python reproduce/pretrain_pictures.py --out FOLDER [--part all] [--steps 6000]
+    python reproduce/pretrain_pictures.py --out FOLDER --part scores   # what its weights can do
 
 An autoencoder, a CLIP and a UNet with its text encoder are trained one after another, each from --seed. The
 UNet's weights are averaged over the last tenth of its steps or so (Karras et al., "Analyzing and Improving
@@ -45,7 +45,6 @@ from transformers import (
 from fedtune.data import shapes
 from fedtune.data.shapes import Figure, Floats
 
-OUT = Path(__file__).resolve().parent.parent / "fedtune" / "models" / "bundled_pictures"
 WIDTH = 64  # of both text encoders and of CLIP's pictures
 LATENTS = 6  # channels of a latent, at half a picture's side
 BATCH = 32  # pictures of one UNet step
@@ -345,7 +344,7 @@ def progress(what: str, step: int, steps: int, loss: Tensor, began: float) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pre-train the bundled text-to-image pipeline.")
+    parser = argparse.ArgumentParser(description="Pre-train a small text-to-image pipeline.")
     parser.add_argument("--part", choices=("all", "autoencoder", "clip", "unet", "scores"), default="all")
     parser.add_argument("--steps", type=int, default=6000, help="of the UNet")
     parser.add_argument("--autoencoder-steps", type=int, default=1600)
@@ -353,7 +352,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=500, help="steps between two scores of the UNet")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out, part = arguments.out, arguments.part

@@ -1,4 +1,4 @@
-"""What the bundled text-to-image pipeline and its CLIP can do, on drawn shapes of their own seeds."""
+"""What a pipeline of pretrain_pictures.py and its CLIP can do, on drawn shapes of their own seeds."""
 
 from __future__ import annotations
 

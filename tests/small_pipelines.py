@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from reproduced import load
 
 from fedtune.models.load import seeded
-from fedtune.models.pipelines import bundled_pipeline
 
 SIDE = 16  # pixels: 8 x 8 latents
 
@@ -18,9 +18,9 @@ SIDE = 16  # pixels: 8 x 8 latents
 def save_pipeline(folder: Path, *, prediction: str = "epsilon", spreads: bool = False) -> Path:
     """Writes a Stable Diffusion pipeline of two levels; `spreads`: its autoencoder gives mean and spread."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = CLIPTokenizer.from_pretrained(bundled_pipeline() / "tokenizer")
+    tokenizer = load("pretrain_pictures").tokenizer(folder / "tokenizer")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     text |= {"num_hidden_layers": 1, "max_position_embeddings": 24, "vocab_size": len(tokenizer)}
@@ -74,6 +74,24 @@ def save_pipeline(folder: Path, *, prediction: str = "epsilon", spreads: bool = 
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """Writes a CLIP with random weights, for pictures of 16 pixels and captions of 8 tokens."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    tokenizer = load("pretrain_pictures").tokenizer(folder)
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    size |= {"num_hidden_layers": 1, "projection_dim": 8}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 8}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = size | {"image_size": SIDE, "patch_size": 8}
+    with seeded(1):
+        model = CLIPModel(CLIPConfig(text_config=size | text | ends, vision_config=vision, projection_dim=8))
+    model.save_pretrained(folder)
+    side = {"height": SIDE, "width": SIDE}
+    CLIPImageProcessorPil(size=side, crop_size=side).save_pretrained(folder)
     return folder
 
 

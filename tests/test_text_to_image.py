@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from small_pipelines import SIDE, configuration, save_pictures, save_pipeline
+from PIL import Image
+from small_pipelines import SIDE, configuration, save_clip, save_pictures, save_pipeline
 
 import fedtune
 from fedtune.config.file import parse_config
@@ -362,7 +363,13 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("method.name: fedbiot is not there", {"method": {"name": "fedbiot"}}),
     ("method.trainable: prompt is not there", {"method": {"name": "fedavg", "trainable": "prompt"}}),
     ("method.lora.use_dora is not there", {"method": {"name": "fedavg", "lora": {"use_dora": True}}}),
-    ("model.quantization: nf4", {"model": {"task": "text-to-image", "quantization": "nf4"}}),
+    ("model.quantization: nf4", {"model": {"name": "m", "task": "text-to-image", "quantization": "nf4"}}),
+    ("model.name: bundled is not there", {"model": {"task": "text-to-image"}}),
+    ("transport.name: flower is not there", {"transport": {"name": "flower"}}),
+    (
+        "clip-score needs evaluation.pictures.clip",
+        {"evaluation": {"tasks": ["clip-score"], "pictures": {"prompts": ["a"]}}},
+    ),
     ("task rouge-l is not for", {"evaluation": {"tasks": ["rouge-l"]}}),
     (
         "clip-score needs evaluation.pictures.prompts",
@@ -375,14 +382,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("said,change", REFUSED, ids=[said for said, _ in REFUSED])
 def test_what_does_not_go_with_pictures(said: str, change: dict[str, Any]) -> None:
-    document = {"model": {"task": "text-to-image"}, "method": {"name": "fedavg"}, **change}
+    document = {"model": {"name": "m", "task": "text-to-image"}, "method": {"name": "fedavg"}, **change}
     with pytest.raises(InputError, match=said):
         parse_config(document, "c.yaml")
 
 
 def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> None:
-    from PIL import Image
-
     out = tmp_path / "picture.png"
     assert done.draw_to(PROMPTS[0], out, seed=5) == out
     drawing = Drawing(steps=20, guidance=3.0)
@@ -416,8 +421,6 @@ def test_results_are_scored_again_and_reported(done: fedtune.Run, tmp_path: Path
 
 
 def test_pictures_of_rounds_and_arrivals(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     config = configuration(pipeline, pictures, rounds=1, arrival="asynchronous")
     prompts = [
         "a red circle on a blue background",
@@ -473,3 +476,69 @@ def test_the_same_bits_in_flowers_simulation(
     config = {**configuration(pipeline, pictures), "transport": {"name": "flower-simulation"}}
     run = fedtune.run(config, out=tmp_path / "run", progress=False)
     assert (run.path / "final" / LORA).read_bytes() == (done.path / "final" / LORA).read_bytes()
+
+
+def test_the_clip_score_is_that_of_transformers(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    clip = save_clip(tmp_path / "clip")
+    long = "a small white heart on a black background with a toy in the background"  # 15 tokens, of 8
+    prompts = [{"text": "a sks square", "says": "two red stars", "subject": "sks"}, {"text": long}]
+    config = configuration(pipeline, pictures)
+    config["method"] = {"name": "zero-shot"}
+    drawn = {"prompts": prompts, "steps": 2, "each": 2, "clip": str(clip)}
+    config["evaluation"] = {"tasks": ["clip-score"], "pictures": drawn}
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    with Image.open(run.path / "pictures" / "round-0000.png") as sheet:
+        grid = np.asarray(sheet)
+    model = CLIPModel.from_pretrained(clip).eval()
+    processor = CLIPProcessor.from_pretrained(clip)
+    cosines = []
+    for row, text in enumerate(("two red stars", long)):
+        shown = [
+            grid[4 + row * 100 : 100 + row * 100 : 6, 4 + at * 100 : 100 + at * 100 : 6] for at in (0, 1)
+        ]
+        given = processor(
+            text=text, images=shown, return_tensors="pt", padding="max_length", truncation=True, max_length=8
+        )
+        with torch.no_grad():
+            found = model(**given)
+        cosines.append(float((found.logits_per_image / model.logit_scale.exp()).mean()))
+    scores = run.scores["clip-score"]
+    assert scores["clip_score"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
+    assert scores["cut"] == 1 and -1 <= scores["clip_image_score"] <= 1
+    (first, *_) = run.rounds
+    assert first["eval_notes"]["clip-score"] == ["1 of 2 texts are cut to 8 tokens"]
+    with pytest.raises(InputError, match="holds no CLIP model"):
+        fedtune.run(
+            config, f"evaluation.pictures.clip={tmp_path / 'none'}", out=tmp_path / "no", progress=False
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_bfloat16_weights_and_float32_factors(pictures: Path, tmp_path: Path) -> None:
+    folder = save_pipeline(tmp_path / "pipeline", spreads=True, prediction="v_prediction")
+    config = configuration(folder, pictures, rounds=1)
+    config["model"] |= {"dtype": "bfloat16", "diffusion": {"snr_gamma": 5.0, "draws": 2}}
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    factors = load_file(run.path / "final" / LORA)
+    assert {tensor.dtype for tensor in factors.values()} == {torch.float32}
+    assert any(tensor.abs().max() > 0 for name, tensor in factors.items() if "lora_B" in name)
+    assert run.scores["denoising-loss"]["denoising_loss"] > 0
+
+
+def test_an_autoencoder_without_numbers_is_named(pipeline: Path, pictures: Path) -> None:
+    model = loaded(pipeline)
+    with torch.no_grad():
+        next(model.vae.parameters()).fill_(torch.nan)
+    pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"autoencoder gives NaN or infinity in float32; set model\.dtype"):
+        model.moments(pixels, torch.tensor([False]))
+
+
+def test_a_side_that_the_unet_cannot_halve(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    config = configuration(pipeline, pictures)
+    config["data"]["pictures"] = {"side": 18}
+    with pytest.raises(InputError, match=r"data\.pictures\.side must be a multiple of 4 .* got 18"):
+        fedtune.run(config, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

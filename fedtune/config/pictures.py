@@ -52,7 +52,7 @@ class Drawn(Settings):
     """The pictures that tasks look at."""
 
     prompts: Prompts = Field(default_factory=list)  # texts, or each with what CLIP should see; bundled: own
-    clip: str = "bundled"  # bundled, or a folder of a CLIP model
+    clip: str | None = Field(None, min_length=1)  # a folder of a CLIP model, for clip-score
     steps: int = Field(20, ge=1)  # of the scheduler, a picture
     guidance: float = Field(3.0, ge=1)  # the caption's guess over the one without; 1: the caption's alone
     each: int = Field(4, ge=1)  # pictures a prompt, each from a seed of its own

@@ -212,6 +212,8 @@ class RunConfig(Settings):
         makes = [task for task in self.evaluation.tasks if task in ("clip-score", "pixel-check")]
         if drawn is not None and makes and not drawn.prompts and self.data.train != "bundled":
             raise ValueError(f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of")
+        if drawn is not None and "clip-score" in makes and drawn.clip is None:
+            raise ValueError("task clip-score needs evaluation.pictures.clip: a folder of a CLIP model")
 
     def _enough_replies(self, robust: Robust, clients: int) -> None:
         everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round

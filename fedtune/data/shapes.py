@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes with captions, drawn: what the bundled text-to-image pipeline knows.
+"""Pictures of coloured shapes with captions, drawn: text-to-image data for trying out, in no file.
 
 Every draw comes from one numpy generator; the same seed gives the same pixels. `evaluation/shapes.py` reads
 such a picture back.

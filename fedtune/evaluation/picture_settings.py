@@ -31,7 +31,7 @@ class PictureSettings:
 
     Attributes:
         prompts: One row of pictures each.
-        clip: "bundled" or a folder.
+        clip: A folder; needed for CLIP scores.
         steps: Of the scheduler.
         guidance: Weight of the caption's guess over the one without.
         each: Pictures a prompt.
@@ -40,7 +40,7 @@ class PictureSettings:
     """
 
     prompts: tuple[PicturePrompt, ...] = ()
-    clip: str = "bundled"
+    clip: str | None = None
     steps: int = 20
     guidance: float = 3.0
     each: int = 4

@@ -29,14 +29,13 @@ from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 from fedtune.models.boundary import usable
 from fedtune.models.folders import WEIGHTS, weight_files
 from fedtune.models.load import quiet
-from fedtune.models.pipelines import Drawing, bundled_clip, draw_pictures
+from fedtune.models.pipelines import Drawing, draw_pictures
 from fedtune.models.text_to_image import TextToImage, text_to_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEVELS = 8  # time steps that a held-out picture is looked at, evenly spread
-BUNDLED = "bundled"
 _KEY = "pictures"  # of what tasks of one model share
 
 
@@ -76,6 +75,8 @@ def _clip_score(env: EvalEnv) -> Outcome:
     """Mean cosine of pictures and what their prompts say, and of pictures and the subject's held-out ones."""
     base, settings = _pipeline(env)
     made = _made(env)  # (prompts, each, 3, side, side)
+    if settings.clip is None:
+        raise InputError("clip-score needs evaluation.pictures.clip: a folder of a CLIP model")
     clip = load_clip(settings.clip)
     texts, cut = clip.texts([prompt.wanted for prompt in settings.prompts])
     pictures = torch.stack([clip.pictures(some) for some in made])  # (prompts, each, width)
@@ -181,14 +182,14 @@ def load_clip(name: str) -> Clip:
     """A CLIP in float32 on the CPU.
 
     Args:
-        name: "bundled", or a folder of a CLIP model with its tokenizer and image processor.
+        name: A folder of a CLIP model with its tokenizer and image processor.
 
     Raises:
         InputError: There is none, or it is no CLIP.
     """
     from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    folder = bundled_clip() if name == BUNDLED else Path(name).expanduser()
+    folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         raise InputError(f"evaluation.pictures.clip: {folder} holds no CLIP model: it has no config.json")
     if not (folder / WEIGHTS).is_file():

@@ -7,7 +7,6 @@ runs.
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from fedtune.errors import InputError
 from fedtune.models.boundary import first_line, usable
 from fedtune.models.folders import CONFIG, PIPELINE, files_sha256, of_revision
 from fedtune.models.load import DTYPES, Loaded, quiet
-from fedtune.models.names import BUNDLED
 from fedtune.models.text_to_image import PREDICTIONS, Learning, TextToImage, text_to_image
 
 if TYPE_CHECKING:
@@ -46,16 +44,6 @@ WEIGHTS = {
 KNOWN = "Stable Diffusion 1.x and 2.x: a UNet2DConditionModel, an autoencoder and one CLIP text encoder"
 
 
-def bundled_pipeline() -> Path:
-    """Where the bundled pipeline's files are."""
-    return Path(str(importlib.resources.files("fedtune.models") / "bundled_pictures"))
-
-
-def bundled_clip() -> Path:
-    """Where the bundled CLIP's files are."""
-    return bundled_pipeline() / "clip"
-
-
 def require_diffusers() -> Any:
     """Diffusers. Raises InputError where it is not installed."""
     try:
@@ -69,7 +57,7 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
     """Loads a pipeline as one module, with its tokenizer.
 
     Args:
-        name: "bundled", a folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
+        name: A folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
         dtype: Of all weights, a name in `DTYPES`.
         base: The folder that relative names start from.
         learning: How the loss is taken.
@@ -127,13 +115,11 @@ def pipeline_folder(name: str, base: Path) -> Path:
     Raises:
         InputError: There is neither such a folder nor such a hub name within reach.
     """
-    if name == BUNDLED:
-        return bundled_pipeline()
     folder = base / Path(name).expanduser()
     if folder.is_dir():
         return folder
     hub, revision = of_revision(name)
-    require_hub_name(hub, base, "model.name", [BUNDLED])
+    require_hub_name(hub, base, "model.name", [])
     say_asking(f"model {name}")
     wanted = [INDEX, *(f"{kind}/*.{end}" for kind in PARTS for end in ("json", "txt"))]
     wanted += [f"{kind}/{file}" for kind, file in WEIGHTS.items()]
