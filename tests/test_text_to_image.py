@@ -542,3 +542,41 @@ def test_a_side_that_the_unet_cannot_halve(pipeline: Path, pictures: Path, tmp_p
     with pytest.raises(InputError, match=r"data\.pictures\.side must be a multiple of 4 .* got 18"):
         fedtune.run(config, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_stable_diffusion_from_its_settings_alone(tmp_path: Path) -> None:
+    import diffusers
+    from transformers import CLIPTextConfig
+
+    from fedtune.planning.modules import trained_modules
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            block_out_channels=(320, 640, 1280, 1280),
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+    unet.save_config(tmp_path / "unet")
+    vae.save_config(tmp_path / "vae")
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    CLIPTextConfig(**size).save_pretrained(tmp_path / "text_encoder")
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
+    index = {name: ["diffusers", kind] for name, kind in parts.items()}
+    index |= {
+        name: ["transformers", kind]
+        for name, kind in (("text_encoder", "CLIPTextModel"), ("tokenizer", "CLIPTokenizer"))
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    config = configuration(tmp_path, tmp_path, lora={"rank": 4, "alpha": 4}, rounds=5)
+    # UNet 859,520,964, text encoder 123,060,480, autoencoder 83,653,863 and the factors of 16 x 8 layers
+    assert trained_modules(fedtune.load(config)) == [
+        "trained: LoRA on 128 linear layers; 797,184 of 1,067,032,491 parameters",
+        "sent: 3,188,736 bytes a client, round and way; 5 rounds",
+    ]

@@ -109,8 +109,33 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
     return Loaded(cast(Any, model), tokenizer, name, files_sha256(name, files), digests)
 
 
-def pipeline_folder(name: str, base: Path) -> Path:
-    """The local folder of a pipeline, downloaded from the hub if that is where it is.
+def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
+    """The parts of a pipeline on torch's meta device, from their config.json alone: no weights, no memory.
+
+    Raises:
+        InputError: As `load_pipeline`, but weights and tokenizer are neither needed nor read.
+    """
+    folder = pipeline_folder(name, base, weights=False)
+    diffusers = require_diffusers()
+    about = _index(name, folder)
+    import transformers
+
+    def built(kind: str) -> Any:
+        _require_file(name, folder / kind, CONFIG)
+        with usable(f"model {name}: its {kind} cannot be made from {folder / kind / CONFIG}"):
+            if kind == "text_encoder":
+                settings = transformers.CLIPTextConfig.from_pretrained(folder / kind, local_files_only=True)
+                return transformers.CLIPTextModel(settings).to(DTYPES[dtype])
+            part = getattr(diffusers, about[kind])
+            return part.from_config(part.load_config(folder / kind, local_files_only=True)).to(DTYPES[dtype])
+
+    with quiet(), without_reports(), torch.device("meta"):
+        unet, vae, text_encoder = (built(kind) for kind in WEIGHTS)
+    return TextToImage(unet, vae, text_encoder, scheduler=None, noising=None, name=name, learning=Learning())
+
+
+def pipeline_folder(name: str, base: Path, *, weights: bool = True) -> Path:
+    """The local folder of a pipeline, downloaded from the hub if that is where it is, with weights or not.
 
     Raises:
         InputError: There is neither such a folder nor such a hub name within reach.
@@ -122,7 +147,7 @@ def pipeline_folder(name: str, base: Path) -> Path:
     require_hub_name(hub, base, "model.name", [])
     say_asking(f"model {name}")
     wanted = [INDEX, *(f"{kind}/*.{end}" for kind in PARTS for end in ("json", "txt"))]
-    wanted += [f"{kind}/{file}" for kind, file in WEIGHTS.items()]
+    wanted += [f"{kind}/{file}" for kind, file in WEIGHTS.items() if weights]
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
