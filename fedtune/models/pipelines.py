@@ -125,7 +125,7 @@ def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
         with usable(f"model {name}: its {kind} cannot be made from {folder / kind / CONFIG}"):
             if kind == "text_encoder":
                 settings = transformers.CLIPTextConfig.from_pretrained(folder / kind, local_files_only=True)
-                return transformers.CLIPTextModel(settings).to(DTYPES[dtype])
+                return cast(Any, transformers.CLIPTextModel(settings)).to(DTYPES[dtype])
             part = getattr(diffusers, about[kind])
             return part.from_config(part.load_config(folder / kind, local_files_only=True)).to(DTYPES[dtype])
 
