@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.data.encoded import Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.reading import NONE_THERE, Reading
-from fedtune.data.shapes import SIZE, subject_pictures
+from fedtune.data.shapes import subject_pictures
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -238,11 +238,6 @@ def as_image(pixels: Any) -> Image:
     except ImportError as error:
         raise InputError(_LIBRARY) from error
     return Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def own_side() -> int:
-    """Pixels a side of the bundled pictures."""
-    return SIZE
 
 
 def _written(folder: Path) -> dict[str, str]:

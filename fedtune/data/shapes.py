@@ -28,7 +28,7 @@ RGB = {
 }
 COLOURS = tuple(RGB)
 PALETTE = np.array(list(RGB.values()), np.float32) / 127.5 - 1  # (colours, 3), in [-1, 1]
-SHAPES = ("circle", "square", "triangle", "cross")  # what the pipeline is trained to draw
+SHAPES = ("circle", "square", "triangle", "cross")  # what pre-training teaches a pipeline to draw
 OTHERS = ("diamond", "star", "heart", "ring")  # what only its autoencoder and CLIP have seen
 PATTERNS = ("striped", "dotted")  # so have these
 GRAIN = 0.03  # standard deviation of the noise on each pixel
@@ -58,7 +58,7 @@ class Figure:
 
     @property
     def held_out(self) -> bool:
-        """Whether the pipeline is never trained on colour, shape and background together; about 9 % are."""
+        """Whether pre-training leaves out colour, shape and background together; about 9 % are."""
         places = COLOURS.index(self.colour), (*SHAPES, *OTHERS).index(self.shape)
         return (places[0] * 7 + places[1] * 3 + COLOURS.index(self.background) * 5) % 11 == 0
 
