@@ -8,7 +8,7 @@ unset CDPATH
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 
-extras=dev,eval,report,flower,privacy,quant
+extras=dev,eval,report,flower,privacy,quant,image
 case ${FEDTUNE_NEWEST:-} in
     '' | 1) newest=${FEDTUNE_NEWEST:-} ;;
     *)

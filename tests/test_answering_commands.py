@@ -120,7 +120,7 @@ def test_a_classifier_names_classes_and_holds_no_conversation(tmp_path: Path, sa
     assert (status, out) == (0, f"zero-shot: {began}\nglobal: {tuned}\n")
     assert {began, tuned} <= set("abcd")
     status, out, err = said("chat", made.path, typed="w5\n")
-    assert (status, out) == (2, "") and "is a classifier and holds no conversation" in err
+    assert (status, out) == (2, "") and "is of task classification and holds no conversation" in err
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,7 @@ def test_a_classifier_names_classes_and_holds_no_conversation(tmp_path: Path, sa
     [
         (["RUN"], ["there is no prompt", "fedtune generate"]),
         (["RUN", " "], ["prompt 0 must be a text"]),
+        (["RUN", "x", "--out", "x.png"], ["--out is for text-to-image models"]),
         (["RUN", "x", "--name", "other"], ["no result named 'other'", "global, zero-shot"]),
         (["RUN", "x", "--top-p", "2"], ["top_p must be above 0 and at most 1, got 2.0"]),
         (["RUN", "x", "--max-new-tokens", "0"], ["max-new-tokens"]),

@@ -34,6 +34,7 @@ def plan(
     from fedtune.planning.plan import plan as plan_one
 
     settings, objects = with_objects(load(config, *overrides), data)
+    _texts_only(settings, "plan")
     return plan_one(settings, objects=objects).document
 
 
@@ -65,6 +66,7 @@ def data_report(
     from fedtune.planning.data_report import data_report as report
 
     settings, objects = with_objects(load(config, *overrides), data)
+    _texts_only(settings, "data")
     return report(settings, objects=objects, sample=sample, example=example)
 
 
@@ -143,6 +145,7 @@ def diagnose(
     from fedtune.federation.diagnose import diagnose as probe
 
     settings, objects = with_objects(load(config, *overrides), data)
+    _texts_only(settings, "diagnose")
     with shown(progress) as display:
         return probe(
             settings,
@@ -153,3 +156,9 @@ def diagnose(
             whole=whole,
             objects=objects,
         )
+
+
+def _texts_only(config: RunConfig, command: str) -> None:
+    """Raises InputError for a text-to-image model, of which a command knows nothing."""
+    if config.data.pictures is not None:
+        raise InputError(f"fedtune {command} is not there for model.task: {config.model.task}")

@@ -128,6 +128,8 @@ class Run:
         Raises:
             InputError: There is no result, or a prompt is empty or too long for the model.
         """
+        if self.config.data.pictures is not None:
+            raise InputError(f"{self.path} is of a text-to-image model; use draw_to")
         from fedtune.federation.answering import answers
         from fedtune.federation.recorded import trained_on_texts
 
@@ -142,6 +144,23 @@ class Run:
             seed=seed,
             texts=trained_on_texts(self.folder, self.config),
         )
+
+    def draw_to(self, prompt: str, out: str | Path, *, seed: int = 0, name: str = "global") -> Path:
+        """Writes a picture of a text-to-image model as PNG, with the run's own steps and guidance.
+
+        Args:
+            prompt: What it shows.
+            out: The file, which must not be there.
+            seed: Of the noise that it begins with.
+            name: Which result, as of `model`.
+
+        Raises:
+            InputError: There is no result, it makes no pictures, the prompt is empty, or `out` is taken.
+        """
+        from fedtune.federation.drawing import check_picture_file, drawn, write_picture
+
+        check_picture_file(Path(out))
+        return write_picture(drawn(self.config, self._result(name), prompt, seed), Path(out))
 
     def resume(
         self,

@@ -1,4 +1,4 @@
-"""`fedtune generate` and `fedtune chat`: a run's result answers, in the template that it was tuned in."""
+"""`fedtune generate` and `fedtune chat`: a run's result answers, in the template it was tuned in, or draws."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ def generate(
         list[str] | None,
         typer.Argument(metavar="[PROMPT]...", help="Instructions; without any, the lines of standard input."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file to write, of a text-to-image model; must not exist.")
+    ] = None,
     zero_shot: Beside = False,
     max_new_tokens: Tokens = None,
     temperature: Temperature = 0.0,
@@ -53,14 +56,29 @@ def generate(
 ) -> None:
     """Answer prompts with what a run made, in the template that it was tuned in.
 
-    A model that was tuned on plain texts continues them; a classifier names the class.
+    A model that was tuned on plain texts continues them; a classifier names the class; a text-to-image model
+    draws one prompt into --out.
 
     Example: fedtune generate runs/demo "Add 2 and 3." --zero-shot
+
+    Example: fedtune generate runs/mine "a photo of sks dog in the snow" --out picture.png
     """
     asked = list(prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not asked:
         raise InputError(f'there is no prompt; give one, as in fedtune generate {run} "Add 2 and 3."')
     opened = fedtune.open(run, *moved or [])
+    if opened.config.model.task == "text-to-image":
+        if zero_shot or max_new_tokens is not None or temperature or top_p != 1.0:
+            raise InputError(
+                f"{run} makes pictures: --zero-shot (there is --name {BEGAN}), --max-new-tokens, --temperature "
+                "and --top-p are for models that answer in words"
+            )
+        if out is None or len(asked) > 1:
+            raise InputError(f"{run} makes pictures: give one prompt, and --out, the PNG file to write")
+        print(opened.draw_to(asked[0], out, seed=seed, name=name))
+        return
+    if out is not None:
+        raise InputError(f"--out is for text-to-image models, and {run} answers in words")
     drawn: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -100,10 +118,8 @@ def chat(
     Example: fedtune chat runs/demo
     """
     opened = fedtune.open(run, *moved or [])
-    if opened.config.model.task == "classification":
-        raise InputError(
-            f"{run} is a classifier and holds no conversation; fedtune generate {run} names classes"
-        )
+    if (task := opened.config.model.task) != "causal-lm":
+        raise InputError(f"{run} is of task {task} and holds no conversation; use fedtune generate {run}")
     turns: list[dict[str, str]] = []
     drawn: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     opened.model(name)  # loaded, and what is wrong with it said, before anybody types

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from fedtune.config.partitions import ByField, FromFile, Given, Iid, OneFile
+from fedtune.config.pictures import Pictures
 from fedtune.core.settings import Settings
 from fedtune.data.batching import Name
 from fedtune.data.conversations import Format
@@ -87,6 +88,7 @@ class DataSettings(Settings):
     partition: SerializeAsAny[Settings] = Iid()
     holdout: Holdout = Holdout(fraction=0.1)
     public: Public | None = None
+    pictures: Pictures | None = None  # with model.task: text-to-image
 
     @model_validator(mode="before")
     @classmethod

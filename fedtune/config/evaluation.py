@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fedtune.config.pictures import Drawn
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 from fedtune.evaluation.judge_settings import JudgeSettings
@@ -35,6 +36,7 @@ class Evaluation(Settings):
     temperature: float = Field(0.8, gt=0)  # of those draws; one answer is greedy
     top_p: float = Field(1.0, gt=0, le=1)  # of those draws: the likeliest tokens with this probability in sum
     judge: JudgeSettings | None = None  # who marks answers, for mt-bench
+    pictures: Drawn | None = None  # with model.task: text-to-image
     code: CodeSettings = CodeSettings()  # how programs that the model wrote are run
 
     @field_validator("memory", mode="before")

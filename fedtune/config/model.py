@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedtune.config.pictures import Diffusion
 from fedtune.core.settings import Settings
 
 CARD = r"^cuda:\d{1,3}$"
@@ -23,7 +24,8 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # which implementation of it
     adapter: str | None = Field(None, min_length=1)  # PEFT folder, or a run, whose adapter is trained further
     initial: Literal["pretrained", "scratch"] = "pretrained"
-    task: Literal["causal-lm", "classification"] = "causal-lm"
+    task: Literal["causal-lm", "classification", "text-to-image"] = "causal-lm"
+    diffusion: Diffusion | None = None  # with task: text-to-image
     device: str | list[str] = "auto"
 
     @model_validator(mode="after")

@@ -13,18 +13,20 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config import pictures
 from fedtune.config.computing import Computing
 from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
 from fedtune.config.partitions import Given, Iid
+from fedtune.config.picture_rules import refusal as picture_refusal
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import TASKS, classifies
+from fedtune.evaluation.registry import TASKS, classifies, looks_at_pictures
 from fedtune.methods import registry
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
@@ -116,7 +118,8 @@ class RunConfig(Settings):
         model, data = (values.get(key, {}) if isinstance(values, dict) else None for key in ("model", "data"))
         if not isinstance(values, dict) or not isinstance(model, dict) or not isinstance(data, dict):
             return handler(values)
-        data, given = dict(data), "holdout" in data
+        values = pictures.filled(values)
+        data, given = dict(values.get("data", {})), "holdout" in data
         if model.get("name", "bundled") == "bundled":
             data.setdefault("template", "plain")
         if data.get("train", "bundled") == "bundled":
@@ -128,6 +131,9 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        parts = (self.model, self.data, self.evaluation, self.method, self.transport.name)
+        if reason := picture_refusal(*parts):
+            raise ValueError(reason)
         if self.model.dtype == "float16" and not self.method.float16:
             raise ValueError(
                 "model.dtype: float16 is for methods that move no weights in it, such as fedkseed; "
@@ -192,11 +198,22 @@ class RunConfig(Settings):
             )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
-        if self.model.task == "classification":
-            for task in self.evaluation.tasks:
-                if not classifies(task):
-                    raise ValueError(f"task {task} needs generated text; model.task is classification")
+        for task in self.evaluation.tasks:
+            if looks_at_pictures(task) != (self.model.task == pictures.TASK):
+                other = "for" if looks_at_pictures(task) else "not for"
+                raise ValueError(f"task {task} is {other} model.task: {pictures.TASK}, got {self.model.task}")
+            if self.model.task == "classification" and not classifies(task):
+                raise ValueError(f"task {task} needs generated text; model.task is classification")
+        self._some_prompts()
         return self
+
+    def _some_prompts(self) -> None:
+        drawn = self.evaluation.pictures
+        makes = [task for task in self.evaluation.tasks if task in ("clip-score", "pixel-check")]
+        if drawn is not None and makes and not drawn.prompts and self.data.train != "bundled":
+            raise ValueError(f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of")
+        if drawn is not None and "clip-score" in makes and drawn.clip is None:
+            raise ValueError("task clip-score needs evaluation.pictures.clip: a folder of a CLIP model")
 
     def _enough_replies(self, robust: Robust, clients: int) -> None:
         everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round

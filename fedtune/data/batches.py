@@ -25,7 +25,8 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     Returns:
         int64 tensors `input_ids` and `attention_mask`, (batch, tokens), and `labels`: (batch, tokens) padded
         with -100 for a causal model, (batch,) for classification, where an example has one label. Of rows
-        also `position_ids`, (batch, tokens), which begin at 0 with each example, and with the padding.
+        also `position_ids`, (batch, tokens), which begin at 0 with each example, and with the padding. Of
+        pictures also `pixels`, uint8 (batch, 3, side, side).
 
     Raises:
         ValueError: `items` is empty, or of both kinds.
@@ -41,6 +42,8 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     if items[0].parts:
         each = ((*item.parts, width - len(item.input_ids)) for item in items)
         places["position_ids"] = torch.tensor([[at for part in row for at in range(part)] for row in each])
+    if getattr(items[0], "pixels", None) is not None:
+        places["pixels"] = torch.stack([item.pixels for item in items])  # type: ignore[attr-defined]
     return {
         "input_ids": torch.tensor([_padded(item.input_ids, width, pad_id) for item in items]),
         "attention_mask": torch.tensor([_padded((1,) * len(item.input_ids), width, 0) for item in items]),

@@ -39,6 +39,8 @@ class Example:
         turns: Of a conversation all that is said; of a plain text that alone; else empty.
         tools: Of a conversation the tools that the assistant may call, as a JSON list; empty of none.
         choices: How many answers there are to choose from; the output is the letter of one. 0: any answer.
+        picture: Of a picture with a caption where its file is; the instruction is the caption, and the output
+            identifies the picture. Empty of a text.
     """
 
     instruction: str
@@ -48,10 +50,13 @@ class Example:
     turns: tuple[Turn, ...] = ()
     tools: str = ""
     choices: int = 0
+    picture: str = ""
 
     @property
     def form(self) -> str:
-        """instruction, conversation or text."""
+        """instruction, conversation, text or picture."""
+        if self.picture:
+            return "picture"
         if not self.turns:
             return "instruction"
         return "text" if self.turns[0].role == DOCUMENT else "conversation"

@@ -30,12 +30,14 @@ class Entry:
         summary: One line for people.
         classifier: Whether it can score a classifier, as the task itself says.
         asks: Whether it puts questions of its own into the run's template.
+        pictures: Whether it is for text-to-image models, and for no others.
     """
 
     module: str
     summary: str
     classifier: bool = False
     asks: bool = False
+    pictures: bool = False
 
 
 CHOICES_TASK = "multiple-choice"
@@ -69,6 +71,15 @@ OWN = {
     "humaneval-x-cpp": _humaneval("C++"),
     "humaneval-x-java": _humaneval("Java"),
     "humaneval-x-go": _humaneval("Go"),
+    "denoising-loss": Entry(
+        "pictures", "text-to-image: the loss on held-out pictures, with fixed noise", pictures=True
+    ),
+    "clip-score": Entry(
+        "pictures", "text-to-image: CLIP's cosine of pictures and what they should show", pictures=True
+    ),
+    "pixel-check": Entry(
+        "pictures", "text-to-image: share of pictures that show the drawn shape asked for", pictures=True
+    ),
     "humaneval-x": Entry("code", "HumanEval-X in Python, C++, Java and Go, over all and by language"),
 }
 
@@ -91,6 +102,11 @@ def classifies(task: str) -> bool:
         return OWN[task].classifier
     found = TASKS.get(task)
     return found is not None and found.classifier
+
+
+def looks_at_pictures(task: str) -> bool:
+    """Whether a task, by its name, is for text-to-image models."""
+    return task in OWN and OWN[task].pictures
 
 
 def refuse_unsuited(tasks: Sequence[str], examples: Sequence[Example]) -> None:

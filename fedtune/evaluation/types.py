@@ -32,12 +32,14 @@ from fedtune.evaluation.generation import Sampling, generate, prompt_room
 from fedtune.evaluation.judge_settings import JudgeSettings
 from fedtune.evaluation.likelihoods import example_losses
 from fedtune.evaluation.peaks import Peaks
+from fedtune.evaluation.picture_settings import PictureSettings
 from fedtune.evaluation.rows import Fields, read_rows
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.models.context import context_length
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +75,7 @@ class EvalSettings:
         seed: What draws and resamples are derived from.
         reserved: Tokens of the model's context that are kept free for the soft prompt which a run trains, so
             that models with and without it are scored on the same tokens.
+        pictures: What a text-to-image model is asked for; None of others.
     """
 
     template: str
@@ -96,6 +99,7 @@ class EvalSettings:
     bootstrap: int = 1000
     seed: int = 0
     reserved: int = 0
+    pictures: PictureSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,14 @@ class Outcome:
         more: Numbers without an error bar: parts by category, counts of what failed.
         notes: Sentences for people.
         details: What cannot be had again, one plain object an example: answers and what a judge said.
+        pictures: Those that were made, uint8 (prompts, pictures of each, 3, side, side); None of texts.
     """
 
     metrics: Mapping[str, Scored]
     more: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     details: Sequence[Mapping[str, Any]] = ()
+    pictures: Tensor | None = None
 
 
 class EvalEnv:
@@ -162,6 +168,7 @@ class EvalEnv:
         self.model, self.tokenizer, self.examples, self.settings = model, tokenizer, examples, settings
         self.peaks = peaks
         self.truncated: int | None = None  # prompts that lost their start; None before any was answered
+        self.shared: dict[str, Any] = {}  # what several tasks of this model need
         self.encoded = Counts()  # what became of the examples, once a loss or a class was asked for
 
     def file(self, task: str) -> Path:

@@ -32,7 +32,7 @@ from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.process import torch_told
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
-from fedtune.federation.room import Room, batching_of, example_room
+from fedtune.federation.room import Room, batching_of, example_room, picture_side
 from fedtune.federation.sources import public_examples
 from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
@@ -114,6 +114,7 @@ class Assembly:
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
             batching = batching_of(config, room)
+            side = picture_side(config, loaded.model)
 
             def encoded(items: Sequence[Example], whose: str, too_long: str | None = None) -> EncodedSet:
                 return encode_for(
@@ -124,6 +125,7 @@ class Assembly:
                     max_length=room.tokens,
                     whose=whose,
                     too_long=too_long,
+                    side=side,
                 )
 
             public = encoded(public_examples(config, split.reading), "the server's public examples")

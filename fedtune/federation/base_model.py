@@ -32,6 +32,13 @@ def load_base(
         InputError: As `load_model`.
     """
     model = config.model
+    if model.diffusion is not None and config.data.pictures is not None:
+        from fedtune.models.pipelines import load_pipeline  # diffusers only where it is used
+        from fedtune.models.text_to_image import Learning
+
+        own = model.diffusion
+        learning = Learning(own.snr_gamma, own.draws, config.data.pictures.flip, own.keep)
+        return load_pipeline(place or model.place, dtype=model.dtype, base=Path("."), learning=learning)
     loaded = load_model(
         place or model.place,
         dtype=model.dtype,

@@ -14,6 +14,7 @@ from fedtune.data.cache import key_of, tokenizer_sha256
 from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, texts
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
+from fedtune.data.pictures import encode_pictures
 from fedtune.data.prompts import prompts, sha256_of
 from fedtune.errors import InputError
 
@@ -27,8 +28,9 @@ def encode_for(
     max_length: int,
     whose: str,
     too_long: str | None = None,
+    side: int = 0,
 ) -> EncodedSet:
-    """Examples as token ids.
+    """Examples as token ids, of pictures with their pixels.
 
     Args:
         config: The run's configuration.
@@ -38,11 +40,17 @@ def encode_for(
         max_length: As `example_room` gives it.
         whose: Names their owner in errors: "client 3".
         too_long: None: as the configuration says.
+        side: Pixels of pictures, as `picture_side` gives it.
 
     Raises:
         InputError: An example cannot be encoded, or none is left.
     """
     data = config.data
+    if data.pictures is not None:
+        try:
+            return encode_pictures(examples, tokenizer, side=side, crop=data.pictures.crop, tokens=max_length)
+        except InputError as error:
+            raise InputError(f"{whose}: {error}") from None
     how = data.too_long if too_long is None else too_long
     try:
         if config.model.task == "classification":
@@ -101,8 +109,8 @@ class Keys:
     max_length: int
 
     def __call__(self, examples: Sequence[Example]) -> str | None:
-        """Of a client's examples; None of a tokenizer without, and where encoding says what is wrong."""
-        if self._tokenizer is None:
+        """Of a client's examples; None of pictures, and where a tokenizer or an example cannot have one."""
+        if self._tokenizer is None or self.config.data.pictures is not None:
             return None
         data = self.config.data
         settings: dict[str, Any] = {"max_length": self.max_length, "too_long": data.too_long}

@@ -262,7 +262,7 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
 
 def own_base(own: RunConfig, asked: RunConfig) -> RunConfig:
     """A run's configuration with its base model where, and held as, it was asked for."""
-    model = asked.model.model_dump(exclude={"initial", "task"})
+    model = asked.model.model_dump(exclude={"initial", "task", "diffusion"})
     return own.model_copy(update={"model": own.model.model_copy(update=model)})
 
 

@@ -15,6 +15,7 @@ from fedtune.models.context import positions
 from fedtune.models.names import BUNDLED, bundled_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
 LEAST = 8  # tokens of an example: what data.max_length asks for
@@ -72,6 +73,27 @@ def _room(config: RunConfig, limit: int | None) -> Room:
     )
 
 
+def picture_side(config: RunConfig, model: nn.Module) -> int:
+    """Pixels a side of a run's pictures; 0 of texts.
+
+    Raises:
+        InputError: The pipeline takes no pictures of that size.
+    """
+    pictures = config.data.pictures
+    if pictures is None:
+        return 0
+    from fedtune.models.text_to_image import text_to_image
+
+    pipeline = text_to_image(model)
+    assert pipeline is not None
+    side = pictures.side or pipeline.side
+    if side % pipeline.unit:
+        raise InputError(
+            f"data.pictures.side must be a multiple of {pipeline.unit} for {config.model.name}, got {side}"
+        )
+    return side
+
+
 def batching_of(config: RunConfig, room: Room) -> Batching:
     """How the run's examples become batches; a row of several is as long as one may be."""
     return Batching(config.data.batching, room.tokens)
@@ -92,12 +114,16 @@ def shortening(config: RunConfig, room: Room, *, lost: bool = False) -> list[str
 def known_room(config: RunConfig) -> Room | None:
     """As `example_room`, of a model that is on this machine; None of others: nothing is downloaded for it.
 
+    Captions are cut to what their text encoder sees; of them it is None too.
+
     Of the bundled model it is known without torch, which takes seconds to import.
 
     Raises:
         InputError: No example fits, or the model's configuration cannot be read.
     """
     name = config.model.name
+    if config.data.pictures is not None:
+        return None
     if name == BUNDLED:
         about = json.loads((bundled_folder() / "config.json").read_bytes())
         return _room(config, about["max_position_embeddings"])

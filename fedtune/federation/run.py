@@ -31,6 +31,7 @@ from fedtune.federation.connect import Deployment, check_transport, connected, s
 from fedtune.federation.devices import device_of
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import RunFolder, kept, refuse_existing
+from fedtune.federation.grids import keep_made
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal, written
 from fedtune.federation.notes import taken
@@ -275,8 +276,9 @@ class _Federation:
             self._progress.client(len(outcome.clients) + len(outcome.left_out))
             self._callbacks.clients(outcome)
             if config.evaluation.arrivals:
-                scores = self._evaluate((now, model)).result
-                arrivals.append({"clients": list(outcome.clients), "eval": scores})
+                scores = self._evaluate((now, model))
+                keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
+                arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
         quorum = self._quorum(len(cohort.clients), drawn=drawn)
         privacy: dict[str, Any] = {}
@@ -328,10 +330,8 @@ class _Federation:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
         if scores.result:
             self._scoring.enter_memory(entry["round"])
-        more = {"eval_clients": scores.models, "per_client": scores.per_client, "eval_notes": scores.notes}
-        entry |= {key: found for key, found in more.items() if found}
-        for line in scores.details:
-            self._folder.append("answers.jsonl", {"round": entry["round"], **line})
+        entry |= scores.more
+        keep_made(scores, self._folder, entry["round"])
         self._rounds.append(entry)
         self._folder.append("rounds.jsonl", entry)
         self._progress.scores(entry["round"], scores.result)

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
+from fedtune.data.shapes import SUBJECTS, backgrounds
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.peaks import Peaks
+from fedtune.evaluation.picture_settings import PicturePrompt, PictureSettings
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.assembly import Assembly
@@ -33,6 +35,13 @@ class Evaluated:
     per_client: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)  # by task
     details: list[dict[str, Any]] = field(default_factory=list)  # lines of answers.jsonl
+    pictures: dict[str, Tensor] = field(default_factory=dict)  # that a result made, by its name
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What a line of rounds.jsonl has beside the result's scores, where there is any of it."""
+        more = {"eval_clients": self.models, "per_client": self.per_client, "eval_notes": self.notes}
+        return {key: found for key, found in more.items() if found}
 
 
 def evaluate(
@@ -74,6 +83,12 @@ def evaluate(
         spread(outcomes, split.owners),
         {task: said for task, said in notes.items() if said},
         details,
+        {
+            name: outcome.pictures
+            for name, found in outcomes.items()
+            for outcome in found.values()
+            if outcome.pictures is not None
+        },
     )
 
 
@@ -119,6 +134,8 @@ class Scoring:
 def memory_for(config: RunConfig) -> str:
     """A batch of evaluation, and what makes it smaller, for a machine whose memory is too small."""
     evaluation = config.evaluation
+    if config.data.pictures is not None:
+        return "Pictures are made eight at a time: lower data.pictures.side, or set model.dtype=bfloat16."
     lower = ["evaluation.memory", "evaluation.batch_size", "data.max_length"]
     if config.model.task == "causal-lm":
         lower.append("evaluation.max_new_tokens")
@@ -142,7 +159,31 @@ def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
         judge=evaluation.judge,
         code=evaluation.code,
         memory=evaluation.memory_bytes,
+        pictures=picture_settings(config),
         **evaluation.model_dump(
-            exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code", "memory"}
+            exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code", "memory", "pictures"}
         ),
+    )
+
+
+def picture_settings(config: RunConfig) -> PictureSettings | None:
+    """What a text-to-image model is asked for: of the bundled pictures their subjects, without prompts."""
+    drawn, pictures = config.evaluation.pictures, config.data.pictures
+    if drawn is None or pictures is None:
+        return None
+    prompts = [PicturePrompt(one.text, one.says, one.subject) for one in drawn.prompts]
+    if not prompts and config.data.train == "bundled":
+        prompts = [
+            PicturePrompt(subject.caption(colour), subject.before(colour).caption(), subject.name)
+            for subject in SUBJECTS
+            for colour in backgrounds(subject)[-1:]
+        ]
+    return PictureSettings(
+        tuple(prompts),
+        drawn.clip,
+        drawn.steps,
+        drawn.guidance,
+        drawn.each,
+        pictures.side,
+        pictures.crop,
     )

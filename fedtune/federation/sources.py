@@ -11,6 +11,7 @@ from fedtune.core.seeds import numpy_generator
 from fedtune.data.examples import Example
 from fedtune.data.files import clients_in, is_here, is_pattern, left_over
 from fedtune.data.objects import ObjectData
+from fedtune.data.pictures import load_pictures
 from fedtune.data.reading import Reading
 from fedtune.data.sources import bundled_examples, has_parts, held_out_split, load_examples
 from fedtune.errors import InputError, nearest
@@ -40,6 +41,9 @@ def training_examples(config: RunConfig, objects: ObjectData | None, reading: Re
         reading.said += objects.said
         return objects
     reading.what = "data.train"
+    if data.pictures is not None:
+        found = load_pictures(data.train, "train", data.pictures.caption, reading)
+        return ObjectData(tuple(found), {})
     if data.clients == FILES:
         by_client = _by_client(config, data.train, data.split, reading)
         everything = tuple(example for part in by_client.values() for example in part)
@@ -79,6 +83,8 @@ def held_out_in_source(
     source, split = config.data.holdout.source, config.data.holdout.split
     assert source is not None
     reading.what = "data.holdout.source"
+    if (pictures := config.data.pictures) is not None:
+        return load_pictures(source, "test", pictures.caption, reading), []
     if source == "bundled":
         return bundled_examples("test"), []
     many = is_pattern(source, HERE) or (Path(source).is_dir() and not has_parts(Path(source)))

@@ -102,7 +102,7 @@ def train(
                 break
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
-            batches = drawn(env, group)
+            batches = drawn(env, group, step)
             with env.memory.step(batches.size, resident=[env.model, *stepper.resident()]):
                 with stepper.arriving(rate):
                     loss.join(add_gradient(env.model, batches, env.device))

@@ -19,6 +19,7 @@ from fedtune.core.types import ClientEnv
 from fedtune.data.batches import collate, on_device, trained_labels
 from fedtune.models.context import has_prefix, virtual_tokens
 from fedtune.models.lean_loss import batch_loss
+from fedtune.models.text_to_image import text_to_image
 
 Batch = Mapping[str, Tensor]
 
@@ -89,9 +90,18 @@ class StepBatches:
         return max((batch["input_ids"].numel() for batch in self.batches), default=0)
 
 
-def drawn(env: ClientEnv, group: Iterable[Sequence[int]]) -> StepBatches:
-    """The batches of one of a client's steps, from the indices of its rows."""
-    return StepBatches.of(env.model, (collate([env.rows[i] for i in part], env.pad_id) for part in group))
+def drawn(env: ClientEnv, group: Iterable[Sequence[int]], step: int) -> StepBatches:
+    """The batches of one of a client's steps, from the indices of its rows.
+
+    What a text-to-image model's loss needs beside the examples (noise, time steps) is drawn here, from the
+    client's stream of this round and step.
+    """
+    batches = [collate([env.rows[i] for i in part], env.pad_id) for part in group]
+    pipeline = text_to_image(env.model)
+    if pipeline is not None:
+        generator = env.generator("noise", step)
+        batches = [batch | pipeline.draws(batch["pixels"], generator) for batch in batches]
+    return StepBatches.of(env.model, batches)
 
 
 def trained_tokens(model: nn.Module, batch: Batch) -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from fedtune.models.text_to_image import TextToImage
+
 
 Names = Annotated[list[str], Field(min_length=1)]
 LoraTargets = Annotated[
@@ -148,11 +150,14 @@ class InBlocks(Settings):
     def attach(self, model: nn.Module, seed: int) -> nn.Module:
         """Makes `model` trainable as configured, in place; new parameters are drawn from `seed`."""
         from fedtune.models import lora  # here, so that settings are read without torch
+        from fedtune.models import text_to_image as pictures
         from fedtune.models import tuning as attach
         from fedtune.models.boundary import usable
 
         base = cast("PreTrainedModel", model)
         with usable(f"method.trainable {self.trainable} on a {type(model).__name__}"):
+            if isinstance(model, pictures.TextToImage):
+                return self._attach_to_pipeline(model, seed)
             if self.lora:
                 return lora.attach_lora(
                     base,
@@ -172,6 +177,20 @@ class InBlocks(Settings):
             if self.adapter:
                 return attach.attach_adapter(base, size=self.adapter.size, seed=seed)
             return attach.train_all(base)
+
+    def _attach_to_pipeline(self, model: TextToImage, seed: int) -> nn.Module:
+        from fedtune.models import text_to_image as pictures
+
+        if self.lora is None:
+            return pictures.train_unet(model)
+        return pictures.attach_lora(
+            model,
+            rank=self.lora.rank,
+            alpha=self.lora.alpha,
+            dropout=self.lora.dropout,
+            targets=self.lora.targets,
+            seed=seed,
+        )
 
 
 _FORMS = (

@@ -38,6 +38,7 @@ SETTINGS_FILES = (
     "tokenizer_config.json",
 )
 ADAPTER = "adapter_config.json"
+PIPELINE = "model_index.json"  # of diffusers
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -115,6 +116,10 @@ def require_config(name: str, folder: Path) -> None:
             )
         _check_sizes(name, folder / CONFIG)
         return
+    if (folder / PIPELINE).is_file():
+        raise InputError(
+            f"model {name}: {folder} holds a pipeline of diffusers; it goes with model.task: text-to-image."
+        )
     hint = "Give a folder made by save_pretrained."
     if (folder / ADAPTER).is_file():
         hint = "It holds a PEFT adapter, not a model: give its base model."

@@ -16,7 +16,7 @@ def bundled_folder() -> Path:
 def listing() -> list[dict[str, str]]:
     """What `model.name` can be: `name`, `summary` and `origin` of each kind."""
     bundled = "1 M parameters, comes with fedtune: Llama architecture, pre-trained on generated text"
-    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, safetensors"
+    folder = "a Hugging Face causal language model or RoBERTa/BERT classifier, or a Stable Diffusion pipeline"
     return [
         {"name": "bundled", "summary": bundled, "origin": "fedtune"},
         {"name": "FOLDER", "summary": folder, "origin": "this machine"},

@@ -33,9 +33,11 @@ from fedtune.models.ia3 import scaled_tensors
 from fedtune.models.load import REVISION, Loaded, quiet, seeded
 from fedtune.models.lora import joined_factors, joined_rank, lora_layers, lora_parameter, merged_weight
 from fedtune.models.names import BUNDLED
+from fedtune.models.picture_results import INDEX, LORA, load_pictures_lora, save_pictures
 from fedtune.models.portable import classes_of, mend_config, mend_tokenizer
 from fedtune.models.quantize import packed_layers, plain_state, quantized_parameters
 from fedtune.models.soft_prompt import mend_soft_prompt
+from fedtune.models.text_to_image import text_to_image
 from fedtune.models.tuning import attach_adapter, canonical_name, trainable
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,6 +80,9 @@ def save_result(
             "adapter to the model that it was made from (model.name), and merge it there."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if (pipeline := text_to_image(model)) is not None:
+        save_pictures(model, pipeline, tokenizer, folder, merge=merge)
+        return
     with quiet():
         if isinstance(model, PeftModel):
             if merge:
@@ -122,7 +127,9 @@ def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loa
         return _load_peft(folder, base_model_loader)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, base_model_loader)
-    if (folder / CONFIG).is_file():
+    if (folder / LORA).is_file():
+        return load_pictures_lora(folder, base_model_loader)
+    if (folder / CONFIG).is_file() or (folder / INDEX).is_file():
         return base_model_loader(str(folder.resolve()))
     raise InputError(f"{folder} holds no result: expected {CONFIG}, {PEFT_CONFIG} or {ADAPTER_CONFIG} in it.")
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from fedtune.config.schema import RunConfig
 from fedtune.methods import registry
+from fedtune.models.lora import lora_layers
 from fedtune.models.lora_targets import ALL_LINEAR, tuned_modules, tuned_text, unlinear
 from fedtune.models.memory_efficient import base_model
-from fedtune.models.tuning import count_parameters
+from fedtune.models.tuning import count_parameters, trainable
 from fedtune.planning.fake import Fakes
 
 
@@ -21,6 +22,8 @@ def trained_modules(config: RunConfig) -> list[str]:
     Raises:
         InputError: No such model or no config.json, or the method does not go with the model.
     """
+    if config.data.pictures is not None:
+        return _of_pipeline(config)
     base = Fakes().model(
         config.model.place,
         base=Path("."),
@@ -33,6 +36,24 @@ def trained_modules(config: RunConfig) -> list[str]:
     )
     model = registry.build(config.method, config.seed).client_model(lambda: base)
     return module_notes(config.method, model)
+
+
+def _of_pipeline(config: RunConfig) -> list[str]:
+    """The same of a text-to-image model, and what that sends."""
+    from fedtune.models.pipelines import meta_pipeline
+
+    base = meta_pipeline(config.model.place, dtype=config.model.dtype, base=Path("."))
+    method = registry.build(config.method, config.seed)
+    if config.method_name == "zero-shot":
+        return ["trained: nothing"]
+    model = method.client_model(lambda: base)
+    count, layers = count_parameters(model), len(lora_layers(model))
+    form = f"LoRA on {layers} linear layers" if layers else "all weights of the UNet"
+    lines = [f"trained: {form}; {count.trainable:,} of {count.total:,} parameters"]
+    if method.uses_wire:
+        size = sum(parameter.nbytes for parameter in trainable(model).values())
+        lines.append(f"sent: {size:,} bytes a client, round and way; {method.rounds} rounds")
+    return lines
 
 
 def module_notes(settings: Any, model: nn.Module) -> list[str]:

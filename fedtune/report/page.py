@@ -52,6 +52,7 @@ class RunData:
     summary: Mapping[str, Any]  # empty while the run goes on
     taken: Mapping[str, str] = field(default_factory=dict)  # what settings that are auto stood for
     changed: Sequence[str] = ()  # which of its inputs are not any more what it had
+    pictures: Mapping[str, bytes] = field(default_factory=dict)  # PNG files of what it drew, by their names
 
     def curve(self, task: str, metric: str) -> dict[int, float]:
         """A score by round, of the rounds that were evaluated."""
@@ -100,6 +101,7 @@ def read_run(path: Path, name: str) -> RunData:
         folder.summary() or {},
         read_json(path / "environment.json").get("taken", {}),
         tuple(changed),
+        {file.stem: file.read_bytes() for file in sorted((path / "pictures").glob("*.png"))},
     )
 
 
@@ -137,6 +139,8 @@ def report(runs: Sequence[RunData]) -> str:
         "<h2>On the way</h2>",
         *_curves(runs),
     ]
+    if any(run.pictures for run in runs):
+        parts += ["<h2>Pictures</h2>", "<p>A row a prompt, a column a seed.</p>", *_pictures(runs)]
     updates = _updates(runs)
     if updates:
         parts += ["<h2>Clients' updates</h2>", updates]
@@ -258,6 +262,17 @@ def _figure(title: str, draws: Sequence[Callable[[Axes], None]]) -> str:
         figure.savefig(svg, format="svg", metadata={"Date": None})
     text = base64.b64encode(svg.getvalue()).decode()
     return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{text}">'
+
+
+def _pictures(runs: Sequence[RunData]) -> Iterator[str]:
+    """The grids before any training and after each round that was evaluated, of all runs."""
+    for run in runs:
+        for name, png in run.pictures.items():
+            said, text = f"{run.name}: {name.replace('-', ' ')}", base64.b64encode(png).decode()
+            yield (
+                f"<figure><figcaption>{escape(said)}</figcaption>"
+                f'<img alt="{escape(said)}" src="data:image/png;base64,{text}"></figure>'
+            )
 
 
 def _drawn(name: str) -> str:

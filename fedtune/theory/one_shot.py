@@ -52,7 +52,7 @@ from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.method import FedAvg, State
 from fedtune.methods.fedavg.settings import Config
 from fedtune.methods.local_training import step_batches
-from fedtune.methods.step_loss import drawn
+from fedtune.methods.step_loss import StepBatches, drawn
 from fedtune.models.tuning import trainable
 from fedtune.theory.quantities import Measured, RoundEnd, schemes
 from fedtune.theory.trajectory import Diverged, Trajectory, distance, gradient, lent, norm, put, saved
@@ -229,7 +229,7 @@ class _Running:
             for step, group in enumerate(step_batches(env, self.multi)):
                 if step == steps:
                     break
-                self._step(one, many, env, group, sums)
+                self._step(one, many, drawn(env, group, step), sums)
                 furthest = max(distance(w.weights, start) for w in (one, many))
                 if not furthest < LIMIT:
                     raise Diverged(f"the weights are {furthest:g} from their start after {step + 1} steps")
@@ -242,11 +242,9 @@ class _Running:
         self,
         one: Trajectory,
         many: Trajectory,
-        env: ClientEnv,
-        group: Sequence[Sequence[int]],
+        batches: StepBatches,
         sums: Mapping[str, dict[str, Tensor]],
     ) -> None:
-        batches = drawn(env, group)
         rate, apart = one.rate, distance(one.weights, many.weights)
         generator = _random_state(self.device)
         put(self.parameters, one.weights)
@@ -288,7 +286,8 @@ class _Running:
             order = torch.randperm(
                 len(places), generator=torch_generator(self.seed, "smoothness", client, number)
             )
-            batch = drawn(envs[client], [[places[i] for i in order[: self.multi.batch_size].tolist()]])
+            some = [places[i] for i in order[: self.multi.batch_size].tolist()]
+            batch = drawn(envs[client], [some], number)
             put(self.parameters, first.weights)
             before = gradient(self.model, self.parameters, batch, self.device)
             put(self.parameters, last.weights)

@@ -83,7 +83,7 @@ def train_blocks(
                     others.enter_context(offloaded(env.model, settings.offload_params))
                 rate = settings.rate(step, total, env.round)
                 rate_sum += rate
-                batches = drawn(env, group)
+                batches = drawn(env, group, step)
                 with env.memory.step(batches.size, resident=[env.model, *active.resident(), *resident]):
                     with active.stepper.arriving(rate):
                         loss.join(add_gradient(env.model, batches, env.device))

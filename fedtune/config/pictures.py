@@ -1,0 +1,73 @@
+"""Settings of text-to-image models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fedtune.core.settings import Settings
+
+TASK = "text-to-image"
+
+
+class Diffusion(Settings):
+    """How the loss of a text-to-image model is taken; see text-to-image.md."""
+
+    snr_gamma: float | None = Field(None, gt=0)  # min-SNR weighting of the loss; null: none
+    draws: int = Field(1, ge=1)  # noises and time steps a picture and step; their mean is its loss
+    keep: bool = True  # latents of pictures and embeddings of captions, once computed
+
+
+class Pictures(Settings):
+    """How pictures are read and brought to one size."""
+
+    side: int | None = Field(None, ge=8)  # pixels; null: as the pipeline was trained
+    crop: Literal["center", "stretch", "pad"] = "center"  # the largest square, all of it, or white around
+    flip: bool = False  # each is mirrored with chance 1/2 in training
+    caption: str | None = Field(None, min_length=1)  # of pictures without one; {folder}: their folder's name
+
+
+class DrawnPrompt(Settings):
+    """What pictures are made of in evaluation."""
+
+    text: str = Field(min_length=1)  # what the pipeline is given
+    says: str | None = Field(None, min_length=1)  # what CLIP and the pixel check hold it to; null: the text
+    subject: str | None = None  # category of the held-out pictures that it should look like; null: all
+
+
+Prompts = Annotated[
+    list[DrawnPrompt],
+    BeforeValidator(
+        lambda given: (
+            [{"text": one} if isinstance(one, str) else one for one in given]
+            if isinstance(given, list)
+            else given
+        )
+    ),
+]
+
+
+class Drawn(Settings):
+    """The pictures that tasks look at."""
+
+    prompts: Prompts = Field(default_factory=list)  # texts, or each with what CLIP should see; bundled: own
+    clip: str | None = Field(None, min_length=1)  # a folder of a CLIP model, for clip-score
+    steps: int = Field(20, ge=1)  # of the scheduler, a picture
+    guidance: float = Field(3.0, ge=1)  # the caption's guess over the one without; 1: the caption's alone
+    each: int = Field(4, ge=1)  # pictures a prompt, each from a seed of its own
+
+
+def filled(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values with the blocks of text-to-image, where it is one and they are plain."""
+    model = values.get("model", {})
+    if not isinstance(model, dict) or model.get("task") != TASK:
+        return values
+    filled = dict(values)
+    for name, own in (("model", "diffusion"), ("data", "pictures"), ("evaluation", "pictures")):
+        block = values.get(name, {})
+        if isinstance(block, dict):
+            filled[name] = {**block, own: {} if block.get(own) is None else block[own]}
+    if isinstance(filled["evaluation"], dict):
+        filled["evaluation"].setdefault("tasks", ["denoising-loss"])
+    return filled

@@ -1,0 +1,284 @@
+"""Pictures with captions: a folder of them, as people and the hub have it, or the bundled shapes.
+
+A caption is that of `metadata.jsonl` (`file_name` and `text`), of a `.txt` beside the picture, or one for all
+(`data.pictures.caption`, in which {folder} stands for the name of the picture's folder). The first folder
+below the source is an example's category, so that `partition: by-field` gives a client each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.data.encoded import Counts, Encoded, EncodedSet
+from fedtune.data.examples import Example
+from fedtune.data.reading import NONE_THERE, Reading
+from fedtune.data.shapes import subject_pictures
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+ENDS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+METADATA = "metadata.jsonl"
+MOST_PIXELS = 64_000_000  # of one picture: 256 MB once decoded; a few kilobytes of a bomb decode to more
+BUNDLED = "bundled"
+_LIBRARY = "pictures need Pillow; install fedtune[image]"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(Encoded):
+    """One picture with its caption's tokens; counts as one trained label, as a classifier's example does.
+
+    Attributes:
+        pixels: uint8 (3, side, side).
+    """
+
+    pixels: Tensor | None = None
+
+
+class PictureList(Sequence[Picture]):
+    """Pictures of one owner."""
+
+    def __init__(self, items: Sequence[Picture]) -> None:
+        self._items = list(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._items[place]
+
+
+def load_pictures(source: str, split: str, caption: str | None, reading: Reading) -> list[Example]:
+    """The pictures of a source as examples: `instruction` is the caption, `output` the SHA-256 of the file.
+
+    Args:
+        source: "bundled", or a folder.
+        split: "train" or "test", of the bundled ones.
+        caption: For pictures that have none of their own; {folder} is the name of their folder.
+        reading: Whether bad ones are skipped; is told what was read.
+
+    Raises:
+        InputError: No folder, none in it, or one that is broken, animated, too large or has no caption.
+    """
+    if source == BUNDLED:
+        found = [
+            Example(
+                subject.caption(colour),
+                output=hashlib.sha256(pixels.tobytes()).hexdigest(),
+                category=subject.name,
+                picture=f"{BUNDLED}:{split}:{place}",
+            )
+            for place, (subject, colour, pixels) in enumerate(subject_pictures(split))
+        ]
+        reading.lines.append(f"{reading.what}: {len(found)} drawn pictures from the bundled set")
+        return found
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"{reading.what}: {folder} is no folder; pictures are read from a folder on this machine, got "
+            f"{source}"
+        )
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDS and f.is_file())
+    if not files:
+        raise InputError(f"{reading.what}: {folder} {NONE_THERE} Pictures end in {', '.join(sorted(ENDS))}.")
+    written, examples, bare = _written(folder), list[Example](), list[str]()
+    for file in files:
+        place = str(file.relative_to(folder))
+        said = _caption(file, written.get(place), caption)
+        if said is None:
+            bare.append(place)
+            continue
+        try:
+            open_picture(file)
+        except InputError as error:
+            if not reading.skip:
+                raise
+            reading.skipped.append((place, str(error).partition(": ")[2]))
+            continue
+        parents = file.relative_to(folder).parts[:-1]
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        examples.append(
+            Example(said, output=digest, category=parents[0] if parents else "", picture=str(file))
+        )
+    if bare:
+        raise InputError(
+            f"{reading.what}: {len(bare):,} of {len(files):,} pictures have no caption, the first is "
+            f"{bare[0]}. Write them into {METADATA} (file_name and text) or into a .txt beside each, or give "
+            'one for all in data.pictures.caption, as "a photo of sks dog"'
+        )
+    if lost := sorted(set(written) - {str(file.relative_to(folder)) for file in files}):
+        raise InputError(f"{folder / METADATA} names {lost[0]}, which is not there")
+    if not examples:
+        raise InputError(f"{reading.what}: {folder} {NONE_THERE} All its pictures are bad.")
+    reading.lines.append(f"{reading.what}: {len(examples):,} pictures from {folder}")
+    return examples
+
+
+def encode_pictures(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    side: int,
+    crop: str,
+    tokens: int,
+) -> EncodedSet:
+    """Pictures at one size and their captions as token ids, padded to the full length.
+
+    Args:
+        examples: As `load_pictures` gives them.
+        tokenizer: Of the pipeline.
+        side: Pixels.
+        crop: As `sized`.
+        tokens: Of a caption with its start and its end; longer ones are cut and counted.
+
+    Raises:
+        InputError: A picture is not there any more, or is broken.
+    """
+    import torch
+
+    items, cut = list[Picture](), 0
+    drawn: dict[str, list[Any]] = {}
+    for example in examples:
+        ids, was_cut = caption_ids(tokenizer, example.instruction, tokens)
+        cut += was_cut
+        if example.picture.startswith(f"{BUNDLED}:"):
+            _, split, place = example.picture.split(":")
+            if split not in drawn:
+                drawn[split] = [pixels for _, _, pixels in subject_pictures(split)]
+            image = as_image(drawn[split][int(place)])
+        else:
+            image = open_picture(Path(example.picture))
+        pixels = torch.from_numpy(np.asarray(sized(image, side, crop)).transpose(2, 0, 1).copy())
+        items.append(Picture(ids, (0,), pixels=pixels))
+    digests = [(example.instruction, example.output) for example in examples]
+    counts = Counts(examples=len(items), cut=cut, duplicates=len(digests) - len(set(digests)))
+    return EncodedSet(PictureList(items), counts)  # type: ignore[arg-type]  # a sequence, as it is used
+
+
+def caption_ids(
+    tokenizer: PreTrainedTokenizerBase, caption: str, tokens: int
+) -> tuple[tuple[int, ...], bool]:
+    """A caption's token ids, padded to `tokens`, and whether it was longer."""
+    whole = tokenizer(caption, truncation=False, verbose=False)["input_ids"]
+    ids = tokenizer(caption, truncation=True, max_length=tokens, padding="max_length")["input_ids"]
+    return tuple(ids), len(whole) > tokens
+
+
+def open_picture(file: Path) -> Image:
+    """A picture as RGB, upright. 16-bit grey is brought to 8 bits; what is transparent becomes white.
+
+    Raises:
+        InputError: It is broken, animated, or has more than `MOST_PIXELS`.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError(_LIBRARY) from error
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise InputError(
+                    f"{file}: it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(
+                    f"{file}: it is animated, with {getattr(image, 'n_frames', 1)} frames; save one of them"
+                )
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+                grey = np.asarray(upright, dtype=np.int64)
+                return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                clear = upright.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+            return upright.convert("RGB")
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{file}: it has too many pixels: {error}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise InputError(f"{file}: it is no picture that can be read: {error}") from error
+
+
+def sized(image: Image, side: int, crop: str) -> Image:
+    """A picture of `side` x `side` pixels.
+
+    Args:
+        image: RGB.
+        side: Pixels.
+        crop: `center`: the largest square in the middle. `stretch`: all of it. `pad`: all of it, with white
+            around.
+    """
+    from PIL import Image, ImageOps
+
+    how = Image.Resampling.BICUBIC
+    if crop == "stretch":
+        return image.resize((side, side), how)
+    if crop == "pad":
+        return ImageOps.pad(image, (side, side), how, color="white")
+    return ImageOps.fit(image, (side, side), how)
+
+
+def as_image(pixels: Any) -> Image:
+    """A picture of numbers in [-1, 1], (3, height, width)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(_LIBRARY) from error
+    return Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """Captions by the picture's place below the folder, of every metadata.jsonl in it."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob(METADATA)):
+        for number, row in _rows(file):
+            name, text = row.get("file_name"), row.get("text")
+            if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+                raise InputError(
+                    f'{file}, line {number}: it needs texts for "file_name" and "text", got {row!r:.80}'
+                )
+            found[str((file.parent / name).relative_to(folder))] = text.strip()
+    return found
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{file}, line {number}: it is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{file}, line {number}: it must be a JSON object, got {line[:80]}")
+        yield number, row
+
+
+def _caption(file: Path, written: str | None, everyone: str | None) -> str | None:
+    beside = file.with_suffix(".txt")
+    if written is not None:
+        return written
+    if beside.is_file():
+        try:
+            own = beside.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{beside} cannot be read: {error}") from error
+        return own or None
+    return None if everyone is None else everyone.replace("{folder}", file.parent.name.replace("_", " "))
