@@ -18,6 +18,7 @@ from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
 from fedtune.config.partitions import Given, Iid
+from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
@@ -55,6 +56,7 @@ class Federation(Settings):
     robust: Robust | None = None  # means that a few bad clients cannot move as far as they like
     weights: Weights = "examples"  # of a client in a mean; capped: at most the median of what all registered
     max_examples: int | None = Field(None, ge=1)  # a client that registers more counts as so many
+    wire: Wire = Wire()  # how updates travel
     max_norm_ratio: float | None = Field(100.0, gt=1)  # of an update to the others' median, in a plain mean
     max_loss_jump: Jump = "auto"  # nats of held-out loss that a round may add; auto: 3, any with privacy
 
@@ -184,6 +186,14 @@ class RunConfig(Settings):
                 raise ValueError(f"federation.robust: {reason}")
             if isinstance(self.data.clients, int):  # else it is known when the data are
                 self._enough_replies(self.federation.robust, self.data.clients)
+        if self.federation.wire.compresses:
+            reason = self.federation.wire.refusal(
+                registry.build(self.method, self.seed),
+                secure=self.federation.secure_aggregation is not None,
+                privacy=self.federation.privacy is not None,
+            )
+            if reason:
+                raise ValueError(f"federation.wire: {reason}")
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
         if self.federation.privacy is not None:

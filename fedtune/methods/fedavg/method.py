@@ -231,6 +231,15 @@ class FedAvg:
         stacked = self.config.aggregation == "stack"
         return robust.updates(self.config.lora, stacked=stacked, control=CONTROL)
 
+    def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
+        """Factors that a client draws anew are no change of what was there: all of them count, once."""
+        if self.config.aggregation == "stack" and (sparse or feedback):
+            return (
+                f"aggregation: stack has clients send factors of their own, whole; leave out "
+                f"{'top_k' if sparse else 'error_feedback'}, or take aggregation: mean or freeze-a"
+            )
+        return None
+
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""
         shapes = {name: tuple(w.shape) for name, w in state.weights.items()}
