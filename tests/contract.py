@@ -124,6 +124,13 @@ FORMS: dict[str, dict[str, Form]] = {
             {**LORA, **TWO, "aggregation": "stack", "lora": {"rank": 3, "client_ranks": [1, 3]}}
         ),
         "asynchronous": Form({**LORA, "rounds": 1, "arrival": "asynchronous"}),
+        "svd": Form({**LORA, **TWO, "aggregation": "svd"}),
+        "svd-unlike-ranks": Form(
+            {**LORA, **TWO, "aggregation": "svd", "lora": {"rank": 3, "client_ranks": [1, 3]}}
+        ),
+        "residual": Form({**LORA, "rounds": 3, "aggregation": "residual"}),
+        "refine": Form({**LORA, **TWO, "aggregation": "refine"}, family="roberta"),
+        "alternate": Form({**LORA, "rounds": 3, "aggregation": "alternate"}),
         "int4-top-k-errors": Form(
             {**LORA, "rounds": 3}, wire={"dtype": "int4", "top_k": 0.3, "error_feedback": True}
         ),

@@ -33,6 +33,8 @@ TRIED += [
     ("fedcybgd", "hybrid"),
     ("fedavg", "stack"),
     ("fedavg", "int4-top-k-errors"),
+    ("fedavg", "residual"),
+    ("fedavg", "alternate"),
 ]
 
 

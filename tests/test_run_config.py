@@ -116,6 +116,7 @@ FIELDS: Table = {
     "method.rounds": (2, {}),
     "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
     "method.aggregation": ("freeze-a", {}),
+    "method.ridge": (1.0, {"method.aggregation": "refine"}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.local_epochs": (2, {}),

@@ -116,13 +116,13 @@ def client_step(
                 state = probe.server_step(state, iter([reply]))
             if case.turn:  # of a client that has nothing yet
                 state = replace(state, turns=case.turn, held={})
-            order = next(iter(probe.plan(state, case.turn // len(cohort.clients) + 1, cohort)))
+            order = next(iter(probe.plan(state, case.turn // len(cohort.clients) + case.round, cohort)))
             errors = compression.empty_errors(order.expects, fakes.empty) if compression else {}
             repeats = _repeats(config) and (steps is None or steps > 1)
             meter = PartsMeter(repeats=repeats, beside=[errors])
             env = ClientEnv(
                 client=order.client,
-                round=1,
+                round=case.round,
                 seed=0,
                 model=nn.Module() if method.sends_model else model,
                 items=items,
@@ -279,12 +279,14 @@ class _Case:
         settings: The method's.
         turn: Whose turn it is, counted from 0, where blocks are trained in turns over the network.
         passed: Turns that have to be over, with what they changed.
+        round: From 1, where rounds differ.
         in_run: Whether such a step is one of the run's; else it is there for its operations.
     """
 
     settings: Any
     turn: int = 0
     passed: int = 0
+    round: int = 1
     in_run: bool = True
 
 
@@ -307,7 +309,8 @@ def _cases(config: Any, blocks: int, cohort: Cohort, together: int, most: int | 
     few |= {"local_steps": 1 if _repeats(config) else min(STEPS, most or STEPS), "local_epochs": None}
     fields = type(config).model_fields
     if "block_order" not in fields:
-        return [_Case(config.model_copy(update=few))]
+        alternates = getattr(config, "aggregation", "") == "alternate" and config.rounds > 1
+        return [_Case(config.model_copy(update=few), round=r) for r in ((1, 2) if alternates else (1,))]
     if "switch_interval" in fields:  # turns in one place: the first of either order can be chosen
         alone = few | {"block_order": "descending"}
         return [

@@ -171,7 +171,7 @@ def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Ten
 def _advance(method: Any, robust: RobustMean | None) -> Callable[[Any, list[Reply]], Any]:
     """How the server's state goes on, as far as the next orders' sizes depend on it."""
     config, server = method.config, method
-    if config.name == "fedavg" and config.aggregation != "stack":
+    if config.name == "fedavg" and config.aggregation not in ("stack", "residual"):
         return lambda state, replies: state  # the same tensors every round
     if config.name == "infinite-pool" and config.download == "model":
         return lambda state, replies: state
