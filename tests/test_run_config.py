@@ -214,6 +214,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "data.streaming",  # test_client_files.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
+    *(f"method.objective.{name}" for name in ("name", "beta")),  # test_preference.py
     "method.compile",  # test_compiled.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py

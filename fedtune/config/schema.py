@@ -27,6 +27,7 @@ from fedtune.data.reading import Reading
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS, classifies
 from fedtune.methods import registry
+from fedtune.methods.objective import Preferring, pairs_refusal
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
 
@@ -163,6 +164,16 @@ class RunConfig(Settings):
                 f"{self.model.dtype} and method.trainable {trains}, so that float32 weights are. Set "
                 "model.dtype: bfloat16 and method.trainable: full, or leave it out"
             )
+        if self.of_pairs:
+            reason = pairs_refusal(
+                format=self.data.format,
+                task=self.model.task,
+                batching=self.data.batching,
+                too_long=self.data.too_long,
+                adapter=self.model.adapter is not None,
+            )
+            if reason:
+                raise ValueError(f"method.objective: {reason}")
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         if self.data.format not in ("auto", "instruction") and self.model.task == "classification":
@@ -253,7 +264,12 @@ class RunConfig(Settings):
         """How records are to be read; a new one each time, in which a source says what it took them for."""
         classifies = self.model.task == "classification"
         form = "instruction" if classifies else self.data.format
-        return Reading(form, self.data.trees, self.data.bad_rows == "skip")
+        return Reading(form, self.data.trees, self.data.bad_rows == "skip", pairs=self.of_pairs)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether clients train on pairs of answers, of which one is preferred."""
+        return isinstance(self.method, Preferring) and self.method.objective.of_pairs
 
     @property
     def method_name(self) -> str:

@@ -39,6 +39,7 @@ class Example:
         turns: Of a conversation all that is said; of a plain text that alone; else empty.
         tools: Of a conversation the tools that the assistant may call, as a JSON list; empty of none.
         choices: How many answers there are to choose from; the output is the letter of one. 0: any answer.
+        rejected: Of a pair of answers the one that the output is preferred to; else empty.
     """
 
     instruction: str
@@ -48,6 +49,7 @@ class Example:
     turns: tuple[Turn, ...] = ()
     tools: str = ""
     choices: int = 0
+    rejected: str = ""
 
     @property
     def form(self) -> str:
@@ -58,12 +60,16 @@ class Example:
 
     def said(self) -> list[str]:
         """What identifies an example beside instruction, input, output and category: turns and tools."""
-        return [self.tools, *(part for turn in self.turns for part in (turn.role, turn.content, turn.more))]
+        pair = [self.rejected] if self.rejected else []
+        turns = (part for turn in self.turns for part in (turn.role, turn.content, turn.more))
+        return [self.tools, *turns, *pair]
 
     def document(self) -> dict[str, Any]:
         """As JSON has it, without what is empty of an instruction."""
         document = asdict(self)
         plain = _PLAIN if self.choices == 0 else (*_PLAIN, "choices")
+        if not self.rejected:
+            del document["rejected"]
         return document if self.turns else {key: document[key] for key in plain}
 
     @staticmethod

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
+from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
@@ -14,7 +15,7 @@ Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", 
 FROM_FACTORS = ("stack", "svd", "residual", "refine")  # whose server needs each client's factors
 
 
-class Config(Tuning, Training):
+class Config(Tuning, Preferring, Training):
     """Settings of `method.name: fedavg`."""
 
     name: Literal["fedavg"] = "fedavg"
