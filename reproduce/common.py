@@ -121,6 +121,7 @@ class Prepared:
         """Makes it unless it is there."""
         if not self.made.exists():
             print(self, file=sys.stderr, flush=True)
+            self.made.parent.mkdir(parents=True, exist_ok=True)
             self.make(self.made)
 
 

@@ -89,7 +89,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Transport.workers": "processes that simulated clients train in; `auto`: by cores, clients and memory",
     "fedavg.rounds": "communication rounds; 1 is one-shot",
     "fedavg.arrival": "`asynchronous`: each arrival is folded in at once; needs `rounds: 1`",
-    "fedavg.aggregation": "of LoRA: `mean` of factors, `stack`: exact mean of BA, `freeze-a`: only B trains",
+    "fedavg.aggregation": "of LoRA factors: `mean`, `stack` (FLoRA), `freeze-a` (FFA-LoRA), `svd` "
+    "(FlexLoRA), `residual` (FedEx-LoRA), `refine` (LoRA-FAIR), `alternate` (RoLoRA)",
     "fedavg.proximal": "μ of FedProx: μ/2 · squared distance to the round's start is added to the loss",
     "fedavg.control_variates": "SCAFFOLD; needs `optimizer: sgd` and `momentum: 0`",
     "Training.local_epochs": "passes over a client's examples a round; 1 if `local_steps` is not set either",

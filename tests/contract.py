@@ -13,6 +13,7 @@ import torch
 from model_families import build
 from torch import Tensor
 
+from fedtune.config.wire import Wire
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import Cohort, RoundOutcome, sample_cohort
 from fedtune.core.ledger import Ledger
@@ -38,6 +39,7 @@ class Form:
     dtype: str = "float32"
     blocks: int = 2
     public: bool = False
+    wire: dict[str, Any] = field(default_factory=dict)
 
 
 STEPS = {"local_epochs": 1, "batch_size": 2, "lr": 0.01}
@@ -122,6 +124,24 @@ FORMS: dict[str, dict[str, Form]] = {
             {**LORA, **TWO, "aggregation": "stack", "lora": {"rank": 3, "client_ranks": [1, 3]}}
         ),
         "asynchronous": Form({**LORA, "rounds": 1, "arrival": "asynchronous"}),
+        "svd": Form({**LORA, **TWO, "aggregation": "svd"}),
+        "svd-unlike-ranks": Form(
+            {**LORA, **TWO, "aggregation": "svd", "lora": {"rank": 3, "client_ranks": [1, 3]}}
+        ),
+        "residual": Form({**LORA, "rounds": 3, "aggregation": "residual"}),
+        "refine": Form({**LORA, **TWO, "aggregation": "refine"}, family="roberta"),
+        "alternate": Form({**LORA, "rounds": 3, "aggregation": "alternate"}),
+        "int4-top-k-errors": Form(
+            {**LORA, "rounds": 3}, wire={"dtype": "int4", "top_k": 0.3, "error_feedback": True}
+        ),
+        "full-bfloat16-int8-errors": Form(
+            {**FULL, **TWO}, dtype="bfloat16", wire={"dtype": "int8", "error_feedback": True}
+        ),
+        "scaffold-bfloat16-errors": Form(
+            {**FULL, **TWO, "optimizer": "sgd", "control_variates": True},
+            wire={"dtype": "bfloat16", "error_feedback": True},
+        ),
+        "stack-int8": Form({**LORA, "rounds": 2, "aggregation": "stack"}, wire={"dtype": "int8"}),
     },
     "fedkseed": {
         "hadamard4": Form({**SEEDS, **TWO}),
@@ -300,6 +320,7 @@ class Federation:
         config = registry.config_class(name).model_validate({**form.settings, **changes})
         self.name, self.method = name, registry.build(config, seed)
         where = torch.device(device)
+        self.compression = Wire.model_validate(form.wire).compression(self.method)
         base = build(form.family, getattr(torch, form.dtype), form.blocks)
         if not self.method.sends_model:
             base.to(where)
@@ -313,7 +334,14 @@ class Federation:
         self.memory: list[dict[str, Any]] = []
         clock = Clock()
         self.runner = ClientRunner(
-            self.method, self.model, data, pad_id=0, seed=seed, device=where, store=Store()
+            self.method,
+            self.model,
+            data,
+            pad_id=0,
+            seed=seed,
+            device=where,
+            store=Store(),
+            compression=self.compression,
         )
         self.transport = Recorder(
             InProcess(
@@ -322,7 +350,7 @@ class Federation:
             self.runner,
         )
         ledger = Ledger(self.wire.append, self.memory.append)
-        self.loop = RoundLoop(self.method, self.transport, ledger, clock, where)
+        self.loop = RoundLoop(self.method, self.transport, ledger, clock, where, compression=self.compression)
         self.seed = seed
         self.state: Any = self.method.init(self.model)
         self.saved = [self._checkpoint(0)]  # after each round, the first before any

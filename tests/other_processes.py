@@ -27,7 +27,15 @@ from fedtune.transport.processes import serve
 from fedtune.transport.remote import Channel
 
 TRIED = [(name, next(iter(FORMS.get(name, {"": None})))) for name in registry.METHODS]
-TRIED += [("fedavg", "scaffold"), ("fedavg", "asynchronous"), ("fedcybgd", "hybrid"), ("fedavg", "stack")]
+TRIED += [
+    ("fedavg", "scaffold"),
+    ("fedavg", "asynchronous"),
+    ("fedcybgd", "hybrid"),
+    ("fedavg", "stack"),
+    ("fedavg", "int4-top-k-errors"),
+    ("fedavg", "residual"),
+    ("fedavg", "alternate"),
+]
 
 
 def answer(message: Message, *, held: str) -> Message:
@@ -77,7 +85,9 @@ def same_bits(name: str, label: str, channel: Channel, **rest: Callable[[float],
         **rest,
     )
     ledger = Ledger(federation.wire.append, federation.memory.append)
-    federation.loop = RoundLoop(federation.method, transport, ledger, clock, torch.device("cpu"))
+    federation.loop = RoundLoop(
+        federation.method, transport, ledger, clock, torch.device("cpu"), compression=federation.compression
+    )
     federation.run()
     wanted = whole(name, label)
     assert federation.state_bits() == wanted.state_bits()

@@ -203,7 +203,9 @@ def test_plain_texts() -> None:
 
 def test_preferences_are_asked_about() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(InputError, match=r"d:1: .*no training on preferences. Set data.format to preference"):
+    with pytest.raises(
+        InputError, match=r"d:1: .*method.objective is sft. Set that to dpo .*, or data.format to"
+    ):
         read(row)
     assert read(row, format="preference") == [TALK]
     assert "chosen answers are trained on" in said(row, format="preference")[0]

@@ -117,6 +117,7 @@ FIELDS: Table = {
     "method.rounds": (2, {}),
     "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
     "method.aggregation": ("freeze-a", {}),
+    "method.ridge": (1.0, {"method.aggregation": "refine"}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.local_epochs": (2, {}),
@@ -169,6 +170,9 @@ FIELDS: Table = {
         5.0,
         SLOW | {"federation.deadline_s": 6.0, "seed": 1} | {"federation.simulate.delay_s": 0.0},
     ),
+    "federation.wire.dtype": ("int8", {}),
+    "federation.wire.top_k": (0.5, {}),
+    "federation.wire.error_feedback": (True, {"federation.wire.dtype": "int4", **TWO}),
     "federation.weights": ("equal", {}),
     "federation.max_examples": (3, {}),
     "evaluation.tasks": (["accuracy"], {"evaluation.max_new_tokens": 2}),
@@ -211,6 +215,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "data.streaming",  # test_client_files.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
+    *(f"method.objective.{name}" for name in ("name", "beta")),  # test_preference.py
     "method.compile",  # test_compiled.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py

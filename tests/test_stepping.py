@@ -17,13 +17,14 @@ from toy import Bench
 
 import fedtune
 from fedtune.config.file import parse_config
+from fedtune.core.rounding import stochastically
 from fedtune.errors import InputError
 from fedtune.federation.compare import Candidate, reference_candidates
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods import registry
 from fedtune.methods.local_training import train
 from fedtune.methods.settings import Training
-from fedtune.methods.stepping import Stepper, stochastically
+from fedtune.methods.stepping import Stepper
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1}
 OTHERS = {

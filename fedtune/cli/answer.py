@@ -1,4 +1,4 @@
-"""`fedtune generate` and `fedtune chat`: a run's result answers, in the template it was tuned in, or draws."""
+"""`fedtune generate` and `fedtune chat`: a run's result answers in the template it was tuned in, or draws."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def generate(
     if opened.config.model.task == "text-to-image":
         if zero_shot or max_new_tokens is not None or temperature or top_p != 1.0:
             raise InputError(
-                f"{run} makes pictures: --zero-shot (there is --name {BEGAN}), --max-new-tokens, --temperature "
-                "and --top-p are for models that answer in words"
+                f"{run} makes pictures: --zero-shot (there is --name {BEGAN}), --max-new-tokens, "
+                "--temperature and --top-p are for models that answer in words"
             )
         if out is None or len(asked) > 1:
             raise InputError(f"{run} makes pictures: give one prompt, and --out, the PNG file to write")

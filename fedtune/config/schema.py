@@ -20,6 +20,7 @@ from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.picture_rules import refusal as picture_refusal
+from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
 from fedtune.core.types import SumMethod
@@ -28,6 +29,7 @@ from fedtune.data.reading import Reading
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS, classifies, looks_at_pictures
 from fedtune.methods import registry
+from fedtune.methods.objective import Preferring, pairs_refusal
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
 from fedtune.protection.settings import Privacy, SecureAggregation, check_scale, refusal
 
@@ -57,6 +59,7 @@ class Federation(Settings):
     robust: Robust | None = None  # means that a few bad clients cannot move as far as they like
     weights: Weights = "examples"  # of a client in a mean; capped: at most the median of what all registered
     max_examples: int | None = Field(None, ge=1)  # a client that registers more counts as so many
+    wire: Wire = Wire()  # how updates travel
     max_norm_ratio: float | None = Field(100.0, gt=1)  # of an update to the others' median, in a plain mean
     max_loss_jump: Jump = "auto"  # nats of held-out loss that a round may add; auto: 3, any with privacy
 
@@ -167,6 +170,16 @@ class RunConfig(Settings):
                 f"{self.model.dtype} and method.trainable {trains}, so that float32 weights are. Set "
                 "model.dtype: bfloat16 and method.trainable: full, or leave it out"
             )
+        if self.of_pairs:
+            reason = pairs_refusal(
+                format=self.data.format,
+                task=self.model.task,
+                batching=self.data.batching,
+                too_long=self.data.too_long,
+                adapter=self.model.adapter is not None,
+            )
+            if reason:
+                raise ValueError(f"method.objective: {reason}")
         if self.data.labels is not None and self.model.task != "classification":
             raise ValueError(f"data.labels are for model.task: classification, got {self.model.task}")
         if self.data.format not in ("auto", "instruction") and self.model.task == "classification":
@@ -190,6 +203,14 @@ class RunConfig(Settings):
                 raise ValueError(f"federation.robust: {reason}")
             if isinstance(self.data.clients, int):  # else it is known when the data are
                 self._enough_replies(self.federation.robust, self.data.clients)
+        if self.federation.wire.compresses:
+            reason = self.federation.wire.refusal(
+                registry.build(self.method, self.seed),
+                secure=self.federation.secure_aggregation is not None,
+                privacy=self.federation.privacy is not None,
+            )
+            if reason:
+                raise ValueError(f"federation.wire: {reason}")
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
         if self.federation.privacy is not None:
@@ -260,7 +281,12 @@ class RunConfig(Settings):
         """How records are to be read; a new one each time, in which a source says what it took them for."""
         classifies = self.model.task == "classification"
         form = "instruction" if classifies else self.data.format
-        return Reading(form, self.data.trees, self.data.bad_rows == "skip")
+        return Reading(form, self.data.trees, self.data.bad_rows == "skip", pairs=self.of_pairs)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether clients train on pairs of answers, of which one is preferred."""
+        return isinstance(self.method, Preferring) and self.method.objective.of_pairs
 
     @property
     def method_name(self) -> str:

@@ -7,15 +7,18 @@ clients in turn, across a network for the one client of a machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedtune.core.compression import Compression
 from fedtune.core.faults import LEFT_OUT, faults
 from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.types import (
+    ERROR,
     SECURE,
     ClientEnv,
     ClientError,
@@ -53,6 +56,7 @@ class ClientRunner:
         protection: With it a client answers to secure aggregation and never sends a plain update.
         gate: What its operator accepts of single orders; None: anything.
         batching: How examples become batches.
+        compression: How updates travel; None: as they are.
     """
 
     def __init__(
@@ -68,9 +72,10 @@ class ClientRunner:
         protection: ClientProtection | None = None,
         gate: Gate | None = None,
         batching: Batching = RANDOM,
+        compression: Compression | None = None,
     ) -> None:
         self.store = store or Store()
-        self._protection, self._gate = protection, gate
+        self._protection, self._gate, self._compression = protection, gate, compression
         self._method, self._data, self._batching = method, data, batching
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
@@ -118,10 +123,11 @@ class ClientRunner:
                 if self._protection
                 else "it was asked to take part in secure aggregation, which its configuration does not have"
             )
-        job, added = _split(order.payload)
+        job, added = _split(order.payload, SECURE)
         if self._gate is not None:
             self._gate.before(round, phase, added or Payload())
-        state, secrets = _split(self.states.get(client))
+        state, secrets = _split(self.states.get(client), SECURE)
+        state, errors = _split(state, ERROR)
         protection = self._protection
         if protection is not None and phase != "masked":
             reply, secrets = protection.answer(
@@ -132,9 +138,9 @@ class ClientRunner:
                 round=round,
                 examples=len(self._data[client]),
             )
-            self.states[client] = _joined(state, secrets)
-            return encode(Content(_joined(None, reply), {"round": round, "client": client}))
-        meter = MemoryMeter(self._device)
+            self.states[client] = _joined(state, secrets, SECURE)
+            return encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+        meter = MemoryMeter(self._device, [errors.tensors] if errors else [])
         seed = derive_seed(self._seed, "client", client, round)
         env = ClientEnv(
             client=client,
@@ -155,9 +161,18 @@ class ClientRunner:
             result = self._method.client_step(job or Payload(), env)
         if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
             reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)
-            self.states[client] = _joined(result.state or state, secrets)
-            return encode(Content(_joined(None, reply), {"round": round, "client": client}))
-        if result.state is not None:
+            self.states[client] = _joined(result.state or state, secrets, SECURE)
+            return encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+        payload, kept = result.payload, dict[str, Tensor]()
+        if self._compression is not None:
+            with meter.whole([self._model, dict(payload.tensors)]):
+                tensors, kept = self._compression.compress(
+                    payload.tensors, errors.tensors if errors else {}, partial(env.generator, "compression")
+                )
+            payload = Payload(tensors, payload.scalars)
+        if kept:
+            self.states[client] = _joined(result.state or state, Payload(kept), ERROR)
+        elif result.state is not None:
             self.states[client] = result.state
         meta: dict[str, Scalar] = {
             **result.metrics,
@@ -167,7 +182,7 @@ class ClientRunner:
             **meter.by_device,
             "how": meter.how,
         }
-        return encode(Content(result.payload, meta))
+        return encode(Content(payload, meta))
 
     def _memory(self, client: int) -> str:
         """The batch that memory was not enough for, and what makes it smaller."""
@@ -194,15 +209,16 @@ class ClientRunner:
         )
 
 
-def _split(payload: Payload | None) -> tuple[Payload | None, Payload | None]:
-    """What is a method's and what is secure aggregation's, without its prefix; None for nothing."""
+def _split(payload: Payload | None, prefix: str) -> tuple[Payload | None, Payload | None]:
+    """What has no prefix, and what has it, without; None for nothing."""
     if payload is None:
         return None, None
     parts = [
-        Payload(_named(payload.tensors, secure), _named(payload.scalars, secure)) for secure in (False, True)
+        Payload(_named(payload.tensors, prefix, has), _named(payload.scalars, prefix, has))
+        for has in (False, True)
     ]
-    method, secure = (part if part.tensors or part.scalars else None for part in parts)
-    return method, secure
+    plain, prefixed = (part if part.tensors or part.scalars else None for part in parts)
+    return plain, prefixed
 
 
 class _Sent(dict[str, V]):
@@ -212,20 +228,16 @@ class _Sent(dict[str, V]):
         raise FrameError(f"its order has nothing named {name}")
 
 
-def _named(values: Mapping[str, V], secure: bool) -> dict[str, V]:
+def _named(values: Mapping[str, V], prefix: str, has: bool) -> dict[str, V]:
     return _Sent(
-        {
-            name.removeprefix(SECURE): value
-            for name, value in values.items()
-            if name.startswith(SECURE) == secure
-        }
+        {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix) == has}
     )
 
 
-def _joined(state: Payload | None, secure: Payload | None) -> Payload:
+def _joined(plain: Payload | None, prefixed: Payload | None, prefix: str) -> Payload:
     """What `_split` takes apart."""
-    state, secure = state or Payload(), secure or Payload()
+    plain, prefixed = plain or Payload(), prefixed or Payload()
     return Payload(
-        {**state.tensors, **{SECURE + name: tensor for name, tensor in secure.tensors.items()}},
-        {**state.scalars, **{SECURE + name: scalar for name, scalar in secure.scalars.items()}},
+        {**plain.tensors, **{prefix + name: tensor for name, tensor in prefixed.tensors.items()}},
+        {**plain.scalars, **{prefix + name: scalar for name, scalar in prefixed.scalars.items()}},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
+from fedtune.core.compression import Compression
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.reported import PEAK_BYTES, reported
@@ -29,6 +31,7 @@ from fedtune.core.types import (
     Payload,
     Reply,
     ServerProtection,
+    TensorSpec,
     Transport,
 )
 from fedtune.core.watch import sketch
@@ -58,11 +61,13 @@ class RoundLoop:
         server_model: nn.Module | None = None,
         protection: ServerProtection | None = None,
         robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
+        compression: Compression | None = None,
     ) -> None:
         self._method, self._ledger = method, ledger
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._robust = robust  # what becomes of replies before the method's step
+        self._compression = compression  # how updates travel
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
@@ -71,7 +76,7 @@ class RoundLoop:
     def reply_limit(self, client: int) -> int:
         """Bytes that a client's reply may have, for a transport that can refuse a longer one unread."""
         order = self._expects.get(client)
-        return _reply_limit(order.expects if order else {})
+        return _reply_limit(self._wire_specs(order) if order else {})
 
     def run(
         self,
@@ -251,19 +256,24 @@ class RoundLoop:
             expects[order.client], sent[order.client] = order, (order, len(frame))
             yield order.client, frame
 
+    def _wire_specs(self, order: Order) -> Mapping[str, TensorSpec]:
+        return self._compression.expects(order.expects) if self._compression else order.expects
+
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
+        specs = self._wire_specs(asked)
         with self._clock.part("wire"):
             content = decode(
                 arrival.frame,
-                max_bytes=_reply_limit(asked.expects),
-                max_manifest=manifest_bytes(asked.expects),
+                max_bytes=_reply_limit(specs),
+                max_manifest=manifest_bytes(specs),
             )
             sender = (content.meta.get("round"), content.meta.get("client"))
             if sender != (round, arrival.client):
                 raise FrameError(
                     f"reply says round {sender[0]} of client {sender[1]}; round {round} was asked"
                 )
-            check(content.payload, asked.expects)
+            check(content.payload, specs)
+            payload = self._restored(content.payload, asked)
             foreign_scalars = content.payload.scalars.keys() - asked.scalars
             if foreign_scalars:
                 raise FrameError(f"scalars that were not asked for: {some(foreign_scalars)}")
@@ -279,7 +289,14 @@ class RoundLoop:
                 how=how,
                 by_device=apart,
             )
-        return Reply(arrival.client, content.payload, metrics, cohort)
+        return Reply(arrival.client, payload, metrics, cohort)
+
+    def _restored(self, payload: Payload, asked: Order) -> Payload:
+        if self._compression is None:
+            return payload
+        payload = replace(payload, tensors=self._compression.restore(payload.tensors, asked.expects))
+        check(payload, self._compression.restored(asked.expects))
+        return payload
 
     def _enter(self, round: int, order: Order, direction: str, payload: Payload, framed: int) -> None:
         if not self._method.uses_wire or self._without:

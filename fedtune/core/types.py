@@ -31,6 +31,7 @@ Scalar = int | float | str | bool
 Frame = bytes | bytearray | mmap.mmap  # a message as bytes, see wire.py
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
+ERROR = "error:"  # prefix of what a client keeps of updates that were compressed; see compression.py
 
 
 def scalar_bytes(value: Scalar) -> int:

@@ -8,7 +8,7 @@ as ShareGPT has it. The `datasets` library may give such a list as one object of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedtune.data.examples import ASSISTANT, DOCUMENT, SYSTEM, USER, Example, Turn
@@ -29,24 +29,30 @@ class Form:
         name: instruction, conversation, text or preference.
         why: What of the records says so; empty where a setting does.
         fields: Our field names to the records' keys, that follow from it.
+        pairs: Of preferences: whether the rejected answers are read too.
     """
 
     name: str
     why: str = ""
     fields: Mapping[str, str | None] = field(default_factory=dict)
+    pairs: bool = False
 
     @property
     def said(self) -> str:
         """One line for people; empty where there is nothing to say."""
+        if self.pairs:
+            return "data.format: preference: pairs of a chosen and a rejected answer"
         if self.name == "preference":
             return (
-                "data.format: preference: there is no training on preferences, so the chosen answers are "
-                "trained on as any others (no loss on the rejected ones, which are not read)"
+                "data.format: preference: method.objective is sft, so the chosen answers are trained on as "
+                "any others (no loss on the rejected ones, which are not read)"
             )
         return f"data.format: {self.name}, because {self.why}" if self.why else ""
 
 
-def form_of(format: Format, row: Mapping[str, Any], fields: Mapping[str, str | None], place: str) -> Form:
+def form_of(
+    format: Format, row: Mapping[str, Any], fields: Mapping[str, str | None], place: str, pairs: bool = False
+) -> Form:
     """How records are read, by the first of them.
 
     Args:
@@ -54,20 +60,23 @@ def form_of(format: Format, row: Mapping[str, Any], fields: Mapping[str, str | N
         row: The first record.
         fields: As in `load_examples`; one for `instruction` or `output` makes records instructions.
         place: Of the record.
+        pairs: Whether pairs of answers are trained on.
 
     Raises:
         InputError: They are pairs of answers of which one is preferred, and no setting says what of them is
             trained on.
     """
+    if pairs:
+        return Form("preference", pairs=True)
     if format != "auto":
         return Form(format)
     if "instruction" in fields or "output" in fields:
         return Form("instruction")
     if {"chosen", "rejected"} <= row.keys():
         raise InputError(
-            f'{place}: "chosen" and "rejected" are answers to one prompt, and there is no training on '
-            "preferences. Set data.format to preference to train on the chosen answers as on any others, or "
-            "name what is the answer in data.fields (output: chosen)."
+            f'{place}: "chosen" and "rejected" are answers to one prompt, and method.objective is sft. Set '
+            "that to dpo to train on preferences, or data.format to preference to train on the chosen ones "
+            "as on any others, or name what is the answer in data.fields (output: chosen)."
         )
     if {"instruction", "output"} <= row.keys() and not is_turns(row["instruction"]):
         return Form("instruction")
@@ -118,7 +127,7 @@ def conversations(
         if form.name == "text":
             yield document(row, place, about)
         elif form.name == "preference":
-            yield _preferred(row, place, about)
+            yield _preferred(row, place, about, pairs=form.pairs)
         elif is_node(row):
             nodes.append((place, row))
         elif is_tree(row):
@@ -158,8 +167,8 @@ def _conversation(row: dict[str, Any], place: str, category: str, form: Form) ->
     return example_of(_with_system(row, turns, place), row.get("tools"), place, category)
 
 
-def _preferred(row: dict[str, Any], place: str, category: str) -> Example:
-    """The conversation that ends in the chosen answer."""
+def _preferred(row: dict[str, Any], place: str, category: str, *, pairs: bool) -> Example:
+    """The conversation that ends in the chosen answer; with `pairs` the rejected one too."""
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing:
         raise InputError(f'{place}: data.format is preference, and there is no key "{missing[0]}".')
@@ -186,7 +195,22 @@ def _preferred(row: dict[str, Any], place: str, category: str) -> Example:
             f'{place}: "chosen" is an answer, and there is no question to it: no "prompt", no "instruction" '
             'and no turns. Give it as turns, or the question as "prompt".'
         )
-    return example_of(_with_system(row, whole, place), row.get("tools"), place, category)
+    example = example_of(_with_system(row, whole, place), row.get("tools"), place, category)
+    if not pairs:
+        return example
+    if whole[-1].role != ASSISTANT:
+        raise InputError(
+            f'{place}: "chosen" must end with an answer, and ends with a turn of {whole[-1].role}.'
+        )
+    return replace(example, rejected=_rejected(row, place))
+
+
+def _rejected(row: dict[str, Any], place: str) -> str:
+    value = row["rejected"]
+    turns = _part({"rejected": [value] if isinstance(value, dict) else value}, "rejected", ASSISTANT, place)
+    if turns[-1].role != ASSISTANT or not turns[-1].content.strip():
+        raise InputError(f'{place}: "rejected" must be or end with an answer that is not empty.')
+    return turns[-1].content
 
 
 def _part(row: dict[str, Any], key: str, role: str, place: str) -> list[Turn]:

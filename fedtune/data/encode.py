@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.data.control import pair_tokens, tokens
-from fedtune.data.encoded import Counts, EncodedRows, EncodedSet
-from fedtune.data.examples import Example
+from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedRows, EncodedSet
+from fedtune.data.examples import ASSISTANT, Example, Turn
 from fedtune.data.marked import Marked
-from fedtune.data.prompts import Prompts, prompts
+from fedtune.data.prompts import Prompts, last_answer, prompts
 from fedtune.data.spelled import (
     Spelled,
     begin_of,
@@ -120,6 +121,62 @@ def encode_causal(
     made = into.all(classes=False)
     counts = Counts(examples=len(made), duplicates=duplicates(kept), **seen)
     return EncodedSet(made, counts, tuple(parts))
+
+
+def encode_pairs(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_length: int,
+    too_long: str = "cut",
+) -> EncodedSet:
+    """Encodes each example with its chosen answer, and behind that with its rejected one; see `split_pair`.
+
+    Loss is on the last answer alone, and each of the two is cut as `encode_causal` does it.
+
+    Args:
+        examples: Conversations that have a rejected answer beside the last one.
+        tokenizer: A Hugging Face tokenizer.
+        template: As `data.template`.
+        max_length: The most tokens of each answer with its prompt.
+        too_long: "cut" or "error".
+
+    Raises:
+        InputError: As `encode_causal`.
+    """
+    assert too_long != "drop", "one answer of a pair could be left alone"
+    chosen, rejected = (
+        encode_causal(
+            each, tokenizer, template=template, loss_on="last", max_length=max_length, too_long=too_long
+        )
+        for each in (examples, [_rejected(example) for example in examples])
+    )
+    into = EncodedRows()
+    for one, other in zip(chosen.items, rejected.items, strict=True):
+        first, second = _answered(one), _answered(other)
+        into.add([*first.input_ids, *_masked(second)], first.labels.count(IGNORED))
+    found = chosen.counts + rejected.counts
+    counts = replace(found, examples=len(examples), duplicates=duplicates(examples))
+    return EncodedSet(into.all(classes=False), counts)
+
+
+def _rejected(example: Example) -> Example:
+    """The same conversation with the rejected answer in the place of the last one."""
+    before = example.turns[: last_answer(example.turns)]
+    return replace(example, output=example.rejected, turns=(*before, Turn(ASSISTANT, example.rejected)))
+
+
+def _answered(item: Encoded) -> Encoded:
+    """An example to the last token that carries loss."""
+    end = max(at for at, label in enumerate(item.labels) if label != IGNORED) + 1
+    return Encoded(item.input_ids[:end], item.labels[:end])
+
+
+def _masked(item: Encoded) -> list[int]:
+    """Tokens as an `EncodedList` has them behind others."""
+    pairs = zip(item.input_ids, item.labels, strict=True)
+    return [-1 - token if label == IGNORED else token for token, label in pairs]
 
 
 def _spelled(

@@ -37,6 +37,13 @@ class Encoded:
         return len(labels) - labels.count(IGNORED)
 
 
+def split_pair(item: Encoded) -> tuple[Encoded, Encoded]:
+    """A chosen and a rejected answer, each with its prompt, that `encode_pairs` made one example."""
+    labels = item.labels
+    at = next(i for i in range(1, len(labels)) if labels[i] == IGNORED != labels[i - 1])
+    return Encoded(item.input_ids[:at], labels[:at]), Encoded(item.input_ids[at:], labels[at:])
+
+
 class EncodedList(Sequence[Encoded]):
     """Encoded examples as three arrays: 4 bytes a token and 16 an example. An item is made when asked for.
 

@@ -41,6 +41,7 @@ class Example:
         choices: How many answers there are to choose from; the output is the letter of one. 0: any answer.
         picture: Of a picture with a caption where its file is; the instruction is the caption, and the output
             identifies the picture. Empty of a text.
+        rejected: Of a pair of answers the one that the output is preferred to; else empty.
     """
 
     instruction: str
@@ -51,6 +52,7 @@ class Example:
     tools: str = ""
     choices: int = 0
     picture: str = ""
+    rejected: str = ""
 
     @property
     def form(self) -> str:
@@ -63,12 +65,16 @@ class Example:
 
     def said(self) -> list[str]:
         """What identifies an example beside instruction, input, output and category: turns and tools."""
-        return [self.tools, *(part for turn in self.turns for part in (turn.role, turn.content, turn.more))]
+        pair = [self.rejected] if self.rejected else []
+        turns = (part for turn in self.turns for part in (turn.role, turn.content, turn.more))
+        return [self.tools, *turns, *pair]
 
     def document(self) -> dict[str, Any]:
         """As JSON has it, without what is empty of an instruction."""
         document = asdict(self)
         plain = _PLAIN if self.choices == 0 else (*_PLAIN, "choices")
+        if not self.rejected:
+            del document["rejected"]
         return document if self.turns else {key: document[key] for key in plain}
 
     @staticmethod

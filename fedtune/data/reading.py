@@ -28,6 +28,7 @@ class Reading:
         said: A line a source where it was decided what its records are.
         kinds: Rows by format.
         skipped: Place and reason of each row that was skipped.
+        pairs: Whether records are pairs of answers, which are trained on as such.
     """
 
     format: Format = "auto"
@@ -39,10 +40,11 @@ class Reading:
     said: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    pairs: bool = False
 
     def another(self) -> Reading:
         """An empty account of what is read in the same way."""
-        return Reading(self.format, self.trees, self.skip)
+        return Reading(self.format, self.trees, self.skip, pairs=self.pairs)
 
     def add(self, other: Reading) -> None:
         """Takes over all of another account but its lines."""

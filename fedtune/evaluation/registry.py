@@ -60,6 +60,9 @@ OWN = {
     "gsm8k-cot-8shot": Entry("answers", "GSM8K after eight solved examples"),
     "squad": Entry("answers", "SQuAD answers in the run's template: exact match and token F1", asks=True),
     "rouge-l-fedkseed": Entry("answers", "Rouge-L as in the FedKSeed paper: the scorer of the rouge package"),
+    "preference": Entry(
+        "preference", "pairs of answers: share and margin of higher rewards for the chosen one"
+    ),
     "matthews": Entry("correlation", "Matthews correlation of labels", classifier=True),
     "pearson": Entry("correlation", "Pearson and Spearman correlation of numbers", classifier=True),
     "mt-bench": Entry(

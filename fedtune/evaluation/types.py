@@ -319,7 +319,7 @@ class EvalEnv:
             max_length=self.max_length,
         )
         encoded, self.encoded = found.items, found.counts
-        losses, counts = self._losses(encoded)
+        losses, counts = self.losses(encoded)
         if not found.parts:
             return losses, counts
         ends = list(accumulate(found.parts))
@@ -334,7 +334,7 @@ class EvalEnv:
             self.examples, self.tokenizer, labels=self.settings.labels, max_length=self.max_length
         )
         encoded, self.encoded = found.items, found.counts
-        return self._losses(encoded)
+        return self.losses(encoded)
 
     @property
     def max_length(self) -> int:
@@ -342,7 +342,8 @@ class EvalEnv:
         context = context_length(self.model, reserved=self.settings.reserved)
         return self.settings.max_length if context is None else min(self.settings.max_length, context)
 
-    def _losses(self, encoded: Sequence[Encoded]) -> tuple[list[float], list[int]]:
+    def losses(self, encoded: Sequence[Encoded]) -> tuple[list[float], list[int]]:
+        """Of each encoded example the sum of its losses in nats, and how many labels carry loss."""
         pad = self.tokenizer.pad_token_id
         return example_losses(
             self.model,

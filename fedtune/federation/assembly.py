@@ -157,6 +157,7 @@ class Assembly:
             device=device,
             protection=client_protection(config, method),
             batching=batching,
+            compression=config.federation.wire.compression(method),
         )
         about = environment() | {
             "model": {

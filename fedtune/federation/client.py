@@ -175,6 +175,7 @@ def join(
         protection=client_protection(config, method, identity, settings_digest(config, weights)),
         gate=consent,
         batching=batching_of(config, room),
+        compression=config.federation.wire.compression(method),
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))

@@ -18,6 +18,7 @@ from fedtune.federation.data import prepare_data
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.progress import Named, Progress
 from fedtune.federation.run import run
+from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
@@ -203,6 +204,8 @@ def reference_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
         settings: dict[str, Any] = {}
         if isinstance(method, Tuning):
             settings |= method.model_dump(include=set(Tuning.model_fields))
+        if isinstance(method, Preferring):
+            settings |= method.model_dump(include={"objective"})
         if isinstance(method, Training):
             settings |= method.model_dump(include=set(Training.model_fields))
             rounds = getattr(method, "rounds", 1)
@@ -220,7 +223,11 @@ def reference_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
                     document["model"] = {**document["model"], "dtype": "bfloat16"}
                 document["evaluation"] = {**document["evaluation"], "arrivals": False}
                 document["data"] = {**document["data"], "public": None}  # they train nothing on the server
-                protection = {"secure_aggregation": None, "privacy": None}  # and send nothing
+                protection: dict[str, Any] = {
+                    "secure_aggregation": None,
+                    "privacy": None,
+                    "wire": {},
+                }  # and send nothing
                 document["federation"] = {**document["federation"], **protection}
                 added.append(Candidate(f"{name}{suffix}", parse_config(document, name)))
     return added

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
 from fedtune.data.cache import key_of, tokenizer_sha256
-from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, texts
+from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, encode_pairs, texts
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.pictures import encode_pictures
@@ -56,6 +56,10 @@ def encode_for(
         if config.model.task == "classification":
             found = encode_classification(
                 examples, tokenizer, labels=labels, max_length=max_length, too_long=how
+            )
+        elif config.of_pairs:
+            found = encode_pairs(
+                examples, tokenizer, template=data.template, max_length=max_length, too_long=how
             )
         else:
             found = encode_causal(
@@ -117,7 +121,7 @@ class Keys:
         if self.config.model.task == "classification":
             settings |= {"labels": list(self.labels)}
         else:
-            settings |= {"loss_on": data.loss_on}
+            settings |= {"pairs": True} if self.config.of_pairs else {"loss_on": data.loss_on}
             how = prompts(data.template, self.tokenizer)
             if not how.apart:  # the program stands for the texts that it makes, which take long to make
                 settings |= {"template": sha256_of(how.text)}

@@ -226,14 +226,11 @@ class _Federation:
         if start is None:  # round 0 is the model before any training
             self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
             self._report(None)
-        state = (
-            from_payload(registry.state_class(self._config.method_name), start.state)
-            if start
-            else method.init(model)
-        )
-        robust, secure = self._config.federation.robust, self._config.federation.secure_aggregation
+        kind = registry.state_class(self._config.method_name)
+        state = from_payload(kind, start.state) if start else method.init(model)
+        federation = self._config.federation
+        robust, secure, privacy = federation.robust, federation.secure_aggregation, federation.privacy
         journal = Journal(transport, checkpoints, self._assembly.runner.states, written(self._config))
-        privacy = self._config.federation.privacy
         if self._account is not None and self._account.ahead:
             journal.clear()  # its replies must not be summed once more, with other noise
         loop = RoundLoop(
@@ -245,6 +242,7 @@ class _Federation:
             server_model=model if method.sends_model else None,
             protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
             robust=robust_mean(robust, cast(Any, method), checkpoints) if robust else None,
+            compression=federation.wire.compression(method),
         )
         if deployment is not None:
             deployment.reply_limit = loop.reply_limit

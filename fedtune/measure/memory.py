@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -46,6 +46,10 @@ class MemoryMeter:
     followed: the first (no gradients or optimizer state yet), the second, and any that is larger than all
     since the second. Measuring changes no bit of what is computed. A step that raises is counted up to there.
 
+    Args:
+        device: Whose bytes are counted, beside the host's.
+        beside: What is in memory in every step, as `step` takes it.
+
     Attributes:
         peak_bytes: The largest number of bytes so far, with a GPU there or on the host; 0 before the first
             step.
@@ -56,8 +60,9 @@ class MemoryMeter:
 
     how = "live tensor bytes"
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, beside: Sequence[Resident] = ()) -> None:
         self.device = torch.device(device)
+        self.beside = beside
         self.peak_bytes = 0
         self.by_device = {} if self.device.type == "cpu" else dict.fromkeys(COLUMNS, 0)
         self._steps = 0
@@ -87,7 +92,7 @@ class MemoryMeter:
     def whole(self, resident: Iterable[Resident] = ()) -> Iterator[None]:
         """Follows everything inside, for instance the server's aggregation. Otherwise as `step`."""
         _refuse_nesting()
-        scope = _LiveBytes(self.device, resident)
+        scope = _LiveBytes(self.device, [*self.beside, *resident])
         token = _open_scope.set(scope)
         try:
             with scope:

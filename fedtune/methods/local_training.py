@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fedtune.core.types import ClientEnv, ClientError
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.errors import InputError
+from fedtune.methods.objective import Objective
+from fedtune.methods.preference import add_pair_gradient, drawn_pairs
 from fedtune.methods.settings import Training
 from fedtune.methods.step_loss import TokenMean, add_gradient, drawn
 from fedtune.methods.stepping import Stepper
@@ -89,6 +91,7 @@ def train(
         start={n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()} if proximal else {},
         correction=correction,
     )
+    objective = getattr(settings, "objective", Objective())
     total_steps = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
@@ -102,10 +105,13 @@ def train(
                 break
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
-            batches = drawn(env, group, step)
+            batches = drawn_pairs(env, group) if objective.of_pairs else drawn(env, group, step)
             with env.memory.step(batches.size, resident=[env.model, *stepper.resident()]):
                 with stepper.arriving(rate):
-                    loss.join(add_gradient(env.model, batches, env.device))
+                    if objective.of_pairs:
+                        loss.join(add_pair_gradient(env.model, batches, env.device, objective))
+                    else:
+                        loss.join(add_gradient(env.model, batches, env.device))
                 if not math.isfinite(loss.total):
                     raise ClientError(f"the loss became {loss.total} at step {step + 1}; lower method.lr")
                 if penalty is not None:

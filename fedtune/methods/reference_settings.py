@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from fedtune.core.settings import Settings
+from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
@@ -17,13 +18,13 @@ class ZeroShotConfig(Settings):
     name: Literal["zero-shot"] = "zero-shot"
 
 
-class StandaloneConfig(Tuning, Training):
+class StandaloneConfig(Tuning, Preferring, Training):
     """Settings of `method.name: standalone`."""
 
     name: Literal["standalone"] = "standalone"
 
 
-class CentralizedConfig(Tuning, Training):
+class CentralizedConfig(Tuning, Preferring, Training):
     """Settings of `method.name: centralized`."""
 
     name: Literal["centralized"] = "centralized"

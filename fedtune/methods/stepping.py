@@ -25,9 +25,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.rounding import stochastically
 from fedtune.core.seeds import derive_seed
 from fedtune.measure.memory import Resident
-from fedtune.methods.eight_bit import PIECE, AdamW8bit
+from fedtune.methods.eight_bit import AdamW8bit
 from fedtune.methods.settings import Training
 
 Filter = Callable[[Mapping[str, Tensor]], None]
@@ -227,25 +228,6 @@ def build_optimizer(parameters: list[Tensor], settings: Training) -> torch.optim
         weight_decay=settings.weight_decay,
         fused=True,  # one kernel a tensor on CPUs too: a small model's step is otherwise mostly Python
     )
-
-
-def stochastically(wide: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Float32 numbers rounded to bfloat16, up or down with probabilities that keep their mean.
-
-    Below the 16 bits that stay a random number of 16 bits is added, and what is then below is cut off, so
-    that a number at the share p of the way between two neighbours goes up with probability p. What is
-    bfloat16 already stays, and what is infinite or no number too. Random bits are drawn for 2²⁴ numbers at a
-    time.
-    """
-    assert wide.dtype == torch.float32 and dtype == torch.bfloat16
-    flat = wide.reshape(-1)
-    rounded = torch.empty_like(flat, dtype=dtype)
-    for at in range(0, len(flat), PIECE):
-        some = flat[at : at + PIECE]
-        noise = torch.empty_like(some, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
-        cut = noise.add_(some.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
-        rounded[at : at + PIECE] = torch.where(some.isfinite(), cut, some)
-    return rounded.view(wide.shape)
 
 
 class _Wide(Mapping[str, Tensor]):

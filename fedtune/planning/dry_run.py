@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fedtune.core.cohort import Cohort
+from fedtune.core.compression import Compression
 from fedtune.core.gathered import InMemory
 from fedtune.core.robust import RobustMean
 from fedtune.core.state import to_payload
@@ -36,7 +37,7 @@ from fedtune.models.tuning import trainable
 from fedtune.planning.block_turns import Cost, Turn, mean_cost, ordered
 from fedtune.planning.fake import Fakes, values
 from fedtune.planning.memory import PartsMeter
-from fedtune.planning.traffic import CPU, first_state, reply_to
+from fedtune.planning.traffic import CPU, as_restored, first_state, reply_to
 
 STEPS = 2
 ZEROTH = ("fedkseed", "fedkseed-pro", "infinite-pool")
@@ -75,6 +76,7 @@ def client_step(
     seed: int,
     taken: Sequence[Turn],
     together: int,
+    compression: Compression | None = None,
 ) -> tuple[PartsMeter, float]:
     """The local steps that need most.
 
@@ -88,6 +90,7 @@ def client_step(
         seed: The run's.
         taken: All turns of the run, where blocks are trained in turns over the network.
         together: Batches of the largest step.
+        compression: How updates travel; None: as they are.
 
     Returns:
         The meter with the highest peak, and the tokens of the step whose operations it counted. Where blocks
@@ -101,7 +104,7 @@ def client_step(
         blocks = len(find_blocks(model).modules)
     found, costs = [], []
     for case in _cases(config, blocks, cohort, together, steps):
-        probe, meter = copy(method), PartsMeter(repeats=_repeats(config) and (steps is None or steps > 1))
+        probe = copy(method)
         probe.config = settings = case.settings
         if blocks and not method.sends_model:
             model.requires_grad_(False)  # an earlier case may have left a part that this one does not train
@@ -109,14 +112,17 @@ def client_step(
             state = first_state(probe, model)
             for _ in range(case.passed):
                 earlier = next(iter(probe.plan(state, 1, cohort)))
-                reply = reply_to(probe, earlier, cohort, fakes, round=1, seed=seed)
+                reply = reply_to(probe, as_restored(earlier, compression), cohort, fakes, round=1, seed=seed)
                 state = probe.server_step(state, iter([reply]))
             if case.turn:  # of a client that has nothing yet
                 state = replace(state, turns=case.turn, held={})
-            order = next(iter(probe.plan(state, case.turn // len(cohort.clients) + 1, cohort)))
+            order = next(iter(probe.plan(state, case.turn // len(cohort.clients) + case.round, cohort)))
+            errors = compression.empty_errors(order.expects, fakes.empty) if compression else {}
+            repeats = _repeats(config) and (steps is None or steps > 1)
+            meter = PartsMeter(repeats=repeats, beside=[errors])
             env = ClientEnv(
                 client=order.client,
-                round=1,
+                round=case.round,
                 seed=0,
                 model=nn.Module() if method.sends_model else model,
                 items=items,
@@ -126,7 +132,12 @@ def client_step(
                 device=CPU,
                 store=FakeStore(),
             )
-            probe.client_step(order.payload, env)
+            result = probe.client_step(order.payload, env)
+            if compression is not None:
+                at_the_end = PartsMeter("other", beside=[errors])
+                with at_the_end.whole([env.model, dict(result.payload.tensors)]):
+                    compression.compress(result.payload.tensors, errors, env.generator)
+                meter.highest(at_the_end)
         if blocks:
             own = ordered(order.payload.scalars) or _places(settings, blocks, 1, seed)
             costs.append(Cost(own[0], meter.forward, meter.backward))
@@ -210,6 +221,7 @@ def server_steps(
     cohort: Cohort,
     seed: int,
     robust: RobustMean | None = None,
+    compression: Compression | None = None,
 ) -> PartsMeter:
     """The server's first two steps, for its optimizer has its state from the second on.
 
@@ -223,6 +235,7 @@ def server_steps(
         cohort: The first round's.
         seed: The run's.
         robust: What becomes of replies before the step.
+        compression: How updates travel; None: as they are.
     """
     config = method.config
     aligns = hasattr(config, "alignment")
@@ -247,7 +260,8 @@ def server_steps(
             def replies(orders: Sequence[Order] = orders, round: int = round) -> Iterator[Reply]:
                 for order in orders:
                     with meter.paused():
-                        reply = reply_to(probe, order, cohort, fakes, round=round, seed=seed)
+                        asked = as_restored(order, compression)
+                        reply = reply_to(probe, asked, cohort, fakes, round=round, seed=seed)
                     alone[:] = [reply] if single else []
                     yield reply
 
@@ -265,12 +279,14 @@ class _Case:
         settings: The method's.
         turn: Whose turn it is, counted from 0, where blocks are trained in turns over the network.
         passed: Turns that have to be over, with what they changed.
+        round: From 1, where rounds differ.
         in_run: Whether such a step is one of the run's; else it is there for its operations.
     """
 
     settings: Any
     turn: int = 0
     passed: int = 0
+    round: int = 1
     in_run: bool = True
 
 
@@ -293,7 +309,8 @@ def _cases(config: Any, blocks: int, cohort: Cohort, together: int, most: int | 
     few |= {"local_steps": 1 if _repeats(config) else min(STEPS, most or STEPS), "local_epochs": None}
     fields = type(config).model_fields
     if "block_order" not in fields:
-        return [_Case(config.model_copy(update=few))]
+        alternates = getattr(config, "aggregation", "") == "alternate" and config.rounds > 1
+        return [_Case(config.model_copy(update=few), round=r) for r in ((1, 2) if alternates else (1,))]
     if "switch_interval" in fields:  # turns in one place: the first of either order can be chosen
         alone = few | {"block_order": "descending"}
         return [

@@ -13,7 +13,7 @@ measures; but it also knows what each storage is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ class PartsMeter(MemoryMeter):
     Args:
         made: The part of what operations give that turns out to be neither a gradient nor optimizer state.
         held: The part of resident tensors that belong to no module or optimizer.
+        beside: What is in memory in every step.
         repeats: Another such step follows each. What one leaves behind (an optimizer's state) is there when
             the next begins, so the peak is found without running that.
 
@@ -43,8 +44,15 @@ class PartsMeter(MemoryMeter):
         forward, backward: Floating-point operations of the first scope.
     """
 
-    def __init__(self, made: str = "activations", held: str = "other", *, repeats: bool = False) -> None:
-        super().__init__("cpu")
+    def __init__(
+        self,
+        made: str = "activations",
+        held: str = "other",
+        *,
+        repeats: bool = False,
+        beside: Sequence[Resident] = (),
+    ) -> None:
+        super().__init__("cpu", beside)
         self._made, self._held, self._repeats = made, held, repeats
         self.parts = dict.fromkeys(PARTS, 0)
         self.forward = self.backward = 0
@@ -61,10 +69,15 @@ class PartsMeter(MemoryMeter):
         finally:
             self._open.off = False
 
+    def highest(self, other: PartsMeter) -> None:
+        """Takes over another meter's peak where that is higher."""
+        if other.peak_bytes > self.peak_bytes:
+            self.peak_bytes, self.parts = other.peak_bytes, other.parts
+
     @contextmanager
     def whole(self, resident: Iterable[Resident] = ()) -> Iterator[None]:
         """Follows everything inside. A resident mapping whose keys are parts says what is in it."""
-        self._open = scope = _Scope(list(resident), self._made, self._held)
+        self._open = scope = _Scope([*self.beside, *resident], self._made, self._held)
         try:
             with scope:
                 yield

@@ -104,8 +104,16 @@ def plan(
         robust = robust_mean(settings, cast(Any, method), None, lambda: dry_run.FakeGathered(fakes))
         if robust.norm_quantile is not None:  # of norms without values: every update may be a longer one
             robust = replace(robust, max_norm=1e-9)
+    compression = config.federation.wire.compression(method)
     traffic = simulate(
-        method, model, fakes, clients=clients, per_round=per_round, seed=config.seed, robust=robust
+        method,
+        model,
+        fakes,
+        clients=clients,
+        per_round=per_round,
+        seed=config.seed,
+        robust=robust,
+        compression=compression,
     )
     client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
     if steps:
@@ -125,8 +133,9 @@ def plan(
             config.seed,
             traffic.turns,
             _together(config.method, work),
+            compression,
         )
-        server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust)
+        server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust, compression)
     document = {
         "method": config.method_name,
         "model": config.model.name,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort, sample_cohort
+from fedtune.core.compression import Compression
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
@@ -64,6 +65,7 @@ def simulate(
     per_round: float | int | None,
     seed: int,
     robust: RobustMean | None = None,
+    compression: Compression | None = None,
 ) -> Traffic:
     """The payloads of all rounds, if every client that is asked replies.
 
@@ -75,6 +77,7 @@ def simulate(
         per_round: As `federation.clients_per_round`.
         seed: The run's.
         robust: What becomes of replies before the server's step.
+        compression: How updates travel; None: as they are.
     """
     traffic = Traffic()
     if not method.uses_wire:
@@ -90,9 +93,13 @@ def simulate(
             for _ in cohort.clients if method.arrival == "in-turn" else [0]:
                 replies = []
                 for order in method.plan(state, round, cohort):
-                    traffic.exchanges.append(_exchange(round, order))
+                    traffic.exchanges.append(_exchange(round, order, compression))
                     traffic.turns += ordered(order.payload.scalars)
-                    replies.append(reply_to(method, order, cohort, fakes, round=round, seed=seed))
+                    replies.append(
+                        reply_to(
+                            method, as_restored(order, compression), cohort, fakes, round=round, seed=seed
+                        )
+                    )
                 state = advance(state, replies)
     return traffic
 
@@ -132,9 +139,15 @@ def reply_to(method: Any, order: Order, cohort: Cohort, fakes: Fakes, *, round: 
     return Reply(order.client, Payload(up), {}, cohort)
 
 
-def _exchange(round: int, order: Order) -> Exchange:
+def as_restored(order: Order, compression: Compression | None) -> Order:
+    """An order with what the method gets of its reply, however that travelled."""
+    return replace(order, expects=compression.restored(order.expects)) if compression else order
+
+
+def _exchange(round: int, order: Order, compression: Compression | None) -> Exchange:
     held = sum(t.nbytes for name, t in order.payload.tensors.items() if name.startswith(MODEL))
-    up = sum(_nbytes(spec) for spec in order.expects.values())
+    specs = compression.expects(order.expects) if compression else order.expects
+    up = sum(map(_nbytes, specs.values()))
     return Exchange(round, order.client, order.payload.nbytes, up, held)
 
 
@@ -158,7 +171,7 @@ def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Ten
 def _advance(method: Any, robust: RobustMean | None) -> Callable[[Any, list[Reply]], Any]:
     """How the server's state goes on, as far as the next orders' sizes depend on it."""
     config, server = method.config, method
-    if config.name == "fedavg" and config.aggregation != "stack":
+    if config.name == "fedavg" and config.aggregation not in ("stack", "residual"):
         return lambda state, replies: state  # the same tensors every round
     if config.name == "infinite-pool" and config.download == "model":
         return lambda state, replies: state

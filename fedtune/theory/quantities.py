@@ -115,6 +115,11 @@ def schemes(config: Settings) -> tuple[Config, Config]:
             "the one-shot theory follows the same weights through all rounds; method.aggregation: stack "
             "begins new factors every round. Use mean or freeze-a"
         )
+    if config.aggregation not in ("mean", "freeze-a"):
+        raise InputError(
+            f"the one-shot theory has the mean of the clients' weights, and method.aggregation: "
+            f"{config.aggregation} makes others of them. Use mean or freeze-a"
+        )
     if config.control_variates:
         raise InputError(
             "the one-shot theory has plain local steps (Eq. 3), and control variates correct them; "

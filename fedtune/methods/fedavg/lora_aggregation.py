@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedtune.models.lora import lora_layers
 
 A, B, DENSE = ".lora_A.weight", ".lora_B.weight", ".dense"
+Trained = tuple[Mapping[str, Tensor], int]  # a client's factors by name, and its number of examples
 
 
 def is_factor(name: str) -> bool:
@@ -72,8 +73,10 @@ def products(update: Mapping[str, Tensor], scale: float) -> Iterator[Tensor]:
 
 def stack(
     product: Mapping[str, Tensor],
-    replies: Sequence[tuple[Mapping[str, Tensor], int]],
+    replies: Sequence[Trained],
     scaling: Mapping[str, float],
+    *,
+    total: int | None = None,
 ) -> dict[str, Tensor]:
     """Adds Σ p_i B_i A_i, p_i = n_i / Σ n, to the product so far.
 
@@ -81,11 +84,12 @@ def stack(
         product: By module, either the stacked A (R x in) and B (out x R) or the dense product (out x in).
         replies: Each client's trained factors and its number of examples.
         scaling: alpha / rank of each module, folded into B.
+        total: Σ n; None: of `replies`.
 
     Returns:
         The new product, in whichever of the two forms is smaller.
     """
-    total = sum(examples for _, examples in replies)
+    total = total or sum(examples for _, examples in replies)
     added: dict[str, Tensor] = {}
     for module, scale in scaling.items():
         a = torch.cat([factors[module + A] for factors, _ in replies])
@@ -100,6 +104,22 @@ def stack(
         else:
             added[module + DENSE] = b @ a
     return added
+
+
+def shares(replies: Sequence[Trained]) -> list[tuple[Mapping[str, Tensor], float]]:
+    """Each client's factors with p_i = n_i / Σ n."""
+    total = sum(examples for _, examples in replies)
+    return [(factors, examples / total) for factors, examples in replies]
+
+
+def mean(replies: Sequence[Trained]) -> dict[str, Tensor]:
+    """Σ p_i of each factor, summed in float64, float32."""
+    found: dict[str, Tensor] = {}
+    for factors, share in shares(replies):
+        for name, factor in factors.items():
+            part = factor.to(torch.float64) * share
+            found[name] = found[name].add_(part) if name in found else part
+    return {name: total.to(torch.float32) for name, total in found.items()}
 
 
 def inner(one: Mapping[str, Tensor], other: Mapping[str, Tensor], scale: float) -> float:

@@ -7,7 +7,8 @@ round of T·k local epochs instead of T rounds of k, synchronous or asynchronous
     Δ_i    = local training from w(t) on client i's examples                                `client_step`
 
 Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), SCAFFOLD (`control_variates`,
-Karimireddy et al. 2020, option II), LoRA factors averaged, stacked or with A frozen (`aggregation`).
+Karimireddy et al. 2020, option II), LoRA factors averaged, stacked or with A frozen (`aggregation`), or as
+flexlora.py, fedex_lora.py, lora_fair.py and rolora.py have it.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -43,9 +44,9 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.core.wire import FrameError
+from fedtune.methods.fedavg import fedex_lora, flexlora, lora_fair, robust, rolora
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg import robust
-from fedtune.methods.fedavg.settings import Config
+from fedtune.methods.fedavg.settings import FROM_FACTORS, Config
 from fedtune.methods.local_training import train
 from fedtune.models.lora import lora_layers
 from fedtune.models.tuning import trainable
@@ -63,7 +64,8 @@ class State:
         scaling: alpha / rank of each LoRA module.
         moments: The server optimiser's moments, by "moment/name".
         control: SCAFFOLD's c.
-        product: The stacked or dense product Σ p_i B_i A_i of all rounds so far (aggregation: stack).
+        product: What is added to the base weights, stacked or dense: of all rounds so far the products
+            Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
         start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
     """
 
@@ -89,12 +91,12 @@ class FedAvg:
     def __init__(self, config: Config, seed: int) -> None:
         self.config, self._seed = config, seed
         self.rounds = config.rounds
-        self.saves_merged = config.aggregation == "stack"
+        self.saves_merged = config.aggregation in ("stack", "residual")
         self.arrival: ArrivalOrder = (
             "one-by-one"
             if config.arrival == "asynchronous"
             else "plan-order"
-            if config.aggregation == "stack"
+            if config.aggregation in FROM_FACTORS
             else "any-order"
         )
 
@@ -133,7 +135,10 @@ class FedAvg:
             payloads = dict.fromkeys(ranks.values(), Payload(down))  # the product is whole for every rank
         else:
             down = weights | {CONTROL + name: c for name, c in state.control.items()}
+            down |= {PRODUCT + name: t for name, t in state.product.items()}
             payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
+            if self.config.aggregation == "alternate":
+                weights = rolora.moving(weights, round)
         for client in cohort.clients:
             rank = ranks[client]
             up = (lora.cut(weights, rank) if rank else weights) | {
@@ -153,10 +158,12 @@ class FedAvg:
         start = lora.pad(weights, parameters)
         load(parameters, start)
         own = dict(env.state.tensors) if env.state else {n: torch.zeros_like(c) for n, c in control.items()}
-        with lora.folded(env.model, product) if product else nullcontext():
+        alternates = self.config.aggregation == "alternate"
+        turn = rolora.in_turn(parameters, env.round) if alternates else nullcontext(parameters)
+        with lora.folded(env.model, product) if product else nullcontext(), turn as moving:
             trained = train(
                 env,
-                parameters,
+                moving,
                 self.config,
                 proximal=self.config.proximal,
                 correction={name: c - own[name] for name, c in control.items()},
@@ -167,6 +174,8 @@ class FedAvg:
 
         up: dict[str, Tensor] = {}
         for name, received in weights.items():
+            if name not in moving:
+                continue
             whole = trained.weights[name].cpu() if self._sends_factor(name) else delta(name)
             up[name] = _cut_like(whole, received).to(received.dtype)
         if not control:
@@ -179,8 +188,8 @@ class FedAvg:
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""
-        if self.config.aggregation == "stack":
-            return self._stack(state, replies)
+        if self.config.aggregation in FROM_FACTORS:
+            return self._from_factors(state, replies)
         total: WeightedSum | None = None
         control: WeightedSum | None = None
         for reply in replies:
@@ -204,8 +213,10 @@ class FedAvg:
 
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
-        if self.config.aggregation == "stack":
-            return "aggregation: stack needs each client's factors"
+        if self.config.aggregation in FROM_FACTORS:
+            return f"aggregation: {self.config.aggregation} needs each client's factors"
+        if self.config.aggregation == "alternate":
+            return "aggregation: alternate has another sum in odd rounds than in even ones; take freeze-a"
         if privacy and self.config.control_variates:
             return "control_variates are a second update beside the first, on another scale"
         return None
@@ -217,6 +228,7 @@ class FedAvg:
             mean,
             asynchronous=self.arrival == "one-by-one",
             stacked=config.aggregation == "stack",
+            factored=config.aggregation if config.aggregation in ("svd", "residual", "refine") else "",
             unlike_ranks=bool(ranks),
             control=config.control_variates,
         )
@@ -230,6 +242,15 @@ class FedAvg:
         """See robust.py."""
         stacked = self.config.aggregation == "stack"
         return robust.updates(self.config.lora, stacked=stacked, control=CONTROL)
+
+    def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
+        """Factors that a client draws anew are no change of what was there: all of them count, once."""
+        if self.config.aggregation == "stack" and (sparse or feedback):
+            return (
+                f"aggregation: stack has clients send factors of their own, whole; leave out "
+                f"{'top_k' if sparse else 'error_feedback'}, or take aggregation: mean or freeze-a"
+            )
+        return None
 
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""
@@ -274,13 +295,16 @@ class FedAvg:
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The global model."""
         parameters = trainable(model)
-        if self.config.aggregation == "stack":
-            load(parameters, {n: torch.zeros_like(w) for n, w in state.weights.items() if lora.is_factor(n)})
-            load(parameters, {n: w for n, w in state.weights.items() if not lora.is_factor(n)})
-            with lora.folded(model, state.product):
-                yield "global", model
-        else:
+        if not self.saves_merged:
             load(parameters, state.weights)
+            yield "global", model
+            return
+        product, factors = state.product, {n: w for n, w in state.weights.items() if lora.is_factor(n)}
+        if self.config.aggregation == "residual":  # all of it on the base: merging rounds once
+            product = lora.stack(product, [(factors, 1)], state.scaling)
+        load(parameters, {name: torch.zeros_like(factor) for name, factor in factors.items()})
+        load(parameters, {n: w for n, w in state.weights.items() if not lora.is_factor(n)})
+        with lora.folded(model, product):
             yield "global", model
 
     def _apply(
@@ -289,14 +313,17 @@ class FedAvg:
         new: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for name, weight in weights.items():
+            if name not in total.sums:  # not trained in this round
+                new[name] = weight
+                continue
             mine = {m: moments[f"{m}/{name}"] for m in ("m", "v") if f"{m}/{name}" in moments}
             new[name], moved = self.config.server_optimizer.step(weight, total.mean(name), mine)
             kept |= {f"{m}/{name}": t for m, t in moved.items()}
         return new, kept
 
-    def _stack(self, state: State, replies: Iterable[Reply]) -> State:
-        """Stacking holds a cohort's factors together: they are the result, not a means to it."""
-        factors: list[tuple[Mapping[str, Tensor], int]] = []
+    def _from_factors(self, state: State, replies: Iterable[Reply]) -> State:
+        """Holds a cohort's factors together: the result is made of each of them."""
+        factors: list[lora.Trained] = []
         rest: WeightedSum | None = None
         for reply in replies:
             rest = rest or WeightedSum.empty(reply.cohort.total_examples)
@@ -304,11 +331,22 @@ class FedAvg:
                 {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
             )
             if reply.examples:  # 0: a robust mean left it out
-                trained = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
-                factors.append((trained, reply.examples))
+                sent = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
+                if self.config.aggregation != "stack":  # what changed since the round's start
+                    sent = {n: _cut_like(state.weights[n], t) + t for n, t in sent.items()}
+                factors.append((sent, reply.examples))
         if rest is None:
-            raise ValueError("no client replied: there is nothing to stack")
+            raise ValueError("no client replied: there is nothing to aggregate")
         weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}
+        match self.config.aggregation:
+            case "svd":
+                return replace(state, weights=weights | flexlora.factored(factors, weights, state.scaling))
+            case "refine":
+                new = lora_fair.refined(factors, state.scaling, self.config.ridge)
+                return replace(state, weights=weights | new)
+            case "residual":
+                new, product = fedex_lora.averaged(factors, state.product, state.scaling)
+                return replace(state, weights=weights | new, product=product)
         return replace(state, weights=weights, product=lora.stack(state.product, factors, state.scaling))
 
     def _sends_factor(self, name: str) -> bool:

@@ -13,7 +13,13 @@ _SECOND = "control_variates are a second update beside the first, on another sca
 
 
 def mean_refusal(
-    mean: MeanName, *, asynchronous: bool, stacked: bool, unlike_ranks: bool, control: bool
+    mean: MeanName,
+    *,
+    asynchronous: bool,
+    stacked: bool,
+    factored: str,
+    unlike_ranks: bool,
+    control: bool,
 ) -> str | None:
     """Why another mean makes no sense: it needs all replies, and numbers that mean the same for all clients.
 
@@ -21,6 +27,7 @@ def mean_refusal(
         mean: Which.
         asynchronous: Whether replies are folded in one by one.
         stacked: Whether clients send LoRA factors of their own.
+        factored: The aggregation that makes new factors of each client's product; "" for others.
         unlike_ranks: Whether clients have LoRA of unlike ranks.
         control: Whether there are control variates.
     """
@@ -32,6 +39,11 @@ def mean_refusal(
         return (
             "aggregation: stack has every client draw factors of its own, so that no number of A or B means "
             "the same for two of them; take krum, or aggregation: mean or freeze-a"
+        )
+    if factored and mean != "krum":
+        return (
+            f"aggregation: {factored} is of each client's B A, and a {mean} of A and of B is nobody's "
+            "product; take krum, or aggregation: mean or freeze-a"
         )
     if unlike_ranks and not stacked:
         return (

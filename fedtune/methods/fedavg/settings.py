@@ -7,34 +7,64 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
+from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
+Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate"]
+FROM_FACTORS = ("stack", "svd", "residual", "refine")  # whose server needs each client's factors
 
-class Config(Tuning, Training):
+
+class Config(Tuning, Preferring, Training):
     """Settings of `method.name: fedavg`."""
 
     name: Literal["fedavg"] = "fedavg"
     rounds: int = Field(3, ge=1)
     arrival: Literal["synchronous", "asynchronous"] = "synchronous"
-    aggregation: Literal["mean", "stack", "freeze-a"] = "mean"
+    aggregation: Aggregation = "mean"
+    ridge: float = Field(0.01, gt=0)  # aggregation: refine: λ of ‖ΔB‖²
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
 
     @property
     def quantized_refusal(self) -> str:
-        """Stacked products are added to the weights themselves."""
-        if self.aggregation == "stack":
-            return "aggregation: stack adds each round's product to the model's own weights; take mean"
+        """Stacked products and residuals are added to the weights themselves."""
+        if self.aggregation in ("stack", "residual"):
+            return f"aggregation: {self.aggregation} adds to the model's own weights in each round; take mean"
         return super().quantized_refusal
 
     @property
     def adapter_refusal(self) -> str:
         """Clients that draw factors of their own do not have the adapter's."""
-        if self.aggregation != "mean":
+        if self.aggregation in ("stack", "freeze-a"):
             return f"with aggregation: {self.aggregation} clients draw factors anew; take mean"
         return super().adapter_refusal
+
+    def _from_factors(self) -> None:
+        """Raises ValueError for what does not go with a server that makes new factors of the clients'."""
+        if self.arrival == "asynchronous" or self.control_variates or self.server_optimizer.name != "mean":
+            raise ValueError(
+                f"aggregation: {self.aggregation} makes factors of all clients' factors; it goes with "
+                "arrival: synchronous, server_optimizer mean and no control_variates"
+            )
+        if self.server_optimizer.lr != 1.0:
+            raise ValueError(f"aggregation: {self.aggregation} takes no server_optimizer.lr; leave it out")
+        if self.lora and self.lora.use_dora:
+            raise ValueError(
+                f"aggregation: {self.aggregation} is of products, and a row's length is no part of the "
+                "product; it does not go with lora.use_dora"
+            )
+        if self.aggregation == "residual" and self.lora and self.lora.init != "default":
+            raise ValueError(
+                f"aggregation: residual is saved as a whole model, of which lora.init: {self.lora.init} "
+                "takes a part away; take svd, refine or mean"
+            )
+        if self.lora and self.lora.client_ranks and self.aggregation != "svd":
+            raise ValueError(
+                f"aggregation: {self.aggregation} averages factors of one rank; with lora.client_ranks take "
+                "svd, stack or mean"
+            )
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -46,6 +76,17 @@ class Config(Tuning, Training):
             raise ValueError(
                 "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
                 "server_optimizer mean and no control_variates"
+            )
+        if self.aggregation in ("svd", "residual", "refine"):
+            self._from_factors()
+        if self.aggregation != "refine" and "ridge" in self.model_fields_set and self.ridge != 0.01:
+            raise ValueError(
+                f"ridge has no effect with aggregation: {self.aggregation}; it belongs to refine"
+            )
+        if self.aggregation == "alternate" and (self.arrival == "asynchronous" or self.control_variates):
+            raise ValueError(
+                "aggregation: alternate trains B in odd rounds and A in even ones; it goes with arrival: "
+                "synchronous and no control_variates"
             )
         if self.aggregation == "stack" and self.lora and (self.lora.use_dora or self.lora.init != "default"):
             one = "use_dora" if self.lora.use_dora else f"init: {self.lora.init}"

@@ -241,6 +241,10 @@ class FedBiOT:
         """What a reply holds is the change of the adapter's LoRA."""
         return Updates()
 
+    def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
+        """The same tensors change in every round."""
+        return None
+
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """AdapFu, the result, and AdapEmu beside it."""
         server = self.at_server()

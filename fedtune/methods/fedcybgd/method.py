@@ -146,6 +146,15 @@ class FedCyBGD:
         """The change of the turn's blocks; what a client says of heads and channels is beside it."""
         return Updates(lambda name: "" if name.startswith((f"{HEADS}:", f"{CHANNELS}:")) else "update")
 
+    def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
+        """A client has another block in each turn."""
+        if feedback:
+            return (
+                "a client has another block in each turn, and what one lost would wait until that comes "
+                "again, in the memory of as many blocks; leave error_feedback out"
+            )
+        return None
+
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The whole model."""
         with torch.no_grad():
