@@ -52,7 +52,8 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "ModelSettings.initial": "`scratch`: the same architecture with random weights",
     "ModelSettings.task": "`classification`: RoBERTa or BERT; classes are the outputs in the training data",
     "ModelSettings.device": "`auto`: the GPU if there is one; `cpu`; `cuda`; or one as `cuda:1`; "
-    "`[cuda:0, cuda:1]`: clients of `transport.workers` train on these, the server works on the first",
+    "`[cuda:0, cuda:1]`: clients of `transport.workers` train on these, the server works on the first; "
+    "one model over several is not there, see planning.md",
     "Dirichlet.alpha": "small: few labels a client; large: everyone has the same mix",
     "Dirichlet.minimum": "examples that each client has at least",
     "Dirichlet.by": "the field whose values are the labels",

@@ -481,7 +481,7 @@ class _Update(gpu.Update):
         launches = super().jobs(w, w0, name, first=first)  # its checks, its upload
         jobs = self._host.jobs(_host(w.detach()), _host(w0.detach()), name, first=first)
         for launch in launches:
-            for argument in launch.args[-1]:  # type: ignore[attr-defined]  # functools.partial
+            for argument in launch.args[2]:  # type: ignore[attr-defined]  # functools.partial
                 if isinstance(argument, Tensor) and not isinstance(argument, OnGpu):
                     raise DeviceError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         return [partial(self._launched, jobs)] if launches else []

@@ -14,6 +14,7 @@ from contract import Federation, examples
 from model_families import batch, build, tokenizer
 from pretended_gpu import DeviceError, OnGpu, PretendedGpu
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.core.types import Payload
 from fedtune.data.batches import collate
@@ -24,6 +25,7 @@ from fedtune.evaluation.likelihoods import example_losses
 from fedtune.methods import step_loss, stepping
 from fedtune.methods.fedavg import method as fedavg
 from fedtune.methods.fedbiot import method as fedbiot
+from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models import alignment, lean_loss
 from fedtune.models.at_work import at_work
 from fedtune.zeroth import SeedPool
@@ -437,3 +439,19 @@ def test_models_come_to_work_and_go(gpu: PretendedGpu) -> None:
         assert torch.equal(parameter, before[name][2]) and parameter.requires_grad
     with at_work([one], torch.device("cpu")):
         assert one.get_parameter("lm_head.weight").data_ptr() == before["lm_head.weight"][1]
+
+
+def test_a_pass_of_fedkseed_launches_one_kernel_a_weight(gpu: PretendedGpu) -> None:
+    """A matrix of 12 MB, which a CPU forms in six pieces."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=6144, num_hidden_layers=1, num_attention_heads=8
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()  # type: ignore[arg-type]
+    inputs = {name: tensor.to("cuda") for name, tensor in batch("llama").items()}
+    with step_weights(model, SeedPool(0, 64, "hadamard4"), torch.zeros(64), 1e-3) as weights:
+        assert gpu.of("kernel") == 1  # it is compiled on this device before a step is measured
+        gpu.forget()
+        weights.loss(inputs, 4, 1e-3)
+    # the embedding's rows, seven matrices, three norms, the head
+    assert gpu.of("kernel") == len(list(model.parameters())) == 12
+    assert gpu.of("to the device") == 1  # the pass's K numbers

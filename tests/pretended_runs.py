@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "fedavg": {
         **{name: {**STEPS, "trainable": name, **more} for name, more in TRAINABLE.items()},
         "scaffold": {**STEPS, **TWO, "trainable": "full", "optimizer": "sgd", "control_variates": True},
+        "offloaded": {**STEPS, "lora": {"rank": 2}, "offload_params": "disk"},
         "stack": {**STEPS, **TWO, "lora": {"rank": 2}, "aggregation": "stack"},
         "asynchronous-dora": {**STEPS, "lora": {"rank": 2, "use_dora": True}, "arrival": "asynchronous"},
         "proximal-kahan": {
@@ -82,6 +83,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "offsite-tuning": {"plain": ENDS},
     "fedcybgd": {
         "hybrid": {**STEPS, **TWO, "compression": "hybrid"},
+        "offloaded": {**STEPS, "offload_params": "disk"},
         "lora": {**STEPS, "trainable": "lora", "lora": {"rank": 2}, "compression": "layer-drop"},
         "adapter": {**STEPS, "trainable": "adapter", "adapter": {"size": 3}},
     },

@@ -88,11 +88,12 @@ def test_as_many_processes_as_gpus_are_named(
     [
         ("gpu", {}, "device must be auto, cpu, cuda, one GPU as cuda:1"),
         ("cuda:x", {}, "device must be"),
+        ("balanced", {}, r"got balanced\. A model lies on one GPU: .*device_map, FSDP\) is not there.*nf4"),
         ("cuda:-1", {}, "device must be"),
         ([], {}, "a list that names each once"),
         (["cuda:0", "cuda:0"], {"workers": 2}, "a list that names each once"),
         (["cpu", "cuda:0"], {"workers": 2}, "device must be"),
-        (["cuda:0", "cuda:1"], {}, "set transport.workers to auto or to as many, or name one GPU"),
+        (["cuda:0", "cuda:1"], {}, "to as many, or name one GPU. A model lies on one GPU"),
         ("cuda:1", {"name": "flower-simulation"}, "Ray hands GPUs out"),
     ],
 )

@@ -328,3 +328,22 @@ def test_a_team_is_two_threads_at_once_and_pytorch_works_alone_in_each() -> None
     team(work, 2)
     assert len({ident for ident, *_ in seen}) == 2
     assert [rest for _, *rest in seen] == [[False, 3.0]] * 2
+
+
+def test_on_a_gpu_a_matrix_of_7b_is_formed_by_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 blocks of seven matrices and two norms, a norm and a head: a launch each, a matrix a product."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config = LlamaConfig(vocab_size=32000, num_attention_heads=32, **sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+        inputs = {"inputs_embeds": torch.empty(1, 8, 4096), "attention_mask": torch.zeros(1, 1, 8, 8)}
+    formed, products, multiply = list[str](), list[int](), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **rest: (products.append(1), multiply(*args, **rest))[1])
+
+    def form(name: str, own: Tensor, out: Tensor, first: int) -> None:
+        formed.append(name)
+
+    with torch.no_grad(), JustInTimeWeights(dict(model.named_parameters()), form, as_on="cuda"):
+        model(**inputs, use_cache=False)
+    assert len(formed) == len(set(formed)) == 32 * 9 + 2
+    assert len(products) == 32 * 7 + 1

@@ -217,7 +217,9 @@ def test_content_that_is_gone_is_said(tmp_path: Path) -> None:
 
 def test_what_cannot_be_offloaded_is_refused() -> None:
     model = build("llama").requires_grad_(False)
-    with pytest.raises(InputError, match=r"offload_params: disk is for weights on a CPU, got some on meta"):
+    with pytest.raises(
+        InputError, match=r"offload_params: disk is for weights on a CPU or a GPU, got some on meta"
+    ):
         offloaded(model.to("meta"), "disk").__enter__()
     for method in ("fedavg", "standalone", "centralized"):
         settings = {"name": method, "trainable": "full", "offload_params": "disk"}

@@ -342,21 +342,30 @@ class Hopper:  # what the compiler asks of a GPU's driver
     def get_current_stream(self, device): return 0
 
 driver.set_active(Hopper())
-found = {}
+found, wide = {}, {}
 for kind in KINDS:
-    for key, n, first, name in ((1, 4096, 0, "a"), (2**64 - 1, 5, 16, "b"), (16, 1000, 1, "c")):
-        w = torch.zeros(n)
-        (job,) = gpu.Update(SeedPool(key, 40, kind), np.ones(40)).jobs(w, w, name, first=first)
-        kernel, tiles, arguments = job.args
-        code = kernel.warmup(*arguments, grid=(tiles,), num_warps=4, enable_fp_fusion=False)
-    arithmetic = re.findall(r"\\b((?:add|sub|mul|fma|mad)\\S*\\.f(?:16|32|64))\\b", code.asm["ptx"])
-    found[kind] = sorted(set(arithmetic)), len(kernel.device_caches[0][0])
+    cases = (1, 4096, 0, "a"), (2**64 - 1, 16_400, 48, "b"), (1, 5, 16, "c"), (16, 1000, 1, "d")
+    for key, n, first, name in cases:
+        for dtype in (torch.float32, torch.bfloat16):
+            w = torch.zeros(n, dtype=dtype)
+            (job,) = gpu.Update(SeedPool(key, 40, kind), np.ones(40)).jobs(w, w, name, first=first)
+            kernel, tiles, arguments, options = job.args
+            code = kernel.warmup(*arguments, grid=(tiles,), **options)
+            ptx = code.asm["ptx"]
+            arithmetic = re.findall(r"\\b((?:add|sub|mul|fma|mad)\\S*\\.f(?:16|32|64))\\b", ptx)
+            found.setdefault(kind, set()).update(arithmetic)
+            wide[f"{kind} {dtype} {name}"] = [
+                len(re.findall(rf"{how}\\.global\\S*\\.{width}", ptx))
+                for how in ("ld", "st") for width in ("v2", "v4")
+            ]
+    found[kind] = sorted(found[kind]), len(kernel.device_caches[0][0])
+found["wide"] = {name: counts for name, counts in wide.items() if any(counts)}
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_compiled_for_a_gpu_nothing_is_fused_or_flushed_and_no_size_is_compiled_anew(tmp_path):
+def test_compiled_for_a_gpu_nothing_is_fused_or_flushed_and_few_sizes_are_compiled_anew(tmp_path):
     """Triton compiles without a GPU. `.rn` forbids fusing later as well; `.ftz` would lose small numbers."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -366,11 +375,17 @@ def test_compiled_for_a_gpu_nothing_is_fused_or_flushed_and_no_size_is_compiled_
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
+    wide = found.pop("wide")
     assert found == {
-        "gaussian": [["add.rn.f32", "mul.rn.f64"], 1],
-        "rademacher": [["add.rn.f32", "mul.rn.f64"], 1],  # the Gaussian's kernel, not compiled again
-        "binomial32": [["add.rn.f32", "mul.rn.f64"], 1],
-        "hadamard4": [["add.rn.f32"], 1],
+        "gaussian": [["add.rn.f32", "mul.rn.f64"], 2],  # a dtype each
+        "rademacher": [["add.rn.f32", "mul.rn.f64"], 2],  # the Gaussian's kernel, not compiled again
+        "binomial32": [["add.rn.f32", "mul.rn.f64"], 2],
+        "hadamard4": [["add.rn.f32"], 6],  # where 16 divides n and first, where only first, and where neither
+    }
+    # 1,024 weights of a tile, four at a time, are 4 loads and 4 stores of each of 64 threads.
+    assert wide == {
+        **{f"hadamard4 torch.float32 {name}": [0, 4, 0, 4] for name in "ab"},
+        **{f"hadamard4 torch.bfloat16 {name}": [4, 0, 4, 0] for name in "ab"},
     }
 
 

@@ -27,11 +27,14 @@ BENCHES = {
     "federation": "rounds of twenty clients with a step each, against the same written by hand: CPU time",
     "simulation": "memory of simulated clients: one base model in all, against a model each",
     "billion": "a round of each method on 1.1 billion weights: plan, ledger, process; needs 16 GB",
+    "gpu-checks": "on a GPU: bits of all noise, every method in bfloat16 against the CPU, memory and plan",
+    "gpu-speed": "on a GPU, 1.1 billion weights: noise against a copy, steps against loops by hand",
 }
+ON_A_GPU = ("gpu-checks", "gpu-speed")  # scripts/on_a_gpu.sh runs them
 
 
 def run_benches(name: str) -> list[dict[str, Any]]:
-    """Runs the benchmark of that name, or `all` of them.
+    """Runs the benchmark of that name, or `all` that need no GPU.
 
     Returns:
         One document a benchmark: `bench`, `machine`, `rows` and `ratios`.
@@ -46,7 +49,7 @@ def run_benches(name: str) -> list[dict[str, Any]]:
     from fedtune.measure.environment import environment  # here, so that they are listed without torch
 
     documents = []
-    for each in BENCHES if name == "all" else [name]:
+    for each in [each for each in BENCHES if each not in ON_A_GPU] if name == "all" else [name]:
         rows, ratios = importlib.import_module(f"fedtune.bench.{each.replace('-', '_')}").measure()
         documents.append({"bench": each, "machine": environment(), "rows": rows, "ratios": ratios})
     return documents

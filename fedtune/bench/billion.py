@@ -66,7 +66,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with temporary_folder() as folder, quiet():
-        _write(shape, folder)
+        write_inputs(shape, folder)
         for case in cases:
             document = _document(folder, CASES[case])
             path = folder / f"run-{len(rows)}.yaml"
@@ -88,7 +88,7 @@ def measure(
     return rows, ratios
 
 
-def _write(shape: dict[str, Any], folder: Path) -> None:
+def write_inputs(shape: dict[str, Any], folder: Path) -> None:
     """The model in shards, with the bundled tokenizer, and the examples."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

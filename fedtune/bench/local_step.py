@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.core.store import Store
 from fedtune.core.types import ClientEnv, Payload
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, on_device
 from fedtune.data.encoded import IGNORED, Encoded
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg.settings import Config
@@ -54,7 +54,7 @@ Way = Callable[[ClientEnv, Config], Callable[[], object]]
 
 def measure(shapes: Sequence[str] = tuple(SHAPES)) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row of each shape, of what is trained and of each way, and ratios to the loop by hand."""
-    ways: dict[str, Way] = {"by hand": _by_hand, "fedtune": _fedtune, "Trainer": _trainer}
+    ways: dict[str, Way] = {"by hand": by_hand, "fedtune": by_fedtune, "Trainer": _trainer}
     if importlib.util.find_spec("trl") is not None:
         ways["TRL"] = _trl
     rows, ratios = list[dict[str, Any]](), dict[str, float]()
@@ -144,18 +144,21 @@ def _batches(env: ClientEnv, config: Config) -> Iterator[list[Encoded]]:
         yield [env.items[index] for index in indices]
 
 
-def _fedtune(env: ClientEnv, config: Config) -> Callable[[], object]:
+def by_fedtune(env: ClientEnv, config: Config) -> Callable[[], object]:
+    """The steps of a client of FedAvg."""
     return lambda: train(env, trainable(env.model), config)
 
 
-def _by_hand(env: ClientEnv, config: Config) -> Callable[[], object]:
+def by_hand(env: ClientEnv, config: Config) -> Callable[[], object]:
+    """The same steps as one writes them down."""
+
     def steps() -> None:
         parameters = list(trainable(env.model).values())
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
         env.model.train()
         for items in _batches(env, config):
-            env.model(**collate(items, 0)).loss.backward()
+            env.model(**on_device(collate(items, 0), env.device)).loss.backward()
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -12,7 +12,6 @@ compare. `fedtune bench memory` compares their memory.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
+from fedtune.bench.seconds import seconds
 from fedtune.methods.fedkseed.step import step_weights
 from fedtune.models.lora import attach_lora
 from fedtune.models.tuning import train_all, trainable
@@ -53,34 +53,48 @@ def measure(
             model, plain = random_llama(width, depth), random_llama(width, depth)
             for each in (model, plain):
                 nn.Module.to(each, dtype)
-            rows += _zeroth(train_all(model), plain)
+            # In half precision a step takes the sum over other noise in every pass: minutes.
+            others: tuple[Noise, ...] = ("rademacher",) if dtype == torch.float32 else ()
+            kinds: tuple[Noise, ...] = ("hadamard4", *others)
+            rows += zeroth_steps(train_all(model), plain, random_batch(), kinds)
     model, batch, plain = random_llama(hidden, layers), random_batch(), random_llama(hidden, layers)
 
     def twice() -> None:
         _forward(plain, batch, 2)
 
-    rows.append(_row("reference step, torch.normal", plain, _reference(train_all(model), batch), twice))
-    rows.append(_row("full fine-tuning, AdamW", plain, _trained(model, batch), twice))
+    of = (plain, twice)
+    rows.append(_row("reference step, torch.normal", reference_step(train_all(model), batch), *of))
+    rows.append(_row("full fine-tuning, AdamW", _trained(model, batch), *of))
     lora = attach_lora(random_llama(hidden, layers), rank=16, alpha=32.0, dropout=0.0, targets=None, seed=0)
-    rows.append(_row("LoRA, AdamW", plain, _trained(lora, batch), twice))
+    rows.append(_row("LoRA, AdamW", _trained(lora, batch), *of))
+    return rows, step_ratios(rows)
+
+
+def step_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ratios to two forward passes, taken out of their rows."""
     ratios = {}
     for row in rows:
         of = f"{row['case']} / two forward passes, {row['parameters']:,} parameters, {row['dtype']}"
         ratios[f"seconds: {of}"], ratios[f"CPU seconds: {of}"] = row.pop("ratios")
-    return rows, ratios
+    return ratios
 
 
-def _zeroth(model: nn.Module, plain: nn.Module) -> list[dict[str, Any]]:
-    """Two forward passes, and FedKSeed's steps of the same shape and dtype."""
-    batch = random_batch()
+def zeroth_steps(
+    model: nn.Module, plain: nn.Module, batch: dict[str, Tensor], kinds: tuple[Noise, ...]
+) -> list[dict[str, Any]]:
+    """Two forward passes, and FedKSeed's steps of the same shape and dtype, on the batch's device.
+
+    Args:
+        model: Whose weights the steps move.
+        plain: The same model once more, for the passes.
+        batch: Of both.
+        kinds: Of noise.
+    """
 
     def twice() -> None:
         _forward(plain, batch, 2)
 
-    rows = [_row("two forward passes", plain, twice, twice)]
-    # In half precision a step takes the sum over other noise in every pass: minutes.
-    half = next(model.parameters()).dtype != torch.float32
-    kinds: tuple[Noise, ...] = ("hadamard4",) if half else ("hadamard4", "rademacher")
+    rows = [_row("two forward passes", twice, plain, twice)]
     for noise in kinds:
         with step_weights(model, SeedPool(0, SEEDS, noise), torch.zeros(SEEDS), LR) as weights:
 
@@ -88,7 +102,7 @@ def _zeroth(model: nn.Module, plain: nn.Module) -> list[dict[str, Any]]:
                 plus, minus = weights.loss(batch, 7, EPSILON), weights.loss(batch, 7, -EPSILON)
                 weights.update([(7, (plus - minus) / (2 * EPSILON))])
 
-            rows.append(_row(f"FedKSeed step, {noise}", plain, step, twice))
+            rows.append(_row(f"FedKSeed step, {noise}", step, plain, twice))
     return rows
 
 
@@ -98,14 +112,22 @@ def _forward(model: nn.Module, batch: dict[str, Tensor], times: int) -> None:
         float(model(**batch).loss)
 
 
-def _reference(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+def reference_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """The step of the papers' code: four passes of noise from PyTorch's generator of the weights' device."""
     parameters = list(trainable(model).values())
 
     @torch.no_grad()
     def move(scale: float) -> None:
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(parameters[0].device).manual_seed(7)
         for parameter in parameters:
-            z = torch.normal(0.0, 1.0, parameter.shape, generator=generator)
+            z = torch.normal(
+                0.0,
+                1.0,
+                parameter.shape,
+                generator=generator,
+                dtype=parameter.dtype,
+                device=parameter.device,
+            )
             parameter.data.add_(z, alpha=scale)
 
     @torch.no_grad()
@@ -131,22 +153,16 @@ def _trained(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     return step
 
 
-def _row(case: str, plain: nn.Module, step: Callable[[], None], passes: Callable[[], None]) -> dict[str, Any]:
+def _row(case: str, step: Callable[[], None], plain: nn.Module, passes: Callable[[], None]) -> dict[str, Any]:
+    first = next(plain.parameters())
     step()  # compiles kernels, and makes an optimizer's state
     passes()
-    pairs = [(_seconds(step), _seconds(passes)) for _ in range(REPEATS)]
+    pairs = [(seconds(step, first.device), seconds(passes, first.device)) for _ in range(REPEATS)]
     return {
         "case": case,
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),
-        "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(first.dtype).removeprefix("torch."),
         "seconds": statistics.median(one[0] for one, _ in pairs),
         "CPU seconds": statistics.median(one[1] for one, _ in pairs),
         "ratios": tuple(statistics.median(one[i] / two[i] for one, two in pairs) for i in range(2)),
     }
-
-
-def _seconds(what: Callable[[], None]) -> tuple[float, float]:
-    """Of the clock, and of the CPU in all threads."""
-    started = time.perf_counter(), time.process_time()
-    what()
-    return time.perf_counter() - started[0], time.process_time() - started[1]

@@ -312,7 +312,10 @@ def bench(
         if as_json:
             print_json([{"name": each, "summary": summary} for each, summary in BENCHES.items()])
             return
-        for each, summary in {**BENCHES, "all": "all of these, one after another; an hour or more"}.items():
+        for each, summary in {
+            **BENCHES,
+            "all": "all that need no GPU, one after another; an hour or more",
+        }.items():
             print(f"{each:{max(map(len, BENCHES))}}  {summary}")
         return
     documents = run_benches(name)

@@ -12,6 +12,11 @@ from fedtune.config.pictures import Diffusion
 from fedtune.core.settings import Settings
 
 CARD = r"^cuda:\d{1,3}$"
+ONE_GPU = (
+    "A model lies on one GPU: dividing one over several (device_map, FSDP) is not there. What is too large "
+    "fits with model.quantization: nf4, method.gradient_checkpointing: full, method.offload_params: disk "
+    "or method.name: fedkseed, and fedtune plan says which"
+)
 
 
 class ModelSettings(Settings):
@@ -45,7 +50,7 @@ class ModelSettings(Settings):
         if not known or len(set(named)) < max(1, len(named)):
             raise ValueError(
                 "device must be auto, cpu, cuda, one GPU as cuda:1, or a list that names each once, as "
-                f"[cuda:0, cuda:1], got {self.device}"
+                f"[cuda:0, cuda:1], got {self.device}. {ONE_GPU}"
             )
         return self
 

@@ -17,7 +17,7 @@ from fedtune.config import pictures
 from fedtune.config.computing import Computing
 from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
-from fedtune.config.model import ModelSettings
+from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.picture_rules import refusal as picture_refusal
 from fedtune.config.wire import Wire
@@ -151,7 +151,7 @@ class RunConfig(Settings):
         if len(self.model.cards) > 1 and (self.transport.name == "flower" or self.transport.workers == 1):
             raise ValueError(
                 f"model.device: {self.model.device} is for clients that train at the same time, each on "
-                "one GPU; set transport.workers to auto or to as many, or name one GPU"
+                f"one GPU; set transport.workers to auto or to as many, or name one GPU. {ONE_GPU}"
             )
         if self.model.adapter is not None and (why := self.method.adapter_refusal):
             raise ValueError(f"model.adapter does not go with {self.method_name}: {why}")

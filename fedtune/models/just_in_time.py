@@ -1,10 +1,11 @@
 """Weights formed just in time: the model stays as it was loaded and computes with others.
 
 While `JustInTimeWeights` is open, every operation of PyTorch that is given a parameter gets what `form` makes
-of it, for that operation alone. A linear layer's matrix never exists whole: some of its rows at a time are
-formed where a core's cache holds them, multiplied and forgotten. Of an embedding only the rows that are
-looked up are formed. Nothing is ever written into the model, so nothing drifts however many forward passes
-there are.
+of it, for that operation alone. On a CPU a linear layer's matrix never exists whole: some of its rows at a
+time are formed where a core's cache holds them, multiplied and forgotten. A GPU waits for launches sooner
+than for memory: there it is formed at once. Of an embedding only the rows that are looked up are formed,
+and on a GPU what lies between them. Nothing is ever written into the model, so nothing drifts however many
+forward passes there are.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fedtune.models.openmp import team
 
 Form = Callable[[str, Tensor, Tensor, int], None]
 
-# Bytes of a weight that are formed at a time: what a core's cache holds; what is worth a launch on a GPU.
-CHUNK = {"cpu": 2 << 20, "cuda": 16 << 20}
+# Bytes of a weight that are formed at a time: what a core's cache holds; on a GPU any matrix of today.
+CHUNK = {"cpu": 2 << 20, "cuda": 2 << 30}
 # Bytes between two rows of an embedding that are formed sooner than another call is made.
 GAP = {"cpu": 1 << 17, "cuda": 16 << 20}
 SHARE = 1 << 19  # bytes of a weight for which one more thread pays
@@ -51,13 +52,19 @@ class JustInTimeWeights(TorchFunctionMode):
             the same size, dtype and device to write to, and the index in the flattened parameter where both
             begin. Several threads call it at once; it must not share its work out further.
         threads: How many threads share the work on a CPU; PyTorch's setting by default.
+        as_on: The type of device whose pieces they are formed in; the parameters' own by default.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], form: Form, *, threads: int | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        form: Form,
+        *,
+        threads: int | None = None,
+        as_on: str | None = None,
     ) -> None:
         super().__init__()
-        self._form, self._threads = form, threads
+        self._form, self._threads, self._as_on = form, threads, as_on
         self._parameters = dict(parameters)  # kept: an id stands for one object only while that lives
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
 
@@ -94,7 +101,7 @@ class JustInTimeWeights(TorchFunctionMode):
         own = parameter.detach()
         formed = torch.empty_like(own)
         name, source, out = self._names[id(parameter)], own.view(-1), formed.view(-1)
-        threads, pieces = _shares(own, own.numel(), self._threads)
+        threads, pieces = self._shares(own, own.numel())
         todo = iter(pieces)
 
         def work() -> None:
@@ -111,7 +118,7 @@ class JustInTimeWeights(TorchFunctionMode):
         rows_of_x, source = x.reshape(-1, inputs), own.view(-1)
         added = self._effective(bias)
         result = x.new_empty(rows_of_x.shape[0], outputs)
-        threads, chunks = _shares(own, outputs, self._threads)
+        threads, chunks = self._shares(own, outputs)
         room = chunks[0][1] * inputs
         buffers, todo = [own.new_empty(room) for _ in range(threads)], iter(chunks)
 
@@ -139,9 +146,8 @@ class JustInTimeWeights(TorchFunctionMode):
             return functional.embedding(ids, own)  # PyTorch's own error
         source, rows = own.view(-1), own.new_empty(len(wanted), width)
         row_bytes = width * own.element_size()
-        for first, last in _runs(
-            wanted, GAP[own.device.type] // row_bytes, CHUNK[own.device.type] // row_bytes
-        ):
+        kind = self._as_on or own.device.type
+        for first, last in _runs(wanted, GAP[kind] // row_bytes, CHUNK[kind] // row_bytes):
             begin, end = wanted[first], wanted[last - 1] + 1
             dense = end - begin == last - first
             span = rows[first:last] if dense else own.new_empty(end - begin, width)
@@ -150,15 +156,15 @@ class JustInTimeWeights(TorchFunctionMode):
                 torch.index_select(span, 0, used[first:last] - begin, out=rows[first:last])
         return functional.embedding(position, rows)
 
-
-def _shares(own: Tensor, units: int, most: int | None) -> tuple[int, list[tuple[int, int]]]:
-    """How many threads work on a parameter, and the ranges of `units` that they take: as many for each."""
-    most = torch.get_num_threads() if most is None else most
-    threads = max(1, min(most, own.nbytes // SHARE)) if own.device.type == "cpu" else 1
-    chunks = -(-own.nbytes // CHUNK[own.device.type])
-    chunks = min(-(-chunks // threads) * threads, units)
-    size = -(-units // max(chunks, 1))
-    return threads, [(begin, min(begin + size, units)) for begin in range(0, units, max(size, 1))]
+    def _shares(self, own: Tensor, units: int) -> tuple[int, list[tuple[int, int]]]:
+        """How many threads work on a parameter, and the ranges of `units` they take: as many for each."""
+        most = torch.get_num_threads() if self._threads is None else self._threads
+        kind = self._as_on or own.device.type
+        threads = max(1, min(most, own.nbytes // SHARE)) if kind == "cpu" else 1
+        chunks = -(-own.nbytes // CHUNK[kind])
+        chunks = min(-(-chunks // threads) * threads, units)
+        size = -(-units // max(chunks, 1))
+        return threads, [(begin, min(begin + size, units)) for begin in range(0, units, max(size, 1))]
 
 
 def _runs(wanted: list[int], gap: int, most: int) -> Iterator[tuple[int, int]]:

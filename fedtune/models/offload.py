@@ -1,5 +1,7 @@
 """Frozen weights of blocks off memory: mapped from disk for the forward pass that needs them, then not.
 
+From there they are copied to a GPU, if that is where the model is; its own memory for them is free meanwhile.
+
 What torch and DeepSpeed call offloading of parameters, for those that do not train. Each module of a block
 (its attention, its MLP, a norm) gets its frozen weights mapped when it is called, and gives them up when it
 is done. What the backward pass needs of them its graph keeps until then: where activations are computed again
@@ -50,6 +52,11 @@ def blank(like: Tensor) -> Tensor:
     return made.view(made.shape)  # in memory from here on, as what is mapped
 
 
+def largest_weight(model: nn.Module) -> int:
+    """Bytes of the largest weight of a block: what is mapped at a time on its way to a GPU."""
+    return max(p.nbytes for block in find_blocks(model).modules for p in block.parameters())
+
+
 @contextmanager
 def offloaded(model: nn.Module, where: str) -> Iterator[None]:
     """Inside, frozen weights of blocks are in memory only while they are used; then all is as before.
@@ -57,11 +64,11 @@ def offloaded(model: nn.Module, where: str) -> Iterator[None]:
     What had no place on disk yet is mapped from there afterwards too, in memory of its own no more.
 
     Args:
-        model: Any model of transformers, wrapped by PEFT or not, on a CPU.
+        model: Any model of transformers, wrapped by PEFT or not. On a GPU it has its weights back afterwards.
         where: As `method.offload_params`: none or disk.
 
     Raises:
-        InputError: The weights are not on a CPU, or cannot be written.
+        InputError: The weights are on neither, or cannot be written.
     """
     if where == "none":
         yield
@@ -69,13 +76,14 @@ def offloaded(model: nn.Module, where: str) -> Iterator[None]:
     called = [each for block in find_blocks(model).modules for each in _called(block)]
     frozen = {id(p): p for each in called for _, _, p in _frozen(each)}
     for parameter in frozen.values():
-        if parameter.device.type != "cpu":
+        if parameter.device.type not in ("cpu", "cuda"):
             raise InputError(
-                f"method.offload_params: {where} is for weights on a CPU, got some on {parameter.device}; "
-                "set it to none, or model.device to cpu"
+                f"method.offload_params: {where} is for weights on a CPU or a GPU, got some on "
+                f"{parameter.device}; set it to none"
             )
     if elsewhere := {str(key): p for key, p in frozen.items() if not _in_place(p)}:
         _put(elsewhere)
+    on_gpu = [parameter for parameter in frozen.values() if parameter.device.type != "cpu"]
     handles, held = [], list[_Held]()
     try:
         for each in called:
@@ -84,10 +92,16 @@ def offloaded(model: nn.Module, where: str) -> Iterator[None]:
             handles.append(each.register_forward_pre_hook(partial(_take, own), prepend=True))
             handles.append(each.register_forward_hook(partial(_give, own), always_call=True))
         _give(held)
+        for parameter in on_gpu:
+            parameter.data = parameter.data.new_empty(0)
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in on_gpu:
+            read: Read = getattr(parameter, _PLACE).read
+            parameter.data = read().to(parameter.device)
+            lies(parameter, read)
         for one in held:
             one.module._parameters[one.name] = one.parameter
 
@@ -98,12 +112,14 @@ class _Held:
     def __init__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         self.module, self.name, self.parameter = module, name, parameter
         self._read: Read = getattr(parameter, _PLACE).read
+        self._device = parameter.device
         none = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         self._none = nn.Parameter(none, requires_grad=False)
 
     def take(self) -> None:
         """Into memory."""
-        self.module._parameters[self.name] = nn.Parameter(self._read(), requires_grad=False)
+        there = self._read().to(self._device)
+        self.module._parameters[self.name] = nn.Parameter(there, requires_grad=False)
 
     def give(self) -> None:
         """Out of the module; a graph that needs it keeps it."""
@@ -151,14 +167,15 @@ def _marks(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _put(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Writes parameters, and leaves them mapped from there."""
+    """Writes parameters, and leaves those of the host mapped from there."""
     if any(isinstance(parameter, FakeTensor) for parameter in parameters.values()):
         for parameter in parameters.values():  # a plan's, without content
             lies(parameter, partial(blank, parameter))
         return
     copies = Copies(parameters)
     for name, parameter in parameters.items():
-        parameter.data = copies.read(name)
+        if parameter.device.type == "cpu":
+            parameter.data = copies.read(name)
         lies(parameter, partial(copies.read, name))
 
 

@@ -20,7 +20,12 @@ DEVICE, HOST = COLUMNS
 
 
 def by_device(
-    method: Any, client: PartsMeter, server: PartsMeter, evaluation: PartsMeter, items: Sequence[Encoded]
+    method: Any,
+    client: PartsMeter,
+    server: PartsMeter,
+    evaluation: PartsMeter,
+    items: Sequence[Encoded],
+    offloaded: int = 0,
 ) -> dict[str, dict[str, int]]:
     """The document's `memory_by_device`: of each role, and of a simulation, the columns in bytes.
 
@@ -30,12 +35,14 @@ def by_device(
         server: Its step.
         evaluation: Its largest batch.
         items: A client's largest batch.
+        offloaded: Bytes of the largest weight that passes through the host on its way from disk to a GPU.
     """
     batch = sum(tensor.nbytes for tensor in collate(items, 0).values()) if items else 0
+    batch += offloaded
     aligns = getattr(method.config, "aligns", False)
     at_rest = sum(server.parts[part] for part in ("weights", "other")) if aligns else server.peak_bytes
     roles = {
-        "client": {DEVICE: client.peak_bytes, HOST: batch if client.peak_bytes else 0},
+        "client": {DEVICE: client.on_gpu or client.peak_bytes, HOST: batch if client.peak_bytes else 0},
         "server": {DEVICE: server.peak_bytes if aligns else 0, HOST: at_rest},
         "evaluation": {DEVICE: evaluation.peak_bytes, HOST: 0},
     }

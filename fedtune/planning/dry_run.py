@@ -351,13 +351,19 @@ def _zeroth_step(method: Any, model: nn.Module, items: Sequence[Encoded]) -> tup
     with values(), torch.no_grad():
         with counter:
             batch_loss(model, batch, whole=formed)
-        with meter.whole([model]):
-            if formed:
-                # PyTorch's fake tensors are for one thread: each operation marks the mode they share as busy
-                with JustInTimeWeights(parameters, _unwritten, threads=1):
-                    float(batch_loss(model, batch, whole=True))
-            else:
+        if not formed:
+            with meter.whole([model]):
                 float(batch_loss(model, batch))
+        else:
+            there = PartsMeter()
+            for one, kind in ((there, "cuda"), (meter, "cpu")):
+                # PyTorch's fake tensors are for one thread: each operation marks the mode they share as busy
+                with (
+                    one.whole([model]),
+                    JustInTimeWeights(parameters, _unwritten, threads=1, as_on=kind),
+                ):
+                    float(batch_loss(model, batch, whole=True))
+            meter.on_gpu = there.peak_bytes
     meter.forward, meter.backward = 2 * getattr(config, "perturbations", 1) * counter.forward, 0
     return meter, float(batch["input_ids"].numel())
 

@@ -42,6 +42,7 @@ class PartsMeter(MemoryMeter):
     Attributes:
         parts: Bytes by part at the peak.
         forward, backward: Floating-point operations of the first scope.
+        on_gpu: The peak on a GPU, where it is another; else 0.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class PartsMeter(MemoryMeter):
         super().__init__("cpu", beside)
         self._made, self._held, self._repeats = made, held, repeats
         self.parts = dict.fromkeys(PARTS, 0)
-        self.forward = self.backward = 0
+        self.forward = self.backward = self.on_gpu = 0
         self._scopes = 0
         self._open: _Scope | None = None
 

@@ -25,6 +25,7 @@ from fedtune.methods import registry
 from fedtune.methods.settings import Training
 from fedtune.models.lora_targets import tuned_modules
 from fedtune.models.memory_efficient import base_model
+from fedtune.models.offload import largest_weight
 from fedtune.models.portable import name_classes
 from fedtune.models.quantize import quantization_of
 from fedtune.models.tuning import count_parameters
@@ -136,6 +137,7 @@ def plan(
             compression,
         )
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust, compression)
+    offloaded = largest_weight(model) if getattr(config.method, "offload_params", "none") != "none" else 0
     document = {
         "method": config.method_name,
         "model": config.model.name,
@@ -150,7 +152,7 @@ def plan(
         "client_peak_memory_bytes": _memory(client),
         "server_peak_memory_bytes": _memory(server),
         "evaluation_peak_memory_bytes": _memory(evaluation),
-        "memory_by_device": by_device(method, client, server, evaluation, items),
+        "memory_by_device": by_device(method, client, server, evaluation, items, offloaded),
         "flops_per_token": {
             "forward": round(client.forward / tokens),
             "backward": round(client.backward / tokens),

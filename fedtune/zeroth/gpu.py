@@ -21,7 +21,9 @@ from fedtune.zeroth import fast, reference
 from fedtune.zeroth.pool import KINDS, SeedPool, tensor_id
 from fedtune.zeroth.reference import TILE
 
-_WARPS = {"hadamard4": 1}  # one warp draws each word of its sign planes once; the others take 4
+# Each warp draws all words of the sign planes, so few are better; with one a thread holds too much for many
+# to run at a time. The others take 4.
+_WARPS = {"hadamard4": 2}
 
 
 class Update:
@@ -80,13 +82,8 @@ class Update:
         arguments = (out, base, n, first, *self._uploaded[out.device], *map(_int32, stream))
         # A program a tile; 2^34 elements are 2^24 tiles, and a grid holds 2^31 − 1.
         tiles = -(-(first + n) // TILE) - first // TILE
-        return [partial(self._launch, kernel, tiles, arguments)]
-
-    def _launch(self, kernel: Any, tiles: int, arguments: tuple[Any, ...]) -> None:
-        device = arguments[0].device
-        # Triton launches on the current device, which its interpreter, on the CPU, does not have.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(tiles,)](*arguments, num_warps=_WARPS.get(self.pool.noise, 4), enable_fp_fusion=False)
+        options = {"num_warps": _WARPS.get(self.pool.noise, 4), "enable_fp_fusion": False}
+        return [partial(_launch, kernel, tiles, arguments, options)]
 
 
 def flat(w: Tensor, name: str) -> Tensor:
@@ -102,6 +99,13 @@ def flat(w: Tensor, name: str) -> Tensor:
             f"{name}: the tensor must be contiguous in memory, got shape {tuple(w.shape)} in steps"
         )
     return w.detach().view(-1)
+
+
+def _launch(kernel: Any, tiles: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    device = arguments[0].device
+    # Triton launches on the current device, which its interpreter, on the CPU, does not have.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(tiles,)](*arguments, **options)
 
 
 def _kernels(name: str, device: torch.device) -> Any:

@@ -25,7 +25,8 @@ _CALLS = tl.constexpr(128)  # Philox calls a tile, for one state to four element
 _M0, _M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 _W0, _W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 _MIX0, _MIX1 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
-_SCALARS = ["n", "first", "count", "shift", "c1", "c2", "c3", "k0", "k1"]
+_WORDS = ["count", "shift", "c1", "c2", "c3", "k0", "k1"]
+_SCALARS = ["n", "first", *_WORDS]
 
 
 @triton.jit
@@ -61,33 +62,36 @@ def _add(out, base, at, n, delta):  # type: ignore[no-untyped-def]
     tl.store(out + at, new, mask=inside)
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+# Where n and first are multiples of 16, which the compiler is told, a thread takes four weights at a time.
+@triton.jit(do_not_specialize=_WORDS)
 def hadamard4(out, base, n, first, y, shift, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Tile `first` // 1,024 + program. `y` has 1,024 << shift entries."""
     c1, c2, c3, k0, k1 = _bits(c1), _bits(c2), _bits(c3), _bits(k0), _bits(k1)
     tile = (first // _TILE + tl.program_id(0)).to(tl.int64)
-    # A word's 32 bits belong to 32 rows of the tile, so one thread draws it once.
+    # A word's 32 bits belong to 32 rows of the tile. A warp draws each once, and hands it to its threads.
     lane = tl.arange(0, 32)
     row = tl.arange(0, 32)[:, None]
     p0, p1, p2, p3 = _philox((tile * 32 + lane).to(tl.uint32), c1, c2, c3, k0, k1)
     r0, r1, r2, r3 = _philox(
         tl.full([1], 0, tl.uint32) + (tile >> shift).to(tl.uint32), c1 + 1, c2, c3, k0, k1
     )
-    element = tile * _TILE + row * 32 + lane[None, :]
+    inside = row * 32 + lane[None, :]  # of the tile
+    start = (tile & ((1 << shift) - 1)).to(tl.int32) * _TILE  # of the tile in its block
     last = (_TILE << shift) - 1
-    s0 = _signed(y, element, r0, last, p0, row)
-    s1 = _signed(y, element, r1, last, p1, row)
-    s2 = _signed(y, element, r2, last, p2, row)
-    s3 = _signed(y, element, r3, last, p3, row)
-    _add(out, base, element - first, n, (s0 + s1) + (s2 + s3))
+    s0 = _signed(y, inside, (start ^ r0.to(tl.int32)) & last, p0, lane, row)
+    s1 = _signed(y, inside, (start ^ r1.to(tl.int32)) & last, p1, lane, row)
+    s2 = _signed(y, inside, (start ^ r2.to(tl.int32)) & last, p2, lane, row)
+    s3 = _signed(y, inside, (start ^ r3.to(tl.int32)) & last, p3, lane, row)
+    # Four at a time: of 8 a thread would hold more words than rows.
+    at = tl.max_contiguous(tile * _TILE - first + inside, [1, 4])
+    _add(out, base, at, n, (s0 + s1) + (s2 + s3))
 
 
 @triton.jit
-def _signed(y, element, offset, last, plane, row):  # type: ignore[no-untyped-def]
-    """±y[(i ⊕ r) mod B]: − where the plane has bit `row` set."""
-    place = (element.to(tl.int32) ^ offset.to(tl.int32)) & last
-    sign = (plane[None, :] >> row.to(tl.uint32)) << 31
-    return (tl.load(y + place).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+def _signed(y, inside, start, plane, lane, row):  # type: ignore[no-untyped-def]
+    """±y[(i ⊕ r) mod B] of a tile that begins at `start`: − where the plane has bit `row` set."""
+    sign = tl.gather(plane, lane, 0)[None, :] << (31 - row).to(tl.uint32) & 0x80000000
+    return (tl.load(y + (start ^ inside)).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -43,13 +43,19 @@ def coefficients(accumulator: Tensor, lr: float) -> Tensor:
 
 
 @cache
-def _compile(noise: Noise, dtype: torch.dtype) -> None:
+def _compile(noise: Noise, dtype: torch.dtype, device: torch.device, size: int) -> None:
     """Compiles a kind's kernel for weights of one dtype before any step is measured.
 
     In the middle of one the compiler would keep that step's tensors alive for a while, and its peak would be
     another than that of the same step in a process that has the kernel.
     """
-    perturb_all_({"w": torch.zeros(1, dtype=dtype)}, SeedPool(0, 64, noise), 0, 1.0)
+    perturb_all_({"w": torch.zeros(size, dtype=dtype, device=device)}, SeedPool(0, 64, noise), 0, 1.0)
+
+
+def _alike(parameter: nn.Parameter) -> int:
+    """The least size that takes the same kernel: on a GPU there is another where 16 divides the size."""
+    size = parameter.numel()
+    return 1 if parameter.device.type == "cpu" else min(size, 16 + min(size % 16, 1))
 
 
 class _FromW0:
@@ -114,8 +120,8 @@ def step_weights(model: nn.Module, pool: SeedPool, accumulator: Tensor, lr: floa
     """
     model.eval()
     a, parameters = coefficients(accumulator, lr), trainable(model)
-    for dtype in {parameter.dtype for parameter in parameters.values()}:
-        _compile(pool.noise, dtype)
+    for dtype, device, size in {(p.dtype, p.device, _alike(p)) for p in parameters.values()}:
+        _compile(pool.noise, dtype, device, size)
     if pool.noise == "hadamard4" or any(p.dtype != torch.float32 for p in parameters.values()):
         yield _FromW0(model, pool, a, lr)
         return
