@@ -156,6 +156,17 @@ def test_a_step_in_several_batches_has_the_gradient_of_one() -> None:
         assert grad.any()
 
 
+def test_a_pair_that_is_cut_on_both_sides_counts_once(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bundled", Path("."))
+    long = "apple " * 40
+    rows = [
+        {"prompt": "Say it.", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in (("a", "b"), (long, "b"), ("a", long), (long, f"no {long}"))
+    ]
+    counts = encode_pairs(examples(rows, tmp_path), tokenizer, template="plain", max_length=24).counts
+    assert (counts.examples, counts.cut, counts.without_eos, counts.duplicates) == (4, 3, 3, 0)
+
+
 def test_a_pair_is_one_example_with_both_answers(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bundled", Path("."))
     found = examples(ROWS[:5], tmp_path)

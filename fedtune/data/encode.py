@@ -9,7 +9,7 @@ What users write is text, whatever it looks like; see `fedtune.data.control`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,19 @@ def encode_causal(
             end token, a text that it cannot read as text, a conversation that the template has no form for,
             or with `too_long` "error" an example that is.
     """
+    return _encode(examples, tokenizer, template, loss_on, max_length, too_long, lambda became: None)
+
+
+def _encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    loss_on: str,
+    max_length: int,
+    too_long: str,
+    tell: Callable[[Counter[str]], None],
+) -> EncodedSet:
+    """As `encode_causal`; tells of each example that is kept what became of it."""
     _one_of(loss_on, LOSS_ON, "data.loss_on")
     _one_of(too_long, TOO_LONG, "data.too_long")
     _check_length(max_length)
@@ -107,15 +120,21 @@ def encode_causal(
         if over and too_long == "drop":
             seen["dropped"] += 1
             continue
+        turns = 0
         if over and form == "conversation":
             spelled = without_first(example, spelled, how, tokenizer, max_length)
-            seen["turns"] += spelled.dropped
+            turns = spelled.dropped
         cut = spelled.labelled(loss_on, max_length)
-        seen["cut"] += over
-        seen["without_prompt"] += cut.without_prompt
-        seen["without_eos"] += cut.without_end
-        seen["empty"] += not example.output.strip()
-        seen["unanswered"] += behind_last(example.turns)
+        here = Counter(
+            cut=over,
+            without_prompt=cut.without_prompt,
+            without_eos=cut.without_end,
+            empty=not example.output.strip(),
+            turns=turns,
+            unanswered=behind_last(example.turns),
+        )
+        seen.update(here)
+        tell(here)
         kept.append(example)
         into.add(cut.ids, cut.head)
     made = into.all(classes=False)
@@ -146,18 +165,19 @@ def encode_pairs(
         InputError: As `encode_causal`.
     """
     assert too_long != "drop", "one answer of a pair could be left alone"
+    became: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
     chosen, rejected = (
-        encode_causal(
-            each, tokenizer, template=template, loss_on="last", max_length=max_length, too_long=too_long
-        )
-        for each in (examples, [_rejected(example) for example in examples])
+        _encode(each, tokenizer, template, "last", max_length, too_long, told.append)
+        for each, told in zip((examples, list(map(_rejected, examples))), became, strict=True)
     )
     into = EncodedRows()
     for one, other in zip(chosen.items, rejected.items, strict=True):
         first, second = _answered(one), _answered(other)
         into.add([*first.input_ids, *_masked(second)], first.labels.count(IGNORED))
-    found = chosen.counts + rejected.counts
-    counts = replace(found, examples=len(examples), duplicates=duplicates(examples))
+    seen: Counter[str] = Counter()
+    for one_became, other_became in zip(*became, strict=True):
+        seen.update(one_became | other_became)  # of a pair what became of either answer
+    counts = Counts(examples=len(examples), duplicates=duplicates(examples), **seen)
     return EncodedSet(into.all(classes=False), counts)
 
 
@@ -335,8 +355,10 @@ def _row(example: Example) -> list[str]:
 
 
 def duplicates(examples: Sequence[Example]) -> int:
-    """How many are equal to an earlier one in instruction, input and output, or in all turns and tools."""
-    return len(examples) - len({(e.instruction, e.input, e.output, e.turns, e.tools) for e in examples})
+    """How many are equal to an earlier one in instruction, input and answers, or in all turns and tools."""
+    return len(examples) - len(
+        {(e.instruction, e.input, e.output, e.rejected, e.turns, e.tools) for e in examples}
+    )
 
 
 def _one_of(value: str, allowed: Sequence[str], setting: str) -> None:
