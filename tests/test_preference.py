@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import build
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from fedtune.config.file import parse_config
@@ -282,6 +283,36 @@ def test_a_run_begins_at_log_two_and_learns_which_answer_is_preferred(pairs: Pat
     run(parse_config(first, "c.yaml"), pairs / "first", Silent())
     lines = (pairs / "first/rounds.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+WITH: dict[str, dict[str, Any]] = {
+    "fewer bytes": {"federation": {"wire": {"dtype": "int8", "error_feedback": True}}},
+    "privacy": {"federation": {"privacy": {"clip": 0.5, "noise_multiplier": 0.1, "delta": 1e-3}}},
+    "secure": {"federation": {"secure_aggregation": {"threshold": 2}}},
+    **{how: {"aggregation": how} for how in ("freeze-a", "svd", "refine", "alternate")},
+    "proximal": {"proximal": 0.1},
+    "asynchronous": {"arrival": "asynchronous", "rounds": 1},
+}
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_preferences_go_with_what_any_other_loss_goes_with(name: str, pairs: Path) -> None:
+    """Each run changes which answer is likelier; under masks the result is that of a plain sum."""
+    more = dict(WITH[name])
+    federation = more.pop("federation", {})
+    document = settings(federation=federation)
+    document["method"] |= more
+    run(parse_config(document, "c.yaml"), pairs / "run", Silent())
+    first, *_, last = map(json.loads, (pairs / "run" / "rounds.jsonl").read_text().splitlines())
+    assert first["eval"]["preference"]["reward_margin"] == 0
+    assert abs(last["eval"]["preference"]["reward_margin"]) > 1e-4
+    if name == "secure":
+        run(parse_config(settings(), "c.yaml"), pairs / "plain", Silent())
+        one, other = (
+            load_file(pairs / name / "final/adapter_model.safetensors") for name in ("run", "plain")
+        )
+        for key in other:
+            assert_close(one[key], other[key], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])

@@ -172,7 +172,10 @@ def test_processes_hold_the_same_bits(initial: str, tiny: Path, tmp_path: Path) 
 
 REFUSED = [
     ({"name": "fedavg", "trainable": "full"}, "take lora or adapter or ia3 or prompt or p-tuning or prefix"),
-    ({"name": "fedavg", "aggregation": "stack"}, "stack adds each round's product"),
+    *(
+        ({"name": "fedavg", "aggregation": how}, f"{how} adds to the model's own weights")
+        for how in ("stack", "residual")
+    ),
     ({"name": "standalone", "trainable": "full"}, "moves the weights that are kept in few bits"),
     ({"name": "fedbiot"}, "an emulator that is cut from the model's own weights"),
     ({"name": "fedot"}, "an emulator"),

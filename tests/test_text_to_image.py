@@ -274,16 +274,20 @@ def test_all_weights_of_the_unet_and_no_others(pipeline: Path, pictures: Path, t
     "method",
     [
         {"rounds": 1, "arrival": "asynchronous"},
-        {"aggregation": "stack"},
-        {"aggregation": "freeze-a"},
+        *({"aggregation": how} for how in ("stack", "freeze-a", "svd", "residual", "refine", "alternate")),
         {"proximal": 0.1},
         {"server_optimizer": {"name": "adam", "lr": 0.01}},
+        {"federation": {"wire": {"dtype": "int8", "error_feedback": True}}},
+        {"federation": {"privacy": {"clip": 0.5, "noise_multiplier": 0.5, "delta": 1e-3}}},
     ],
 )
 def test_fedavg_in_its_forms(pipeline: Path, pictures: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    run = fedtune.run(configuration(pipeline, pictures, **method), out=tmp_path / "run", progress=False)
+    own = {key: value for key, value in method.items() if key != "federation"}
+    config = configuration(pipeline, pictures, **own) | {"federation": method.get("federation", {})}
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
     first, *_, last = run.rounds
-    assert last["train_loss"] > 0
+    private = "privacy" in method.get("federation", {})  # then clients do not say how large their loss is
+    assert last["train_loss"] is None if private else last["train_loss"] > 0
     assert first["eval"] != last["eval"]
 
 
