@@ -9,9 +9,9 @@ Table:   loss, worst client, bytes and memory by method; docs/neighbours.md, blo
 Command: python reproduce/neighbours.py neighbours
 Time:    about a minute (68 CPU seconds)
 Needs:   ../shared
-Result:  against FedIT's loss, clients alike and unlike: FlexLoRA -0.0195 ± 0.0186 and -0.2317 ± 0.0885, LoRA-FAIR
-         -0.0015 ± 0.0012 and +0.0587 ± 0.1353, FLoRA +0.0805 ± 0.0143 and -0.0866 ± 0.0538; four bits for 32
-         cost nothing that is seen, a tenth of the entries +0.5030 ± 0.0288 without the errors and
+Result:  against FedIT's loss, clients alike and unlike: FlexLoRA -0.0195 ± 0.0186 and -0.2317 ± 0.0885,
+         LoRA-FAIR -0.0015 ± 0.0012 and +0.0587 ± 0.1353, FLoRA +0.0805 ± 0.0143 and -0.0866 ± 0.0538;
+         int4 costs nothing that is seen, a tenth of the entries +0.5030 ± 0.0288 without the errors and
          +0.1782 ± 0.0173 with them
 """
 
