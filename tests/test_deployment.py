@@ -35,8 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "fedcybgd": {"name": "fedcybgd", "rounds": 1, "local_epochs": 1, "batch_size": 4, "lr": 1e-3},
 }
-METHODS["secure"] = METHODS["fedavg-lora"]
-FEDERATIONS = {"secure": {"secure_aggregation": {"threshold": 0.6}}}
+METHODS["secure"] = METHODS["fewer-bytes"] = METHODS["fedavg-lora"]
+METHODS["residual"] = METHODS["fedavg-lora"] | {"aggregation": "residual"}
+FEDERATIONS = {
+    "secure": {"secure_aggregation": {"threshold": 0.6}},
+    "fewer-bytes": {"wire": {"dtype": "int4", "top_k": 0.3, "error_feedback": True}},
+}
 HERE = {"train": "bundled", "clients": 3, "max_examples": 24, "max_length": 64}
 THERE = {"train": "clients", "clients": 3, "max_length": 64, "holdout": {"source": "bundled"}}
 PUBLIC = {"source": "bundled", "max_examples": 20}
@@ -56,7 +60,12 @@ def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [["fedavg-lora", "one-shot", "scaffold"], ["fedkseed", "fedbiot", "fedcybgd"], ["secure"]]
+    "names",
+    [
+        ["fedavg-lora", "one-shot", "scaffold"],
+        ["fedkseed", "fedbiot", "fedcybgd"],
+        ["secure", "fewer-bytes", "residual"],
+    ],
 )
 def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str], tmp_path: Path) -> None:
     with Site(tmp_path, "north,south,west", seconds=900) as site, ExitStack() as closing:
