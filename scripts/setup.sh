@@ -114,11 +114,11 @@ find_python() {
 }
 
 pip_install() {
-    # A person sees pip's progress; a log gets only what goes wrong.
+    # A person sees pip's progress; a log gets only what ends it: warnings are of how this machine's pip is set up.
     if [ -t 1 ]; then
         "$py" -m pip install "$@"
     else
-        "$py" -m pip install --quiet "$@"
+        "$py" -m pip install --quiet --quiet "$@"
     fi
 }
 

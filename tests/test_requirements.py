@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from fedtune.version import __version__
+
 PROJECT = Path(__file__).resolve().parents[1]
 FILES = sorted((PROJECT / "requirements").glob("py*.txt"))
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "differences.py"))
+
+
+def test_who_cites_it_cites_this_version() -> None:
+    assert f"\nversion: {__version__}\n" in (PROJECT / "CITATION.cff").read_text()
 
 
 def test_the_oldest_python_and_those_after_it_have_a_file() -> None:
