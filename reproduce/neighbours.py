@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from common import RESULTS, ROOT, Entry, Prepared, main, spread, table
 from peft import LoraConfig, get_peft_model
-from poisoning import CLIENTS, EACH, FEATURES, HELD_OUT, MODEL, NEWS, features
+from poisoning import CLIENTS, FEATURES, MODEL, NEWS, features, split
 from torch import Tensor, nn
 
 from fedtune.config.wire import Wire
@@ -35,8 +35,7 @@ from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
-from fedtune.core.seeds import numpy_generator, torch_generator
-from fedtune.data.encoded import Encoded
+from fedtune.core.seeds import torch_generator
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.lora_aggregation import A
 from fedtune.methods.fedavg.method import FedAvg, State
@@ -114,24 +113,11 @@ def attached(config: Config, known: Tensor, seed: int) -> nn.Module:
     return model
 
 
-def split(labels: Tensor, alpha: float, seed: int) -> tuple[dict[int, list[Encoded]], list[int]]:
-    """Clients' examples, of classes drawn by a Dirichlet distribution, and the held-out ones' rows."""
-    draw = numpy_generator(seed, "split")
-    order = draw.permutation(len(labels)).tolist()
-    held, rest = order[:HELD_OUT], order[HELD_OUT:]
-    pools = {label: [i for i in rest if int(labels[i]) == label] for label in range(4)}
-    clients: dict[int, list[Encoded]] = {}
-    for client in range(CLIENTS):
-        wanted = draw.multinomial(EACH, draw.dirichlet([alpha] * 4))
-        taken = [pools[label].pop() for label in range(4) for _ in range(wanted[label]) if pools[label]]
-        clients[client] = [Encoded((i,), (int(labels[i]),)) for i in taken]
-    return clients, held
-
-
 def federate(known: Mapping[str, Tensor], name: str, alpha: float, seed: int) -> dict[str, float]:
     """One federation: held-out losses, bytes a client and round, peaks of memory."""
     settings, wire, _ = FORMS[name]
-    clients, held = split(known["labels"], alpha, seed)
+    clients, items = split(known["labels"], seed, alpha)
+    held = [item.input_ids[0] for item in items]
     settings = dict(settings)
     lora = {"rank": RANK, "alpha": 2.0 * RANK, "client_ranks": settings.pop("ranks", None)}
     config = Config.model_validate(
@@ -179,8 +165,8 @@ def measure(path: Path) -> None:
     logging.getLogger("fedtune").setLevel(logging.ERROR)
     known = load_file(ROOT / FEATURES)
     found = {
-        f"{split}/{name}": [federate(known, name, alpha, seed) for seed in SEEDS]
-        for split, alpha in SPLITS.items()
+        f"{how}/{name}": [federate(known, name, alpha, seed) for seed in SEEDS]
+        for how, alpha in SPLITS.items()
         for name in FORMS
     }
     (ROOT / path).write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -192,8 +178,8 @@ def rows() -> str:
     lines = []
     for name, (_, _, files) in FORMS.items():
         cells = []
-        for split in SPLITS:
-            runs, first = found[f"{split}/{name}"], found[f"{split}/{next(iter(FORMS))}"]
+        for how in SPLITS:
+            runs, first = found[f"{how}/{name}"], found[f"{how}/{next(iter(FORMS))}"]
             off = [run["loss"] - other["loss"] for run, other in zip(runs, first, strict=True)]
             cells += [spread([run["loss"] for run in runs]), "" if runs is first else spread(off, "+")]
             cells.append(spread([run["worst"] for run in runs]))
@@ -202,8 +188,8 @@ def rows() -> str:
         sizes = [size(one[key]) for key in ("down", "up", "client", "server")]
         lines.append([name, *cells, *sizes, str(own) if own else ""])
     header = ["method"]
-    for split in SPLITS:
-        header += [f"loss, {split}", "against the first", "worst client"]
+    for how in SPLITS:
+        header += [f"loss, {how}", "against the first", "worst client"]
     return table([*header, "down", "up", "client memory", "server memory", "lines of its own"], lines)
 
 

@@ -152,7 +152,7 @@ def features(path: Path) -> None:
     save_file({"features": torch.cat(found).to(torch.float32), "labels": labels}, path)
 
 
-def split(labels: Tensor, seed: int) -> tuple[dict[int, list[Encoded]], list[Encoded]]:
+def split(labels: Tensor, seed: int, alpha: float = 0.5) -> tuple[dict[int, list[Encoded]], list[Encoded]]:
     """Clients' examples, 100 each, of classes drawn by a Dirichlet distribution, and the held-out ones."""
     draw = numpy_generator(seed, "split")
     order = draw.permutation(len(labels)).tolist()
@@ -160,7 +160,7 @@ def split(labels: Tensor, seed: int) -> tuple[dict[int, list[Encoded]], list[Enc
     pools = {label: [i for i in rest if int(labels[i]) == label] for label in range(4)}
     clients: dict[int, list[Encoded]] = {}
     for client in range(CLIENTS):
-        wanted = draw.multinomial(EACH, draw.dirichlet([0.5] * 4))
+        wanted = draw.multinomial(EACH, draw.dirichlet([alpha] * 4))
         taken = [pools[label].pop() for label in range(4) for _ in range(wanted[label]) if pools[label]]
         clients[client] = [Encoded((i,), (int(labels[i]),)) for i in taken]
     return clients, [Encoded((i,), (int(labels[i]),)) for i in held]

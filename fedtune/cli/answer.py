@@ -75,16 +75,15 @@ def generate(
             )
         if out is None or len(asked) > 1:
             raise InputError(f"{run} makes pictures: give one prompt, and --out, the PNG file to write")
-        print(opened.draw_to(asked[0], out, seed=seed, name=name))
+        written = opened.draw_to(asked[0], out, seed=seed, name=name)
+        if as_json:
+            print_json([{"prompt": asked[0], name: str(written)}])
+        else:
+            print(written)
         return
     if out is not None:
         raise InputError(f"--out is for text-to-image models, and {run} answers in words")
-    drawn: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    drawn = _draws(max_new_tokens, temperature, top_p, seed)
     names = [BEGAN, name] if zero_shot else [name]
     found = {each: opened.generate(asked, name=each, **drawn) for each in names}
     rows = [
@@ -121,7 +120,7 @@ def chat(
     if (task := opened.config.model.task) != "causal-lm":
         raise InputError(f"{run} is of task {task} and holds no conversation; use fedtune generate {run}")
     turns: list[dict[str, str]] = []
-    drawn: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    drawn = _draws(max_new_tokens, temperature, top_p, seed)
     opened.model(name)  # loaded, and what is wrong with it said, before anybody types
     while (line := _line()) is not None:
         if not line:
@@ -129,13 +128,18 @@ def chat(
             continue
         turns.append({"role": "user", "content": line})
         try:
-            (said,) = opened.generate([{"messages": turns}], name=name, seed=seed, **drawn)
+            (said,) = opened.generate([{"messages": turns}], name=name, **drawn)
         except InputError as error:  # a conversation that the model cannot see whole
             turns.pop()
             print(f"fedtune: {error}; an empty line begins anew", file=sys.stderr)
             continue
         turns.append({"role": "assistant", "content": said})
         print(said, flush=True)
+
+
+def _draws(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+    """The options of an answer as `Run.generate` takes them."""
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
 
 
 def _line() -> str | None:
