@@ -221,6 +221,15 @@ def test_rows_that_are_no_pairs_are_refused(row: dict[str, Any], says: str, tmp_
         examples([row], tmp_path)
 
 
+def test_data_without_pairs_say_who_wants_them(tmp_path: Path) -> None:
+    document = settings(data={"train": "bundled", "clients": 2})
+    with pytest.raises(
+        InputError, match=r'method\.objective takes pairs .* no key "chosen"; the keys here are: "'
+    ):
+        run(parse_config(document, "c.yaml"), tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
+
+
 def test_real_pairs_are_read(shared_data: Path) -> None:
     reading = Reading("auto", pairs=True)
     found = load_examples(

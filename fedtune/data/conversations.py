@@ -171,7 +171,12 @@ def _preferred(row: dict[str, Any], place: str, category: str, *, pairs: bool) -
     """The conversation that ends in the chosen answer; with `pairs` the rejected one too."""
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing:
-        raise InputError(f'{place}: data.format is preference, and there is no key "{missing[0]}".')
+        why = "method.objective takes pairs of answers" if pairs else "data.format is preference"
+        keys = ", ".join(f'"{key}"' for key in row) or "none"
+        raise InputError(
+            f'{place}: {why}, and there is no key "{missing[0]}"; the keys here are: {keys}. A record has '
+            '"prompt", "chosen" and "rejected".'
+        )
     chosen = row["chosen"]
     answer = [chosen] if isinstance(chosen, dict) and not is_turns(chosen) else chosen
     said = (
