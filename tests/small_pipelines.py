@@ -11,6 +11,8 @@ import torch
 from reproduced import load
 
 from fedtune.models.load import seeded
+from fedtune.models.pipelines import load_pipeline
+from fedtune.models.text_to_image import Learning, TextToImage, text_to_image
 
 SIDE = 16  # pixels: 8 x 8 latents
 
@@ -137,3 +139,11 @@ def configuration(model: Path, data: Path, **method: Any) -> dict[str, Any]:
 def digest(model: torch.nn.Module) -> list[bytes]:
     """The bits of all weights, in order of their names."""
     return [tensor.cpu().numpy().tobytes() for _, tensor in sorted(model.state_dict().items())]
+
+
+def loaded(folder: Path, **learning: Any) -> TextToImage:
+    """A pipeline as a run has it."""
+    found = load_pipeline(str(folder), dtype="float32", base=Path("."), learning=Learning(**learning))
+    model = text_to_image(found.model)
+    assert model is not None
+    return model

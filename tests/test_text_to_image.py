@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from PIL import Image
-from small_pipelines import SIDE, configuration, save_clip, save_pictures, save_pipeline
+from small_pipelines import SIDE, configuration, loaded, save_clip, save_pictures, save_pipeline
 
 import fedtune
-from fedtune.config.file import parse_config
 from fedtune.data.pictures import encode_pictures, load_pictures
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
-from fedtune.models.load import load_model
 from fedtune.models.picture_results import LORA
 from fedtune.models.pipelines import Drawing, draw_pictures, load_pipeline
 from fedtune.models.text_to_image import Learning, TextToImage, attach_lora, text_to_image
@@ -47,13 +44,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     out = tmp_path_factory.mktemp("run") / "run"
     return fedtune.run(configuration(pipeline, pictures), out=out, progress=False)
-
-
-def loaded(folder: Path, **learning: Any) -> TextToImage:
-    found = load_pipeline(str(folder), dtype="float32", base=Path("."), learning=Learning(**learning))
-    model = text_to_image(found.model)
-    assert model is not None
-    return model
 
 
 class Silent(nn.Module):
@@ -310,85 +300,6 @@ def test_targets_by_name_reach_the_text_encoder(pipeline: Path) -> None:
     assert all(".q_proj." in name or ".to_k." in name for name in trained)
     with pytest.raises(InputError, match='named "to_z"'):
         attach_lora(loaded(pipeline), rank=2, alpha=2, dropout=0.0, targets=["to_z"], seed=0)
-
-
-Change = Callable[[Path], None]
-
-
-def broken(folder: Path, change: Change) -> str:
-    copy = save_pipeline(folder)
-    change(copy)
-    with pytest.raises(InputError) as error:
-        loaded(copy)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def edit(file: str, **values: Any) -> Change:
-    def change(folder: Path) -> None:
-        about = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({**about, **values}))
-
-    return change
-
-
-CHANGES: list[tuple[str, Change]] = [
-    ("names no scheduler", edit("model_index.json", scheduler=None)),
-    ("scheduler_config.json is missing", lambda f: (f / "scheduler" / "scheduler_config.json").unlink()),
-    ("SDXL, SD3 and FLUX", edit("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])),
-    ("its unet is a UNet1DModel", edit("model_index.json", unet=["diffusers", "UNet1DModel"])),
-    ("no scheduler named NoScheduler", edit("model_index.json", scheduler=["diffusers", "NoScheduler"])),
-    ("predicts sample", edit("scheduler/scheduler_config.json", prediction_type="sample")),
-    (
-        "pickle only",
-        lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(f / "unet" / "unet.bin"),
-    ),
-    ("has no model_index.json", lambda f: (f / "model_index.json").unlink()),
-    ("cannot be read", lambda f: (f / "model_index.json").write_text("{")),
-]
-
-
-@pytest.mark.parametrize("said,change", CHANGES, ids=[said for said, _ in CHANGES])
-def test_what_a_pipeline_can_lack(tmp_path: Path, said: str, change: Any) -> None:
-    assert said in broken(tmp_path, change)
-
-
-def test_a_language_model_is_no_pipeline_and_the_reverse(pipeline: Path) -> None:
-    from fedtune.models.names import bundled_folder
-
-    with pytest.raises(InputError, match="holds a model of transformers and no pipeline"):
-        loaded(bundled_folder())
-    with pytest.raises(InputError, match="text-to-image"):
-        load_model(str(pipeline), dtype="float32", initial="pretrained", seed=0, base=Path("."))
-
-
-REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("method.name: fedkseed is not there", {"method": {"name": "fedkseed"}}),
-    ("method.name: fedbiot is not there", {"method": {"name": "fedbiot"}}),
-    ("method.trainable: prompt is not there", {"method": {"name": "fedavg", "trainable": "prompt"}}),
-    ("method.lora.use_dora is not there", {"method": {"name": "fedavg", "lora": {"use_dora": True}}}),
-    ("model.quantization: nf4", {"model": {"name": "m", "task": "text-to-image", "quantization": "nf4"}}),
-    ("model.name: bundled is not there", {"model": {"task": "text-to-image"}}),
-    ("transport.name: flower is not there", {"transport": {"name": "flower"}}),
-    (
-        "clip-score needs evaluation.pictures.clip",
-        {"evaluation": {"tasks": ["clip-score"], "pictures": {"prompts": ["a"]}}},
-    ),
-    ("task rouge-l is not for", {"evaluation": {"tasks": ["rouge-l"]}}),
-    (
-        "clip-score needs evaluation.pictures.prompts",
-        {"evaluation": {"tasks": ["clip-score"]}, "data": {"train": "x"}},
-    ),
-    ("data.pictures is for model.task", {"model": {}, "data": {"pictures": {}}}),
-    ("task clip-score is for model.task", {"model": {}, "evaluation": {"tasks": ["clip-score"]}}),
-]
-
-
-@pytest.mark.parametrize("said,change", REFUSED, ids=[said for said, _ in REFUSED])
-def test_what_does_not_go_with_pictures(said: str, change: dict[str, Any]) -> None:
-    document = {"model": {"name": "m", "task": "text-to-image"}, "method": {"name": "fedavg"}, **change}
-    with pytest.raises(InputError, match=said):
-        parse_config(document, "c.yaml")
 
 
 def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> None:
