@@ -22,9 +22,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative to ROOT, where all commands run.
@@ -125,6 +126,15 @@ class Prepared:
             self.make(self.made)
 
 
+class Work(Protocol):
+    """What an entry's table is made of, shown as the commands that make it. Hashable: none is done twice."""
+
+    def do(self) -> None:
+        """Makes what is not there."""
+
+    def __hash__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Printed:
     """A table that a command prints."""
@@ -162,9 +172,11 @@ class Entry:
     """What is done for a table, and what makes it."""
 
     table: Callable[[], str | bytes]
-    steps: Sequence[Step | Prepared] = ()
+    steps: Sequence[Work] = ()
     needs: Sequence[Path | str] = ()  # paths, and names of packages; without them it is left out
     partly: bool = False  # has rows that need SHARED, and is made without them too
+    full: Sequence[Step] = ()  # the paper's own size: models and data of a hub, a card
+    plots: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)  # by file under docs/
 
 
 def run(config: str, out: Path, *settings: str) -> Step:
@@ -238,7 +250,7 @@ def lacking(entry: Entry) -> list[str]:
     ]
 
 
-def make(entry: Entry, head: Head, done: set[Step | Prepared], *, dry_run: bool, to_print: bool) -> None:
+def make(entry: Entry, head: Head, done: set[Work], *, dry_run: bool, to_print: bool) -> None:
     """Does the steps of an entry that are not `done`, makes its table, and puts it where its head says."""
     missing = lacking(entry)
     if missing:
@@ -259,7 +271,20 @@ def make(entry: Entry, head: Head, done: set[Step | Prepared], *, dry_run: bool,
             print(made)
         else:
             put(made, head.places)
+            for name, draw in entry.plots.items():
+                put(draw(), [(f"docs/{name}", "")])
             print(f"{head.name}: put into {', '.join(page for page, _ in head.places)}")
+
+
+def make_full(name: str, entry: Entry, *, dry_run: bool) -> None:
+    """Does the full form of an entry, whose commands print their tables; a page keeps the small form's."""
+    if not entry.full:
+        print(f"{name}: has no form but the small one")
+    for step in entry.full:
+        if dry_run:
+            print(step)
+        else:
+            step.do()
 
 
 def main(text: str | None, entries: Mapping[str, Entry]) -> None:
@@ -271,6 +296,11 @@ def main(text: str | None, entries: Mapping[str, Entry]) -> None:
     parser.add_argument("names", nargs="*", metavar="ENTRY")
     parser.add_argument("--list", action="store_true", help="show all entries with their heads")
     parser.add_argument("--dry-run", action="store_true", help="show the commands and run none")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--small", action="store_true", help="what the pages show, on two cores (the default)")
+    form.add_argument(
+        "--full", action="store_true", help="the paper's own size, on a card, into runs/results"
+    )
     parser.add_argument("--print", action="store_true", help="print the tables and leave the pages alone")
     arguments = parser.parse_args()
     names = list(entries) if "all" in arguments.names else arguments.names
@@ -282,6 +312,9 @@ def main(text: str | None, entries: Mapping[str, Entry]) -> None:
         parser.print_help()
     else:
         os.chdir(ROOT)
-        done: set[Step | Prepared] = set()
+        done: set[Work] = set()
         for name in names:
+            if arguments.full:
+                make_full(name, entries[name], dry_run=arguments.dry_run)
+                continue
             make(entries[name], found[name], done, dry_run=arguments.dry_run, to_print=arguments.print)

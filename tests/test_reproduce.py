@@ -13,7 +13,7 @@ from reproduced import FOLDER, load
 from fedtune.config.file import load_config
 from fedtune.errors import InputError
 
-common, contents = load("common"), load("contents")
+common, contents, claims = load("common"), load("contents"), load("claims")
 PROJECT = FOLDER.parent
 HEADS = {file.stem: heads for file, heads in contents.files().items()}
 EVERY = [(stem, name) for stem, heads in HEADS.items() for name in heads]
@@ -92,8 +92,13 @@ def of_command(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def test_commands_name_files_and_settings_that_exist(stem: str) -> None:
     for entry in entries(stem).values():
         printed = [entry.table] if isinstance(entry.table, common.Printed) else []
-        for step in (*entry.steps, *printed):
-            if isinstance(step, common.Prepared):
+        for step in (*entry.steps, *entry.full, *printed):
+            if isinstance(step, claims.Trials):
+                for side in step.sides:
+                    own = [*step.settings, *side.settings]
+                    load_config(PROJECT / f"configs/{side.config}.yaml", [*own, *step.scored])
+                    load_config(PROJECT / f"configs/{side.config}.yaml", [*own, *step.validated])
+            if not isinstance(step, common.Step | common.Printed):
                 continue
             if step.command[0] == "python":
                 assert (PROJECT / step.command[1]).is_file()

@@ -1,0 +1,280 @@
+"""What the papers claim, and what was seen of it: rules that decide, runs that they are asked on, the list.
+
+A claim is decided on differences between two sides of the same seeds, paired by seed: seen, not seen, or not
+decidable at this size. The rules below stand in a file before its runs are made, with their margins.
+
+Table:   all claims: seen, not seen or not decidable; docs/claims.md, block claims
+Command: python reproduce/claims.py claims
+Time:    seconds; reads the blocks of the page
+Needs:   nothing
+Result:  a line for every table and figure that has a block in the page
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from common import RESULTS, ROOT, Entry, Head, Step, Work, main, run, spread, table
+from contents import files
+from search_rates import final_loss, search
+
+from fedtune.config.file import load_config
+
+PAGE = "docs/claims.md"
+SEEDS = (0, 1, 2)
+# One-sided 95 % quantiles of Student's t by degrees of freedom.
+T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
+
+
+class Verdict(StrEnum):
+    """What a rule says of a claim."""
+
+    SEEN = "Seen"
+    NOT_SEEN = "Not seen"
+    OPEN = "Not decidable"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict and the numbers that it follows from, in a sentence."""
+
+    verdict: Verdict
+    because: str
+
+    def __str__(self) -> str:
+        return f"**{self.verdict}.** {self.because}"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 90 % interval of the mean of paired differences, by Student's t: each end is a test at 5 %."""
+    mean, count = statistics.fmean(differences), len(differences)
+    half = T95[count - 1] * statistics.stdev(differences) / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def above(differences: Sequence[float], margin: float) -> Verdict:
+    """Whether the mean difference is more than `margin`; not decidable while the interval has it inside."""
+    low, high = interval(differences)
+    return Verdict.SEEN if low > margin else Verdict.NOT_SEEN if high < margin else Verdict.OPEN
+
+
+def below(differences: Sequence[float], margin: float) -> Verdict:
+    """Whether the mean difference is less than `margin`."""
+    return above([-value for value in differences], -margin)
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of a claim in several parts: not seen if a part is not, seen if all are."""
+    if Verdict.NOT_SEEN in verdicts:
+        return Verdict.NOT_SEEN
+    return Verdict.SEEN if all(verdict == Verdict.SEEN for verdict in verdicts) else Verdict.OPEN
+
+
+def less(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Differences of two sides, by seed."""
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def said(differences: Sequence[float]) -> str:
+    """A mean difference with its 90 % interval."""
+    low, high = interval(differences)
+    return f"{statistics.fmean(differences):+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a configuration, and settings on top of those that all sides have."""
+
+    name: str
+    config: str
+    settings: tuple[str, ...] = ()
+    like: str = ""  # the side whose rate it takes; "" searches its own
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs of several sides by seed, at rates searched on examples that no run is scored on."""
+
+    out: Path
+    sides: tuple[Side, ...]
+    settings: tuple[str, ...]  # of all sides and of the search
+    scored: tuple[str, ...]  # of the runs alone: what they are scored on
+    validated: tuple[str, ...] = ()  # of the search alone; () takes the configurations' own rates
+    seeds: tuple[int, ...] = SEEDS
+
+    def __str__(self) -> str:
+        found = []
+        for side in self.sides:
+            searched = [f"--set={word}" for word in (*self.settings, *side.settings, *self.validated)]
+            if self.validated and not side.like:
+                command = ("python", "reproduce/search_rates.py", str(self.rates(side)))
+                found.append(shlex.join((*command, f"configs/{side.config}.yaml", *searched)))
+            found += [str(self.step(side, seed, "method.lr=BEST")) for seed in self.seeds]
+        return "\n".join(found)
+
+    def rates(self, side: Side) -> Path:
+        """Folder of a side's search."""
+        return self.out / "rates" / (side.like or side.name)
+
+    def folder(self, side: str, seed: int) -> Path:
+        """Folder of a run."""
+        return self.out / f"{side}-seed{seed}"
+
+    def step(self, side: Side, seed: int, *rate: str) -> Step:
+        """A run."""
+        own = (*self.settings, *side.settings, *self.scored, *(rate if self.validated else ()))
+        return run(side.config, self.folder(side.name, seed), *own, f"seed={seed}")
+
+    def tried(self, side: Side) -> dict[float, float]:
+        """Validation losses of a side by rate."""
+        found = {}
+        for summary in sorted((ROOT / self.rates(side)).glob("*-?e-??/summary.json")):
+            loss = json.loads(summary.read_text(encoding="utf-8"))["evaluation"]["loss"]["loss"]
+            found[float(summary.parent.name[-5:])] = math.inf if loss is None else float(loss)
+        return found
+
+    def rate(self, side: Side) -> float:
+        """The rate of the lowest validation loss."""
+        found = self.tried(side)
+        return min(found, key=lambda lr: found[lr])
+
+    def do(self) -> None:
+        """Searches and runs; takes over what is done."""
+        for side in self.sides:
+            file = ROOT / f"configs/{side.config}.yaml"
+            rate: tuple[str, ...] = ()
+            if self.validated:
+                settings = [*self.settings, *side.settings, *self.validated]
+                if not side.like:
+                    print(f"# rates of {side.name}", file=sys.stderr, flush=True)
+                    start = cast(Any, load_config(file, settings).method).lr
+                    search(partial(final_loss, file, ROOT / self.rates(side), settings), start)
+                rate = (f"method.lr={self.rate(side)}",)
+            for seed in self.seeds:
+                self.step(side, seed, *rate).do()
+
+    def summary(self, side: str, seed: int) -> dict[str, Any]:
+        """A run's summary."""
+        found = json.loads((ROOT / self.folder(side, seed) / "summary.json").read_text(encoding="utf-8"))
+        return cast(dict[str, Any], found)
+
+    def scores(self, side: str, metric: str, which: str = "evaluation") -> list[float]:
+        """A side's scores by seed; `which` is the summary's block, `zero_shot` before training."""
+        return [
+            next(
+                float(scores[metric])
+                for scores in self.summary(side, seed)[which].values()
+                if metric in scores
+            )
+            for seed in self.seeds
+        ]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of a table or figure, and how it is decided here."""
+
+    says: str
+    printed: str  # the paper's own numbers
+    rule: str  # written before the runs
+    table: Callable[[], str]
+    outcome: Callable[[], Outcome]
+
+    def __call__(self) -> str:
+        """The block of the page."""
+        return "\n\n".join(
+            (
+                f"*Claim.* {self.says}",
+                f"*The paper's numbers.* {self.printed}",
+                f"*Rule, written before the runs.* {self.rule}",
+                self.table(),
+                str(self.outcome()),
+            )
+        )
+
+
+def compared_sides(trials: Trials, metrics: Sequence[str], against: str = "") -> str:
+    """A row for each side: its rate, its scores, and its first score against another side's, by seed."""
+    rows = []
+    for side in trials.sides:
+        cells = [f"{trials.rate(side):.0e}".replace("e-0", "e-")] if trials.validated else []
+        cells += [spread(trials.scores(side.name, metric)) for metric in metrics]
+        if against:
+            off = less(trials.scores(side.name, metrics[0]), trials.scores(against, metrics[0]))
+            cells.append("" if side.name == against else said(off))
+        rows.append([side.name, *cells])
+    header = ["side", *(["rate"] if trials.validated else []), *metrics]
+    return table([*header, *([f"{metrics[0]} against {against}"] if against else [])], rows)
+
+
+def drawn(draw: Callable[[Any], None], width: float = 5.0, height: float = 3.4) -> bytes:
+    """A figure of one panel as SVG, the same bytes for the same numbers."""
+    import io
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "fedtune", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots())
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def claims() -> dict[str, tuple[str, Head]]:
+    """All entries that fill a block of the page: name -> file and head."""
+    return {
+        name: (file.stem, head)
+        for file, some in files().items()
+        for name, head in some.items()
+        if head.places and head.places[0][0] == PAGE and file.stem != Path(__file__).stem
+    }
+
+
+def listed() -> str:
+    """A line for every claim, from the blocks of the page."""
+    page, rows, counts = (ROOT / PAGE).read_text(encoding="utf-8"), [], dict.fromkeys(Verdict, 0)
+    for name, (stem, head) in claims().items():
+        block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
+        says = re.search(r"(?m)^\*Claim\.\* (.*)$", block)
+        ends = re.search(r"(?m)^\*\*(Seen|Not seen|Not decidable)\.\*\* (.*)$", block)
+        if not says or not ends:
+            raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
+        verdict = Verdict(ends[1])
+        counts[verdict] += 1
+        paper = stem.removesuffix("_claims").replace("_", "-")
+        cells = [f"{paper}: {head.table.partition(';')[0]}", says[1], f"**{verdict}**", ends[2], head.time]
+        rows.append([cell.replace("|", "\\|") for cell in cells])
+    counted = ", ".join(f"{verdict.lower()} {count}" for verdict, count in counts.items())
+    header = ["where", "claim", "verdict", "because", "small form takes"]
+    return f"{len(rows)} claims: {counted}.\n\n{table(header, rows, numbers=False)}"
+
+
+def entry(
+    claim: Claim,
+    steps: Sequence[Work],
+    needs: Sequence[Path | str] = (),
+    full: Sequence[Step] = (),
+    plots: Mapping[str, Callable[[], bytes]] | None = None,
+) -> Entry:
+    """An entry for a claim."""
+    return Entry(claim, steps, needs, full=full, plots=plots or {})
+
+
+OUT = RESULTS / "claims"
+ENTRIES = {"claims": Entry(listed)}
+
+if __name__ == "__main__":
+    main(__doc__, ENTRIES)
