@@ -16,6 +16,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from search_rates import final_loss, search
 from fedtune.config.file import load_config
 
 PAGE = "docs/claims.md"
+PAPERS = {"one_shot": "one-shot", "fedkseed": "FedKSeed", "fedbiot": "FedBiOT", "fedcybgd": "FedCyBGD"}
 SEEDS = (0, 1, 2)
 # One-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
@@ -99,7 +101,7 @@ class Side:
     name: str
     config: str
     settings: tuple[str, ...] = ()
-    like: str = ""  # the side whose rate it takes; "" searches its own
+    like: str | Path = ""  # the side, or folder of a search, whose rate it takes; "" searches its own
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Trials:
 
     def rates(self, side: Side) -> Path:
         """Folder of a side's search."""
-        return self.out / "rates" / (side.like or side.name)
+        return side.like if isinstance(side.like, Path) else self.out / "rates" / (side.like or side.name)
 
     def folder(self, side: str, seed: int) -> Path:
         """Folder of a run."""
@@ -133,7 +135,8 @@ class Trials:
 
     def step(self, side: Side, seed: int, *rate: str) -> Step:
         """A run."""
-        own = (*self.settings, *side.settings, *self.scored, *(rate if self.validated else ()))
+        given = rate if self.validated or side.like else ()
+        own = (*self.settings, *side.settings, *self.scored, *given)
         return run(side.config, self.folder(side.name, seed), *own, f"seed={seed}")
 
     def tried(self, side: Side) -> dict[float, float]:
@@ -150,19 +153,22 @@ class Trials:
         return min(found, key=lambda lr: found[lr])
 
     def do(self) -> None:
-        """Searches and runs; takes over what is done."""
+        """Searches and runs; takes over what is done, and keeps no weights."""
         for side in self.sides:
             file = ROOT / f"configs/{side.config}.yaml"
             rate: tuple[str, ...] = ()
-            if self.validated:
+            if self.validated and not side.like:
                 settings = [*self.settings, *side.settings, *self.validated]
-                if not side.like:
-                    print(f"# rates of {side.name}", file=sys.stderr, flush=True)
-                    start = cast(Any, load_config(file, settings).method).lr
-                    search(partial(final_loss, file, ROOT / self.rates(side), settings), start)
+                print(f"# rates of {side.name}", file=sys.stderr, flush=True)
+                start = cast(Any, load_config(file, settings).method).lr
+                search(partial(final_loss, file, ROOT / self.rates(side), settings), start)
+            if self.validated or side.like:
                 rate = (f"method.lr={self.rate(side)}",)
             for seed in self.seeds:
                 self.step(side, seed, *rate).do()
+        for name in ("final", "checkpoints"):
+            for folder in (ROOT / self.out).glob(f"**/{name}"):
+                shutil.rmtree(folder)
 
     def summary(self, side: str, seed: int) -> dict[str, Any]:
         """A run's summary."""
@@ -254,7 +260,7 @@ def listed() -> str:
             raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
         verdict = Verdict(ends[1])
         counts[verdict] += 1
-        paper = stem.removesuffix("_claims").replace("_", "-")
+        paper = next(name for file, name in PAPERS.items() if stem.startswith(file))
         cells = [f"{paper}: {head.table.partition(';')[0]}", says[1], f"**{verdict}**", ends[2], head.time]
         rows.append([cell.replace("|", "\\|") for cell in cells])
     counted = ", ".join(f"{verdict.lower()} {count}" for verdict, count in counts.items())
