@@ -101,7 +101,7 @@ class Side:
     name: str
     config: str
     settings: tuple[str, ...] = ()
-    like: str | Path = ""  # the side, or folder of a search, whose rate it takes; "" searches its own
+    like: str | Path = ""  # the side, or the run, whose rate it takes; "" searches its own
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Trials:
 
     def rates(self, side: Side) -> Path:
         """Folder of a side's search."""
-        return side.like if isinstance(side.like, Path) else self.out / "rates" / (side.like or side.name)
+        return self.out / "rates" / _slug(str(side.like or side.name))
 
     def folder(self, side: str, seed: int) -> Path:
         """Folder of a run."""
-        return self.out / f"{side}-seed{seed}"
+        return self.out / f"{_slug(side)}-seed{seed}"
 
     def step(self, side: Side, seed: int, *rate: str) -> Step:
         """A run."""
@@ -148,13 +148,24 @@ class Trials:
         return found
 
     def rate(self, side: Side) -> float:
-        """The rate of the lowest validation loss."""
+        """The rate that its runs have, or are to have: that of the lowest validation loss."""
+        runs = side.like if isinstance(side.like, Path) else self.folder(side.name, self.seeds[0])
+        made = ROOT / runs / "config.yaml"
+        if made.exists():
+            return float(cast(Any, load_config(made).method).lr)
         found = self.tried(side)
         return min(found, key=lambda lr: found[lr])
+
+    def done(self, side: Side) -> bool:
+        """Whether all runs of a side are there."""
+        folders = (self.folder(side.name, seed) for seed in self.seeds)
+        return all((ROOT / folder / "summary.json").exists() for folder in folders)
 
     def do(self) -> None:
         """Searches and runs; takes over what is done, and keeps no weights."""
         for side in self.sides:
+            if self.done(side):
+                continue
             file = ROOT / f"configs/{side.config}.yaml"
             rate: tuple[str, ...] = ()
             if self.validated and not side.like:
@@ -208,6 +219,10 @@ class Claim:
                 str(self.outcome()),
             )
         )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def compared_sides(trials: Trials, metrics: Sequence[str], against: str = "") -> str:

@@ -46,7 +46,7 @@ from common import ROOT, main, spread, table
 from one_shot_claims import CLIENTS, EPOCHS, FULL, FULL_TRIALS, NEEDS, ONE, SCORED, full, sst2
 
 # The others: MiniLM, all weights, at the rate that Figure 1's search found.
-FOUND = FULL_TRIALS.rates(FULL_TRIALS.sides[0])
+FOUND = FULL_TRIALS.folder("multi", SEEDS[0])
 
 
 def own(folder: str, config: str, settings: Sequence[str], scored: Sequence[str] = SCORED) -> Trials:
