@@ -43,6 +43,18 @@ def print_json(document: Any) -> None:
     print(dumps(document, indent=2))
 
 
+def seeds_of(text: str) -> list[int] | None:
+    """The numbers in `0,1,2`; None for nothing. Raises InputError for anything else."""
+    from fedtune.errors import InputError
+
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise InputError(
+            f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}"
+        ) from None
+
+
 def show_run(run: Run, *, as_json: bool) -> None:
     """A run's summary: as JSON, or as tables and where it is. Last, on stderr, whose data are not in it."""
     from fedtune.federation.left_out import said

@@ -16,13 +16,14 @@ from fedtune.cli.answer import chat, generate
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Json, Plugin, print_json, show_run
+from fedtune.cli.display import Json, Plugin, print_json, seeds_of, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
+from fedtune.cli.sweep import sweep
 from fedtune.cli.validate import validate
 from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
@@ -187,7 +188,7 @@ def compare(
     found = fedtune.compare(
         configs,
         *override or [],
-        seeds=_seeds(seeds),
+        seeds=seeds_of(seeds),
         out=out,
         references=references,
         progress=not quiet,
@@ -201,6 +202,7 @@ def compare(
     print(f"Runs, compare.json and table.md: {found.path}")
 
 
+app.command(no_args_is_help=True)(sweep)
 app.command(no_args_is_help=True)(validate)
 app.command(no_args_is_help=True)(data)
 app.command(no_args_is_help=True)(plan)
@@ -336,15 +338,6 @@ app.command(no_args_is_help=True)(cp)
 app.command(no_args_is_help=True)(keys)
 app.command(no_args_is_help=True)(server)
 app.command(no_args_is_help=True)(client)
-
-
-def _seeds(text: str) -> list[int] | None:
-    try:
-        return [int(part) for part in text.split(",")] if text else None
-    except ValueError:
-        raise InputError(
-            f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}"
-        ) from None
 
 
 if __name__ == "__main__":

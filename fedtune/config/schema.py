@@ -268,6 +268,10 @@ class RunConfig(Settings):
             return self
         if data.holdout.source is None:
             raise ValueError("data.holdout.source is missing: the server evaluates on examples of its own")
+        if data.holdout.validation is not None:
+            raise ValueError(
+                "data.holdout.validation is a share of training examples, and the server has none"
+            )
         if data.partition != Iid() or data.max_examples is not None:
             raise ValueError("data.partition and data.max_examples are for examples that the server has")
         if self.federation.simulate != Simulate():
