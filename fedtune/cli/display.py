@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import Context, HelpFormatter
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from fedtune.api.runs import Run
@@ -34,6 +36,15 @@ Plugin = Annotated[
         help="Python file with parts of your own (docs/plugins.md); can be repeated.",
     ),
 ]
+
+
+class PlainHelp(TyperCommand):
+    """A command whose help has no backslash before a bracket, which typer escapes for rich."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Writes the help."""
+        super().format_help(ctx, formatter)
+        formatter.buffer = [part.replace("\\[", "[") for part in formatter.buffer]
 
 
 def print_json(document: Any) -> None:
