@@ -14,10 +14,11 @@ import fedtune
 from fedtune.cli.main import main
 from fedtune.config.file import load_config, parse_config
 from fedtune.errors import FederationError, InputError
+from fedtune.evaluation.better import better
 from fedtune.federation import sweep as sweeps
 from fedtune.federation.data import prepare_data
 from fedtune.federation.run import run as run_one
-from fedtune.federation.sweep import Axis, axis, better, points
+from fedtune.federation.sweep import Axis, axis, points
 from fedtune.report.sweeps import sweep_plot, sweep_rows
 
 

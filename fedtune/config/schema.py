@@ -97,6 +97,7 @@ class Checkpoints(Settings):
     """What a run keeps on the way."""
 
     keep: int | None = Field(2, ge=1)  # newest rounds; None: all
+    best: str | None = None  # task.metric, as loss.loss: the result is the round with the best of it
     rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
     journal: Literal["auto", "always", "never"] = "auto"
 
@@ -253,6 +254,28 @@ class RunConfig(Settings):
                     TASKS.part(task)
                 except InputError as error:
                     raise ValueError(f"evaluation.tasks: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _chosen_by_what_is_scored(self) -> Self:
+        """A round is chosen, or the last one, by a task that is scored in more than the last round."""
+        stop = self.evaluation.stop
+        for setting, metric in (
+            ("checkpoints.best", self.checkpoints.best),
+            ("evaluation.stop.metric", None if stop is None else stop.metric),
+        ):
+            if metric is None:
+                continue
+            task, dot, name = metric.partition(".")
+            if not dot or not name or task not in self.evaluation.tasks:
+                raise ValueError(
+                    f"{setting} is {metric}; it takes task.metric of one of evaluation.tasks, "
+                    f"{', '.join(self.evaluation.tasks)}, as loss.loss"
+                )
+            if self.evaluation.every == 0:
+                raise ValueError(
+                    f"{setting} needs scores of more rounds than the last; set evaluation.every to 1"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data.objects import ObjectData
 from fedtune.errors import FederationError, InputError
+from fedtune.evaluation.better import better
 from fedtune.federation.compare import Candidate, main_metrics, table
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.progress import Named, Progress
 from fedtune.federation.run import run
 
-LOWER = ("loss", "perplexity", "bits", "error")  # words of metrics that are better when they are lower
 MOST = 1000  # points; more are a slip of the hand
 
 
@@ -109,12 +109,6 @@ def points(axes: Sequence[Axis], trials: int | None, seed: int) -> list[Point]:
     if len(set(names)) != len(names):  # values that differ in what no folder's name can hold
         found = [Point(f"{point.name}-{at}", point.settings) for at, point in enumerate(found)]
     return found
-
-
-def better(metric: str) -> Callable[[float], float]:
-    """A key by which the best score of a metric is the lowest; what is not finite comes last."""
-    sign = 1.0 if any(word in metric.rpartition(".")[2] for word in LOWER) else -1.0
-    return lambda score: sign * score if math.isfinite(score) else math.inf
 
 
 def sweep(
