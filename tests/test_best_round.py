@@ -201,3 +201,22 @@ def test_more_rounds_may_find_a_better_one(tiny: Path, tmp_path: Path) -> None:
     more = run.resume(rounds=3, progress=False)
     assert more.summary["best"] == whole.summary["best"]
     assert weights(more.path / "final") == weights(whole.path / "final")
+
+
+def test_what_was_left_alone_can_be_scored_later(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = document(tiny, {**LORA, "rounds": 1}, evaluation={"max_examples": None})
+    plain = {**made, "data": {**made["data"], "holdout": {"fraction": 0.25}}}
+    made["data"] = {**made["data"], "holdout": {"fraction": 0.25, "validation": 0.5}}
+    run = ran(made, tmp_path / "run")
+    recorded = json.loads((run.path / "examples.json").read_text())
+    assert len(recorded["held_out"]) == 6 == len(recorded["trained"])
+    again = fedtune.evaluate(run, ["loss"])
+    assert again["scores"]["global"]["loss"]["loss"] == run.summary["evaluation"]["loss"]["loss"]
+    left = fedtune.evaluate(run, ["loss"], "data.holdout.validation=null")
+    assert left["scores"]["global"]["loss"]["examples"] == 4 and not caplog.records
+    held = json.loads((ran(plain, tmp_path / "plain").path / "examples.json").read_text())["held_out"]
+    assert len(held) == 4 and not set(held) & {*recorded["held_out"], *recorded["trained"]}
+    with pytest.raises(InputError, match=r"data\.max_examples is not the run's"):
+        fedtune.evaluate(run, ["loss"], "data.holdout.validation=null", "data.max_examples=3")
