@@ -18,6 +18,7 @@ from fedtune.api.commands import available, compare, evaluate, load, open, repor
 from fedtune.api.network import make_keys, serve, take_part
 from fedtune.api.plans import data_report, diagnose, plan, rank
 from fedtune.api.runs import Comparison, Run
+from fedtune.api.sweeps import Sweep, sweep
 from fedtune.errors import FederationError, FedtuneError, InputError
 from fedtune.version import __version__
 
@@ -53,6 +54,7 @@ __all__ = [
     "InputError",
     "RoundState",
     "Run",
+    "Sweep",
     "__version__",
     "available",
     "compare",
@@ -73,6 +75,7 @@ __all__ = [
     "report_page",
     "run",
     "serve",
+    "sweep",
     "take_part",
 ]
 

@@ -32,7 +32,18 @@ file's path, a dictionary, or what `load` returned; [configuration.md](configura
 
 GROUPS = {
     "Configurations": ("load", "available"),
-    "Runs": ("run", "open", "Run", "compare", "Comparison", "Rows", "evaluate", "report_page"),
+    "Runs": (
+        "run",
+        "open",
+        "Run",
+        "compare",
+        "Comparison",
+        "sweep",
+        "Sweep",
+        "Rows",
+        "evaluate",
+        "report_page",
+    ),
     "Before a run": ("data_report", "plan", "rank", "diagnose"),
     "Callbacks": ("Callback", "ClientReport", "RoundState"),
     "Parts of one's own": (

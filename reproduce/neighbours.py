@@ -25,24 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_hand import federated
 from common import RESULTS, ROOT, Entry, Prepared, main, spread, table
 from peft import LoraConfig, get_peft_model
 from poisoning import CLIENTS, FEATURES, MODEL, NEWS, features, split
 from torch import Tensor, nn
 
 from fedtune.config.wire import Wire
-from fedtune.core.client import ClientRunner
-from fedtune.core.cohort import sample_cohort
-from fedtune.core.ledger import Ledger
-from fedtune.core.loop import RoundLoop
 from fedtune.core.seeds import torch_generator
-from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.lora_aggregation import A
-from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
 from fedtune.models.tuning import trainable
 from fedtune.report.tables import size
-from fedtune.transport.in_process import InProcess, Simulation
 
 MADE = RESULTS / "neighbours.json"
 ROUNDS, SEEDS, RANK = 4, (0, 1, 2), 4
@@ -123,18 +118,10 @@ def federate(known: Mapping[str, Tensor], name: str, alpha: float, seed: int) ->
     config = Config.model_validate(
         {"rounds": ROUNDS, "local_epochs": 2, "batch_size": 25, "lr": 1e-2, "lora": lora, **settings}
     )
-    method, device, clock = FedAvg(config, seed), torch.device("cpu"), Clock()
+    method = FedAvg(config, seed)
     compression = Wire.model_validate(wire).compression(method)
     model = attached(config, known["features"], seed)
-    runner = ClientRunner(method, model, clients, pad_id=0, seed=seed, device=device, compression=compression)
-    transport = InProcess(runner, simulation=Simulation(), deadline_s=None, seed=seed, clock=clock)
-    ledger = Ledger(lambda entry: None, lambda entry: None)
-    loop = RoundLoop(method, transport, ledger, clock, device, compression=compression)
-    weights = {client: len(items) for client, items in clients.items()}
-    state: State = method.init(model)
-    for round in range(1, ROUNDS + 1):
-        cohort = sample_cohort(weights, None, seed=seed, round=round)
-        state, _ = loop.run(state, cohort, round, quorum=CLIENTS, on_arrival=lambda state, outcome: None)
+    state, ledger = federated(method, model, clients, ROUNDS, seed, compression)
     losses = {label: 0.0 for label in range(4)}
     for _, exported in method.export(state, model):
         rows, right = torch.tensor(held)[:, None], known["labels"][held]

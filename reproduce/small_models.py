@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from by_hand import federated
@@ -20,6 +21,7 @@ from search_rates import SEED, search
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
+from fedtune.config.wire import Wire
 from fedtune.core.seeds import numpy_generator, torch_generator
 from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg.method import FedAvg
@@ -100,9 +102,25 @@ def started(kind: str, seed: int) -> nn.Module:
 
 
 def scores(
-    kind: str, clients: int, examples: int, rounds: int, epochs: int, lr: float, seed: int, part: str
+    kind: str,
+    clients: int,
+    examples: int,
+    settings: Mapping[str, Any],
+    seed: int,
+    part: str,
+    wire: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Loss and accuracy of a federation on the `validation` or the `test` part, which no client has."""
+    """Loss and accuracy of a federation on the `validation` or the `test` part, which no client has; bytes.
+
+    Args:
+        kind: Of KINDS.
+        clients: How many; all in every round.
+        examples: Of each.
+        settings: Of the method, beside all weights and batches of 16.
+        seed: Of weights, split and batches.
+        part: What is scored.
+        wire: Settings of `federation.wire`.
+    """
     logging.getLogger("fedtune").setLevel(logging.ERROR)
     model = started(kind, seed)
     order = numpy_generator(0, "parts").permutation(len(model.right)).tolist()  # type: ignore[arg-type]
@@ -112,14 +130,17 @@ def scores(
         client: [Encoded((row,), (0,)) for row in drawn[client * examples : (client + 1) * examples]]
         for client in range(clients)
     }
-    config = Config(trainable="full", rounds=rounds, local_epochs=epochs, batch_size=16, lr=lr)
+    config = Config.model_validate({"trainable": "full", "batch_size": 16, **settings})
     method = FedAvg(config, seed)
-    state, _ = federated(method, method.client_model(lambda: model), data, rounds, seed)
+    client_model = method.client_model(lambda: model)
+    compression = Wire.model_validate(wire or {}).compression(method)
+    state, ledger = federated(method, client_model, data, config.rounds, seed, compression)
     (_, tuned), *_ = method.export(state, model)
     rows = torch.tensor(parts[part])[:, None]
     with torch.no_grad():
         found = tuned(rows, rows, rows[:, 0])
-    return {"loss": float(found.loss), "accuracy": float(found.hits.mean())}
+    sent = {way: float(count) for way, count in ledger.payload_bytes.items()}
+    return {"loss": float(found.loss), "accuracy": float(found.hits.mean()), **sent}
 
 
 def both(kind: str, clients: int, examples: int, epochs: int, seeds: Sequence[int], path: Path) -> None:
@@ -127,15 +148,14 @@ def both(kind: str, clients: int, examples: int, epochs: int, seeds: Sequence[in
     tried: dict[float, float] = {}
 
     def loss(lr: float) -> float:
-        tried[lr] = scores(kind, clients, examples, epochs, 1, lr, SEED, "validation")["loss"]
+        settings = {"rounds": epochs, "local_epochs": 1, "lr": lr}
+        tried[lr] = scores(kind, clients, examples, settings, SEED, "validation")["loss"]
         return tried[lr]
 
     search(loss, 3e-3)
     best = min(tried, key=lambda lr: tried[lr])
-    found = {
-        name: [
-            scores(kind, clients, examples, rounds, epochs // rounds, best, seed, "test") for seed in seeds
-        ]
-        for name, rounds in (("multi", epochs), ("one", 1))
-    }
-    (ROOT / path).write_text(json.dumps({"rate": best, **found}, indent=1), encoding="utf-8")
+    found: dict[str, Any] = {"rate": best}
+    for name, rounds in (("multi", epochs), ("one", 1)):
+        settings = {"rounds": rounds, "local_epochs": epochs // rounds, "lr": best}
+        found[name] = [scores(kind, clients, examples, settings, seed, "test") for seed in seeds]
+    (ROOT / path).write_text(json.dumps(found, indent=1), encoding="utf-8")

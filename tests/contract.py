@@ -111,6 +111,10 @@ FORMS: dict[str, dict[str, Form]] = {
             }
         ),
         "scaffold": Form({**FULL, **TWO, "optimizer": "sgd", "control_variates": True}),
+        "diloco-int8": Form(
+            {**FULL, **TWO, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
+            wire={"dtype": "int8", "error_feedback": True},
+        ),
         "freeze-a": Form({**LORA, **TWO, "aggregation": "freeze-a"}),
         "stack": Form({**LORA, "rounds": 3, "aggregation": "stack"}),
         "stack-classifier": Form({**LORA, **TWO, "aggregation": "stack"}, family="roberta"),

@@ -35,6 +35,7 @@ TRIED += [
     ("fedavg", "int4-top-k-errors"),
     ("fedavg", "residual"),
     ("fedavg", "alternate"),
+    ("fedavg", "diloco-int8"),
 ]
 
 

@@ -42,6 +42,13 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "fedavg": {
         **{name: {**STEPS, "trainable": name, **more} for name, more in TRAINABLE.items()},
         "scaffold": {**STEPS, **TWO, "trainable": "full", "optimizer": "sgd", "control_variates": True},
+        "diloco": {
+            **STEPS,
+            **TWO,
+            "trainable": "full",
+            "keep_optimizer": True,
+            "server_optimizer": {"name": "nesterov"},
+        },
         "offloaded": {**STEPS, "lora": {"rank": 2}, "offload_params": "disk"},
         "stack": {**STEPS, **TWO, "lora": {"rank": 2}, "aggregation": "stack"},
         "asynchronous-dora": {**STEPS, "lora": {"rank": 2, "use_dora": True}, "arrival": "asynchronous"},

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+import typer
 from command import Result, fedtune, write_config
 from model_families import save_folder
 from safetensors.torch import load_file
 
 from fedtune import load
 from fedtune.bench import BENCHES
+from fedtune.cli.main import app
 from fedtune.data.partition import PARTITIONERS
 from fedtune.data.templates import TEMPLATES
 from fedtune.evaluation.registry import TASKS
@@ -27,6 +30,7 @@ COMMANDS = (
     *(
         "run",
         "compare",
+        "sweep",
         "validate",
         "data",
         "plan",
@@ -155,6 +159,19 @@ def test_bench_without_a_name_lists_what_there_is(tmp_path: Path) -> None:
     shown = fedtune("bench", cwd=tmp_path).out.splitlines()
     assert [line.split()[0] for line in shown] == [*BENCHES, "all"]
     assert all(line.endswith(entry["summary"]) for line, entry in zip(shown, entries, strict=False))
+
+
+def test_every_argument_says_what_it_is_for_and_nothing_is_escaped() -> None:
+    group: Any = typer.main.get_command(app)
+    assert set(COMMANDS) <= set(group.commands)
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name=name)
+        shown = command.get_help(context)
+        assert "\\[" not in shown, name
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                _, text = parameter.get_help_record(context)
+                assert text.replace("\\[required]", "").strip(), f"{name}: {parameter.name}"
 
 
 @pytest.mark.parametrize(

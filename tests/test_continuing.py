@@ -98,6 +98,7 @@ def test_an_adapter_of_another_form_or_base_is_refused(tiny: Path, tmp_path: Pat
 FORMS: dict[str, dict[str, Any]] = {
     "adam": {**LORA, "server_optimizer": {"name": "adam"}},
     "scaffold": {**LORA, "optimizer": "sgd", "control_variates": True, "lr_schedule": "cosine"},
+    "diloco": {**LORA, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
     "stack": {**LORA, "aggregation": "stack"},
     "fedkseed-pro": {"name": "fedkseed-pro", "local_steps": 2, "lr": 1e-3, "seeds": 64},
     "infinite-pool": {"name": "infinite-pool", "local_steps": 2, "lr": 1e-3},

@@ -108,6 +108,11 @@ def test_server_optimizers_by_hand() -> None:
     w2, m2 = momentum.step(w1, update, m1)
     assert (w1.tolist(), m1["m"].tolist()) == ([1.5], [0.5])
     assert (w2.tolist(), m2["m"].tolist()) == ([2.25], [0.75])  # m = 0.5·0.5 + 0.5
+    nesterov = ServerOptimizer(name="nesterov", momentum=0.5)
+    w1, m1 = nesterov.step(w, update, {})
+    w2, m2 = nesterov.step(w1, update, m1)
+    assert (w1.tolist(), m1["m"].tolist()) == ([1.75], [0.5])  # 1 + 0.5·0.5 + 0.5
+    assert (w2.tolist(), m2["m"].tolist()) == ([2.625], [0.75])  # 1.75 + 0.5·0.75 + 0.5
     adam = ServerOptimizer(name="adam", lr=0.1, momentum=0.5, beta2=0.75, tau=0.5)
     w1, moments = adam.step(w, update, {})
     # m = 0.25, v = 0.25·0.25 = 0.0625, √v = 0.25: 1 + 0.1·0.25/0.75
@@ -176,6 +181,13 @@ def test_bfloat16_weights_move_at_small_rates() -> None:
         ({"lora": {"rank": 4}}, "`lora` is set but trainable is full"),
         ({"lr": 0.0}, "greater than 0"),
         ({"server_optimizer": {"name": "momentum", "tau": 0.1}}, "tau has no effect with name: momentum"),
+        ({"server_optimizer": {"momentum": 0.5}}, "belongs to momentum, nesterov and adam"),
+        ({"server_optimizer": {"name": "nesterov", "beta2": 0.5}}, "belongs to adam"),
+        ({"keep_optimizer": True}, "plain SGD keeps nothing"),
+        (
+            {"keep_optimizer": True, "optimizer": "adamw", "trainable": "lora", "aggregation": "svd"},
+            "begins with other factors. Take mean or freeze-a",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict, says: str) -> None:

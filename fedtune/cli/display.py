@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import Context, HelpFormatter
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from fedtune.api.runs import Run
@@ -36,11 +38,32 @@ Plugin = Annotated[
 ]
 
 
+class PlainHelp(TyperCommand):
+    """A command whose help has no backslash before a bracket, which typer escapes for rich."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Writes the help."""
+        super().format_help(ctx, formatter)
+        formatter.buffer = [part.replace("\\[", "[") for part in formatter.buffer]
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document."""
     from fedtune.federation.files import dumps
 
     print(dumps(document, indent=2))
+
+
+def seeds_of(text: str) -> list[int] | None:
+    """The numbers in `0,1,2`; None for nothing. Raises InputError for anything else."""
+    from fedtune.errors import InputError
+
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise InputError(
+            f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}"
+        ) from None
 
 
 def show_run(run: Run, *, as_json: bool) -> None:

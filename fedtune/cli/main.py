@@ -6,6 +6,7 @@ import logging
 import sys
 import traceback
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,13 +17,14 @@ from fedtune.cli.answer import chat, generate
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Json, Plugin, print_json, show_run
+from fedtune.cli.display import Json, PlainHelp, Plugin, print_json, seeds_of, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
 from fedtune.cli.server import server
 from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
+from fedtune.cli.sweep import sweep
 from fedtune.cli.validate import validate
 from fedtune.errors import FedtuneError, InputError, ProgramError
 from fedtune.version import __version__
@@ -36,6 +38,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+command = partial(app.command, cls=PlainHelp, no_args_is_help=True)
 
 ConfigPath = Annotated[
     Path,
@@ -130,7 +134,7 @@ def _options(
     """Fine-tune one foundation model on data that stays with many owners."""
 
 
-@app.command(no_args_is_help=True)
+@command()
 def run(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="Settings file; with --resume not needed.")
@@ -165,7 +169,7 @@ def run(
     show_run(done, as_json=as_json)
 
 
-@app.command(no_args_is_help=True)
+@command()
 def compare(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files, one a row.")],
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "",
@@ -187,7 +191,7 @@ def compare(
     found = fedtune.compare(
         configs,
         *override or [],
-        seeds=_seeds(seeds),
+        seeds=seeds_of(seeds),
         out=out,
         references=references,
         progress=not quiet,
@@ -201,13 +205,14 @@ def compare(
     print(f"Runs, compare.json and table.md: {found.path}")
 
 
-app.command(no_args_is_help=True)(validate)
-app.command(no_args_is_help=True)(data)
-app.command(no_args_is_help=True)(plan)
-app.command(no_args_is_help=True)(diagnose)
+command()(sweep)
+command()(validate)
+command()(data)
+command()(plan)
+command()(diagnose)
 
 
-@app.command("eval", no_args_is_help=True)
+@command("eval")
 def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder, or a model's name.")
@@ -234,12 +239,12 @@ def evaluate(
         print(line)
 
 
-app.command(no_args_is_help=True)(report)
-app.command(no_args_is_help=True)(generate)
-app.command(no_args_is_help=True)(chat)
+command()(report)
+command()(generate)
+command()(chat)
 
 
-@app.command(no_args_is_help=True)
+@command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
@@ -257,7 +262,7 @@ def export(
         print(path)
 
 
-@app.command(no_args_is_help=True)
+@command()
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[int, typer.Option(help="The round, counted from 1.")],
@@ -273,7 +278,7 @@ def replay(
         print(path)
 
 
-@app.command("ls", no_args_is_help=True)
+@command("ls")
 def list_things(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     as_json: Json = False,
@@ -294,7 +299,7 @@ def list_things(
         print("Those of lm-evaluation-harness: lm_eval ls tasks [--include_path FOLDER]", file=sys.stderr)
 
 
-@app.command(no_args_is_help=False)
+@command(no_args_is_help=False)
 def bench(
     name: Annotated[
         str | None,
@@ -331,20 +336,11 @@ def bench(
             print(f"{ratio}: {value:.3g}")
 
 
-app.command(no_args_is_help=True)(init)
-app.command(no_args_is_help=True)(cp)
-app.command(no_args_is_help=True)(keys)
-app.command(no_args_is_help=True)(server)
-app.command(no_args_is_help=True)(client)
-
-
-def _seeds(text: str) -> list[int] | None:
-    try:
-        return [int(part) for part in text.split(",")] if text else None
-    except ValueError:
-        raise InputError(
-            f"--seeds must be different whole numbers from 0 up, as in 0,1,2; got {text!r}"
-        ) from None
+command()(init)
+command()(cp)
+command()(keys)
+command()(server)
+command()(client)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Holdout(Settings):
     category: str | None = None  # a name, or `last` in sorted order
     source: str | None = None  # read like data.train; with clients: files also a file a client, by its name
     split: str | None = None  # of a hub data set or a folder with parts; default test
+    validation: float | None = Field(None, gt=0, lt=1)  # a share of the training examples, scored instead
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -37,6 +38,8 @@ class Holdout(Settings):
             raise ValueError("set exactly one of fraction, client_fraction, category and source")
         if self.split is not None and self.source is None:
             raise ValueError("split belongs to source")
+        if self.validation is not None and self.client_fraction is not None:
+            raise ValueError("validation goes with fraction, category and source, not with client_fraction")
         return self
 
 

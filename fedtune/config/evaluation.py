@@ -15,11 +15,19 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.measure.quantities import BYTES, quantity
 
 
+class Stop(Settings):
+    """When a run has had enough rounds: so many evaluations in a row were no better than the best."""
+
+    metric: str = "loss.loss"  # as task.metric
+    patience: int = Field(3, ge=1)  # evaluations
+
+
 class Evaluation(Settings):
     """What is measured, on which examples, and when."""
 
     tasks: list[str] = Field(["loss"], min_length=1)
     every: int = Field(1, ge=0)  # rounds; 0: only at the end
+    stop: Stop | None = None  # ends a run early
     arrivals: bool = False  # asynchronous: also after each arrival
     max_examples: int | None = Field(None, ge=1)  # the first n of the held-out examples, shuffled once
     max_new_tokens: int | None = Field(None, ge=1)  # of an answer; null: what each task needs

@@ -97,6 +97,7 @@ class Checkpoints(Settings):
     """What a run keeps on the way."""
 
     keep: int | None = Field(2, ge=1)  # newest rounds; None: all
+    best: str | None = None  # task.metric, as loss.loss: the result is the round with the best of it
     rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
     journal: Literal["auto", "always", "never"] = "auto"
 
@@ -256,6 +257,28 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _chosen_by_what_is_scored(self) -> Self:
+        """A round is chosen, or the last one, by a task that is scored in more than the last round."""
+        stop = self.evaluation.stop
+        for setting, metric in (
+            ("checkpoints.best", self.checkpoints.best),
+            ("evaluation.stop.metric", None if stop is None else stop.metric),
+        ):
+            if metric is None:
+                continue
+            task, dot, name = metric.partition(".")
+            if not dot or not name or task not in self.evaluation.tasks:
+                raise ValueError(
+                    f"{setting} is {metric}; it takes task.metric of one of evaluation.tasks, "
+                    f"{', '.join(self.evaluation.tasks)}, as loss.loss"
+                )
+            if self.evaluation.every == 0:
+                raise ValueError(
+                    f"{setting} needs scores of more rounds than the last; set evaluation.every to 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _where_data_are(self) -> Self:
         """Over a network the server has no training examples; on one machine nobody else has them."""
         data, network = self.data, self.transport.name == "flower"
@@ -268,6 +291,10 @@ class RunConfig(Settings):
             return self
         if data.holdout.source is None:
             raise ValueError("data.holdout.source is missing: the server evaluates on examples of its own")
+        if data.holdout.validation is not None:
+            raise ValueError(
+                "data.holdout.validation is a share of training examples, and the server has none"
+            )
         if data.partition != Iid() or data.max_examples is not None:
             raise ValueError("data.partition and data.max_examples are for examples that the server has")
         if self.federation.simulate != Simulate():

@@ -84,9 +84,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, config_sha256: str, keep: int 
 
 
 def rename(folder: Path, *, config_sha256: str) -> None:
-    """Has all checkpoints of a folder belong to a configuration, whichever they belonged to."""
-    for round in rounds(folder):
-        file = folder / f"round-{round:04d}" / "checkpoint.json"
+    """Has all checkpoints of a folder, the best too, belong to a configuration, whichever they did."""
+    for file in sorted(folder.glob("**/checkpoint.json")):
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["config_sha256"] != config_sha256:
             write_json(file, about | {"config_sha256": config_sha256})

@@ -203,7 +203,7 @@ def _server_split(config: RunConfig, reading: Reading) -> Split:
 def held_out_source(config: RunConfig, objects: ObjectData | None) -> list[Example]:
     """The examples among which the held-out ones are, before any split."""
     reading = config.reading
-    if config.data.holdout.source is not None:
+    if config.data.holdout.source is not None and config.data.holdout.validation is None:
         return held_out_in_source(config, reading)[0]
     return list(training_examples(config, objects, reading).examples)
 
@@ -213,12 +213,19 @@ def _hold_out(
 ) -> tuple[list[Example], list[Example], list[int]]:
     """Examples to train on and held-out ones, and whose each of these is where their source says so."""
     holdout, examples = config.data.holdout, list(given.examples)
-    if holdout.source is not None:
-        return examples, *held_out_in_source(config, reading, tuple(given.clients))
     if holdout.client_fraction is not None:
         return examples, [], []
-    rng = numpy_generator(config.seed, "holdout")
-    return *split_holdout(examples, fraction=holdout.fraction, category=holdout.category, rng=rng), []
+    if holdout.source is not None and holdout.validation is None:
+        return examples, *held_out_in_source(config, reading, tuple(given.clients))
+    if holdout.source is None:
+        rng = numpy_generator(config.seed, "holdout")
+        examples, held = split_holdout(
+            examples, fraction=holdout.fraction, category=holdout.category, rng=rng
+        )
+        if holdout.validation is None:
+            return examples, held, []
+    rng = numpy_generator(config.seed, "validation")
+    return *split_holdout(examples, fraction=holdout.validation, category=None, rng=rng), []
 
 
 def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:

@@ -14,7 +14,7 @@ from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.data import CLIENTS, OBJECTS
+from fedtune.config.data import CLIENTS, OBJECTS, Holdout
 from fedtune.config.places import MOVABLE
 from fedtune.config.schema import RunConfig
 from fedtune.data.examples import Example
@@ -202,6 +202,8 @@ def held_out_of(path: Path, own: RunConfig, config: RunConfig, objects: ObjectDa
         InputError: They are not there any more, or others of the same data were asked for.
     """
     known = recorded_examples(path)
+    if own.data.holdout.validation is not None and config.data.holdout == _untouched(own):
+        return _left_alone(path, own, config, known, objects)
     elsewhere = _sources(config) != _sources(own)
     given = config.data.holdout
     if given.source is not None and elsewhere and given == own.data.holdout:
@@ -225,8 +227,25 @@ def held_out_of(path: Path, own: RunConfig, config: RunConfig, objects: ObjectDa
         why = f" ({missing} of its {len(known.held_out)} held-out examples are not there)"
         split = prepare_data(own, pooled=False, objects=objects)
         refuse_other(path, "data", split.sha256, _place(own), why)
-    split = prepare_data(config, pooled=False, objects=objects)
-    taken = sum(_digest(example) in known.trained for example in split.evaluation)
+    return _warned(path, known, prepare_data(config, pooled=False, objects=objects))
+
+
+def _left_alone(
+    path: Path, own: RunConfig, config: RunConfig, known: Examples | None, objects: ObjectData | None
+) -> Split:
+    """What a run was told to hold out and, with `data.holdout.validation`, never looked at."""
+    if _sources(config) == _sources(own):
+        data = own.data.model_copy(update={"holdout": _untouched(own)})
+        _refuse_other_draw(own.model_copy(update={"data": data}), config)
+    return _warned(path, known, prepare_data(config, pooled=False, objects=objects))
+
+
+def _untouched(own: RunConfig) -> Holdout:
+    return own.data.holdout.model_copy(update={"validation": None})
+
+
+def _warned(path: Path, known: Examples | None, split: Split) -> Split:
+    taken = sum(_digest(example) in known.trained for example in split.evaluation) if known else 0
     if taken:
         log.warning("%s trained on %d of the %d examples scored", path, taken, len(split.evaluation))
     return split

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from fedtune.errors import InputError
 from fedtune.federation import checkpoint
 from fedtune.federation.files import disk_errors, read_json, write_json
 from fedtune.federation.folder import LOGS
@@ -23,6 +24,12 @@ def check(path: Path, round: int, *, config_sha256: str) -> None:
     folder = path / "checkpoints"
     checkpoint.require(folder, round)
     checkpoint.load(folder, round, config_sha256=config_sha256)
+    best = max(checkpoint.rounds(folder / "best"), default=0)
+    if best > round:
+        raise InputError(
+            f"{path} has its best round in {best} (checkpoints.best), and the best one up to {round} was not "
+            f"kept; go back to round {best} or a later one"
+        )
 
 
 def roll_back(path: Path, round: int) -> None:

@@ -34,6 +34,7 @@ from fedtune.federation.folder import RunFolder, kept, refuse_existing
 from fedtune.federation.grids import keep_made
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
 from fedtune.federation.journal import Journal, written
+from fedtune.federation.keeping import Keeping
 from fedtune.federation.notes import taken
 from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
@@ -162,7 +163,7 @@ class _Federation:
         progress: Progress,
         callbacks: Callbacks,
     ) -> None:
-        self._config, self._identity, self._folder, self._assembly = config, identity, folder, assembly
+        self._config, self._folder, self._assembly = config, folder, assembly
         self._clock, self._progress, self._callbacks = clock, progress, callbacks
         assembly.runner.store = Store(folder.path / "held")
         self._ledger = Ledger(
@@ -170,7 +171,7 @@ class _Federation:
             lambda entry: folder.append("memory.jsonl", entry),
         )
         self._earlier: dict[str, float] = {}  # seconds before a resume
-        self._held: dict[int, set[str]] = {}  # digests of what clients hold, by checkpoint
+        self._keeping = Keeping(config, identity, folder.path / "checkpoints", assembly.runner)
         self._rounds: list[dict[str, Any]] = []
         self._trainable = 0
         self._total_parameters = assembly.base_parameters
@@ -186,13 +187,11 @@ class _Federation:
         Raises:
             InputError: The checkpoint is damaged, or the model does not go with the method or the tasks.
         """
-        method, checkpoints = self._assembly.method, self._folder.path / "checkpoints"
-        saved = checkpoint.rounds(checkpoints)
-        if saved:
-            self._start = checkpoint.load(checkpoints, saved[-1], config_sha256=self._identity)
+        method, self._start = self._assembly.method, self._keeping.newest()
         self._progress.begin(rounds=method.rounds, name=self._config.method_name)
         if self._start is None:
             self._zero_shot = self._evaluate(None)
+            self._keeping.check(self._zero_shot.result)
         self._model = model_to_train(self._config, method, lambda: self._assembly.loaded.model)
         self._total_parameters, self._trainable = count_parameters(self._model)
         self._assembly.runner.use(self._model)
@@ -247,16 +246,19 @@ class _Federation:
         if deployment is not None:
             deployment.reply_limit = loop.reply_limit
         for round in range(start.round + 1 if start else 1, method.rounds + 1):
+            if self._keeping.exhausted(self._rounds):
+                break
             try:
                 state = self._round(loop, journal, state, model, round)
             except (QuorumError, RoundRefused):
                 journal.clear()  # resumed, the round asks everyone again: those left out may be back
                 raise
             with self._clock.part("checkpoint"):
-                self._save(checkpoints, round, state)
+                self._save(round, state)
                 journal.clear()
             self._report(state)
-        self._save_result(state, model)
+        best = self._keeping.best(self._rounds)
+        self._save_result(from_payload(kind, best) if best else state, model)
         journal.clear()  # where a kill came between the last checkpoint and its own clearing
         count_asked(self._assembly, self._rounds, self._folder.path, self._progress)
         return self.summarize("done")
@@ -348,18 +350,16 @@ class _Federation:
             return
         self._folder.truncate(dict(start.logs))
         self._rounds = list(self._folder.entries("rounds.jsonl"))
+        self._keeping.restore(start, self._rounds)
         self._ledger.restore(self._folder.entries("wire.jsonl"), self._folder.entries("memory.jsonl"))
         self._assembly.runner.states.update(start.clients)
         self._earlier = dict(start.seconds)
 
-    def _save(self, checkpoints: Path, round: int, state: Any) -> None:
+    def _save(self, round: int, state: Any) -> None:
         whole = checkpoint.Checkpoint(
             round, to_payload(state), self._assembly.runner.states, self._folder.sizes(), self._seconds()
         )
-        checkpoint.save(checkpoints, whole, config_sha256=self._identity, keep=self._config.checkpoints.keep)
-        there = checkpoint.rounds(checkpoints)  # what none of them names, no resumed run asks for
-        self._held = {r: self._held.get(r) or checkpoint.held(checkpoints, r) for r in there}
-        self._assembly.runner.store.retain(set().union(*self._held.values()))
+        self._keeping.save(whole, self._rounds)
 
     def _save_result(self, state: Any, model: nn.Module) -> None:
         self._progress.stage("saving the result")
@@ -390,6 +390,7 @@ class _Federation:
             "total_parameters": self._total_parameters,
             "seconds": self._seconds(),
             "status": status,
+            **self._keeping.document(self._rounds),
         }
         if self._account is not None:
             summary["privacy"] = self._account.spent()

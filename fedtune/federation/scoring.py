@@ -161,7 +161,17 @@ def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
         memory=evaluation.memory_bytes,
         pictures=picture_settings(config),
         **evaluation.model_dump(
-            exclude={"tasks", "every", "arrivals", "max_examples", "judge", "code", "memory", "pictures"}
+            exclude={
+                "tasks",
+                "every",
+                "stop",
+                "arrivals",
+                "max_examples",
+                "judge",
+                "code",
+                "memory",
+                "pictures",
+            }
         ),
     )
 

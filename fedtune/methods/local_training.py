@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedtune.core.types import ClientEnv, ClientError
+from fedtune.core.types import ClientEnv, ClientError, Payload
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.errors import InputError
 from fedtune.methods.objective import Objective
@@ -36,12 +36,14 @@ class Trained:
         steps: Optimiser steps taken.
         rate_sum: Σ of the learning rates of those steps.
         loss: Mean loss over all trained tokens.
+        kept: What the optimiser goes on with in the client's next round, where that is asked for.
     """
 
     weights: Mapping[str, Tensor]
     steps: int
     rate_sum: float
     loss: TokenMean
+    kept: Payload | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -57,6 +59,7 @@ def train(
     proximal: float = 0.0,
     correction: Mapping[str, Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    keeps: bool = False,
 ) -> Trained:
     """Trains `parameters` of `env.model`, which hold the round's start, on the client's examples.
 
@@ -71,6 +74,7 @@ def train(
         proximal: μ of FedProx: μ/2·‖w − w(t)‖² is added to the loss (its gradient, to be exact).
         correction: Added to each gradient, by name (SCAFFOLD's c − c_i).
         penalty: A term of each step's loss that depends on the parameters alone; not in `train_loss`.
+        keeps: The optimiser begins with what it ended the client's last round with (`env.state`).
 
     Raises:
         ClientError: The loss became NaN or infinite.
@@ -91,6 +95,8 @@ def train(
         start={n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()} if proximal else {},
         correction=correction,
     )
+    if keeps and env.state is not None:
+        stepper.go_on(env.state)
     objective = getattr(settings, "objective", Objective())
     total_steps = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
@@ -118,7 +124,8 @@ def train(
                     penalty().backward()
                 stepper.step()
     env.model.eval()
-    return Trained(stepper.weights, total_steps, rate_sum, loss)
+    kept = stepper.kept() if keeps else None
+    return Trained(stepper.weights, total_steps, rate_sum, loss, kept)
 
 
 def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:

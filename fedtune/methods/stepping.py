@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fedtune.core.rounding import stochastically
 from fedtune.core.seeds import derive_seed
+from fedtune.core.types import ClientError, Payload
 from fedtune.measure.memory import Resident
 from fedtune.methods.eight_bit import AdamW8bit
 from fedtune.methods.settings import Training
@@ -95,6 +96,41 @@ class Stepper:
             dict(self._start),
             dict(self._correction),
         ]
+
+    def kept(self) -> Payload:
+        """What the optimiser has gathered of each weight, by "what:name", on the host: for the next round."""
+        return Payload(
+            {
+                f"{what}:{name}": value.detach().to("cpu", copy=True)
+                for name in self.parameters
+                for what, value in self._optimizer_of(name).state.get(self._moved_tensor(name), {}).items()
+            }
+        )
+
+    def go_on(self, kept: Payload) -> None:
+        """Begins with what `kept` gave after an earlier round.
+
+        Raises:
+            ClientError: It is of other weights, or of an optimiser with other settings.
+        """
+        for key, value in kept.tensors.items():
+            what, _, name = key.partition(":")
+            if name not in self.parameters:
+                raise ClientError(f"kept from an earlier round is {key}, and {name} is not trained any more")
+            optimizer, moved = self._optimizer_of(name), self._moved_tensor(name)
+            if what in ("exp_avg", "exp_avg_sq", "momentum_buffer") and value.numel() != moved.numel():
+                raise ClientError(
+                    f"kept from an earlier round is {key} of {value.numel()} numbers, and the weight has "
+                    f"{moved.numel()}"
+                )
+            on_host = what == "step" and not optimizer.param_groups[0].get("fused")
+            optimizer.state[moved][what] = value.to("cpu" if on_host else moved.device, copy=True)
+
+    def _optimizer_of(self, name: str) -> torch.optim.Optimizer:
+        return self._own[name] if self._one_by_one else self.optimizers[0]
+
+    def _moved_tensor(self, name: str) -> Tensor:
+        return self._masters.get(name, self.parameters[name])
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

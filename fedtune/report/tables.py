@@ -53,6 +53,10 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     payload, framed, peak = summary["payload_bytes"], summary["framed_bytes"], summary["peak_memory_bytes"]
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     cost.add_row("rounds x clients", rounds_and_clients(summary))
+    if best := summary.get("best"):
+        cost.add_row("the result is", f"round {best['round']}, best {best['metric']}")
+    if early := summary.get("stopped_early"):
+        cost.add_row("ended early", f"{early['metric']} no better for {early['patience']} evaluations")
     if left_out := counted(summary):
         cost.add_row("left out, of rounds", left_out)
     cost.add_row("trainable parameters", f"{trainable:,} of {total:,}")

@@ -6,9 +6,10 @@ round of T·k local epochs instead of T rounds of k, synchronous or asynchronous
     w(t+1) = server(w(t), Σ p_i Δ_i),   p_i = n_i / Σ n over the clients that replied       `server_step`
     Δ_i    = local training from w(t) on client i's examples                                `client_step`
 
-Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), SCAFFOLD (`control_variates`,
-Karimireddy et al. 2020, option II), LoRA factors averaged, stacked or with A frozen (`aggregation`), or as
-flexlora.py, fedex_lora.py, lora_fair.py and rolora.py have it.
+Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), DiLoCo (Douillard et al. 2023: that
+of Nesterov, and `keep_optimizer`), SCAFFOLD (`control_variates`, Karimireddy et al. 2020, option II), LoRA
+factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py and
+rolora.py have it.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -167,6 +168,7 @@ class FedAvg:
                 self.config,
                 proximal=self.config.proximal,
                 correction={name: c - own[name] for name, c in control.items()},
+                keeps=self.config.keep_optimizer,
             )
 
         def delta(name: str) -> Tensor:  # from the start as float32: bfloat16 weights widen without loss
@@ -179,7 +181,7 @@ class FedAvg:
             whole = trained.weights[name].cpu() if self._sends_factor(name) else delta(name)
             up[name] = _cut_like(whole, received).to(received.dtype)
         if not control:
-            return ClientResult(Payload(up), trained.metrics)
+            return ClientResult(Payload(up), trained.metrics, trained.kept)
         renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
             name: own[name] - c - delta(name) / trained.rate_sum for name, c in control.items()
         }

@@ -1,6 +1,7 @@
-"""What the server does with the mean update: add it (FedAvg), add momentum (FedAvgM), or adapt (FedAdam).
+"""What the server does with the mean update: add it, add momentum, look ahead with it, or adapt.
 
-Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution" (2019), for FedAvgM;
+FedAvg adds it; Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution" (2019), for
+FedAvgM; Douillard et al., "DiLoCo" (2023), Algorithm 1, for Nesterov's momentum as PyTorch's SGD has it;
 Reddi et al., "Adaptive Federated Optimization" (2021), Algorithm 2, for FedAdam: no bias correction,
 and τ outside the root.
 """
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
 class ServerOptimizer(Settings):
     """The server's optimiser. `mean` with lr 1 is FedAvg itself."""
 
-    name: Literal["mean", "momentum", "adam"] = "mean"
+    name: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
     lr: float = Field(1.0, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)  # momentum: β; adam: β1
+    momentum: float = Field(0.9, ge=0, lt=1)  # momentum, nesterov: β; adam: β1
     beta2: float = Field(0.99, ge=0, lt=1)  # adam
     tau: float = Field(1e-3, gt=0)  # adam: added to the root of the second moment
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        belongs = {"momentum": ("momentum", "adam"), "beta2": ("adam",), "tau": ("adam",)}
+        belongs = {"momentum": ("momentum", "nesterov", "adam"), "beta2": ("adam",), "tau": ("adam",)}
         for field, names in belongs.items():
             if self.name not in names and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(
-                    f"{field} has no effect with name: {self.name}; it belongs to {' and '.join(names)}"
-                )
+                *first, last = names
+                owners = f"{', '.join(first)} and {last}" if first else last
+                raise ValueError(f"{field} has no effect with name: {self.name}; it belongs to {owners}")
         return self
 
     def step(
@@ -51,13 +52,15 @@ class ServerOptimizer(Settings):
             The new weights and moments:
             mean      w + lr·Δ
             momentum  m ← β·m + Δ;                                   w + lr·m
+            nesterov  m ← β·m + Δ;                                   w + lr·(β·m + Δ)
             adam      m ← β1·m + (1−β1)·Δ, v ← β2·v + (1−β2)·Δ²;     w + lr·m / (√v + τ)
         """
         if self.name == "mean":
             return weight + self.lr * update, {}
-        if self.name == "momentum":
+        if self.name in ("momentum", "nesterov"):
             m = self.momentum * moments["m"] + update if moments else update.clone()
-            return weight + self.lr * m, {"m": m}
+            move = m if self.name == "momentum" else self.momentum * m + update
+            return weight + self.lr * move, {"m": m}
         m = (1 - self.momentum) * update
         v = (1 - self.beta2) * update.square()
         if moments:

@@ -26,6 +26,7 @@ class Config(Tuning, Preferring, Training):
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
+    keep_optimizer: bool = False  # a client's optimiser goes on where its last round ended (DiLoCo)
 
     @property
     def quantized_refusal(self) -> str:
@@ -66,6 +67,18 @@ class Config(Tuning, Preferring, Training):
                 "svd, stack or mean"
             )
 
+    def _going_on(self) -> None:
+        """Raises ValueError where an optimiser has nothing to go on with, or other weights."""
+        if self.optimizer == "sgd" and not self.momentum:
+            raise ValueError(
+                "keep_optimizer: plain SGD keeps nothing; take adamw, set momentum, or leave it out"
+            )
+        if self.aggregation not in ("mean", "freeze-a"):
+            raise ValueError(
+                f"keep_optimizer is of weights that go on; with aggregation: {self.aggregation} a round "
+                "begins with other factors. Take mean or freeze-a"
+            )
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.aggregation != "mean" and self.trainable != "lora":
@@ -101,6 +114,8 @@ class Config(Tuning, Preferring, Training):
             )
         if self.arrival == "asynchronous" and self.server_optimizer.name != "mean":
             raise ValueError("arrival: asynchronous keeps a running mean; it goes with server_optimizer mean")
+        if self.keep_optimizer:
+            self._going_on()
         if self.control_variates and (self.optimizer != "sgd" or self.momentum):
             raise ValueError(
                 "control_variates (SCAFFOLD) correct plain SGD steps; set optimizer: sgd, momentum: 0"
