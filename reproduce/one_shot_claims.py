@@ -149,20 +149,15 @@ def figure1_plot() -> bytes:
 
 FIGURE1 = Claim(
     "With as many local epochs in all, one round is as good as several for large pre-trained models and "
-    "worse "
-    "for small models from random weights.",
+    "worse for small models from random weights.",
     "a plot without figures: ResNet-18 (CIFAR-10) and an LSTM (Shakespeare) lie far below the diagonal, "
-    "GPT-2, "
-    "TinyLlama and larger models (Wizard, scored on ARC) on it.",
+    "GPT-2, TinyLlama and larger models (Wizard, scored on ARC) on it.",
     f"Ten clients that are alike, {EXAMPLES} examples each, all weights, three epochs in one round or in "
-    "three, "
-    "one rate for both, which is searched for three rounds. Seen if one round's accuracy is less than "
-    f"{MARGIN} "
-    "below three rounds' for the pre-trained models of 7 million weights and more, and more than that "
-    "below for "
-    "each model from random weights that learns (the two small ones, and those whose three rounds are "
-    f"{LEARNED} above the more common class). The pre-trained model of 0.26 million is shown and decides "
-    "nothing.",
+    "three, one rate for both, which is searched for three rounds. Seen if one round's accuracy is less "
+    f"than {MARGIN} below three rounds' for the pre-trained models of 7 million weights and more, and more "
+    "than that below for each model from random weights that learns (the two small ones, and those whose "
+    f"three rounds are {LEARNED} above the more common class). The pre-trained model of 0.26 million is "
+    "shown and decides nothing.",
     figure1_table,
     figure1_outcome,
 )
@@ -213,11 +208,9 @@ LORA_CLAIM = Claim(
     "One round instead of several costs LoRA less than it costs all weights, since LoRA moves the model "
     "less.",
     "one round against several, Llama-13b on Wizard: MMLU 47.93 against 46.83 with LoRA, 39.62 against "
-    "42.12 with "
-    "all weights; ARC 58.11 against 55.72, and 45.05 against 47.57.",
+    "42.12 with all weights; ARC 58.11 against 55.72, and 45.05 against 47.57.",
     "The runs of Figure 1 on MiniLM beside the same with LoRA of rank 16, at a rate searched for it. Seen "
-    "if the "
-    "accuracy that one round loses against three is smaller with LoRA, by seed.",
+    "if the accuracy that one round loses against three is smaller with LoRA, by seed.",
     lora_table,
     lora_outcome,
 )
