@@ -281,10 +281,7 @@ def make_full(name: str, entry: Entry, *, dry_run: bool) -> None:
     if not entry.full:
         print(f"{name}: has no form but the small one")
     for step in entry.full:
-        if dry_run:
-            print(step)
-        else:
-            step.do()
+        print(step if dry_run else call(step.command))
 
 
 def main(text: str | None, entries: Mapping[str, Entry]) -> None:

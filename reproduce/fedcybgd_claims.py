@@ -6,6 +6,12 @@ Time:    not measured
 Needs:   ../shared
 Result:  1
 
+Table:   Table 3, SST-2, the second try; docs/claims.md, block table3-sst2-again
+Command: python reproduce/fedcybgd_claims.py table3-sst2-again
+Time:    not measured
+Needs:   ../shared
+Result:  1
+
 Table:   Table 6 (i), Eq. 5 and Algorithm 2, compressed downloads; docs/claims.md, block table6-compression
 Command: python reproduce/fedcybgd_claims.py table6-compression
 Time:    not measured
@@ -57,6 +63,11 @@ SIDES = (
     ),
 )
 SST2 = Trials(OUT / "table3-sst2", SIDES, SETTINGS, SCORED, VALIDATED)
+# The second try: five other seeds, at the same rates.
+DECIDING = tuple(
+    Side(side.name, side.config, side.settings, SST2.folder(side.name, SEEDS[0])) for side in SIDES[:4]
+)
+AGAIN = Trials(OUT / "table3-sst2-again", DECIDING, SETTINGS, SCORED, seeds=(3, 4, 5, 6, 7))
 
 
 def bytes_of(trials: Trials, side: str) -> str:
@@ -78,19 +89,18 @@ def table3_table() -> str:
     return "\n".join((*lines, f"\nBefore training: accuracy {zero} (a random head)."))
 
 
-def against(name: str, other: str) -> list[float]:
-    """Differences of accuracy of two of SIDES."""
-    return less(SST2.scores(name, "accuracy"), SST2.scores(other, "accuracy"))
+def against(trials: Trials, other: str) -> list[float]:
+    """FedCyBGD's accuracies less another side's, by seed."""
+    return less(trials.scores("FedCyBGD", "accuracy"), trials.scores(other, "accuracy"))
 
 
-def table3_outcome() -> Outcome:
-    """By TABLE3's rule."""
-    full, lora, adapter = (against("FedCyBGD", name) for name in ("Fed-full", "FedLoRA", "FedAdapter"))
+def of_others(trials: Trials) -> Outcome:
+    """By the rule of TABLE3."""
+    full, lora, adapter = (against(trials, name) for name in ("Fed-full", "FedLoRA", "FedAdapter"))
     verdict = all_of([above(full, -MARGIN), above(lora, 0.0), above(adapter, 0.0)])
     because = (
         f"FedCyBGD's accuracy against Fed-full: {said(full)}; against FedLoRA {said(lora)}; against "
-        "FedAdapter "
-        f"{said(adapter)}."
+        f"FedAdapter {said(adapter)}."
     )
     return Outcome(verdict, because)
 
@@ -98,15 +108,21 @@ def table3_outcome() -> Outcome:
 TABLE3 = Claim(
     "FedCyBGD is as good as tuning all weights, and better than LoRA and adapters.",
     "RoBERTa-base, Fed-full / LoRA / adapter / FedCyBGD: SST-2 0.94, 0.82, 0.82, 0.93; CoLA 0.57, 0.45, "
-    "0.42, 0.52; "
-    "MRPC 0.87, 0.72, 0.71, 0.80; RTE 0.73, 0.55, 0.56, 0.57.",
+    "0.42, 0.52; MRPC 0.87, 0.72, 0.71, 0.80; RTE 0.73, 0.55, 0.56, 0.57.",
     f"MiniLM (six blocks), six clients that are alike, {EXAMPLES} examples each, {CYCLES} cycles or "
-    "rounds, each "
-    "side's rate searched on examples of the training part that no client has. Seen if FedCyBGD's accuracy "
-    "on the "
-    f"test part is less than {MARGIN} below Fed-full's and above FedLoRA's and FedAdapter's, by seed.",
+    "rounds, each side's rate searched on examples of the training part that no client has. Seen if "
+    f"FedCyBGD's accuracy on the test part is less than {MARGIN} below Fed-full's and above FedLoRA's and "
+    "FedAdapter's, by seed.",
     table3_table,
-    table3_outcome,
+    lambda: of_others(SST2),
+)
+TABLE3_AGAIN = Claim(
+    "The same, on five other seeds.",
+    "as above.",
+    "The second try, since three seeds make wide intervals: the four sides that decide, at the rates that "
+    "were found, on seeds 3 to 7. The rule is the same.",
+    lambda: compared_sides(AGAIN, ("accuracy", "loss"), "Fed-full"),
+    lambda: of_others(AGAIN),
 )
 
 # The same at the rates that were found, twice as long.
@@ -125,6 +141,25 @@ LONGER = Trials(
     SETTINGS,
     SCORED,
 )
+# And with a fifth of the frozen blocks dropped, and of heads and channels pruned, in place of half of them.
+GENTLE = Trials(
+    OUT / "table6-gentle",
+    tuple(
+        Side(
+            side.name,
+            side.config,
+            (
+                *ROUNDS,
+                "method.drop_ratio=0.2",
+                *(["method.prune_ratio=0.2"] if "hybrid" in side.name else []),
+            ),
+            SST2.folder(side.name, SEEDS[0]),
+        )
+        for side in CYBGD[1:]
+    ),
+    SETTINGS,
+    SCORED,
+)
 
 
 def costs(trials: Trials, name: str) -> list[float]:
@@ -133,16 +168,23 @@ def costs(trials: Trials, name: str) -> list[float]:
 
 
 def compression_table() -> str:
-    """Each form, short and long."""
-    rows = []
-    for cycles, trials in ((CYCLES, SST2), (LONG, LONGER)):
-        for side in CYBGD:
-            sent = trials.summary(side.name, SEEDS[0])["payload_bytes"]
-            whole = trials.summary(CYBGD[0].name, SEEDS[0])["payload_bytes"]
-            off = said(costs(trials, side.name)) if side != CYBGD[0] else ""
-            scores = [spread(trials.scores(side.name, metric)) for metric in ("accuracy", "loss")]
-            rows.append([side.name, str(cycles), *scores, off, f"{sent['down'] / whole['down']:.2f}"])
-    header = ["side", "cycles", "accuracy", "loss", "against none", "download, of none's"]
+    """Each form, short and long, and gentle."""
+    none, rows = CYBGD[0].name, []
+    for cycles, trials, beside, words in (
+        (CYCLES, SST2, SST2, ""),
+        (LONG, LONGER, LONGER, ""),
+        (CYCLES, GENTLE, SST2, ", a fifth for a half"),
+    ):
+        whole = beside.summary(none, SEEDS[0])["payload_bytes"]["down"]
+        for side in trials.sides:
+            if side.name not in [each.name for each in CYBGD]:
+                continue
+            sent = trials.summary(side.name, SEEDS[0])["payload_bytes"]["down"]
+            accuracies = trials.scores(side.name, "accuracy")
+            off = said(less(accuracies, beside.scores(none, "accuracy"))) if side.name != none else ""
+            scores = [spread(accuracies), spread(trials.scores(side.name, "loss"))]
+            rows.append([side.name + words, str(cycles), *scores, off, f"{sent / whole:.2f}"])
+    header = ["side", "cycles", "accuracy", "loss", "accuracy against none", "download, of none's"]
     return table(header, rows)
 
 
@@ -153,21 +195,18 @@ def compression_outcome() -> Outcome:
     means = [statistics.fmean(costs(SST2, side.name)) for side in CYBGD[1:]]
     because = (
         f"After {LONG} cycles hybrid is {said(hybrid)} against no compression, layer-drop {said(drop)}; "
-        "after "
-        f"{CYCLES} hybrid {means[1]:+.4f}, layer-drop {means[0]:+.4f}."
+        f"after {CYCLES} hybrid {means[1]:+.4f}, layer-drop {means[0]:+.4f}."
     )
     return Outcome(verdict, because)
 
 
 COMPRESSION = Claim(
     "Hybrid compression halves the download and costs hardly any quality, because updated blocks stay: "
-    "dropping "
-    "layers alone may lose what others trained.",
+    "dropping layers alone may lose what others trained.",
     "LLaMA-2-7B on Alpaca-GPT4, loss and communication: 0.90 and 13.23 GB without, 0.91 and 6.99 GB with it.",
-    f"Table 3's runs and the same with {LONG} cycles at the same rates. Seen if after {LONG} cycles the "
-    "hybrid "
-    f"form's accuracy is less than {MARGIN} below that without compression, and above layer-drop's, by "
-    "seed.",
+    "Table 3's runs, and the same with a fifth dropped and pruned in place of half, which decides "
+    f"nothing; and all with {LONG} cycles at the same rates. Seen if after {LONG} cycles the hybrid form's "
+    f"accuracy is less than {MARGIN} below that without compression, and above layer-drop's, by seed.",
     compression_table,
     compression_outcome,
 )
@@ -208,8 +247,9 @@ def glue(task: str) -> Step:
 
 ENTRIES = {
     "table3-sst2": entry(TABLE3, [SST2], NEEDS, tuple(map(glue, GLUE))),
+    "table3-sst2-again": entry(TABLE3_AGAIN, [SST2, AGAIN], NEEDS),
     "table6-compression": entry(
-        COMPRESSION, [SST2, LONGER], NEEDS, (compare(LARGE, RESULTS / "full/table6-compression"),)
+        COMPRESSION, [SST2, LONGER, GENTLE], NEEDS, (compare(LARGE, RESULTS / "full/table6-compression"),)
     ),
 }
 

@@ -102,8 +102,7 @@ def figure5_outcome() -> Outcome:
     equal = "the very scores" if same else "not the scores"
     because = (
         f"From one client to ten the accuracy changes by {said(gained)}; five of ten have {half:.0%} of "
-        "that; "
-        f"after all ten it has {equal} of the synchronous round."
+        f"that; after all ten it has {equal} of the synchronous round."
     )
     return Outcome(verdict, because)
 
@@ -124,14 +123,11 @@ def figure5_plot() -> bytes:
 
 FIGURE5 = Claim(
     "Asynchronous one-shot: the model gets better with each client that arrives, and after the last it is "
-    "the "
-    "synchronous round's.",
+    "the synchronous round's.",
     "a plot without figures: MT-bench's score of Llama-7b rises over one to ten clients up to the "
-    "synchronous "
-    "line.",
+    "synchronous line.",
     "One round of three epochs on MiniLM, scored after each arrival. Seen if the accuracy of all ten is "
-    "above "
-    "that of the first alone, by seed, and equals the synchronous round's to the last digit.",
+    "above that of the first alone, by seed, and equals the synchronous round's to the last digit.",
     figure5_table,
     figure5_outcome,
 )
@@ -173,8 +169,7 @@ TABLE6 = Claim(
     "A client alone, with as many epochs, mostly ends below the global model of one round.",
     "Llama-7b on Wizard, scored on ARC: most of ten local models slightly lower, some higher.",
     "The one round of Figure 1 on MiniLM beside its clients alone, three epochs each. Seen if the global "
-    "model's "
-    "accuracy is above the mean of the clients' own, by seed.",
+    "model's accuracy is above the mean of the clients' own, by seed.",
     table6_table,
     table6_outcome,
 )
@@ -233,8 +228,7 @@ FIGURE6 = Claim(
     "MT-bench of Llama-7b on Wizard: 2.86 before, about 3.80 after one round, towards 3.90 after three, "
     "then lower.",
     f"MiniLM, {LONG} rounds of one epoch, scored after each. Seen if the first round's gain of accuracy is "
-    "above "
-    "that of the second and third together, and the fifth is below the third, by seed.",
+    "above that of the second and third together, and the fifth is below the third, by seed.",
     figure6_table,
     figure6_outcome,
 )

@@ -238,6 +238,33 @@ def test_what_cannot_be_made_is_said(
     assert (project / "docs/page.md").read_text() == page
 
 
+def test_the_full_form_is_asked_for_and_leaves_the_page_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = (project / "docs/page.md").read_text()
+    entry = common.Entry(
+        lambda: "new", full=[common.Step(("python", "-c", "print('as large as the paper')"))]
+    )
+    make(monkeypatch, entry, "one", "--full", "--dry-run")
+    assert capfd.readouterr().out == "python -c 'print('\"'\"'as large as the paper'\"'\"')'\n"
+    make(monkeypatch, entry, "one", "--full")
+    assert capfd.readouterr().out == "as large as the paper\n\n"
+    make(monkeypatch, common.Entry(lambda: "new"), "one", "--full")
+    assert capfd.readouterr().out == "one: has no form but the small one\n"
+    with pytest.raises(SystemExit):
+        make(monkeypatch, entry, "one", "--full", "--small")
+    assert (project / "docs/page.md").read_text() == page
+
+
+def test_a_plot_is_written_beside_the_page(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = common.Entry(lambda: "new", plots={"claims_one.svg": lambda: b"<svg/>"})
+    make(monkeypatch, entry, "one", "--print")
+    assert not (project / "docs/claims_one.svg").exists()
+    make(monkeypatch, entry, "one", "--small")
+    assert (project / "docs/claims_one.svg").read_bytes() == b"<svg/>"
+    assert "new" in (project / "docs/page.md").read_text()
+
+
 def test_a_page_without_the_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="the page needs the lines <!-- two --> and <!-- end two -->"):
         common.insert("<!-- one -->\n<!-- end one -->", "two", "text")
