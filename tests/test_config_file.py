@@ -276,10 +276,11 @@ def test_an_anchor_used_twice_is_fine(tmp_path: Path) -> None:
 def test_what_other_tools_call_a_setting_is_answered_with_ours(name: str) -> None:
     ours, _, value = OTHER_NAMES[name].partition(": ")
     block = ours.split(".")[0]
-    document: dict[str, Any] = {block: {name: 1}}
+    document: dict[str, Any] = {"method": {"name": "fedavg"}}
+    document.setdefault(block, {})[name] = 1
     with pytest.raises(InputError, match=re.escape(f"Here that is {OTHER_NAMES[name]}.")):
         parse_config(document, "mine.yaml")
-    document = {}
+    document = {"method": {"name": "fedavg"}}
     apply_overrides(document, [f"{ours}={value or '{}'}"])
     try:  # ours is a setting: if anything is wrong, it is the value
         parse_config(document, "mine.yaml")
