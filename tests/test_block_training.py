@@ -140,6 +140,18 @@ def test_powersgd_gives_low_rank_and_loses_nothing() -> None:
     assert torch.equal(bias.grad, torch.ones(5))
 
 
+@pytest.mark.parametrize(("rate", "filtered"), [(1.0, True), (1.9, True), (2.0, False), (2.1, False)])
+def test_a_matrix_that_would_shrink_too_little_passes_whole(rate: float, filtered: bool) -> None:
+    # 8 x 8 = 64 numbers; two factors of rank 2 have 2 (8 + 8) = 32, half of that
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    whole = torch.randn(8, 8, generator=torch_generator(0, "g"))
+    parameter.grad = whole.clone()
+    settings = PowerSGD(rank=2, min_compression_rate=rate)
+    GradientFilter(settings, torch_generator(0)).step({"w": parameter})
+    assert torch.equal(parameter.grad, whole) is not filtered
+    assert int(torch.linalg.matrix_rank(parameter.grad)) == (2 if filtered else 8)
+
+
 def test_what_powersgd_remembers_counts_as_memory() -> None:
     """8 x 6 weights, rank 2: an error of 8 x 6 and Q of 6 x 2, in float32, beside the rest."""
     parameter = nn.Parameter(torch.ones(8, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.file import apply_overrides, dump_config, load_config, parse_config
+from fedtune.config.other_names import OTHER_NAMES
 from fedtune.config.schema import RunConfig
 from fedtune.errors import InputError
 from fedtune.methods import registry
@@ -268,3 +270,19 @@ def test_an_anchor_used_twice_is_fine(tmp_path: Path) -> None:
     text = "method: {name: fedavg, lr: &rate 1e-3}\nfederation: {quorum: *rate}"
     (tmp_path / "c.yaml").write_text(text)
     assert load_config(tmp_path / "c.yaml").federation.quorum == 1e-3
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_what_other_tools_call_a_setting_is_answered_with_ours(name: str) -> None:
+    ours, _, value = OTHER_NAMES[name].partition(": ")
+    block = ours.split(".")[0]
+    document: dict[str, Any] = {"method": {"name": "fedavg"}}
+    document.setdefault(block, {})[name] = 1
+    with pytest.raises(InputError, match=re.escape(f"Here that is {OTHER_NAMES[name]}.")):
+        parse_config(document, "mine.yaml")
+    document = {"method": {"name": "fedavg"}}
+    apply_overrides(document, [f"{ours}={value or '{}'}"])
+    try:  # ours is a setting: if anything is wrong, it is the value
+        parse_config(document, "mine.yaml")
+    except InputError as error:
+        assert "not a known setting" not in str(error)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from fedtune.config.other_names import OTHER_NAMES
 from fedtune.config.partitions import partition_class
 from fedtune.config.schema import RunConfig
 from fedtune.config.yaml_text import dump_yaml, load_yaml, read_yaml
@@ -100,10 +101,9 @@ def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, .
         name = foreign(".".join([*prefix, *path])) or "the configuration"
         got = "" if isinstance(problem["input"], dict) else f", got {short(repr(problem['input']))}"
         if problem["type"] == "extra_forbidden":
-            lines.append(
-                f"{name} is not a known setting; here are known: {', '.join(known)}."
-                + nearest(path[-1], known)
-            )
+            ours = OTHER_NAMES.get(path[-1])
+            hint = f" Here that is {ours}." if ours else nearest(path[-1], known)
+            lines.append(f"{name} is not a known setting; here are known: {', '.join(known)}.{hint}")
         elif problem["type"] == "missing":
             lines.append(f"{name} is missing")
         else:

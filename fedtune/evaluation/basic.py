@@ -28,9 +28,11 @@ def _loss(env: EvalEnv) -> Outcome:
             "no token of the evaluation examples carries loss: data.max_length cuts all of them."
         )
     scored = Scored(losses, weights=counts, lower_is_better=True)
-    perplexity = math.exp(scored.value) if scored.value < 700 else math.inf
     cut = env.encoded.cut
     notes = (f"{cut} of {len(losses)} examples are cut to {env.max_length} tokens",) if cut else ()
+    if env.settings.labels is not None:
+        return Outcome({"loss": scored}, {}, notes)
+    perplexity = math.exp(scored.value) if scored.value < 700 else math.inf
     return Outcome({"loss": scored}, {"perplexity": perplexity, "tokens": sum(counts)}, notes)
 
 

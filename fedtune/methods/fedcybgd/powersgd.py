@@ -5,7 +5,8 @@ Vogels, Karimireddy and Jaggi (2019), Algorithm 1, with one worker and without i
     M ← G + E,   P ← orthonormal(M Q),   Q ← Mᵀ P (repeated),   Ĝ = P Qᵀ,   E ← M − Ĝ
 
 What a step leaves out is in E and comes with a later one. Q is kept from step to step. Tensors that are no
-matrices, or whose factors would not be smaller, pass as they are.
+matrices, or whose factors would not be `min_compression_rate` times smaller, pass as they are. PyTorch's hook
+has 2 there, and takes tensors of more dimensions as matrices.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class GradientFilter:
 
     def _shrinks(self, gradient: Tensor) -> bool:
         rows, columns = gradient.shape
-        return self._settings.rank * (rows + columns) < rows * columns
+        factors = self._settings.rank * (rows + columns)
+        return self._settings.min_compression_rate * factors < rows * columns
 
     def _filtered(self, name: str, gradient: Tensor) -> Tensor:
         error, q = self.memory["error"].get(name), self.memory["q"].get(name)

@@ -20,6 +20,7 @@ class PowerSGD(Settings):
     rank: int = Field(2, ge=1)  # of the approximated gradient
     iterations: int = Field(4, ge=1)  # of subspace iteration a step
     start_step: int = Field(0, ge=0)  # steps before it begins, with whole gradients
+    min_compression_rate: float = Field(1.0, gt=0)  # of a matrix to its factors; one that has less stays
 
 
 class Config(InBlocks, Training):
