@@ -70,7 +70,7 @@ ALL = (
     f"method.rounds={ROUNDS}",
     f"method.batch_size={BATCH}",
 )
-SCORED = ("evaluation={tasks: [loss], every: 0, max_examples: 400, batch_size: 64, bootstrap: 0}",)
+SCORED = ("evaluation={tasks: [loss], every: 0, max_examples: 200, batch_size: 64, bootstrap: 0}",)
 VALIDATED = ("data.holdout={fraction: 0.01}", "evaluation={every: 0, max_examples: 200, batch_size: 64}")
 FORWARD, BACKWARD = (f"method.local_steps={PASSES // passes}" for passes in (2, 3))
 NEEDS = (MODELS / "instruct-7m", DATA / "glue")
