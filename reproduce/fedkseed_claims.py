@@ -66,7 +66,7 @@ ALL = (
     f"data={{train: {DATA / 'glue/sst2_train.jsonl'}, fields: {{instruction: sentence, output: label}}, "
     f"template: plain, max_length: 64, max_examples: 1000, clients: {CLIENTS}, batching: length-grouped, "
     f"partition: {{name: iid}}, holdout: {{source: {DATA / 'glue/sst2_dev.jsonl'}}}}}",
-    f"federation={{clients_per_round: {COHORT}}}",
+    f"federation={{clients_per_round: {COHORT}, max_loss_jump: null}}",  # a rate may fail
     f"method.rounds={ROUNDS}",
     f"method.batch_size={BATCH}",
 )
