@@ -26,12 +26,12 @@ Needs:   ../shared/models/instruct-7m, ../shared/data/glue, matplotlib (extra `r
 Result:  with 8 seeds the loss is 2.4005 above that with 512, more than the spread; 4,096 seeds and no pool
          differ from 512 by +1.1600 and -0.2121, less than the spread
 
-Table:   Table 2, FedKSeed-Pro at equal bytes; docs/claims.md, block fedkseed-pro
+Table:   Table 2 and Figure 3, FedKSeed-Pro at equal bytes; docs/claims.md, block fedkseed-pro
 Command: python reproduce/fedkseed_claims.py fedkseed-pro
 Time:    2 minutes of a core, once fedkseed-moves is done
-Needs:   ../shared/models/instruct-7m, ../shared/data/glue
+Needs:   ../shared/models/instruct-7m, ../shared/data/glue, matplotlib (extra `report`)
 Result:  in 1.33 kB a client and round FedKSeed-Pro ends at 1.9688 ± 0.2109 and FedKSeed at 2.0806 ± 0.5742,
-         -0.1119 apart, less than the spread
+         -0.1119 apart, less than the spread; probabilities are at most a factor 2.7183 apart
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 from claims import (
     OUT,
+    SEEDS,
     Claim,
     Outcome,
     Side,
@@ -56,7 +59,8 @@ from claims import (
     less,
     said,
 )
-from common import DATA, MODELS, ROOT, Step, compare, main, spread, table
+from common import DATA, MODELS, ROOT, Prepared, Step, compare, main, spread, table
+from safetensors.torch import load_file
 
 from fedtune.methods.fedkseed.settings import Config, ProConfig, paper_bytes
 from fedtune.report.tables import size
@@ -194,6 +198,33 @@ def at_equal_bytes() -> Outcome:
     return Outcome(below(off, 0.0), f"Pro with 128 seeds less FedKSeed with 256: {said(off)}.")
 
 
+def keep(made: Path, *, seed: int) -> None:
+    """Writes p of Eq. 14 after the last round, largest first, of Pro with 128 seeds."""
+    EQUAL.step(HALF, seed, f"method.lr={EQUAL.rate(KSEED)}").do()
+    folder = EQUAL.folder(HALF.name, seed)
+    file = ROOT / folder / f"checkpoints/round-{ROUNDS:04d}/state.safetensors"
+    if not file.exists():
+        raise SystemExit(f"{folder} has lost its checkpoints; remove it, so that it is run again")
+    state = load_file(file)
+    draws, magnitude = state["draws"], state["magnitude"]
+    psi = magnitude / draws.clamp(min=1)
+    psi[draws == 0] = psi[draws > 0].mean()
+    scaled = (psi - psi.min()) / (psi.max() - psi.min())
+    made.write_text(json.dumps(sorted(scaled.softmax(0).tolist(), reverse=True)), encoding="utf-8")
+
+
+def kept(seed: int) -> Prepared:
+    """Probabilities of a run, which its checkpoint has."""
+    made = OUT / "fedkseed" / f"probabilities-{seed}.json"
+    return Prepared(f"probabilities that {HALF.name} ends with, seed {seed}", made, partial(keep, seed=seed))
+
+
+def probabilities(seed: int) -> list[float]:
+    """What was kept."""
+    found: list[float] = json.loads((ROOT / kept(seed).made).read_text(encoding="utf-8"))
+    return found
+
+
 def plot_counts() -> bytes:
     """Figure 2: loss by K, a dot a seed and a line through the means."""
 
@@ -209,6 +240,31 @@ def plot_counts() -> bytes:
         axes.set_ylabel("held-out loss")
 
     return drawn(draw)
+
+
+def plot_probabilities() -> bytes:
+    """Figure 3: probabilities of all seeds after the last round, largest first."""
+
+    def draw(axes: Any) -> None:
+        for seed in SEEDS:
+            axes.plot(probabilities(seed), label=f"seed {seed}")
+        axes.axhline(1 / 128, color="gray", linewidth=0.8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("candidate seeds, by probability")
+        axes.set_ylabel("probability")
+        axes.legend(frameon=False)
+
+    return drawn(draw)
+
+
+def ratio() -> str:
+    """How far probabilities are apart."""
+    apart = [probabilities(seed) for seed in SEEDS]
+    middle = [p[len(p) // 20] / p[-1 - len(p) // 20] for p in apart]
+    return (
+        f"Largest over smallest probability {spread([p[0] / p[-1] for p in apart])}, e by Eq. 14 whenever "
+        f"they differ; the 95th percentile over the 5th {spread(middle)}."
+    )
 
 
 METHODS = ("fedkseed", "fedkseed_pro")
@@ -294,12 +350,13 @@ ENTRIES = {
             "and 29.77, 33.18 and 32.90, 36.29 and 35.64, 33.00 and 33.12, 35.95 and 35.93.",
             f"K = 128 for FedKSeed-Pro and 256 for FedKSeed, {DRAWS} draws in all, both at the rate that is "
             "best for K = 4096: seen if the loss of Pro is below.",
-            lambda: rows(EQUAL, pool(256).name),
+            lambda: f"{rows(EQUAL, pool(256).name)}\n\n{ratio()}",
             at_equal_bytes,
         ),
-        [EQUAL],
-        NEEDS,
+        [trials(KSEED), *(kept(seed) for seed in SEEDS), EQUAL],
+        (*NEEDS, "matplotlib"),
         full=[scenario(name) for name in SCENARIOS],
+        plots={"claims_fedkseed_pro.svg": plot_probabilities},
     ),
 }
 
