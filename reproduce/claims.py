@@ -142,7 +142,7 @@ class Trials:
     def tried(self, side: Side) -> dict[float, float]:
         """Validation losses of a side by rate."""
         found = {}
-        for summary in sorted((ROOT / self.rates(side)).glob("*-?e-??/summary.json")):
+        for summary in sorted((ROOT / self.rates(side)).glob("*-?e[-+]??/summary.json")):
             loss = json.loads(summary.read_text(encoding="utf-8"))["evaluation"]["loss"]["loss"]
             found[float(summary.parent.name[-5:])] = math.inf if loss is None else float(loss)
         return found

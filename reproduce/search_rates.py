@@ -70,7 +70,7 @@ def main() -> None:
             partial(final_loss, config, arguments.folder, arguments.settings),
             cast(Any, load_config(config, arguments.settings).method).lr,
         )
-        done = [path.parent for path in arguments.folder.glob(f"{config.stem}-?e-??/summary.json")]
+        done = [path.parent for path in arguments.folder.glob(f"{config.stem}-?e[-+]??/summary.json")]
         results[config.stem] = {float(run.name[-5:]): loss_of(run) for run in done}
     rates = sorted({lr for each in results.values() for lr in each})
     print("| configuration | " + " | ".join(f"{lr:.0e}".replace("e-0", "e-") for lr in rates) + " | best |")

@@ -59,10 +59,10 @@ def trials(validated: tuple[str, ...] = ("evaluation.max_examples=60",)) -> Any:
 
 
 def test_the_rate_is_that_of_the_lowest_validation_loss(project: Path) -> None:
-    for lr, loss in (("1e-04", 0.6), ("3e-04", 0.5), ("1e-03", None)):
+    for lr, loss in (("1e-04", 0.6), ("3e-04", 0.5), ("1e-03", None), ("3e+00", 0.7)):
         write(project / f"out/rates/a/fed_full-{lr}", 0.5, loss)
     found = trials()
-    assert found.tried(found.sides[0]) == {1e-4: 0.6, 3e-4: 0.5, 1e-3: float("inf")}
+    assert found.tried(found.sides[0]) == {1e-4: 0.6, 3e-4: 0.5, 1e-3: float("inf"), 3.0: 0.7}
     assert found.rate(found.sides[0]) == found.rate(found.sides[1]) == 3e-4  # b takes a's
 
 
