@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
+from fedtune.core.types import Frame
 from fedtune.data.batches import collate
 from fedtune.data.encoded import Encoded
 from fedtune.federation.progress import Silent
@@ -204,7 +205,7 @@ def counted(found: dict[str, float]) -> Iterator[None]:
     counters: list[FlopCounterMode] = []
     turns: list[float] = []
 
-    def counting(self: ClientRunner, client: int, frame: bytes) -> bytes:
+    def counting(self: ClientRunner, client: int, frame: Frame) -> Frame:
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks keep tensors, and memory is measured here too
         counters.append(counter)

@@ -46,7 +46,7 @@ from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_coh
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.seeds import numpy_generator, torch_generator
-from fedtune.core.types import Arrival, Transport
+from fedtune.core.types import Arrival, Frame, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encoded import Encoded
 from fedtune.federation.guard import Guard, RoundRefused
@@ -114,7 +114,7 @@ class Poisoned:
         self._inner, self._alter, self._attackers, self._seed = inner, alter, set(attackers), seed
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """As the inner transport, but for the attackers' replies."""
         for arrival in self._inner.exchange(round, frames, in_plan_order=in_plan_order):

@@ -318,6 +318,7 @@ class Federation:
         seed: int = 0,
         simulation: Simulation | None = None,
         device: str = "cpu",
+        laid_out: bool = False,
         **changes: object,
     ) -> None:
         form = FORMS[name][label]
@@ -346,6 +347,7 @@ class Federation:
             device=where,
             store=Store(),
             compression=self.compression,
+            laid_out=laid_out,
         )
         self.transport = Recorder(
             InProcess(

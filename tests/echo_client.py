@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fedtune.cli.main import main
-from fedtune.core.types import Payload
-from fedtune.core.wire import Content, decode, encode
+from fedtune.core.types import Frame, Payload
+from fedtune.core.wire import Content, decode, lay_out
 from fedtune.deploy import client as deployed_client
 from fedtune.transport.messages import Field
 from fedtune.transport.worker import JoinedRun
@@ -27,11 +27,11 @@ class Echo:
     def __init__(self) -> None:
         self.states: dict[int, Payload] = {}
 
-    def handle(self, client: int, frame: bytes | bytearray) -> bytes:
+    def handle(self, client: int, frame: Frame) -> Frame:
         order = decode(frame)
         wanted = int(order.payload.scalars["answer_bytes"])
         tensors = {f"layer.{i}": torch.full((wanted // 64,), i, dtype=torch.float32) for i in range(16)}
-        return encode(
+        return lay_out(
             Content(Payload(tensors if wanted else {}), {"client": client, "round": order.meta["round"]})
         )
 

@@ -20,7 +20,7 @@ from fedtune.cli.main import main
 from fedtune.core.types import Payload
 from fedtune.core.wire import HEADER, Content, decode, encode
 from fedtune.deploy import client as deployed_client
-from fedtune.transport.messages import Message
+from fedtune.transport.messages import Message, of_part
 from fedtune.transport.worker import Worker
 
 WISHES = iter(sys.argv[1].split(","))
@@ -89,7 +89,10 @@ class Hostile(Worker):
         if message.fields.get("do") != "order" or "bytes" not in answer.fields:
             return answer
         wish = next(WISHES, "")
-        return _altered(wish, answer) if wish else answer
+        if not wish:
+            return answer
+        altered = _altered(wish, answer)
+        return Message({**altered.fields, **of_part(altered.body)}, altered.body)
 
 
 deployed_client.Worker = Hostile  # type: ignore[misc]

@@ -131,11 +131,12 @@ def test_a_restored_run_goes_on_with_the_same_bits(name: str, label: str, tmp_pa
 def test_a_client_needs_its_order_and_its_environment_alone(name: str, label: str) -> None:
     original = whole(name, label).transport
     assert len(original.orders) == len(original.replies)
-    elsewhere = Federation(name, label).runner  # another process's model, method object and runner
+    # another process's model, method object and runner, whose replies lie where their tensors are
+    elsewhere = Federation(name, label, laid_out=True).runner
     elsewhere.store = HELD
     for sent in reversed(original.orders):  # so that nothing is left behind by the order before
         elsewhere.states = {sent.client: sent.kept} if sent.kept else {}
-        assert elsewhere.handle(sent.client, sent.frame) == original.replies[sent.round, sent.client]
+        assert bytes(elsewhere.handle(sent.client, sent.frame)) == original.replies[sent.round, sent.client]
 
 
 @every_form

@@ -106,6 +106,19 @@ def test_what_has_no_meaning_is_refused_with_the_configuration(
         )
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("max_memory", "20GB"), ("max_memory", {0: "20GB"}), ("device_map", "auto")]
+)
+def test_what_divides_a_model_is_refused_with_what_there_is(setting: str, value: Any) -> None:
+    said = (
+        rf"{setting} is how accelerate divides a model over devices; leave it out\. A model lies on one GPU: "
+        r".*nf4, .*offload_params: disk or method\.name: fedkseed, and fedtune plan says which "
+        r"\(memory_by_device in its --json\) before anything is loaded"
+    )
+    with pytest.raises(InputError, match=said):
+        parse_config({"model": {setting: value}, "method": {"name": "fedavg"}}, "c.yaml")
+
+
 def test_a_client_of_a_network_names_one() -> None:
     for device in ("gpu", "cuda:x", "[cuda:0]"):
         with pytest.raises(InputError, match="device must be auto, cpu, cuda or a GPU's name as cuda:1, got"):

@@ -33,6 +33,19 @@ class ModelSettings(Settings):
     diffusion: Diffusion | None = None  # with task: text-to-image
     device: str | list[str] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_divided(cls, values: object) -> object:
+        """Refuses the settings by which accelerate divides a model, with what there is in their place."""
+        for name in ("max_memory", "device_map"):
+            if isinstance(values, dict) and name in values:
+                raise ValueError(
+                    f"{name} is how accelerate divides a model over devices; leave it out. {ONE_GPU} "
+                    "(memory_by_device in its --json) before anything is loaded. What evaluation may take is "
+                    "evaluation.memory"
+                )
+        return values
+
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
         if self.revision is not None and (self.name == "bundled" or Path(self.name).expanduser().is_dir()):

@@ -29,7 +29,7 @@ from fedtune.core.types import (
     Payload,
     Scalar,
 )
-from fedtune.core.wire import Content, FrameError, decode, encode
+from fedtune.core.wire import Content, FrameError, decode, encode, lay_out
 from fedtune.data.batching import RANDOM, Batching
 from fedtune.data.encoded import lengths_of
 from fedtune.measure.memory import MemoryMeter
@@ -57,6 +57,7 @@ class ClientRunner:
         gate: What its operator accepts of single orders; None: anything.
         batching: How examples become batches.
         compression: How updates travel; None: as they are.
+        laid_out: Replies are not joined: what sends them does so before the model is used again.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class ClientRunner:
         gate: Gate | None = None,
         batching: Batching = RANDOM,
         compression: Compression | None = None,
+        laid_out: bool = False,
     ) -> None:
         self.store = store or Store()
         self._protection, self._gate, self._compression = protection, gate, compression
+        self._encode = lay_out if laid_out else encode
         self._method, self._data, self._batching = method, data, batching
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
@@ -85,7 +88,7 @@ class ClientRunner:
         """Replaces the model, once what the method trains is attached to it."""
         self._model = nn.Module() if self._method.sends_model else model
 
-    def handle(self, client: int, frame: Frame) -> bytes:
+    def handle(self, client: int, frame: Frame) -> Frame:
         """Does what the order in `frame` says and returns the reply's frame.
 
         The reply's meta holds the step's metrics and its measured `peak_bytes`. It holds no wall time:
@@ -107,7 +110,7 @@ class ClientRunner:
                 self._gate.sending(int(order.meta["round"]), str(order.meta.get("phase", "")))
             return reply
 
-    def _handle(self, client: int, order: Content) -> bytes:
+    def _handle(self, client: int, order: Content) -> Frame:
         round = int(order.meta["round"])
         if not self._data.get(client):
             raise ClientError("it has no examples")
@@ -139,7 +142,7 @@ class ClientRunner:
                 examples=len(self._data[client]),
             )
             self.states[client] = _joined(state, secrets, SECURE)
-            return encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+            return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
         meter = MemoryMeter(self._device, [errors.tensors] if errors else [])
         seed = derive_seed(self._seed, "client", client, round)
         env = ClientEnv(
@@ -162,7 +165,7 @@ class ClientRunner:
         if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
             reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)
             self.states[client] = _joined(result.state or state, secrets, SECURE)
-            return encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+            return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
         payload, kept = result.payload, dict[str, Tensor]()
         if self._compression is not None:
             with meter.whole([self._model, dict(payload.tensors)]):
@@ -182,7 +185,7 @@ class ClientRunner:
             **meter.by_device,
             "how": meter.how,
         }
-        return encode(Content(payload, meta))
+        return self._encode(Content(payload, meta))
 
     def _memory(self, client: int) -> str:
         """The batch that memory was not enough for, and what makes it smaller."""

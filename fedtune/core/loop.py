@@ -26,6 +26,7 @@ from fedtune.core.types import (
     MODEL,
     SECURE,
     Arrival,
+    Frame,
     Method,
     Order,
     Payload,
@@ -35,7 +36,17 @@ from fedtune.core.types import (
     Transport,
 )
 from fedtune.core.watch import sketch
-from fedtune.core.wire import HEADER, Content, FrameError, check, decode, encode, manifest_bytes, some
+from fedtune.core.wire import (
+    HEADER,
+    Content,
+    FrameError,
+    check,
+    decode,
+    encode,
+    lay_out,
+    manifest_bytes,
+    some,
+)
 from fedtune.errors import foreign
 from fedtune.measure.clock import Clock
 from fedtune.measure.memory import COLUMNS, MemoryMeter, paused
@@ -62,12 +73,14 @@ class RoundLoop:
         protection: ServerProtection | None = None,
         robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
         compression: Compression | None = None,
+        laid_out: bool = False,
     ) -> None:
         self._method, self._ledger = method, ledger
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._robust = robust  # what becomes of replies before the method's step
         self._compression = compression  # how updates travel
+        self._encode = lay_out if laid_out else encode  # for a transport that sends orders in parts
         self._server_model = server_model  # counted as the server's memory
         self._clock, self._device = clock, device
         self._expects: dict[int, Order] = {}  # the orders that have no reply yet
@@ -246,13 +259,14 @@ class RoundLoop:
         expects: dict[int, Order],
         sent: dict[int, tuple[Order, int]],
         round: int,
-    ) -> Iterator[tuple[int, bytes]]:
-        payload, frame = None, b""
+    ) -> Iterator[tuple[int, Frame]]:
+        payload: Payload | None = None
+        frame: Frame = b""
         for order in orders:
             if order.payload is not payload:  # one payload for all is encoded once
                 with self._clock.part("wire"):
                     meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
-                    payload, frame = order.payload, encode(Content(order.payload, meta))
+                    payload, frame = order.payload, self._encode(Content(order.payload, meta))
             expects[order.client], sent[order.client] = order, (order, len(frame))
             yield order.client, frame
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from fedtune.core.cohort import Cohort, RoundOutcome
+from fedtune.core.laid_frame import LaidFrame
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.settings import Settings
 from fedtune.data.batching import RANDOM, Batching
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool
-Frame = bytes | bytearray | mmap.mmap  # a message as bytes, see wire.py
+Frame = bytes | bytearray | mmap.mmap | LaidFrame  # a message as bytes, see wire.py
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
 ERROR = "error:"  # prefix of what a client keeps of updates that were compressed; see compression.py
@@ -191,7 +192,7 @@ class Transport(Protocol):
     """Carries frames to clients and theirs back. Knows no method."""
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """Sends each (client, frame) and yields one Arrival a client, as they come or in the order sent."""
 

@@ -20,13 +20,14 @@ import math
 import mmap
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from isal.isal_zlib import crc32  # as zlib's, in a seventh of the time
 from torch import Tensor
 
+from fedtune.core.laid_frame import LaidFrame
 from fedtune.core.one_pass import extremes
 from fedtune.core.types import Frame, Payload, Scalar, TensorSpec
 
@@ -77,6 +78,15 @@ def encode(content: Content) -> bytes:
     Raises:
         TypeError: A tensor's dtype has no name on the wire.
     """
+    return bytes(lay_out(content))
+
+
+def lay_out(content: Content) -> LaidFrame:
+    """The same frame, whose tensors are not copied: they must not change until it is sent or decoded.
+
+    Raises:
+        TypeError: As `encode`.
+    """
     tensors = content.payload.tensors
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in names:
@@ -92,16 +102,16 @@ def encode(content: Content) -> bytes:
         },
         separators=(",", ":"),
     ).encode()
-    data = [_raw(tensors[name]) for name in names]
-    length = sum(len(part) for part in data)
+    data = [tensors[name] for name in names]
+    length = sum(tensor.nbytes for tensor in data)
     deflated = zlib.compress(manifest, 9)
     fits = len(manifest) <= _manifest_limit(HEADER.size + len(deflated) + length)
     flags = _DEFLATED if len(deflated) < len(manifest) and fits else 0
     head = deflated if flags else manifest
     crc = crc32(head, crc32(_COVERED.pack(flags, len(head), length)))
-    for part in data:
-        crc = crc32(part, crc)
-    return b"".join([HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc), head, *data])
+    for piece in LaidFrame(b"", data).pieces(0, length):
+        crc = crc32(piece, crc)
+    return LaidFrame(HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc) + head, data)
 
 
 def decode(
@@ -118,12 +128,12 @@ def decode(
     Raises:
         FrameError: The frame is too long, cut short, altered, of another version or not a frame.
     """
-    view = memoryview(frame)
+    view = frame if isinstance(frame, LaidFrame) else memoryview(frame)
     if max_bytes is not None and len(view) > max_bytes:
         raise FrameError(f"frame of {len(view):,} bytes; at most {max_bytes:,} are allowed here")
     if len(view) < HEADER.size:
         raise FrameError(f"frame cut short: {len(view)} bytes, the header alone has {HEADER.size}")
-    magic, version, flags, head_length, length, crc = HEADER.unpack(view[: HEADER.size])
+    magic, version, flags, head_length, length, crc = HEADER.unpack(part_of(view, 0, HEADER.size))
     if magic != MAGIC:
         raise FrameError("not a fedtune frame")
     if version != VERSION:
@@ -132,30 +142,42 @@ def decode(
         raise FrameError(
             f"frame of {len(view):,} bytes; its header says {HEADER.size + head_length + length:,}"
         )
-    covered = crc32(_COVERED.pack(flags, head_length, length))
-    if crc32(view[HEADER.size :], covered) != crc or flags not in (0, _DEFLATED):
+    found = crc32(_COVERED.pack(flags, head_length, length))
+    for piece in pieces_of(view, HEADER.size, len(view)):
+        found = crc32(piece, found)
+    if found != crc or flags not in (0, _DEFLATED):
         raise FrameError("checksum does not match: the frame was altered on its way")
     meta, scalars, entries = _manifest(_head(view, flags, head_length, max_manifest))
     tensors: dict[str, Tensor] = {}
-    body = view[HEADER.size + head_length :]
-    at = 0
+    body, at = HEADER.size + head_length, 0
     for name, dtype, shape in entries:
         size = math.prod(shape) * dtype.itemsize
         if at + size > length:
             raise FrameError(f"tensor {name[:80]} of shape {shape} needs more bytes than the frame holds")
-        tensors[name] = _copied(body[at : at + size], dtype, shape)
+        tensors[name] = _copied(pieces_of(view, body + at, body + at + size), size, dtype, shape)
         at += size
         if isinstance(frame, mmap.mmap):
-            _give_back(frame, HEADER.size + head_length + at)
+            _give_back(frame, body + at)
     if at != length:
         raise FrameError(f"{length - at} bytes of the frame belong to no tensor")
     return Content(Payload(tensors, scalars), meta)
 
 
-def meta_of(frame: bytes | bytearray) -> Mapping[str, Scalar]:
+def meta_of(frame: Frame) -> Mapping[str, Scalar]:
     """The bookkeeping of a frame that this process encoded, without its tensors."""
-    *_, flags, length, _, _ = HEADER.unpack(frame[: HEADER.size])
-    return _manifest(_head(memoryview(frame), flags, length, MANIFEST_LIMIT))[0]
+    view = frame if isinstance(frame, LaidFrame) else memoryview(frame)
+    *_, flags, length, _, _ = HEADER.unpack(part_of(view, 0, HEADER.size))
+    return _manifest(_head(view, flags, length, MANIFEST_LIMIT))[0]
+
+
+def part_of(frame: Frame | memoryview, begin: int, end: int) -> bytes | memoryview:
+    """The bytes of a frame from `begin` to before `end`; of one that is laid out a copy of so many."""
+    return frame.part(begin, end) if isinstance(frame, LaidFrame) else memoryview(frame)[begin:end]
+
+
+def pieces_of(frame: Frame | memoryview, begin: int, end: int) -> Iterable[memoryview]:
+    """The same in pieces, which are no copies where that can be."""
+    return frame.pieces(begin, end) if isinstance(frame, LaidFrame) else [memoryview(frame)[begin:end]]
 
 
 def manifest_bytes(expects: Mapping[str, TensorSpec]) -> int:
@@ -213,16 +235,13 @@ def check(payload: Payload, expects: Mapping[str, TensorSpec]) -> None:
             raise FrameError(f"scalar {name} is {value}")
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it lies contiguous in host memory."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
-
-
-def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not len(data):
+def _copied(pieces: Iterable[memoryview], size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not size:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    data = bytearray()
+    for piece in pieces:  # of host memory it is one
+        data += piece
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def _manifest_limit(frame_bytes: int) -> int:
@@ -230,10 +249,10 @@ def _manifest_limit(frame_bytes: int) -> int:
     return min(MANIFEST_LIMIT, MANIFEST_FREE + MANIFEST_RATIO * frame_bytes)
 
 
-def _head(view: memoryview, flags: int, length: int, most: int) -> bytes:
+def _head(view: LaidFrame | memoryview, flags: int, length: int, most: int) -> bytes:
     """The manifest's JSON; not read where it is longer than `most` or out of proportion to its frame."""
     most = min(most, _manifest_limit(len(view)))
-    head = view[HEADER.size : HEADER.size + length]
+    head = part_of(view, HEADER.size, HEADER.size + length)
     if not flags:
         if length > most:
             raise FrameError(f"manifest of {length:,} bytes; at most {most:,} are allowed here")

@@ -176,6 +176,7 @@ def join(
         gate=consent,
         batching=batching_of(config, room),
         compression=config.federation.wire.compression(method),
+        laid_out=True,  # worker.py sends it in parts
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
@@ -249,7 +250,7 @@ def simulated(message: Message, *, of: OfRun) -> Message:
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
-    return Message({"said": json.dumps(said)} if said else {}, frame, kept)
+    return Message({"said": json.dumps(said)} if said else {}, bytes(frame), kept)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.temporary import temporary_folder
-from fedtune.core.types import Arrival, Payload, Transport
+from fedtune.core.types import Arrival, Frame, Payload, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError, ProgramError
@@ -178,19 +178,19 @@ class Simulated:
         )
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """As in process; a client that drops out or is late does not run at all."""
         ordered = self._faults.in_order(round, frames, in_plan_order=in_plan_order)
         return self._remote.exchange(round, ordered, in_plan_order=True)
 
-    def _exchange_with(self, round: int, client: int, frame: bytes) -> Exchange:
+    def _exchange_with(self, round: int, client: int, frame: Frame) -> Exchange:
         fault = self._faults.fault(round, client, frame)
         if fault:
             return Arrival(client, fault=fault)
         state = self._states.get(client)
         kept = encode(Content(state)) if state is not None else b""
-        answer = yield Message({"client": client}, frame, kept)
+        answer = yield Message({"client": client}, bytes(frame), kept)
         for line in json.loads(str(answer.fields.get("said", "[]"))):
             log.warning("%s", line)
         if "broken" in answer.fields:  # from a process of this run: over a network no client can end it

@@ -32,8 +32,8 @@ from isal.isal_zlib import crc32
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.permissions import append_private
-from fedtune.core.types import Arrival, Payload, Transport
-from fedtune.core.wire import Content, FrameError, decode, encode
+from fedtune.core.types import Arrival, Frame, Payload, Transport
+from fedtune.core.wire import Content, FrameError, decode, encode, pieces_of
 from fedtune.errors import foreign
 from fedtune.federation.files import disk_errors
 
@@ -80,7 +80,7 @@ class Journal:
         self._before: dict[int, Payload] = {}  # what clients kept before this round
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """First the arrivals kept from before a kill, then new ones, each written before it is yielded."""
         if not self._exchanges:
@@ -88,13 +88,13 @@ class Journal:
         sent, turn = 0, self._exchanges[round]
         self._exchanges[round] += 1
 
-        def counted() -> Iterator[tuple[int, bytes]]:
+        def counted() -> Iterator[tuple[int, Frame]]:
             nonlocal sent
             for order in frames:
                 sent += 1
                 yield order
 
-        orders, unanswered = counted(), dict[int, bytes]()
+        orders, unanswered = counted(), dict[int, Frame]()
         for sent_before, arrival, state in self.kept(round, turn):
             unanswered.update(islice(orders, sent_before - sent))
             unanswered.pop(arrival.client, None)
@@ -130,18 +130,18 @@ class Journal:
 
     def _write(self, round: int, turn: int, sent: int, arrival: Arrival) -> None:
         state = self._states.get(arrival.client)
-        parts = (
+        parts: tuple[Frame, ...] = (
             foreign(arrival.fault).encode(),
             arrival.frame,
             encode(Content(state)) if state is not None else b"",
         )
         with disk_errors(f"the reply of client {arrival.client}"), append_private(self._path(round)) as file:
             crc = 0
-            for part in parts:
-                crc = crc32(part, crc)
+            for piece in (piece for part in parts for piece in pieces_of(part, 0, len(part))):
+                crc = crc32(piece, crc)
             file.write(_ENTRY.pack(turn, arrival.client, sent, *map(len, parts), crc))
-            for part in parts:
-                file.write(part)
+            for piece in (piece for part in parts for piece in pieces_of(part, 0, len(part))):
+                file.write(piece)
 
     def kept(self, round: int, turn: int) -> Iterator[tuple[int, Arrival, Payload | None]]:
         """The whole entries of an exchange, one in memory at a time; what follows all entries is cut off."""

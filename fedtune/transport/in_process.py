@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT
 from fedtune.core.seeds import numpy_generator
-from fedtune.core.types import Arrival
+from fedtune.core.types import Arrival, Frame
 from fedtune.core.wire import meta_of
 from fedtune.measure.clock import Clock
 
@@ -49,14 +49,14 @@ class SimulatedFaults:
         self._deadline_s = math.inf if deadline_s is None else deadline_s
 
     def in_order(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
-    ) -> Iterable[tuple[int, bytes]]:
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
+    ) -> Iterable[tuple[int, Frame]]:
         """A round's orders in the order of their replies; pulled one by one unless delays decide it."""
         if in_plan_order or self._simulation.delay_s == 0:
             return frames
         return sorted(frames, key=lambda sent: (self._draw(round, sent[0])[1], sent[0]))
 
-    def fault(self, round: int, client: int, frame: bytes) -> str:
+    def fault(self, round: int, client: int, frame: Frame) -> str:
         """Why a client does not reply to this order of a round; empty if it does."""
         if self._simulation == Simulation() or meta_of(frame).get("phase", "masked") != "masked":
             return ""
@@ -89,7 +89,7 @@ class InProcess:
         self._faults = SimulatedFaults(simulation, deadline_s, seed)
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """Runs each client when its turn comes; a client that drops out or is late does not run at all.
 
@@ -100,7 +100,7 @@ class InProcess:
             fault = self._faults.fault(round, client, frame)
             yield Arrival(client, fault=fault) if fault else self._run(client, frame)
 
-    def _run(self, client: int, frame: bytes) -> Arrival:
+    def _run(self, client: int, frame: Frame) -> Arrival:
         try:
             with self._clock.part("training"):
                 return Arrival(client, self._runner.handle(client, frame))

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from typing import cast
 
+from isal.isal_zlib import crc32
+
 from fedtune.core.temporary import temporary_folder
 from fedtune.errors import FederationError, foreign
 
@@ -77,6 +79,16 @@ def checked(fields: Mapping[object, object], *parts: object) -> Message:
     if not all(isinstance(part, bytes) for part in parts):
         raise ValueError("the body of a message must be bytes")
     return Message(taken, *cast(tuple[bytes, ...], parts))
+
+
+def of_part(part: bytes | memoryview) -> dict[str, Field]:
+    """What a message says of the part of a frame that it holds: its CRC-32."""
+    return {"crc": crc32(part)}
+
+
+def is_whole(message: Message) -> bool:
+    """Whether a part came as it was sent. The frame has a checksum too: one that says nothing is taken."""
+    return message.fields.get("crc", None) in (None, crc32(message.body))
 
 
 def fault(reason: str) -> Message:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Generator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedtune.core.types import Arrival, Payload
-from fedtune.core.wire import empty_frame
+from fedtune.core.types import Arrival, Frame, Payload
+from fedtune.core.wire import empty_frame, part_of
 from fedtune.errors import foreign
-from fedtune.transport.messages import PART_BYTES, Message
+from fedtune.transport.messages import PART_BYTES, Field, Message, is_whole, of_part
 from fedtune.transport.remote import LONGEST_S, Channel, Exchange, Unreachable
 
 LOOK_S = 0.5  # between looking for clients that have come
+TRIES = 3  # of a part that comes damaged, and of an exchange whose client loses what it had
 
 
 class Network(Channel, Protocol):
@@ -168,61 +169,81 @@ class RoundExchange:
         self._invitation, self._examples = invitation, examples
         self._states, self._limit = states, limit
 
-    def __call__(self, round: int, client: int, frame: bytes) -> Exchange:
+    def __call__(self, round: int, client: int, frame: Frame) -> Exchange:
         """One round with one client; returns its arrival."""
         return self._guarded(round, client, frame)
 
-    def _guarded(self, round: int, client: int, frame: bytes) -> Exchange:
+    def _guarded(self, round: int, client: int, frame: Frame) -> Exchange:
         try:
-            answer = yield from self._order(round, client, frame)
-            if answer.fields.get("unknown"):
-                known = examples_of((yield self._invitation.message(client)))
-                if known != self._examples[client]:
-                    raise Refusal(f"it joined with {self._examples[client]} examples and now has {known}")
+            for _ in range(TRIES):
                 answer = yield from self._order(round, client, frame)
-            del frame
-            return (yield from self._reply(round, client, answer))
+                if answer.fields.get("unknown"):
+                    known = examples_of((yield self._invitation.message(client)))
+                    if known != self._examples[client]:
+                        raise Refusal(f"it joined with {self._examples[client]} examples and now has {known}")
+                    answer = yield from self._order(round, client, frame)
+                if (arrival := (yield from self._reply(round, client, answer))) is not None:
+                    return arrival
+            raise Refusal(f"it was started anew {TRIES} times while its reply was fetched")
         except (Refusal, ValueError) as error:
             return Arrival(client, fault=str(error))
 
-    def _order(self, round: int, client: int, frame: bytes) -> Generator[Message, Message, Message]:
+    def _order(self, round: int, client: int, frame: Frame) -> Generator[Message, Message, Message]:
+        """Sends an order in parts, from wherever the client says that it is; returns what it answers then."""
         state = self._states.get(client)
-        fields: dict[str, int | float | str | bool] = {
+        fields: dict[str, Field] = {
             "do": "order",
             "run": self._invitation.run,
             "round": round,
             "state": int(state.scalars["round"]) if state else 0,
             "bytes": len(frame),
         }
-        view = memoryview(frame)
-        answer = Message()
-        for at in range(0, len(frame), PART_BYTES):
-            more = at + PART_BYTES < len(frame)
-            part = view[at : at + PART_BYTES]
-            answer = yield Message({**fields, "at": at} | ({"more": True} if more else {}), part)
-            if answer.fields.get("unknown") or "fault" in answer.fields:
-                break
-        return answer
+        at = tries = 0
+        while True:
+            end = min(at + PART_BYTES, len(frame))
+            answer = yield _part(frame, at, end, fields)
+            if "at" not in answer.fields:
+                return answer
+            at = answer.number("at")
+            if at != end:  # the part came damaged, or the client was started anew
+                tries += 1
+            if at > end or at >= len(frame) or tries == TRIES:
+                raise Refusal(
+                    f"it has {at:,} bytes of its order, of which {end:,} were sent, and goes no further"
+                )
 
-    def _reply(self, round: int, client: int, answer: Message) -> Exchange:
+    def _reply(self, round: int, client: int, answer: Message) -> Generator[Message, Message, Arrival | None]:
+        """The reply whose first part an answer holds; None if the client has lost it meanwhile."""
         if "fault" in answer.fields:
             raise Refusal(foreign(str(answer.fields["fault"])))
         size, kept = answer.number("bytes"), answer.number("state")
         if size > (limit := self._limit(client)):
             raise Refusal(f"its reply has {size:,} bytes; at most {limit:,} are allowed here")
-        buffer, at = empty_frame(size), 0
+        buffer, at, tries = empty_frame(size), 0, 0
         while True:
             part = answer.body
             if not part or at + len(part) > size:
                 raise Refusal(f"its reply was cut: {at:,} of {size:,} bytes came")
-            buffer[at : at + len(part)] = part
-            at += len(part)
+            if is_whole(answer):
+                buffer[at : at + len(part)] = part
+                at += len(part)
+            elif (tries := tries + 1) == TRIES:
+                raise Refusal(f"its reply comes damaged: {at:,} of {size:,} bytes came as they were sent")
             if at == size:
                 break
-            del part
+            del answer, part  # nothing of it is in memory beside the next one
             answer = yield Message({"do": "fetch", "run": self._invitation.run, "round": round, "at": at})
+            if answer.fields.get("gone") or answer.fields.get("unknown"):
+                return None
             if "fault" in answer.fields:
                 raise Refusal(foreign(str(answer.fields["fault"])))
         if kept:
             self._states[client] = Payload(scalars={"round": kept})
         return Arrival(client, buffer)
+
+
+def _part(frame: Frame, at: int, end: int, fields: Mapping[str, Field]) -> Message:
+    """The message with one part of an order."""
+    part = part_of(frame, at, end)
+    more = {"more": True} if end < len(frame) else {}
+    return Message({**fields, "at": at, **of_part(part), **more}, part)

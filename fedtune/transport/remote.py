@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedtune.core.types import Arrival
+from fedtune.core.types import Arrival, Frame
 from fedtune.measure.clock import Clock
 from fedtune.transport.messages import Message
 
@@ -68,7 +68,7 @@ class Remote:
     def __init__(
         self,
         channel: Channel,
-        exchange: Callable[[int, int, bytes], Exchange],
+        exchange: Callable[[int, int, Frame], Exchange],
         *,
         window: int | None,
         deadline_s: float | None,
@@ -81,7 +81,7 @@ class Remote:
         self._deadline_s = math.inf if deadline_s is None else deadline_s
 
     def exchange(
-        self, round: int, frames: Iterable[tuple[int, bytes]], *, in_plan_order: bool
+        self, round: int, frames: Iterable[tuple[int, Frame]], *, in_plan_order: bool
     ) -> Iterator[Arrival]:
         """One Arrival a client; of those who are silent at the deadline one that says so.
 
@@ -164,6 +164,7 @@ class Remote:
 
     def _say(self, current: _Open, client: int, answer: Message | None, end: float) -> None:
         """The next message of an exchange, after an answer."""
+        current.message = None  # a part is not in memory beside the next one
         try:
             message = next(current.exchange) if answer is None else current.exchange.send(answer)
         except StopIteration as over:

@@ -23,11 +23,11 @@ from isal.isal_zlib import crc32
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import faults
 from fedtune.core.store import Store, digests_in
-from fedtune.core.types import ClientError, Payload
-from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode
+from fedtune.core.types import ClientError, Frame, Payload
+from fedtune.core.wire import Content, FrameError, decode, empty_frame, encode, part_of
 from fedtune.errors import InputError, ProgramError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
-from fedtune.transport.messages import HERE, PART_BYTES, Field, Message, fault
+from fedtune.transport.messages import HERE, PART_BYTES, Field, Message, fault, is_whole, of_part
 
 KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
 
@@ -65,7 +65,7 @@ class _Done:
     round: int
     order_crc: int
     state_before: int
-    reply: bytes
+    reply: Frame
     state: int
 
 
@@ -175,10 +175,10 @@ class Worker:
         incoming, end = self._incoming, at + len(message.body)
         if incoming is None and self._done is not None and self._done.round == round and end == size:
             return self._answer(self._done)  # the last part, once more: its answer was lost
-        if incoming is not None and incoming.round == round and 0 < end <= incoming.at:
-            return Message({"at": incoming.at})  # a part that is there already
-        if incoming is None or incoming.round != round or incoming.at != at:
-            raise ValueError(f"it has only a part of the order of round {round}")
+        if incoming is None or incoming.round != round:
+            return Message({"at": 0})  # this process was started anew between two parts
+        if 0 < end <= incoming.at or incoming.at != at or not is_whole(message):
+            return Message({"at": incoming.at})  # there already, or not what comes next: that is asked for
         if end > len(incoming.buffer):
             raise ValueError(f"the order of round {round} is longer than it said")
         incoming.buffer[at:end] = message.body
@@ -211,14 +211,16 @@ class Worker:
         return self._answer(done)
 
     def _answer(self, done: _Done) -> Message:
-        fields = {"bytes": len(done.reply), "state": done.state}
-        return Message(fields, memoryview(done.reply)[:PART_BYTES])
+        fields: dict[str, Field] = {"bytes": len(done.reply), "state": done.state}
+        part = part_of(done.reply, 0, PART_BYTES)
+        return Message({**fields, **of_part(part)}, part)
 
     def _fetch(self, message: Message) -> Message:
         round, at = message.number("round"), message.number("at")
         if self._done is None or self._done.round != round:
-            raise ValueError(f"it does not have its reply of round {round} any more")
-        return Message({}, memoryview(self._done.reply)[at : at + PART_BYTES])
+            return Message({"gone": True})  # this process was started anew
+        part = part_of(self._done.reply, at, at + PART_BYTES)
+        return Message(of_part(part), part)
 
     def _states(self) -> Path:
         return self._folder / self._run
