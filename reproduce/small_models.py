@@ -21,7 +21,6 @@ from search_rates import SEED, search
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
-from fedtune.config.wire import Wire
 from fedtune.core.seeds import numpy_generator, torch_generator
 from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg.method import FedAvg
@@ -108,9 +107,8 @@ def scores(
     settings: Mapping[str, Any],
     seed: int,
     part: str,
-    wire: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Loss and accuracy of a federation on the `validation` or the `test` part, which no client has; bytes.
+    """Loss and accuracy of a federation on the `validation` or the `test` part, which no client has.
 
     Args:
         kind: Of KINDS.
@@ -119,7 +117,6 @@ def scores(
         settings: Of the method, beside all weights and batches of 16.
         seed: Of weights, split and batches.
         part: What is scored.
-        wire: Settings of `federation.wire`.
     """
     logging.getLogger("fedtune").setLevel(logging.ERROR)
     model = started(kind, seed)
@@ -133,14 +130,12 @@ def scores(
     config = Config.model_validate({"trainable": "full", "batch_size": 16, **settings})
     method = FedAvg(config, seed)
     client_model = method.client_model(lambda: model)
-    compression = Wire.model_validate(wire or {}).compression(method)
-    state, ledger = federated(method, client_model, data, config.rounds, seed, compression)
+    state, _ = federated(method, client_model, data, config.rounds, seed)
     (_, tuned), *_ = method.export(state, model)
     rows = torch.tensor(parts[part])[:, None]
     with torch.no_grad():
         found = tuned(rows, rows, rows[:, 0])
-    sent = {way: float(count) for way, count in ledger.payload_bytes.items()}
-    return {"loss": float(found.loss), "accuracy": float(found.hits.mean()), **sent}
+    return {"loss": float(found.loss), "accuracy": float(found.hits.mean())}
 
 
 def both(kind: str, clients: int, examples: int, epochs: int, seeds: Sequence[int], path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fedtune import load
 from fedtune.bench import BENCHES
 from fedtune.cli.main import app
+from fedtune.config.wire import Wire
 from fedtune.data.partition import PARTITIONERS
 from fedtune.data.templates import TEMPLATES
 from fedtune.evaluation.registry import TASKS
@@ -132,7 +133,8 @@ assert not heavy, heavy
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")):
         config = load(path)
         asked = config.federation
-        if config.model.name == "bundled" and not (asked.privacy or asked.secure_aggregation or asked.robust):
+        more = asked.privacy or asked.secure_aggregation or asked.robust or asked.wire != Wire()
+        if config.model.name == "bundled" and not more:
             plain.append(str(path))
     assert len(plain) > 20
     done = subprocess.run(

@@ -192,7 +192,7 @@ def test_rows_put_before_the_data_do_not_move_the_hold_out(home: Path) -> None:
 def test_the_hold_out_is_the_runs_whatever_seed_is_asked_for(home: Path) -> None:
     assert scores(home, "seed=5")["loss"] == recorded(home)["loss"]
     first = scores(home, "evaluation.max_examples=3")
-    assert first["loss"]["tokens"] == 3
+    assert first["loss"]["examples"] == 3
     for other in ("data.holdout.fraction=0.5", "data.max_examples=20", "data.clients=3"):
         with pytest.raises(InputError, match=r"data\.\w+ is not the run's"):
             scores(home, other)

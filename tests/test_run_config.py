@@ -113,6 +113,7 @@ FIELDS: Table = {
     "data.holdout.category": ("last", {}),
     "data.holdout.source": ("other.jsonl", {}),
     "data.holdout.split": ("train", HUB),
+    "data.holdout.validation": (0.25, {}),
     "method.name": ("centralized", {}),
     "method.rounds": (2, {}),
     "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
@@ -120,6 +121,7 @@ FIELDS: Table = {
     "method.ridge": (1.0, {"method.aggregation": "refine"}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
+    "method.keep_optimizer": (True, TWO),
     "method.local_epochs": (2, {}),
     "method.local_steps": (1, {}),
     "method.batch_size": (2, {}),
@@ -189,6 +191,7 @@ FIELDS: Table = {
     "evaluation.data_folder": ("choices-b", HARNESS),
     "evaluation.few_shot": (2, HARNESS),
     "checkpoints.keep": (1, TWO),
+    "checkpoints.best": ("loss.loss", {}),
 }
 
 ALONG: dict[str, dict[str, Any]] = {
@@ -209,6 +212,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "model.adapter",  # test_continuing.py
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
+    *("evaluation.stop.metric", "evaluation.stop.patience"),  # test_best_round.py
     "data.cache",  # test_encoding_cache.py
     *(f"run.{name}" for name in Computing.model_fields),  # test_determinism.py: of a GPU
     "data.bad_rows",  # test_client_files.py
