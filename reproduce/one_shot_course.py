@@ -140,8 +140,8 @@ ALONE = own(
 
 def alone(seed: int, metric: str) -> list[float]:
     """Every client's own model's score."""
-    models = ALONE.summary("all", seed)["models"]
-    return [scores[metric][metric] for _, scores in sorted(models.items())]
+    found = ALONE.summary("all", seed)["per_client"][metric][metric]["clients"]
+    return [found[str(client)] for client in range(CLIENTS)]
 
 
 def table6_table() -> str:
