@@ -2,15 +2,15 @@
 
 Table:   Table 3, SST-2 with MiniLM; docs/claims.md, block table3-sst2
 Command: python reproduce/fedcybgd_claims.py table3-sst2
-Time:    not measured
-Needs:   ../shared
-Result:  1
+Time:    37 runs of about a CPU minute and the searches of their rates
+Needs:   ../shared/models/minilm-l6, ../shared/data/glue
+Result:  FedCyBGD against Fed-full +0.0031 (-0.0145 to +0.0206), FedLoRA +0.0356 (-0.0233 to +0.0944)
 
 Table:   Table 6 (i), Eq. 5 and Algorithm 2, compressed downloads; docs/claims.md, block table6-compression
 Command: python reproduce/fedcybgd_claims.py table6-compression
-Time:    not measured
-Needs:   ../shared
-Result:  1
+Time:    15 runs of one to two CPU minutes, behind those of table3-sst2
+Needs:   ../shared/models/minilm-l6, ../shared/data/glue
+Result:  after 6 cycles hybrid is -0.0963 (-0.2191 to +0.0264) against no compression
 """
 
 from __future__ import annotations

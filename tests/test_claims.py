@@ -119,3 +119,13 @@ def test_the_list_is_read_from_the_blocks(project: Path, monkeypatch: pytest.Mon
     page.write_text("<!-- nine -->\n<!-- end nine -->\n")
     with pytest.raises(SystemExit, match="the block of nine has no claim or no verdict"):
         claims.listed()
+
+
+def test_every_claim_of_the_page_has_all_its_parts() -> None:
+    page = (common.ROOT / claims.PAGE).read_text(encoding="utf-8")
+    assert len(claims.claims()) > 5
+    for name, (_, head) in claims.claims().items():
+        block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
+        for part in ("*Claim.* ", "*The paper's numbers.* ", "*Rule, written before the runs.* "):
+            assert part in block, name
+    assert claims.listed() in page, "run reproduce/claims.py claims"
