@@ -2,9 +2,9 @@
 
 Table:   Figure 1, small models and large ones; docs/claims.md, block figure1
 Command: python reproduce/one_shot_claims.py figure1
-Time:    not measured
+Time:    37 runs of a few seconds to a CPU minute and a half, searches included
 Needs:   ../shared
-Result:  1
+Result:  one round against three: ResNet -0.4117, LSTM -0.0720; MiniLM -0.0218, Llama of 7.5 M +0.0034
 
 Table:   Table 1, LoRA beside all weights; docs/claims.md, block lora
 Command: python reproduce/one_shot_claims.py lora
@@ -14,9 +14,9 @@ Result:  one round loses +0.2301 (+0.1738 to +0.2865) with LoRA, +0.0218 (-0.020
 
 Table:   Table 1, the second try; docs/claims.md, block lora-own-rates
 Command: python reproduce/one_shot_claims.py lora-own-rates
-Time:    not measured
-Needs:   ../shared
-Result:  1
+Time:    13 runs of about a CPU minute, behind those of lora
+Needs:   ../shared/models/minilm-l6, ../shared/data/glue
+Result:  one round loses +0.2141 (+0.1443 to +0.2838) with LoRA at 3e-3, +0.0218 with all weights at 3e-4
 """
 
 from __future__ import annotations
