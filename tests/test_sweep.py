@@ -82,6 +82,10 @@ def test_losses_are_better_lower_and_all_else_higher() -> None:
     assert min([0.7, 0.3, math.inf], key=better("accuracy.accuracy")) == 0.7
     assert min([7.0, 3.0], key=better("wikitext.word_perplexity")) == 3.0
     assert min([0.7, 0.3], key=better("loss.accuracy")) == 0.7  # the metric's word counts, not the task's
+    assert min([0.7, 0.3], key=better("accuracy.accuracy/add")) == 0.7
+    for unknown in ("mine.brier_score", "mine.wer", "mine.error_free"):  # a guess would choose the worst
+        with pytest.raises(InputError, match="is better when lower or higher is not known"):
+            better(unknown)
 
 
 def document(**changes: Any) -> dict[str, Any]:

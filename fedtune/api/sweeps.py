@@ -79,7 +79,7 @@ def sweep(
             out, so that nothing is chosen by what a result is later scored on; best.yaml holds out what the
             configuration does.
         metric: By which the best is found, as "accuracy.accuracy"; None: the first task's main metric. Losses
-            and perplexities are better when lower, all others when higher.
+            and perplexities are better when lower, our other scores when higher; unknown ones are refused.
         out: Folder of the runs; what is done there is taken over. None: runs/sweep, numbered if taken.
         data: As of `run`.
         progress: As of `run`.
@@ -88,6 +88,7 @@ def sweep(
         InputError: As `run`, of any point, before the first runs; or the grid or a name is wrong.
     """
     from fedtune.config.file import dump_config
+    from fedtune.evaluation.better import better
     from fedtune.federation.claim import claimed
     from fedtune.federation.files import write_text
     from fedtune.federation.sweep import axis, points
@@ -121,6 +122,8 @@ def sweep(
     if metric is not None and metric.partition(".")[0] not in first.evaluation.tasks:
         tasks = ", ".join(first.evaluation.tasks)
         raise InputError(f"metric is task.metric of a task that is scored; there are {tasks}, got {metric}")
+    if metric is not None:
+        better(metric)
     candidates = [(point, at(point.settings, validation)) for point in grid_points]
     with claimed(None if out is None else Path(out), Path("runs") / "sweep") as path:
         how = f'What is done is kept: the same call with out="{path}" goes on.'

@@ -44,12 +44,17 @@ class Keeping:
 
     def check(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises InputError for a metric that an evaluation does not have."""
-        asked = {"checkpoints.best": self._metric, "evaluation.stop": self._stop and self._stop.metric}
+        asked = {
+            "checkpoints.best": self._metric,
+            "evaluation.stop": self._stop.metric if self._stop else None,
+        }
         known = [f"{task}.{metric}" for task, found in scores.items() for metric in found]
         for setting, metric in asked.items():
             if metric is not None and scores and metric not in known:
                 there = ", ".join(name for name in known if not name.endswith(("_low", "_high", "_stderr")))
                 raise InputError(f"{setting}: there is no metric {metric}; there are {there}")
+            if metric is not None:
+                better(metric)  # refused now where its direction is not known
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint; None before the first. Raises InputError if it is damaged."""
