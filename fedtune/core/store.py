@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtune.core.permissions import as_the_umask_says
 from fedtune.core.types import ClientError, Payload, Scalar
@@ -102,28 +102,6 @@ class Store:
             self._built[key] = build()
         found: T = self._built[key]
         return found
-
-    def unread(self, key: str, model: nn.Module) -> None:
-        """Maps anew what a model has of what was put under a digest; what was read of it leaves memory.
-
-        Frozen weights alone; in memory, and where the file is gone, everything stays as it is.
-        """
-        held = self._payloads.get(key)
-        fresh = self._read(self._folder / f"{key}.safetensors") if held and self._folder else None
-        if held is None or fresh is None or fresh.tensors.keys() != held.tensors.keys():
-            return
-        places = {t.data_ptr(): name for name, t in held.tensors.items() if t.numel()}
-        for parameter in model.parameters():
-            name = places.get(parameter.data_ptr())
-            if name is not None and not parameter.requires_grad:
-                now, before = fresh.tensors[name], held.tensors[name]
-                if (
-                    (now.shape, now.dtype)
-                    == (parameter.shape, parameter.dtype)
-                    == (before.shape, before.dtype)
-                ):
-                    parameter.data = now
-        self._payloads[key] = fresh
 
     @property
     def on_disk(self) -> bool:

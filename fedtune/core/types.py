@@ -125,9 +125,6 @@ class ContentStore(Protocol):
     def built(self, key: str, build: Callable[[], B]) -> B:
         """What `build` makes, once for each key."""
 
-    def unread(self, key: str, model: nn.Module) -> None:
-        """Has the frozen weights of a model that was built of this on disk alone, until they are used."""
-
 
 @dataclass(frozen=True)
 class ClientEnv:

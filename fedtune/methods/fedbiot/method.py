@@ -180,9 +180,7 @@ class FedBiOT:
             raise ClientError("it does not have the emulator any more; it will be sent again")
         model = env.store.built(key, lambda: self._client(held))
         with at_work([model], env.device):  # it stays with the client, and leaves the device to the server
-            result = self._trained(job, replace(env, model=model), key)
-        env.store.unread(key, model)  # the server computes next
-        return result
+            return self._trained(job, replace(env, model=model), key)
 
     def _trained(self, job: Payload, env: ClientEnv, key: str) -> ClientResult:
         """The client's step on its model, which is there."""
