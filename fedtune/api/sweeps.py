@@ -89,6 +89,7 @@ def sweep(
     """
     from fedtune.config.file import dump_config
     from fedtune.evaluation.better import better
+    from fedtune.evaluation.registry import possible
     from fedtune.federation.claim import claimed
     from fedtune.federation.files import write_text
     from fedtune.federation.sweep import axis, points
@@ -119,8 +120,8 @@ def sweep(
         except InputError as error:
             raise InputError(f"at {', '.join(own)}: {error}") from None
 
-    if metric is not None and metric.partition(".")[0] not in first.evaluation.tasks:
-        tasks = ", ".join(first.evaluation.tasks)
+    if metric is not None and metric.partition(".")[0] not in possible(first.evaluation.tasks):
+        tasks = ", ".join(possible(first.evaluation.tasks))
         raise InputError(f"metric is task.metric of a task that is scored; there are {tasks}, got {metric}")
     if metric is not None:
         better(metric)
