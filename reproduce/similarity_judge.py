@@ -1,9 +1,9 @@
 """A judge for machines without one: likeness to the reference answer, behind the interface of a real judge.
 
-The mark is 1 + 9 · max(0, cos(answer, reference)) of a sentence encoder, whose embeddings are means over tokens
-of a MiniLM. It cannot tell a true answer from a false one in the same words. What it shows is the whole
-way from a run to its marks, through the endpoint, prompts and parsing of a language model that judges, and
-which of two models stays nearer to what people wrote.
+The mark is 1 + 9 · max(0, cos(answer, reference)) of a sentence encoder, a MiniLM, whose embeddings are means
+over tokens. It cannot tell a true answer from a false one in the same words. What it shows is the whole way
+from a run to its marks, through the endpoint, prompts and parsing of a language model that judges, and which
+of two models stays nearer to what people wrote.
 """
 
 from __future__ import annotations
