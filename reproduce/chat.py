@@ -135,14 +135,12 @@ def talks() -> list[list[str]]:
 def marked(target: fedtune.Run | Path, url: str, *overrides: str) -> float:
     """The judge's mean mark of the answers to the held-out questions, through the task mt-bench."""
     files = as_questions(HERE, talks(), DATA / "mt_bench" / "judge_prompts.jsonl")
-    settings = {
-        "evaluation.judge.url": url,
-        "evaluation.judge.model": NAME,
-        "evaluation.max_new_tokens": "24",
-        "evaluation.bootstrap": "0",
-        **{f"evaluation.files.{name}": path for name, path in files.items()},
-    }
-    own = [f"{key}={value}" for key, value in settings.items()]
+    own = [
+        f"evaluation.judge={{url: {url}, model: {NAME}}}",
+        f"evaluation.files={json.dumps(files)}",
+        "evaluation.max_new_tokens=24",
+        "evaluation.bootstrap=0",
+    ]
     found = fedtune.evaluate(target, ["mt-bench"], *own, *overrides)["scores"]
     return float(next(iter(found.values()))["mt-bench"]["score"])
 
