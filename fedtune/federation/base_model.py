@@ -56,9 +56,9 @@ def load_base(
         refuse_quantized(config, loaded.quantization)
         if getattr(config.method, "offload_params", "none") != "none" and held_by_others(loaded.model):
             raise InputError(
-                f"model {config.model.name} came quantised ({loaded.quantization}), in forms that "
-                "only the package that made them can put on disk; set method.offload_params to none, or take the "
-                "model that it was made from, with model.quantization: nf4 or int8"
+                f"model {config.model.name} came quantised ({loaded.quantization}), in forms that only "
+                "the package that made them can put on disk; set method.offload_params to none, or take "
+                "the model that it was made from, with model.quantization: nf4 or int8"
             )
     return loaded
 
