@@ -13,6 +13,7 @@ import pytest
 import fedtune
 from fedtune.cli.main import main
 from fedtune.config.file import load_config, parse_config
+from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.better import better
 from fedtune.evaluation.types import Outcome
@@ -128,6 +129,7 @@ def test_a_sweep_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None
     assert found.best == min(means, key=lambda name: means[name]) == "lr=0.01,rank=2"
     assert found.settings == {"method.lr": "0.01", "method.lora.rank": "2"}
     best = load_config(tmp_path / "s/best.yaml")
+    assert read_yaml(tmp_path / "s/best.yaml").keys() == document().keys()  # what was set, and no more
     assert best.method.lr == 0.01 and best.data.holdout.validation is None  # type: ignore[attr-defined]
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*-seed*/summary.json")}
     assert len(made) == 4

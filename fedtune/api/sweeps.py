@@ -87,7 +87,7 @@ def sweep(
     Raises:
         InputError: As `run`, of any point, before the first runs; or the grid or a name is wrong.
     """
-    from fedtune.config.file import dump_config
+    from fedtune.config.file import dump_settings
     from fedtune.evaluation.better import better
     from fedtune.evaluation.registry import TASKS, possible
     from fedtune.federation.claim import claimed
@@ -134,7 +134,7 @@ def sweep(
             write_text(path / "sweep.svg", drawn)
         result = Sweep(path, document)
         if result.best is not None:
-            write_text(path / "best.yaml", dump_config(at(result.settings)))
+            write_text(path / "best.yaml", dump_settings(at(result.settings)))
     return result
 
 
