@@ -17,7 +17,8 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.data.encoded import Encoded
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.state import State
 from fedtune.transport.in_process import InProcess, Simulation
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from model_families import build
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune.config.wire import Wire
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import Cohort, RoundOutcome, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
+from fedtune.core.personal import result_models
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Arrival, Payload, ServerEnv
@@ -114,6 +115,22 @@ FORMS: dict[str, dict[str, Form]] = {
         "diloco-int8": Form(
             {**FULL, **TWO, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
             wire={"dtype": "int8", "error_feedback": True},
+        ),
+        "own-b": Form({**LORA, "rounds": 3, "own": ["lora_B"]}),
+        "own-head-bfloat16-scaffold": Form(
+            {**FULL, **TWO, "optimizer": "sgd", "control_variates": True, "own": ["classifier"]},
+            family="roberta",
+            dtype="bfloat16",
+        ),
+        "ditto": Form({**LORA, **TWO, "ditto": 0.5}),
+        "ditto-bfloat16-diloco": Form(
+            {**FULL, **TWO, "ditto": 0.1, "keep_optimizer": True}, dtype="bfloat16"
+        ),
+        "fine-tune": Form({**LORA, **TWO, "fine_tune": {"local_steps": 2}}),
+        "own-b-fine-tune-classifier": Form(
+            {**LORA, **TWO, "own": ["lora_B"], "fine_tune": {"local_epochs": 1}},
+            family="roberta",
+            wire={"dtype": "int4", "error_feedback": True},
         ),
         "freeze-a": Form({**LORA, **TWO, "aggregation": "freeze-a"}),
         "stack": Form({**LORA, "rounds": 3, "aggregation": "stack"}),
@@ -394,10 +411,11 @@ class Federation:
 
     def exported(self) -> dict[str, bytes]:
         """All parameters of every model that the state stands for, by the model's name."""
-        return {
-            name: bits(Payload(dict(model.named_parameters())))
-            for name, model in self.method.export(self.state, self.model)
-        }
+        return {name: bits(Payload(dict(model.named_parameters()))) for name, model in self.models()}
+
+    def models(self) -> Iterator[tuple[str, nn.Module]]:
+        """The models that it has come to, clients' own among them."""
+        return result_models(self.method, self.state, self.runner.states, self.model)
 
     def state_bits(self) -> bytes:
         return bits(to_payload(self.state))

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedtune.core.settings import Settings
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
 from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
@@ -13,6 +14,21 @@ from fedtune.methods.tuning import Tuning
 
 Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate"]
 FROM_FACTORS = ("stack", "svd", "residual", "refine")  # whose server needs each client's factors
+
+
+class FineTune(Settings):
+    """Local training after the last round, whose result each client keeps; see fine_tuning.py."""
+
+    local_epochs: int | None = Field(None, ge=1)  # of a client's examples
+    local_steps: int | None = Field(None, ge=1)  # in their place
+    lr: float | None = Field(None, gt=0)  # None: as in the rounds
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.local_epochs is None) == (self.local_steps is None):
+            both = "both are" if self.local_epochs is not None else "neither is"
+            raise ValueError(f"fine_tune takes local_epochs or local_steps; {both} set")
+        return self
 
 
 class Config(Tuning, Preferring, Training):
@@ -27,6 +43,9 @@ class Config(Tuning, Preferring, Training):
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
     keep_optimizer: bool = False  # a client's optimiser goes on where its last round ended (DiLoCo)
+    own: list[str] = Field([])  # trained tensors that stay with each client, by parts of their names
+    ditto: float | None = Field(None, ge=0)  # λ: how much a client's own model is tied to the global one
+    fine_tune: FineTune | None = None  # local training after the last round, for a model of one's own
 
     @property
     def quantized_refusal(self) -> str:
@@ -40,7 +59,16 @@ class Config(Tuning, Preferring, Training):
         """Clients that draw factors of their own do not have the adapter's."""
         if self.aggregation in ("stack", "freeze-a"):
             return f"with aggregation: {self.aggregation} clients draw factors anew; take mean"
+        if self.own:
+            return (
+                f"method.own: {', '.join(self.own)} begins as clients draw it, and the adapter's is not sent"
+            )
         return super().adapter_refusal
+
+    @property
+    def personal(self) -> Literal["", "beside", "instead"]:
+        """Whether clients have models of their own: beside the global one, or in its place."""
+        return "instead" if self.own else "beside" if self.ditto is not None or self.fine_tune else ""
 
     def _from_factors(self) -> None:
         """Raises ValueError for what does not go with a server that makes new factors of the clients'."""
@@ -78,6 +106,25 @@ class Config(Tuning, Preferring, Training):
                 f"keep_optimizer is of weights that go on; with aggregation: {self.aggregation} a round "
                 "begins with other factors. Take mean or freeze-a"
             )
+
+    @model_validator(mode="after")
+    def _personal(self) -> Self:
+        if self.ditto is not None and (self.own or self.fine_tune):
+            other = "own" if self.own else "fine_tune"
+            raise ValueError(
+                f"ditto gives each client a whole model of its own already; leave {other} or ditto out"
+            )
+        if self.own and self.aggregation not in ("mean", "freeze-a"):
+            raise ValueError(
+                f"own: aggregation: {self.aggregation} is of whole products B A or trains A and B in turn; "
+                "with parts that are not sent take mean or freeze-a"
+            )
+        if self.personal and self.aggregation in ("stack", "residual"):
+            raise ValueError(
+                f"aggregation: {self.aggregation} adds to the base weights, on which a client's own factors "
+                "would not stand; take mean, freeze-a, svd, refine or alternate"
+            )
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
