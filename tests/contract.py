@@ -152,6 +152,21 @@ FORMS: dict[str, dict[str, Form]] = {
         "residual": Form({**LORA, "rounds": 3, "aggregation": "residual"}),
         "refine": Form({**LORA, **TWO, "aggregation": "refine"}, family="roberta"),
         "alternate": Form({**LORA, "rounds": 3, "aggregation": "alternate"}),
+        "sparsity-unlike-ranks": Form(
+            {**LORA, **TWO, "aggregation": "sparsity", "lora": {"rank": 3, "client_ranks": [1, 3]}}
+        ),
+        "prune": Form(
+            {
+                **{
+                    **LORA,
+                    "rounds": 4,
+                    "aggregation": "sparsity",
+                    "lora": {"rank": 4, "client_ranks": [2, 4]},
+                },
+                "prune": {"decay": 0.5, "penalty": 100.0},
+            },
+            family="roberta",
+        ),
         "int4-top-k-errors": Form(
             {**LORA, "rounds": 3}, wire={"dtype": "int4", "top_k": 0.3, "error_feedback": True}
         ),

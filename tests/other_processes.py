@@ -38,6 +38,7 @@ TRIED += [
     ("fedavg", "diloco-int8"),
     ("fedavg", "own-b-fine-tune-classifier"),
     ("fedavg", "ditto"),
+    ("fedavg", "prune"),
 ]
 
 

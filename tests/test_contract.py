@@ -247,7 +247,11 @@ def test_one_shot_is_the_first_round_of_many(label: str) -> None:
 
 @pytest.mark.parametrize(
     "label",  # what clients with parts of their own send: test_own_models.py
-    [one for one, form in FORMS["fedavg"].items() if not form.wire and not one.startswith(("own", "fine"))],
+    [
+        one
+        for one, form in FORMS["fedavg"].items()
+        if not form.wire and not one.startswith(("own", "fine", "prune"))
+    ],
 )
 def test_fedavg_sends_what_its_page_says(label: str) -> None:
     """docs/fedavg.md, "What it costs"."""

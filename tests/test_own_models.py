@@ -242,6 +242,10 @@ def as_texts(settings: dict[str, Any]) -> list[str]:
         ({"federation.robust": {"mean": "median"}, "method.fine_tune": TUNE}, "there is no other mean"),
         ({"federation.robust": {"max_norm": 1.0}, "method.fine_tune": TUNE}, "there is no other mean"),
         ({"checkpoints.best": "loss.loss", "evaluation.every": 1, "method.fine_tune": TUNE}, "of the last"),
+        (
+            {"federation.wire": {"dtype": "int8"}, "method.aggregation": "sparsity", "method.prune": {}},
+            "numbers that are exactly 0",
+        ),
         ({"model.adapter": "there", "method.own": ["lora_B"]}, "begins as clients draw it"),
         ({"method.own": ["lora_C"]}, "'lora_C' is part of no trained tensor's name"),
     ],

@@ -48,6 +48,7 @@ Table = dict[str, tuple[Any, dict[str, Any]]]
 
 SGD = {"method.optimizer": "sgd", "method.lr": 0.5}
 
+PRUNES: dict[str, Any] = {"method.aggregation": "sparsity", "method.rounds": 3, "method.lora.rank": 4}
 ADAM = {"method.server_optimizer.name": "adam"}
 
 SLOW = {"federation.simulate.delay_s": 5.0, "federation.quorum": 1}
@@ -119,6 +120,8 @@ FIELDS: Table = {
     "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
     "method.aggregation": ("freeze-a", {}),
     "method.ridge": (1.0, {"method.aggregation": "refine"}),
+    "method.prune.decay": (0.1, PRUNES | {"method.prune": {"decay": 0.9, "penalty": 100.0}}),
+    "method.prune.penalty": (100.0, PRUNES | {"method.prune": {"penalty": 0.01}}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.keep_optimizer": (True, TWO),

@@ -83,7 +83,8 @@ def simulate(
     traffic = Traffic()
     if not method.uses_wire:
         return traffic
-    traffic.exact = (
+    pruned = getattr(method.config, "prune", None) is not None and method.rounds > 1
+    traffic.exact = not pruned and (
         method.config.name != "fedkseed-pro" or method.rounds <= 2
     )  # later, p depends on the losses
     advance = _advance(method, robust)

@@ -9,7 +9,7 @@ round of T·k local epochs instead of T rounds of k, synchronous or asynchronous
 Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), DiLoCo (Douillard et al. 2023: that
 of Nesterov, and `keep_optimizer`), SCAFFOLD (`control_variates`, Karimireddy et al. 2020, option II), LoRA
 factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py and
-rolora.py have it. Clients' own parts and models: own_parts.py, ditto.py and fine_tuning.py.
+rolora.py and hetlora.py have it. Clients' own parts and models: own_parts.py, ditto.py and fine_tuning.py.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -47,9 +47,10 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.measure.memory import Resident
-from fedtune.methods.fedavg import fedex_lora, flexlora, lora_fair, own_parts, personal, robust, rolora
+from fedtune.methods.fedavg import from_factors, own_parts, personal, robust, rolora
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.settings import FROM_FACTORS, Config
+from fedtune.methods.fedavg.hetlora import SelfPruning
+from fedtune.methods.fedavg.settings import FACTORED, FROM_FACTORS, Config
 from fedtune.methods.fedavg.state import State
 from fedtune.methods.loading import load
 from fedtune.methods.local_training import Trained, train
@@ -111,7 +112,7 @@ class FedAvg:
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """Everyone in the cohort gets the global weights, cut to its rank."""
         weights, tuning = _as_sent(state.weights, state.dtypes), self.asks_all(round)
-        ranks = {client: self._rank(client) for client in cohort.clients}
+        ranks = {client: state.ranks.get(str(client), self._rank(client)) for client in cohort.clients}
         if self.config.aggregation == "stack":  # every client draws its own fresh factors
             down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
             down |= {PRODUCT + name: t for name, t in state.product.items()}
@@ -155,6 +156,8 @@ class FedAvg:
         start = lora.pad(weights, parameters)
         load(parameters, start)
         own = dict(env.state.tensors) if env.state else {n: torch.zeros_like(c) for n, c in control.items()}
+        prune = self.config.prune
+        pruning = SelfPruning(prune, weights, parameters) if prune else None
         alternates = self.config.aggregation == "alternate"
         turn = rolora.in_turn(parameters, env.round) if alternates else nullcontext(parameters)
         with lora.folded(env.model, product) if product else nullcontext(), turn as moving:
@@ -164,19 +167,22 @@ class FedAvg:
                 self.config,
                 proximal=self.config.proximal,
                 correction={name: c - own[name] for name, c in control.items()},
+                penalty=pruning.penalty if pruning else None,
                 keeps=self.config.keep_optimizer,
                 beside=beside,
             )
 
+        now = pruning.settled(trained.weights) if pruning else trained.weights
+
         def delta(name: str) -> Tensor:  # from the start as float32: bfloat16 weights widen without loss
-            return trained.weights[name].cpu() - start[name].to(torch.float32)
+            return now[name].cpu() - start[name].to(torch.float32)
 
         up: dict[str, Tensor] = {}
         for name, received in weights.items():
             if name not in moving:
                 continue
             whole = trained.weights[name].cpu() if self._sends_factor(name) else delta(name)
-            up[name] = _cut_like(whole, received).to(received.dtype)
+            up[name] = lora.cut_like(whole, received).to(received.dtype)
         if not control:
             return ClientResult(Payload(up), trained.metrics, trained.kept), trained
         renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
@@ -188,7 +194,7 @@ class FedAvg:
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""
         if self.config.aggregation in FROM_FACTORS:
-            return self._from_factors(state, replies)
+            return from_factors.advanced(state, replies, self.config)
         total, tuned = cast(WeightedSum | None, None), False
         control: WeightedSum | None = None
         for reply in replies:
@@ -236,7 +242,7 @@ class FedAvg:
             mean,
             asynchronous=self.arrival == "one-by-one",
             stacked=config.aggregation == "stack",
-            factored=config.aggregation if config.aggregation in ("svd", "residual", "refine") else "",
+            factored=config.aggregation if config.aggregation in FACTORED else "",
             unlike_ranks=bool(ranks),
             control=config.control_variates,
         )
@@ -255,6 +261,8 @@ class FedAvg:
 
     def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
         """Factors that a client draws anew are no change of what was there: all of them count, once."""
+        if self.config.prune:
+            return "prune tells of ranks that went by numbers that are exactly 0; leave one of the two out"
         if self.config.aggregation == "stack" and (sparse or feedback):
             return (
                 f"aggregation: stack has clients send factors of their own, whole; leave out "
@@ -337,39 +345,6 @@ class FedAvg:
             kept |= {f"{m}/{name}": t for m, t in moved.items()}
         return new, kept
 
-    def _from_factors(self, state: State, replies: Iterable[Reply]) -> State:
-        """Holds a cohort's factors together: the result is made of each of them."""
-        factors: list[lora.Trained] = []
-        rest, tuned = cast(WeightedSum | None, None), False
-        for reply in replies:
-            if not reply.payload.tensors:
-                tuned = True
-                continue
-            rest = rest or WeightedSum.empty(reply.cohort.total_examples)
-            rest = rest.add(
-                {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
-            )
-            if reply.examples:  # 0: a robust mean left it out
-                sent = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
-                if self.config.aggregation != "stack":  # what changed since the round's start
-                    sent = {n: _cut_like(state.weights[n], t) + t for n, t in sent.items()}
-                factors.append((sent, reply.examples))
-        if rest is None and tuned:
-            return state
-        if rest is None:
-            raise ValueError("no client replied: there is nothing to aggregate")
-        weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}
-        match self.config.aggregation:
-            case "svd":
-                return replace(state, weights=weights | flexlora.factored(factors, weights, state.scaling))
-            case "refine":
-                new = lora_fair.refined(factors, state.scaling, self.config.ridge)
-                return replace(state, weights=weights | new)
-            case "residual":
-                new, product = fedex_lora.averaged(factors, state.product, state.scaling)
-                return replace(state, weights=weights | new, product=product)
-        return replace(state, weights=weights, product=lora.stack(state.product, factors, state.scaling))
-
     def _sends_factor(self, name: str) -> bool:
         return self.config.aggregation == "stack" and lora.is_factor(name)
 
@@ -393,7 +368,3 @@ class FedAvg:
 
 def _as_sent(weights: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     return {name: w.to(getattr(torch, dtypes[name])) for name, w in weights.items()}
-
-
-def _cut_like(whole: Tensor, received: Tensor) -> Tensor:
-    return whole[tuple(slice(n) for n in received.shape)] if whole.ndim else whole

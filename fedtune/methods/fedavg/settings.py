@@ -12,8 +12,16 @@ from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
-Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate"]
-FROM_FACTORS = ("stack", "svd", "residual", "refine")  # whose server needs each client's factors
+Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate", "sparsity"]
+FACTORED = ("svd", "residual", "refine", "sparsity")  # whose server makes factors of all clients' factors
+FROM_FACTORS = ("stack", *FACTORED)  # whose server needs each client's factors
+
+
+class Prune(Settings):
+    """Ranks that a client gives up for good once they bring less than before; see hetlora.py."""
+
+    decay: float = Field(0.99, gt=0, lt=1)  # γ: the share of its ranks that it goes on with
+    penalty: float = Field(5e-3, gt=0)  # λ of the norm of the others, beside its loss
 
 
 class FineTune(Settings):
@@ -39,6 +47,7 @@ class Config(Tuning, Preferring, Training):
     arrival: Literal["synchronous", "asynchronous"] = "synchronous"
     aggregation: Aggregation = "mean"
     ridge: float = Field(0.01, gt=0)  # aggregation: refine: λ of ‖ΔB‖²
+    prune: Prune | None = None  # aggregation: sparsity: clients give up ranks (HetLoRA)
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
@@ -89,10 +98,10 @@ class Config(Tuning, Preferring, Training):
                 f"aggregation: residual is saved as a whole model, of which lora.init: {self.lora.init} "
                 "takes a part away; take svd, refine or mean"
             )
-        if self.lora and self.lora.client_ranks and self.aggregation != "svd":
+        if self.lora and self.lora.client_ranks and self.aggregation not in ("svd", "sparsity"):
             raise ValueError(
                 f"aggregation: {self.aggregation} averages factors of one rank; with lora.client_ranks take "
-                "svd, stack or mean"
+                "svd, sparsity, stack or mean"
             )
 
     def _going_on(self) -> None:
@@ -137,8 +146,14 @@ class Config(Tuning, Preferring, Training):
                 "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
                 "server_optimizer mean and no control_variates"
             )
-        if self.aggregation in ("svd", "residual", "refine"):
+        if self.aggregation in FACTORED:
             self._from_factors()
+        if self.prune and self.aggregation != "sparsity":
+            raise ValueError(f"prune belongs to aggregation: sparsity, got {self.aggregation}")
+        if self.prune and self.optimizer_in_backward:
+            raise ValueError(
+                "prune adds a penalty behind the loss, and optimizer_in_backward steps before; leave one out"
+            )
         if self.aggregation != "refine" and "ridge" in self.model_fields_set and self.ridge != 0.01:
             raise ValueError(
                 f"ridge has no effect with aggregation: {self.aggregation}; it belongs to refine"

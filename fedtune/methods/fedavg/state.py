@@ -19,6 +19,7 @@ class State:
         control: SCAFFOLD's c.
         product: What is added to the base weights, stacked or dense: of all rounds so far the products
             Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
+        ranks: Of clients that prune, the rank that each has left, by its number.
         start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
     """
 
@@ -28,6 +29,7 @@ class State:
     moments: dict[str, Tensor] = field(default_factory=dict)
     control: dict[str, Tensor] = field(default_factory=dict)
     product: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     weight: int = 0
