@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from toy import Bench, Toy, items
 
 import fedtune
+from fedtune.config.file import parse_config
 from fedtune.core.personal import for_all, result_models
 from fedtune.core.types import Payload
 from fedtune.errors import InputError
@@ -22,6 +23,8 @@ from fedtune.methods.fedavg import own_parts
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
 from fedtune.models.tuning import trainable
+from fedtune.planning.plan import plan
+from fedtune.theory.quantities import schemes
 
 SGD = {"trainable": "full", "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant", "batch_size": 8}
 TWO = {0: items(3), 1: items(5)}
@@ -217,7 +220,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         Config.model_validate({**SGD, **settings})
 
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "data": {
         "clients": 3,
         "max_examples": 36,
@@ -254,6 +257,47 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], says: st
     with pytest.raises(InputError, match=says):
         fedtune.run(CONFIG, *as_texts(settings), out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("personal", [{"method.own": ["lora_B"]}, {"method.ditto": 0.5}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"federation.secure_aggregation": {}},
+        {"federation.privacy": {"clip": 1.0, "noise_multiplier": 0.1}},
+        {"federation.robust": {"mean": "median"}},
+        {"federation.clients_per_round": 1, "method.proximal": 0.1, "checkpoints.best": "loss.loss"},
+        {"model.dtype": "bfloat16", "method.server_optimizer": {"name": "momentum"}},
+    ],
+)
+def test_what_it_goes_with(personal: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
+    settings = as_texts({**personal, **more, "evaluation.every": 1})
+    run = fedtune.run(CONFIG, *settings, out=tmp_path / "run", progress=False)
+    assert run.status == "done"
+    best = run.summary.get("best", {"round": 2})["round"]
+    seen = {f"client-{c:04d}" for entry in run.rounds[: best + 1] for c in entry["clients"]}
+    assert {path.name for path in (tmp_path / "run/final").glob("client-*")} == seen
+    if "federation.secure_aggregation" in more:  # the sums, and so all that follows, are those of plain ones
+        fedtune.run(
+            CONFIG, *as_texts({**personal, "evaluation.every": 1}), progress=False, out=tmp_path / "plain"
+        )
+        for path in (tmp_path / "plain/final").rglob("*.safetensors"):
+            assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "plain")).read_bytes()
+
+
+def test_the_one_shot_theory_has_no_models_of_clients_own() -> None:
+    for name, value in {"own": ["lora_B"], "ditto": 0.1, "fine_tune": TUNE}.items():
+        with pytest.raises(InputError, match=f"method.{name} gives clients others"):
+            schemes(Config.model_validate({"rounds": 3, name: value}))
+
+
+def test_a_plan_counts_both_models_operations() -> None:
+    one, two = (
+        plan(parse_config({**CONFIG, "method": {**CONFIG["method"], **more}}, "test"))
+        for more in ({}, {"ditto": 0.1})
+    )
+    assert two.document["flops_per_client_round"] == 2 * one.document["flops_per_client_round"] > 0
+    assert two.document["payload_bytes"] == one.document["payload_bytes"]
 
 
 RUNS: dict[str, dict[str, Any]] = {

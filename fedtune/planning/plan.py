@@ -214,7 +214,8 @@ def _whole_round(
     batches = steps * getattr(settings, "gradient_accumulation", 1)
     if isinstance(settings, Training) and settings.local_epochs is not None:
         batches = settings.local_epochs * (_batches(settings, work) or 0)
-    return round((client.forward + client.backward) / tokens * padded * batches)
+    models = 1 if getattr(settings, "ditto", None) is None else 2
+    return round((client.forward + client.backward) / tokens * padded * batches * models)
 
 
 def _hold_model(settings: Any) -> bool:
