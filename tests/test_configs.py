@@ -83,8 +83,10 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
     final = tmp_path / "run" / "final"
     results = [folder for folder in final.iterdir() if folder.is_dir()]
     beside = {"standalone": 2, "fedbiot": 1, "fedot": 1, "offsite-tuning": 1}  # one a client, or AdapEmu
-    assert len(results) == beside.get(config.method_name, 0)
-    for folder in results if config.method_name == "standalone" else [final, *results]:
+    personal = getattr(config.method, "personal", "")
+    assert len(results) == (2 if personal else beside.get(config.method_name, 0))
+    alone = config.method_name == "standalone" or personal == "instead"
+    for folder in results if alone else [final, *results]:
         assert load_result(folder, base).tokenizer.pad_token_id is not None
 
 

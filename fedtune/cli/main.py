@@ -253,13 +253,16 @@ def export(
     merge: Annotated[
         bool, typer.Option(help="Fold the adapter into the weights and write a whole model.")
     ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="One result alone, as client-0003; all there are by default.")
+    ] = None,
     plugin: Plugin = None,
 ) -> None:
     """Write a run's result as a Hugging Face model or PEFT adapter.
 
     Example: fedtune export runs/demo --out model --merge
     """
-    for path in fedtune.open(run, *places or []).export(out, merge=merge):
+    for path in fedtune.open(run, *places or []).export(out, merge=merge, name=name):
         print(path)
 
 

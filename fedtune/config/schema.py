@@ -272,6 +272,10 @@ class RunConfig(Settings):
                     f"{setting} is {metric}; it takes task.metric of one of evaluation.tasks, "
                     f"{', '.join(certain(self.evaluation.tasks))}, as loss.loss"
                 )
+            if getattr(self.method, "fine_tune", None) is not None:
+                raise ValueError(
+                    f"{setting} chooses a round, and method.fine_tune is of the last; leave one of them out"
+                )
             if self.evaluation.every == 0:
                 raise ValueError(
                     f"{setting} needs scores of more rounds than the last; set evaluation.every to 1"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
+from fedtune.core.personal import result_models
 from fedtune.data.shapes import SUBJECTS, backgrounds
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.peaks import Peaks
@@ -104,7 +105,10 @@ class Scoring:
         loaded, method = self._assembly.loaded, self._assembly.method
         part = "evaluation" if trained else "zero-shot evaluation"
         with faults(part, lambda: memory_for(self._config)):
-            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            models = iter([("global", cast(nn.Module, loaded.model))])
+            if trained:
+                state, model = trained
+                models = result_models(method, state, self._assembly.runner.states, model)
             models = self._at_work(models)
             return evaluate(models, loaded.tokenizer, self._assembly.split, self._config, self._peaks)
 

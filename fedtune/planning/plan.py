@@ -215,7 +215,8 @@ def _whole_round(
     batches = steps * getattr(settings, "gradient_accumulation", 1)
     if isinstance(settings, Training) and settings.local_epochs is not None:
         batches = settings.local_epochs * (_batches(settings, work) or 0)
-    return round((client.forward + client.backward) / tokens * padded * batches)
+    models = 1 if getattr(settings, "ditto", None) is None else 2
+    return round((client.forward + client.backward) / tokens * padded * batches * models)
 
 
 def _hold_model(settings: Any) -> bool:
@@ -284,7 +285,9 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
         )
     if config.federation.simulate.dropout or config.federation.deadline_s is not None:
         notes.append("planned as if every client that is asked replied")
-    if not traffic.exact:
+    if getattr(config.method, "prune", None) is not None:
+        notes.append("clients that give up ranks (method.prune) send fewer bytes: these are the most")
+    elif not traffic.exact:
         notes.append(
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
             "these bytes are what is to be expected"
