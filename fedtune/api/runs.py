@@ -220,19 +220,20 @@ class Run:
 
         return replay(self.folder, self.config, round, Path(out), self.objects)
 
-    def export(self, out: str | Path, *, merge: bool = False) -> list[Path]:
+    def export(self, out: str | Path, *, merge: bool = False, name: str | None = None) -> list[Path]:
         """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
 
         Args:
             out: The folder, which must not hold anything.
             merge: Fold an adapter into the weights and write a whole model.
+            name: One result alone, as client-0003, a client's own model; None: all there are.
 
         Raises:
-            InputError: There is no result yet, or `out` is taken.
+            InputError: There is no result yet or none of that name, or `out` is taken.
         """
         from fedtune.federation.results import export_run
 
-        return export_run(self.folder, self.config, Path(out), merge=merge, objects=self.objects)
+        return export_run(self.folder, self.config, Path(out), merge=merge, name=name, objects=self.objects)
 
     def report(self, out: str | Path = "report.html") -> Path:
         """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.
