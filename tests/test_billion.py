@@ -28,4 +28,6 @@ def test_a_row_has_the_plan_the_ledger_and_the_process() -> None:
             if row[f"ledger_{role}"]:
                 assert ratios[f"{role}'s peak: {case}: ledger / plan"] == pytest.approx(1, abs=0.05), case
         assert row["rss"] > row["rss_beyond"] > 0
+        assert row["rss"] == pytest.approx(row["private"] + row["mapped"], rel=0.1)  # read one after another
+        assert row["simulation"] >= max(row[f"ledger_{role}"] for role in billion.ROLES)
         assert row["folder"] > 0 and row["training_s"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.bench import emulator as emulator_bench
 from fedtune.bench import random_model
+from fedtune.core import client as client_module
 from fedtune.core.cohort import Cohort, QuorumError
-from fedtune.core.types import MODEL, Payload, ServerEnv
+from fedtune.core.store import Store
+from fedtune.core.types import MODEL, Frame, Payload, ServerEnv
 from fedtune.core.wire import Content, decode, encode
 from fedtune.methods import registry
+from fedtune.methods.fedbiot import method as fedbiot_module
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, factors
 from fedtune.models.blocks import find_blocks
 from fedtune.models.emulator import ARCHITECTURE, flops_per_token, kept_blocks, take
@@ -213,6 +217,32 @@ def test_a_client_is_sent_its_model_once_and_again_when_it_has_lost_it() -> None
     assert order.keys() == before.adapter.keys() | before.emulator.keys()
     assert all(torch.equal(order[n], t) for n, t in (before.adapter | before.emulator).items())
     assert run.sent("train")[-1] == (6, 1, lora)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_order_is_not_in_memory_while_a_client_trains_that_holds_it_on_disk(
+    on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(**ALIGNED, rounds=1)
+    came, there = dict[str, Any](), list[bool]()
+    decoded, train = client_module.decode, fedbiot_module.train
+
+    def noted(frame: Frame) -> Content:
+        found = decoded(frame)
+        came.update((n, weakref.ref(t)) for n, t in found.payload.tensors.items() if n.startswith(MODEL))
+        return found
+
+    def trained(*given: Any, **more: Any) -> Any:
+        there.append(any(ref() is not None for ref in came.values()))
+        return train(*given, **more)
+
+    monkeypatch.setattr(client_module, "decode", noted)
+    monkeypatch.setattr(fedbiot_module, "train", trained)
+    if on_disk:
+        for client, runner in run.runners.items():
+            runner.store = Store(tmp_path / str(client))
+    assert run.round(1).clients == [0, 1] and came
+    assert there == [not on_disk] * 2
 
 
 def test_a_client_that_did_not_answer_is_sent_its_model_again() -> None:

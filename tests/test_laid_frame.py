@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.core.types import Payload
-from fedtune.core.wire import DTYPES, Content, FrameError, decode, encode, lay_out, meta_of, part_of
+import fedtune
+from fedtune.core.laid_frame import LaidFrame
+from fedtune.core.types import Arrival, Frame, Payload
+from fedtune.core.wire import DTYPES, LONG, Content, FrameError, decode, encode, lay_out, meta_of, part_of
+from fedtune.transport import messages
+from fedtune.transport.in_process import InProcess
+from fedtune.transport.messages import Message, is_whole, of_part, receive, send
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=4)
 
@@ -72,6 +82,50 @@ def test_what_is_decoded_of_it_is_a_copy() -> None:
     found = decode(lay_out(Content(Payload({"w": tensor})))).payload.tensors["w"]
     tensor.fill_(1)
     assert torch.equal(found, torch.zeros(8))
+
+
+@pytest.mark.parametrize("size", [0, 5, LONG + 1])
+def test_a_process_gets_the_frame_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "PART_BYTES", 4 << 20)
+    here, there = Pipe()
+    laid = lay_out(Content(Payload({"w": torch.arange(size, dtype=torch.uint8)}), {"round": 2}))
+    asked = Message({"client": 3}, laid, b"kept")
+    with here, there, ThreadPoolExecutor(1) as pool:
+        got = pool.submit(receive, there)
+        send(here, asked)
+        found = got.result()
+    assert dict(found.fields) == {"client": 3} and found.state == b"kept"
+    assert bytes(found.body) == bytes(laid)
+    assert isinstance(found.body, mmap.mmap) == (size > LONG)  # which `decode` gives back as it reads it
+    assert torch.equal(decode(found.body).payload.tensors["w"], torch.arange(size, dtype=torch.uint8))
+    assert is_whole(Message(of_part(bytes(laid)), laid)) and not is_whole(Message({"crc": 1}, laid))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedkseed", "fedcybgd"])
+def test_no_frame_of_a_run_in_process_is_joined(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[type] = []
+    exchange = InProcess.exchange
+
+    def noted(self: InProcess, round: int, frames: Any, *, in_plan_order: bool) -> Iterator[Arrival]:
+        def orders() -> Iterator[tuple[int, Frame]]:
+            for client, frame in frames:
+                seen.append(type(frame))
+                yield client, frame
+
+        for arrival in exchange(self, round, orders(), in_plan_order=in_plan_order):
+            seen.append(type(arrival.frame))
+            yield arrival
+
+    monkeypatch.setattr(InProcess, "exchange", noted)
+    config = {
+        "data": {"clients": 2, "max_examples": 4, "max_length": 32},
+        "method": {"name": method, "rounds": 1},
+        "evaluation": {"tasks": ["loss"], "every": 0},
+    }
+    fedtune.run(config, out=tmp_path / "run")
+    assert seen == [LaidFrame] * 4  # two orders and two replies
 
 
 MEMORY = """

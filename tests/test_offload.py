@@ -29,6 +29,7 @@ from fedtune.models.blocks import find_blocks
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.memory_efficient import computed_again
 from fedtune.models.offload import offloaded
+from fedtune.planning.plan import plan
 
 plan_measured = load("plan_measured")
 KINDS: dict[str, Callable[[nn.Module], object]] = {
@@ -243,3 +244,19 @@ def test_a_plan_is_what_a_run_measures(form: str, monkeypatch: pytest.MonkeyPatc
     assert found["disk"]["planned_memory"] < found["none"]["planned_memory"]
     same = ("down", "up", "planned_down", "planned_up", "trainable")
     assert [found["disk"][key] for key in same] == [found["none"][key] for key in same]
+
+
+def test_a_plan_says_that_the_card_holds_the_model_while_it_is_loaded() -> None:
+    found = {}
+    for where in ("none", "disk"):
+        method = {"name": "fedavg", "trainable": "lora", "gradient_checkpointing": "full"}
+        config = parse_config({"method": method | {"offload_params": where}}, "test")
+        document = plan(config).document
+        found[where] = {name: one["device_bytes"] for name, one in document["memory_by_device"].items()}
+        weights = 4 * document["total_parameters"]  # the bundled model is in float32, and has few buffers
+        assert weights <= found[where]["loading"] < weights + 4096
+        assert found[where]["simulation"] == max(found[where].values())
+    assert found["disk"]["loading"] == found["none"]["loading"] < found["none"]["client"]
+    assert found["disk"]["client"] < found["none"]["client"]
+    sent = plan(parse_config({"method": {"name": "fedcybgd"}}, "test")).document["memory_by_device"]
+    assert sent["loading"] == {"device_bytes": 0, "host_bytes": 0}  # the server's model stays on the host

@@ -38,6 +38,7 @@ def test_copies_and_restores_every_bit(shapes: list[tuple[list[int], torch.dtype
         for name, copy in copies.items():
             assert copy.dtype == before[name].dtype and torch.equal(copy, before[name])
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+    assert not copies  # each went, with its pages, as soon as its parameter had its values again
 
 
 def test_bits_that_no_comparison_sees_and_tensors_that_lie_transposed() -> None:

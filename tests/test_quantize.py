@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
+import weakref
 from importlib.util import find_spec
 from typing import Any
 
@@ -268,6 +270,27 @@ def test_a_layer_that_is_called_in_two_places_is_one() -> None:
     block: Any = model["blocks"][0]  # type: ignore[index]
     assert isinstance(block["a"], QuantizedLinear) and block["a"] is block["b"]
     assert copy.deepcopy(model)["blocks"][0]["a"].kind == "nf4"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_weight_goes_as_soon_as_its_bits_are_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    stored = [weakref.ref(p.data.untyped_storage()) for p in model.parameters()]
+    linear = [m for b in find_blocks(model).modules for m in b.modules() if type(m) is nn.Linear]
+    there = list[int]()
+    functional = importlib.import_module("bitsandbytes").functional
+    name = "quantize_4bit" if kind == "nf4" else "int8_vectorwise_quant"
+    quantized = getattr(functional, name)
+
+    def counted(*given: Any, **more: Any) -> Any:
+        there.append(sum(ref() is not None for ref in stored))
+        return quantized(*given, **more)
+
+    monkeypatch.setattr(functional, name, counted)
+    count = len(linear)
+    del linear
+    quantize(model, kind, "tiny")
+    assert there == list(range(count, 0, -1))  # nothing of what stays whole, and one less each time
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -3,9 +3,11 @@
 The shape is TinyLlama's, bfloat16, with random weights, on disk in shards; two clients take two local steps
 of one example each, and the result is scored on two. Each run is a process of its own, as a user starts it.
 Beside the plan (made before, from shapes alone) stands what the ledger of the run counted, and what the
-operating system says that the process had resident at its peak. `rss_beyond` is what that is more than the
-ledger's largest account: libraries, the allocator, and whatever no account knows of. What no private memory
-is needed for counts as resident too: pages of the checkpoint that are mapped and were read.
+operating system says that the process had resident at its peak, looked at every 20 ms: `private` is what it
+alone has, `mapped` are pages of files that it read (the model's, what clients hold, libraries), which the
+system may take back. One process simulates the server and its clients: `simulation` is the largest that the
+accounts come to together, with what the server has at rest while a client trains as it is planned, and
+`rss_beyond` what the process had more than that: libraries, the allocator, and whatever no account knows of.
 
 A machine needs some 16 GB of memory and of disk for it.
 """
@@ -13,10 +15,10 @@ A machine needs some 16 GB of memory and of disk for it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune.bench.process_memory import resident
 from fedtune.config.yaml_text import dump_yaml
 from fedtune.core.temporary import temporary_folder
 from fedtune.models.load import load_tokenizer, quiet, seeded
@@ -56,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 ROLES = ("client", "server", "evaluation")
+KINDS = {"rss": "VmRSS", "private": "RssAnon", "mapped": "RssFile"}
+LOOK_S = 0.02
 PARTS = ("setup", "training", "aggregation", "rebuild", "wire", "checkpoint", "evaluation")
 
 
@@ -72,7 +77,7 @@ def measure(
             path = folder / f"run-{len(rows)}.yaml"
             path.write_text(dump_yaml(document), encoding="utf-8")
             planned = json.loads(_fedtune("plan", str(path), "--json")[0])
-            resident = _fedtune("run", str(path), "--out", str(path.with_suffix("")), "--quiet")[1]
+            held = _fedtune("run", str(path), "--out", str(path.with_suffix("")), "--quiet")[1]
             summary = json.loads((path.with_suffix("") / "summary.json").read_text(encoding="utf-8"))
             row: dict[str, Any] = {"case": case}
             for role in ROLES:
@@ -80,8 +85,14 @@ def measure(
                 row |= {f"ledger_{role}": (counted := summary["peak_memory_bytes"][role])}
                 if counted:
                     ratios[f"{role}'s peak: {case}: ledger / plan"] = counted / row[f"planned_{role}"]
-            row["rss"] = resident
-            row["rss_beyond"] = resident - max(row[f"ledger_{role}"] for role in ROLES)
+            row["simulation"] = max(
+                row["ledger_client"] + planned["memory_by_device"]["server"]["host_bytes"],
+                row["ledger_server"],
+                row["ledger_evaluation"],
+            )
+            row |= held
+            if held:
+                row["rss_beyond"] = held["rss"] - row["simulation"]
             row["folder"] = _size(path.with_suffix(""))
             row |= {f"{part}_s": summary["seconds"][part] for part in PARTS}
             rows.append(row)
@@ -123,19 +134,26 @@ def _document(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fedtune(*arguments: str) -> tuple[str, int]:
-    """What a command of its own process prints, and the most that was resident of it, in bytes."""
+def _fedtune(*arguments: str) -> tuple[str, dict[str, int]]:
+    """What a command of its own process prints, and what was resident of it when most was, in bytes.
+
+    Nothing of that where the system does not say it (Linux does).
+    """
     command = [sys.executable, "-c", "from fedtune.cli.main import main; main()", *arguments]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
-        printed = process.stdout.read() if process.stdout else ""
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=out, stderr=said, text=True)
+        peaks: dict[str, int] = {}
+        while process.poll() is None:
+            now = {name: found for name, key in KINDS.items() if (found := resident(process.pid, key))}
+            peaks = max(peaks, now, key=lambda each: each.get("rss", 0))
+            time.sleep(LOOK_S)
+        out.seek(0)
+        printed = out.read()
         if process.returncode:
             said.seek(0)
             words = said.read().strip()
             raise RuntimeError(f"fedtune {' '.join(arguments)} ended with {process.returncode}: {words}")
-    return printed, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return printed, peaks
 
 
 def _size(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Memory of this process as Linux accounts for it; None where the system does not tell."""
+"""Memory of a process as Linux accounts for it; None where the system does not tell."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 def rss() -> int | None:
     """Resident memory now, in bytes."""
-    return _status("VmRSS")
+    return resident("self", "VmRSS")
 
 
 def peak_rss() -> int | None:
     """The most that was resident since the start, or since `forget_peak`, in bytes."""
-    return _status("VmHWM")
+    return resident("self", "VmHWM")
 
 
 def forget_peak() -> bool:
@@ -24,9 +24,10 @@ def forget_peak() -> bool:
     return True
 
 
-def _status(key: str) -> int | None:
+def resident(process: int | str, key: str) -> int | None:
+    """What /proc/PROCESS/status has under a key, in bytes."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -103,15 +103,19 @@ class ClientRunner:
             ProgramError: Something broke that would break for every client.
         """
         order = decode(frame)
-        part = f"training of client {client} in round {order.meta.get('round')}"
+        meta, parts = order.meta, _split(order.payload, SECURE)
+        del frame, order  # what came is the method's alone, which may let go of it
+        part = f"training of client {client} in round {meta.get('round')}"
         with faults(part, lambda: self._memory(client), passing=LEFT_OUT):
-            reply = self._handle(client, order)
+            reply = self._handle(client, meta, *parts)
             if self._gate is not None:
-                self._gate.sending(int(order.meta["round"]), str(order.meta.get("phase", "")))
+                self._gate.sending(int(meta["round"]), str(meta.get("phase", "")))
             return reply
 
-    def _handle(self, client: int, order: Content) -> Frame:
-        round = int(order.meta["round"])
+    def _handle(
+        self, client: int, about: Mapping[str, Scalar], job: Payload | None, added: Payload | None
+    ) -> Frame:
+        round = int(about["round"])
         if not self._data.get(client):
             raise ClientError("it has no examples")
         if not any(item.trained for item in self._data[client]):
@@ -119,14 +123,13 @@ class ClientRunner:
                 f"none of its {len(self._data[client])} examples has a token to train: no answer is left of "
                 "them; look at data.max_length and at the answers in its data"
             )
-        phase = str(order.meta.get("phase", ""))
+        phase = str(about.get("phase", ""))
         if bool(phase) != (self._protection is not None):
             raise ClientError(
                 "it was asked for a plain update, and its configuration has federation.secure_aggregation"
                 if self._protection
                 else "it was asked to take part in secure aggregation, which its configuration does not have"
             )
-        job, added = _split(order.payload, SECURE)
         if self._gate is not None:
             self._gate.before(round, phase, added or Payload())
         state, secrets = _split(self.states.get(client), SECURE)

@@ -246,6 +246,7 @@ class RoundLoop:
                         continue
                     log.warning("round %d: client %d is left out: %s", outcome.round, arrival.client, reason)
                     continue
+                del arrival  # its frame is not in memory beside its tensors
                 outcome.clients.append(reply.client)
                 outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
                 yield reply

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 from fedtune.core.cohort import Cohort, RoundOutcome
 from fedtune.core.laid_frame import LaidFrame
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedtune.measure.memory import MemoryMeter
 
 Scalar = int | float | str | bool
-Frame = bytes | bytearray | mmap.mmap | LaidFrame  # a message as bytes, see wire.py
+Frame = bytes | bytearray | memoryview | mmap.mmap | LaidFrame  # a message as bytes, see wire.py
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
 ERROR = "error:"  # prefix of what a client keeps of updates that were compressed; see compression.py
@@ -53,6 +53,12 @@ class Payload:
     def nbytes(self) -> int:
         """Content in bytes, without names, shapes and framing (`payload_bytes` of the ledger)."""
         return sum(t.nbytes for t in self.tensors.values()) + sum(map(scalar_bytes, self.scalars.values()))
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Takes tensors out that lie elsewhere from now on, so that their memory here is free."""
+        held = cast("dict[str, Tensor]", self.tensors)
+        for name in names:
+            del held[name]
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,7 @@ def lay_out(content: Content) -> LaidFrame:
     return LaidFrame(HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc) + head, data)
 
 
-def decode(
-    frame: Frame | memoryview, *, max_bytes: int | None = None, max_manifest: int = MANIFEST_LIMIT
-) -> Content:
+def decode(frame: Frame, *, max_bytes: int | None = None, max_manifest: int = MANIFEST_LIMIT) -> Content:
     """The content of a frame. Tensors are copies: a frame's memory is not aligned, and may be others' too.
 
     Args:
@@ -170,12 +168,12 @@ def meta_of(frame: Frame) -> Mapping[str, Scalar]:
     return _manifest(_head(view, flags, length, MANIFEST_LIMIT))[0]
 
 
-def part_of(frame: Frame | memoryview, begin: int, end: int) -> bytes | memoryview:
+def part_of(frame: Frame, begin: int, end: int) -> bytes | memoryview:
     """The bytes of a frame from `begin` to before `end`; of one that is laid out a copy of so many."""
     return frame.part(begin, end) if isinstance(frame, LaidFrame) else memoryview(frame)[begin:end]
 
 
-def pieces_of(frame: Frame | memoryview, begin: int, end: int) -> Iterable[memoryview]:
+def pieces_of(frame: Frame, begin: int, end: int) -> Iterable[memoryview]:
     """The same in pieces, which are no copies where that can be."""
     return frame.pieces(begin, end) if isinstance(frame, LaidFrame) else [memoryview(frame)[begin:end]]
 
@@ -249,7 +247,7 @@ def _manifest_limit(frame_bytes: int) -> int:
     return min(MANIFEST_LIMIT, MANIFEST_FREE + MANIFEST_RATIO * frame_bytes)
 
 
-def _head(view: LaidFrame | memoryview, flags: int, length: int, most: int) -> bytes:
+def _head(view: Frame, flags: int, length: int, most: int) -> bytes:
     """The manifest's JSON; not read where it is longer than `most` or out of proportion to its frame."""
     most = min(most, _manifest_limit(len(view)))
     head = part_of(view, HEADER.size, HEADER.size + length)

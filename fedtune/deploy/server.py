@@ -21,7 +21,7 @@ from typing import Any, Self
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import QuorumError, quorum_of
 from fedtune.core.permissions import make_private
-from fedtune.core.types import Transport
+from fedtune.core.types import Frame, Transport
 from fedtune.deploy import processes
 from fedtune.deploy.keys import check_server, expected_examples, read_clients
 from fedtune.errors import FederationError, InputError
@@ -355,7 +355,7 @@ class ServerChannel:
     def _ask(
         self,
         fields: Mapping[str, Any],
-        body: bytes | memoryview = b"",
+        body: Frame = b"",
         *,
         many: bool = False,
         app: int | None = None,

@@ -158,6 +158,7 @@ class Assembly:
             protection=client_protection(config, method),
             batching=batching,
             compression=config.federation.wire.compression(method),
+            laid_out=True,
         )
         about = environment() | {
             "model": {

@@ -243,14 +243,14 @@ def simulated(message: Message, *, of: OfRun) -> Message:
         with faults("a process of the simulation", passing=LEFT_OUT), _listened(said):
             runner, client = _runner(of), message.number("client")
             runner.states = {client: decode(message.state).payload} if message.state else {}
-            frame = runner.handle(client, bytes(message.body))
+            frame = runner.handle(client, message.body)
     except LEFT_OUT as error:
         return fault(f"it failed: {type(error).__name__}: {error}")
     except FedtuneError as error:  # it would be the same with every other client
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
-    return Message({"said": json.dumps(said)} if said else {}, bytes(frame), kept)
+    return Message({"said": json.dumps(said)} if said else {}, frame, kept)
 
 
 @contextmanager

@@ -190,7 +190,8 @@ class Simulated:
             return Arrival(client, fault=fault)
         state = self._states.get(client)
         kept = encode(Content(state)) if state is not None else b""
-        answer = yield Message({"client": client}, bytes(frame), kept)
+        answer = yield Message({"client": client}, frame, kept)
+        del frame, kept
         for line in json.loads(str(answer.fields.get("said", "[]"))):
             log.warning("%s", line)
         if "broken" in answer.fields:  # from a process of this run: over a network no client can end it
@@ -207,4 +208,4 @@ class Simulated:
             return Arrival(client, fault=str(answer.fields["fault"]))
         if answer.state:
             self._states[client] = decode(answer.state).payload
-        return Arrival(client, bytes(answer.body))
+        return Arrival(client, answer.body)

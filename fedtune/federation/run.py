@@ -243,7 +243,7 @@ class _Federation:
             protection=Summing(cast(Any, method), secure, privacy) if secure or privacy else None,
             robust=robust_mean(robust, cast(Any, method), checkpoints) if robust else None,
             compression=federation.wire.compression(method),
-            laid_out=deployment is not None,
+            laid_out=True,
         )
         if deployment is not None:
             deployment.reply_limit = loop.reply_limit

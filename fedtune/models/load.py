@@ -179,10 +179,6 @@ def load_model(
             model = _pretrained(name, folder, config, task, DTYPES[dtype])
     if quantization != "none" and not came:
         quantize(model, quantization, name)
-        own = {id(parameter) for parameter in quantized_parameters(model)}
-        for parameter in model.parameters():  # the others, so that the file is mapped no more
-            if id(parameter) not in own:
-                parameter.data = parameter.data.clone()
     if shared is not None and in_file and quantised:
         adopt(model, shared)
     with usable(f"model {name}: it has no input embeddings that fedtune can use"):

@@ -101,7 +101,7 @@ def kept_on_disk(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, T
         yield first_values
     finally:
         for name, parameter in parameters.items():
-            parameter.data.copy_(first_values[name])
+            parameter.data.copy_(first_values.pop(name))  # its pages go with it
 
 
 def _bytes(parameter: nn.Parameter) -> Tensor:

@@ -121,6 +121,9 @@ class _Product(torch.autograd.Function):
 def quantize(model: nn.Module, kind: str, name: str) -> None:
     """Quantises the linear layers of a model's blocks, in place; on torch's meta device their shapes alone.
 
+    A weight goes as soon as its bits are there, and what stays whole is copied first, so that each file that
+    the model is mapped from goes with the last weight of it.
+
     Args:
         model: On the CPU or the meta device, as it was loaded.
         kind: nf4 or int8.
@@ -130,16 +133,24 @@ def quantize(model: nn.Module, kind: str, name: str) -> None:
         InputError: bitsandbytes is missing, or the blocks have no linear layers.
     """
     require_bitsandbytes(f"model.quantization: {kind}")
-    made: dict[int, QuantizedLinear] = {}
+    linear: dict[int, nn.Module] = {}
     for block in find_blocks(model).modules:
         for module in block.modules():
-            if (type(module) is nn.Linear or isinstance(module, Conv1D)) and id(module) not in made:
-                made[id(module)] = _quantized(module, kind)
-    if not made:
+            if type(module) is nn.Linear or isinstance(module, Conv1D):
+                linear[id(module)] = module
+    if not linear:
         raise InputError(
             f"model.quantization: {kind} is for linear layers, and the blocks of model {name} "
             f"({type(model).__name__}) have none; set model.quantization to none"
         )
+    weights = {id(module.weight) for module in linear.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in weights:
+            parameter.data = parameter.data.clone()
+    made: dict[int, QuantizedLinear] = {}
+    for key, module in linear.items():
+        made[key] = _quantized(module, kind)
+        module.register_parameter("weight", None)
     put(model, made)
 
 

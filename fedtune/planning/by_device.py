@@ -4,6 +4,9 @@ Clients' steps and evaluation are on the GPU, and on the host their batch. A ser
 it computes with a model (FedBiOT's alignment) is on the GPU, while its models stay on the host as well. In a
 simulation the roles take turns: the GPU holds one of them at a time (models/at_work.py), the host the
 server's side throughout. On a CPU a client trains while the server holds its sums, or its model.
+
+A model that clients have is on the GPU from the moment it is loaded, before a step can leave parts of it on
+disk: that is less than a step needs, but with `offload_params`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ def by_device(
     evaluation: PartsMeter,
     items: Sequence[Encoded],
     offloaded: int = 0,
+    loaded: int = 0,
 ) -> dict[str, dict[str, int]]:
     """The document's `memory_by_device`: of each role, and of a simulation, the columns in bytes.
 
@@ -36,6 +40,7 @@ def by_device(
         evaluation: Its largest batch.
         items: A client's largest batch.
         offloaded: Bytes of the largest weight that passes through the host on its way from disk to a GPU.
+        loaded: Bytes of the model; the server's alone stays on the host until it is used.
     """
     batch = sum(tensor.nbytes for tensor in collate(items, 0).values()) if items else 0
     batch += offloaded
@@ -45,6 +50,7 @@ def by_device(
         "client": {DEVICE: client.on_gpu or client.peak_bytes, HOST: batch if client.peak_bytes else 0},
         "server": {DEVICE: server.peak_bytes if aligns else 0, HOST: at_rest},
         "evaluation": {DEVICE: evaluation.peak_bytes, HOST: 0},
+        "loading": {DEVICE: 0 if method.sends_model else loaded, HOST: 0},
     }
     together = {
         DEVICE: max(role[DEVICE] for role in roles.values()),

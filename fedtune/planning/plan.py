@@ -139,6 +139,7 @@ def plan(
         )
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust, compression)
     offloaded = largest_weight(model) if getattr(config.method, "offload_params", "none") != "none" else 0
+    loaded = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) if steps else 0
     document = {
         "method": config.method_name,
         "model": config.model.name,
@@ -153,7 +154,7 @@ def plan(
         "client_peak_memory_bytes": _memory(client),
         "server_peak_memory_bytes": _memory(server),
         "evaluation_peak_memory_bytes": _memory(evaluation),
-        "memory_by_device": by_device(method, client, server, evaluation, items, offloaded),
+        "memory_by_device": by_device(method, client, server, evaluation, items, offloaded, loaded),
         "flops_per_token": {
             "forward": round(client.forward / tokens),
             "backward": round(client.backward / tokens),

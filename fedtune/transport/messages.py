@@ -1,14 +1,17 @@
 """Messages: what crosses between the server's and a client's side, and the local sockets that hand them on.
 
 A message is a few fields and one flat run of bytes. A frame that is longer than a message may be travels in
-parts. No pickle: fields are JSON, and the rest is bytes.
+parts; to a process of this machine it goes piece by piece from where its tensors lie. No pickle: fields are
+JSON, and the rest is bytes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +21,13 @@ from typing import cast
 from isal.isal_zlib import crc32
 
 from fedtune.core.temporary import temporary_folder
+from fedtune.core.types import Frame
+from fedtune.core.wire import empty_frame, pieces_of
 from fedtune.errors import FederationError, foreign
 
 Field = int | float | str | bool
 PART_BYTES = 64 * 1024 * 1024  # of a frame in one message; Flower's own limit with a database is 256 MB
+_LENGTH = struct.Struct("<Q")
 _FIELDS_LIMIT = 1 << 20  # bytes of JSON in a socket: a message's fields may stand inside another's as text
 HERE = "here"  # what a client is asked to see whether it is there, in the field `do`; it answers nothing
 FOREIGN_LIMIT = 400 * 1024  # bytes of JSON of another party's fields: a configuration is the longest there is
@@ -38,7 +44,7 @@ class Message:
     """
 
     fields: Mapping[str, Field] = field(default_factory=dict)
-    body: bytes | memoryview = b""
+    body: Frame = b""
     state: bytes = b""
 
     def number(self, name: str) -> int:
@@ -88,7 +94,10 @@ def of_part(part: bytes | memoryview) -> dict[str, Field]:
 
 def is_whole(message: Message) -> bool:
     """Whether a part came as it was sent. The frame has a checksum too: one that says nothing is taken."""
-    return message.fields.get("crc", None) in (None, crc32(message.body))
+    found = 0
+    for piece in pieces_of(message.body, 0, len(message.body)):
+        found = crc32(piece, found)
+    return message.fields.get("crc", None) in (None, found)
 
 
 def fault(reason: str) -> Message:
@@ -109,14 +118,31 @@ def broken(reason: str, traceback: str) -> Message:
 def send(connection: Connection, message: Message) -> None:
     """Hands a message to the process at the other end."""
     connection.send_bytes(json.dumps(dict(message.fields)).encode())
-    connection.send_bytes(message.body)
-    connection.send_bytes(message.state)
+    for frame in (message.body, message.state):
+        connection.send_bytes(_LENGTH.pack(len(frame)))
+        for piece in pieces_of(frame, 0, len(frame)):
+            for at in range(0, len(piece), PART_BYTES):
+                connection.send_bytes(piece[at : at + PART_BYTES])
 
 
 def receive(connection: Connection) -> Message:
-    """The next message of the process at the other end. Raises EOFError when there will be none."""
+    """The next message of the process at the other end. Raises EOFError when there will be none.
+
+    A long body is memory such as `decode` gives back as it reads it, and so can be decoded once.
+    """
     fields = json.loads(connection.recv_bytes(_FIELDS_LIMIT))
-    return Message(fields, connection.recv_bytes(), connection.recv_bytes())
+    body = _received(connection)
+    return Message(fields, body, bytes(_received(connection)))
+
+
+def _received(connection: Connection) -> bytes | mmap.mmap:
+    """The bytes that come, a piece at a time."""
+    (size,) = _LENGTH.unpack(connection.recv_bytes(_LENGTH.size))
+    frame, at = empty_frame(size), 0
+    with memoryview(frame) as whole:
+        while at < size:
+            at += connection.recv_bytes_into(whole, at)
+    return bytes(frame) if isinstance(frame, bytearray) else frame
 
 
 @contextmanager

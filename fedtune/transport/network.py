@@ -221,7 +221,7 @@ class RoundExchange:
             raise Refusal(f"its reply has {size:,} bytes; at most {limit:,} are allowed here")
         buffer, at, tries = empty_frame(size), 0, 0
         while True:
-            part = answer.body
+            part = part_of(answer.body, 0, len(answer.body))
             if not part or at + len(part) > size:
                 raise Refusal(f"its reply was cut: {at:,} of {size:,} bytes came")
             if is_whole(answer):

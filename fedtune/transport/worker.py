@@ -181,7 +181,7 @@ class Worker:
             return Message({"at": incoming.at})  # there already, or not what comes next: that is asked for
         if end > len(incoming.buffer):
             raise ValueError(f"the order of round {round} is longer than it said")
-        incoming.buffer[at:end] = message.body
+        incoming.buffer[at:end] = part_of(message.body, 0, len(message.body))
         incoming.at = end
         if end < len(incoming.buffer):
             return Message({"at": end})

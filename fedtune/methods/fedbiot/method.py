@@ -170,6 +170,9 @@ class FedBiOT:
         sent = {n.removeprefix(MODEL): t for n, t in job.tensors.items() if n.startswith(MODEL)}
         if sent:
             key = env.store.put(Payload(sent))
+            if env.store.on_disk:
+                job.let_go(MODEL + name for name in sent)
+                del sent
         else:
             key = str(env.state.scalars["model"]) if env.state else ""
         held = env.store.get(key)
