@@ -1,6 +1,6 @@
 """Pre-train a small text-to-image pipeline and a CLIP from nothing, on drawn shapes, on a CPU.
 
-    nice -n 19 python reproduce/pretrain_pictures.py --out FOLDER [--part all] [--steps 6000]
+    nice -n 19 python reproduce/pretrain_pictures.py --out FOLDER [--part all] [--steps 5000]
     python reproduce/pretrain_pictures.py --out FOLDER --part scores   # what its weights can do
 
 An autoencoder, a CLIP and a UNet with its text encoder are trained one after another, each from --seed. The
@@ -13,11 +13,9 @@ The same machine and thread count give the same weights; another CPU may round o
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from score_pictures import TOKENS, chosen, decibels, drawn, encoded, note, scores, show_scores
+from shape_tokenizer import tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -48,16 +47,11 @@ from fedtune.data.shapes import Figure, Floats
 WIDTH = 64  # of both text encoders and of CLIP's pictures
 LATENTS = 6  # channels of a latent, at half a picture's side
 BATCH = 32  # pictures of one UNet step
-TRAINED = 16_000  # pictures that CLIP and UNet each see
+TRAINED = 16_000  # pictures that the UNet sees
+SHOWN = 48_000  # pictures that CLIP sees
 PAIRS = 32  # of CLIP's batch: a figure and one with an attribute changed
 NEARLY = 2  # captions a picture that are one attribute off, in that batch; they have no picture there
 MOMENTUM = 7.94  # of the average of the UNet's weights: step s counts as s to this power, less one
-IDENTIFIERS = ("sks", "zwx", "vrn", "qpl", "tuj")  # words without a meaning yet, for subjects
-WORDS = (
-    *("a", "an", "two", "on", "background", "and", "small", "big", "photo", "of", "picture", "the", "in"),
-    *("with", "toy", "drawing", *IDENTIFIERS, *shapes.COLOURS, *shapes.PATTERNS),
-    *(noun for shape in (*shapes.SHAPES, *shapes.OTHERS) for noun in (shape, shapes.plural(shape))),
-)
 
 
 def captions(figures: Sequence[Figure], rng: np.random.Generator) -> list[str]:
@@ -121,33 +115,6 @@ def clutter(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.stack(pictures))
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE whose merges spell `WORDS`, each one token; any other word goes down to bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + at) for at in range(len(others))]
-    vocabulary = {token: at for at, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
-    rank: dict[tuple[str, str], int] = {}
-    for word in sorted(set(WORDS), key=lambda word: (len(word), word)):
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            pairs = list(pairwise(parts))
-            at = min(range(len(pairs)), key=lambda at: rank.get(pairs[at], len(rank)))
-            rank.setdefault(pairs[at], len(rank))
-            parts[at : at + 2] = ["".join(pairs[at])]
-            vocabulary.setdefault(parts[at], len(vocabulary))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{first} {second}\n" for first, second in rank)
-    )
-    made: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-    made.save_pretrained(folder)
-    return made
-
-
 def train_clip(tokens: CLIPTokenizer, steps: int, seed: int, every: int) -> CLIPModel:
     """Half of each batch are the other half's figures with one attribute changed: negatives that are hard.
 
@@ -156,10 +123,10 @@ def train_clip(tokens: CLIPTokenizer, steps: int, seed: int, every: int) -> CLIP
     torch.manual_seed(seed)
     model = new_clip(tokens)
     rng = np.random.default_rng([seed, 2])
-    figures = [shapes.any_figure(rng, wide=True) for _ in range(TRAINED // 2)]
-    figures += [shapes.like(figure, rng) for figure in figures]
+    figures = [shapes.any_figure(rng, wide=True) for _ in range(SHOWN // 2)]
+    figures += [nearly(figure, rng) for figure in figures]
     pictures, texts = drawn(figures, rng), captions(figures, rng)
-    texts += [shapes.like(figure, rng).caption() for _ in range(2 * NEARLY) for figure in figures]
+    texts += [nearly(figure, rng).caption() for _ in range(2 * NEARLY) for figure in figures]
     inputs, number = encoded(tokens, texts), {text: at for at, text in enumerate(sorted(set(texts)))}
     same_text = torch.tensor([number[text] for text in texts])
     generator = torch.Generator().manual_seed(seed)
@@ -168,10 +135,10 @@ def train_clip(tokens: CLIPTokenizer, steps: int, seed: int, every: int) -> CLIP
     began = time.monotonic()
     model.train()
     for step in range(steps):
-        first = torch.randint(0, TRAINED // 2, (PAIRS,), generator=generator)
-        shown = torch.cat([first, first + TRAINED // 2])
+        first = torch.randint(0, SHOWN // 2, (PAIRS,), generator=generator)
+        shown = torch.cat([first, first + SHOWN // 2])
         which = torch.randint(1, 2 * NEARLY + 1, (NEARLY, len(shown)), generator=generator)
-        said = torch.cat([shown, (shown + which * TRAINED).flatten()])
+        said = torch.cat([shown, (shown + which * SHOWN).flatten()])
         longest = int(inputs.attention_mask[said].sum(1).max())
         found = model(
             pixel_values=pictures[shown],
@@ -190,6 +157,14 @@ def train_clip(tokens: CLIPTokenizer, steps: int, seed: int, every: int) -> CLIP
         if (step + 1) % every == 0 and step + 1 < steps:
             print(f"clip {step + 1}: {chosen(model, tokens, hard=True)} hard", flush=True)
     return model.eval()
+
+
+def nearly(figure: Figure, rng: np.random.Generator) -> Figure:
+    """A figure with one attribute changed, half the time its shape, which is hardest to see."""
+    if rng.random() < 0.5:
+        others = [shape for shape in (*shapes.SHAPES, *shapes.OTHERS) if shape != figure.shape]
+        return replace(figure, shape=str(rng.choice(others)))
+    return shapes.like(figure, rng)
 
 
 def new_clip(tokens: CLIPTokenizer) -> CLIPModel:
@@ -362,9 +337,9 @@ def progress(what: str, step: int, steps: int, loss: Tensor, began: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train a small text-to-image pipeline.")
     parser.add_argument("--part", choices=("all", "autoencoder", "clip", "unet", "scores"), default="all")
-    parser.add_argument("--steps", type=int, default=6000, help="of the UNet")
+    parser.add_argument("--steps", type=int, default=5000, help="of the UNet")
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--clip-steps", type=int, default=2000)
+    parser.add_argument("--clip-steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=500, help="steps between two scores of the UNet")
@@ -372,6 +347,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out, part = arguments.out, arguments.part
+    if part == "scores":
+        return show_scores(out)
     if part in ("all", "autoencoder"):
         vae = train_autoencoder(arguments.autoencoder_steps, arguments.seed)
         print(f"autoencoder: {decibels(vae):.1f} dB", flush=True)
@@ -392,7 +369,6 @@ def main() -> None:
     if part in ("all", "unet"):
         vae = AutoencoderTiny.from_pretrained(out / "vae", dtype=torch.float32).eval()
         train_unet(Parts(tokens, vae), arguments.steps, arguments.seed, arguments.every, out)
-    if part in ("all", "unet", "scores"):
         show_scores(out)
 
 

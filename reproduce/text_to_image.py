@@ -11,6 +11,12 @@ Command: python reproduce/text_to_image.py text-to-image-arrivals
 Time:    not measured yet
 Needs:   diffusers, PIL
 Result:  none yet
+
+Table:   what Stable Diffusion 1.5 sends, holds and computes; docs/text-to-image.md, block stable-diffusion
+Command: python reproduce/text_to_image.py stable-diffusion
+Time:    40 seconds of a core
+Needs:   diffusers; the model's shape is in configs/papers/shapes
+Result:  1 x 25 epochs send 31.9 MB, 5 x 5 send 159.4 MB; a client needs 5.92 GB, in bfloat16 3.21 GB
 """
 
 from __future__ import annotations
@@ -19,13 +25,14 @@ import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from claims import OUT, SEEDS, Claim, Outcome, Side, Trials, Verdict, entry, less, said
 from common import ROOT, Entry, compare, main, spread, table
 
+from fedtune.config.file import load_config
 from fedtune.data.shapes import SUBJECTS
+from fedtune.planning.plan import plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,20 +65,18 @@ METRICS = {
     "shown/colour": "colours",
     "shown/shape": "shape",
 }
-TRIALS = {
-    split: Trials(OUT / "text-to-image" / split.replace(" ", "-"), SIDES, settings, ())
-    for split, settings in SPLITS.items()
+TRIALS = {  # all pictures in one place are the same however they were dealt
+    split: Trials(OUT / "text-to-image" / split.replace(" ", "-"), SIDES[: 4 - number], settings, ())
+    for number, (split, settings) in enumerate(SPLITS.items())
 }
 ASYNCHRONOUS = ("method.arrival=asynchronous", "federation={quorum: 1, simulate: {delay_s: 60.0}}")
-ARRIVALS = {
-    split: Trials(
-        OUT / "text-to-image-arrivals" / split.replace(" ", "-"),
-        (Side("all", ONE, ASYNCHRONOUS),),
-        settings,
-        ("evaluation.arrivals=true",),
-    )
-    for split, settings in SPLITS.items()
-}
+ALONE = "one subject a client"
+ARRIVALS = Trials(
+    OUT / "text-to-image-arrivals",
+    (Side("all", ONE, ASYNCHRONOUS),),
+    SPLITS[ALONE],
+    ("evaluation.arrivals=true",),
+)
 CELL, FRAME, SMALL = 96, 4, 64  # pixels of a picture in a run's grid, of the white between, and of one here
 
 
@@ -82,15 +87,20 @@ def scores(trials: Trials, side: str, metric: str) -> list[float]:
     return trials.scores(side, metric)
 
 
+def sides(trials: Trials) -> list[str]:
+    """The rows of a split, in order."""
+    return [side for side in NAMED if side in ("zero", *(own.name for own in trials.sides))]
+
+
 def claim_table() -> str:
     """For each split a row a side."""
     found = []
     for split, trials in TRIALS.items():
         rows = []
-        for side, name in NAMED.items():
+        for side in sides(trials):
             cells = [spread(scores(trials, side, metric)) for metric in METRICS]
             off = less(scores(trials, side, "clip_score"), scores(trials, "multi", "clip_score"))
-            rows.append([name, *cells, "" if side == "multi" else said(off)])
+            rows.append([NAMED[side], *cells, "" if side == "multi" else said(off)])
         header = [split, *METRICS.values(), "CLIP score against five rounds"]
         found.append(table(header, rows))
     return "\n\n".join(found)
@@ -125,29 +135,23 @@ CLAIM = Claim(
 )
 
 
-def after_arrivals(trials: Trials, task: str, metric: str) -> list[list[float]]:
+def after_arrivals(task: str, metric: str) -> list[list[float]]:
     """After each arrival, the scores by seed."""
     runs = []
     for seed in SEEDS:
-        file = ROOT / trials.folder("all", seed) / "rounds.jsonl"
+        file = ROOT / ARRIVALS.folder("all", seed) / "rounds.jsonl"
         last = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
         runs.append([arrival["eval"][task][metric] for arrival in last["arrivals"]])
     return [list(some) for some in zip(*runs, strict=True)]
 
 
 def arrivals_table() -> str:
-    """For each split a row after each arrival."""
-    found = []
-    for split, trials in ARRIVALS.items():
-        clip = after_arrivals(trials, "clip-score", "clip_score")
-        shown = after_arrivals(trials, "pixel-check", "shown")
-        rows = [["0", *(spread(trials.scores("all", each, "zero_shot")) for each in ("clip_score", "shown"))]]
-        rows += [
-            [str(count), spread(first), spread(second)]
-            for count, (first, second) in enumerate(zip(clip, shown, strict=True), 1)
-        ]
-        found.append(table([f"clients that arrived, {split}", "CLIP score", "pixel check"], rows))
-    return "\n\n".join(found)
+    """A row after each arrival."""
+    columns = {"clip_score": "clip-score", "clip_image_score": "clip-score", "shown": "pixel-check"}
+    before = [spread(ARRIVALS.scores("all", metric, "zero_shot")) for metric in columns]
+    after = [map(spread, after_arrivals(task, metric)) for metric, task in columns.items()]
+    rows = [["0", *before], *([str(n), *some] for n, some in enumerate(zip(*after, strict=True), 1))]
+    return table([f"clients, {ALONE}", *(METRICS[metric] for metric in columns)], rows)
 
 
 def cells(file: str, trials: Trials, side: str) -> list[Image]:
@@ -187,20 +191,55 @@ SHORT = {
 
 def claim_picture() -> bytes:
     """Rows prompts, columns sides: dealt at random, then one subject a client."""
-    return sheet(
-        (name, cells(file, trials, side))
-        for trials in TRIALS.values()
-        for name, (side, file) in SHORT.items()
-    )
+    columns = ((side, *SHORT[side], trials) for trials in TRIALS.values() for side in sides(trials))
+    return sheet((name, cells(file, trials, side)) for name, side, file, trials in columns)
 
 
-def arrivals_picture(split: str) -> bytes:
+def arrivals_picture() -> bytes:
     """Rows prompts, columns after 0, 1, ... arrivals."""
-    trials = ARRIVALS[split]
     files = ["round-0000.png", *(f"round-0001-arrival-{n:04d}.png" for n in range(1, len(SUBJECTS) + 1))]
-    return sheet((f"{count} clients", cells(file, trials, "all")) for count, file in enumerate(files))
+    return sheet((f"{count} clients", cells(file, ARRIVALS, "all")) for count, file in enumerate(files))
 
 
+def stable_diffusion() -> str:
+    """A row for each form of the paper's run."""
+    shape, rows = ROOT / "configs/papers/shapes/stable-diffusion-1.5", []
+    for name, file in PLANNED.items():
+        for dtype in ("float32", "bfloat16"):
+            overrides = [f"model.name={shape}", f"model.dtype={dtype}"]
+            found = plan(load_config(ROOT / f"configs/{file}.yaml", overrides)).document
+            payload, step, once = (
+                found["payload_bytes"],
+                found["flops_per_token"],
+                found["flops_once_a_picture"],
+            )
+            tokens = found["batch"]["longest"]
+            flops = [step["forward"] * tokens, step["backward"] * tokens, *once.values()]
+            rows.append(
+                [
+                    f"{name}, {dtype}",
+                    f"{payload['per_client_round'] / 1e6:.2f} MB",
+                    f"{payload['total'] / 1e6:.1f} MB",
+                    *(
+                        f"{found[f'{who}_peak_memory_bytes']['total'] / 1e9:.2f} GB"
+                        for who in ("client", "evaluation")
+                    ),
+                    *(f"{count / 1e9:,.0f}" for count in flops),
+                ]
+            )
+    header = [
+        "",
+        "a client and round",
+        "the run",
+        "client's memory",
+        "evaluation's",
+        "GFLOP forward",
+        "backward",
+    ]
+    return table([*header, "autoencoder, once", "text encoder, once"], rows)
+
+
+PLANNED = {"1 x 25 epochs": "papers/text_to_image", "5 x 5 epochs": "papers/text_to_image_multi_round"}
 PAPER = ("papers/text_to_image_multi_round", "papers/text_to_image")
 ENTRIES: Mapping[str, Entry] = {
     "text-to-image": entry(
@@ -212,10 +251,11 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "text-to-image-arrivals": Entry(
         arrivals_table,
-        list(ARRIVALS.values()),
+        [ARRIVALS],
         NEEDS,
-        plots={"text_to_image_arrivals.png": partial(arrivals_picture, "one subject a client")},
+        plots={"text_to_image_arrivals.png": arrivals_picture},
     ),
+    "stable-diffusion": Entry(stable_diffusion, needs=NEEDS[:1]),
 }
 
 if __name__ == "__main__":

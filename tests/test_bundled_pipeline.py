@@ -52,7 +52,7 @@ def test_it_is_small_and_holds_float16_in_safetensors_and_no_place_of_a_machine(
 
 
 def test_the_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None:
-    load("pretrain_pictures").tokenizer(tmp_path)
+    load("shape_tokenizer").tokenizer(tmp_path)
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / name).read_bytes() == (bundled_pipeline() / "tokenizer" / name).read_bytes()
 

@@ -34,7 +34,6 @@ def plan(
     from fedtune.planning.plan import plan as plan_one
 
     settings, objects = with_objects(load(config, *overrides), data)
-    _texts_only(settings, "plan")
     return plan_one(settings, objects=objects).document
 
 

@@ -117,7 +117,10 @@ def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
 
     with quiet(), without_reports(), torch.device("meta"):
         unet, vae, text_encoder = (built(kind) for kind in PART_WEIGHTS)
-    return TextToImage(unet, vae, text_encoder, scheduler=None, noising=None, name=name, learning=Learning())
+    noising = diffusers.DDPMScheduler()  # of any settings: how many numbers there are is all that is asked
+    return TextToImage(
+        unet, vae, text_encoder, scheduler=None, noising=noising, name=name, learning=Learning()
+    )
 
 
 def pipeline_of(model: TextToImage, tokenizer: PreTrainedTokenizerBase) -> Any:
