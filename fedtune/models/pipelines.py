@@ -123,6 +123,16 @@ def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
     )
 
 
+def pipeline_tokenizer(name: str, base: Path) -> PreTrainedTokenizerBase:
+    """A pipeline's tokenizer alone. Raises InputError where there is none."""
+    folder = pipeline_folder(name, base, weights=False) / "tokenizer"
+    from transformers import CLIPTokenizer
+
+    with quiet(), usable(f"model {name}: its tokenizer cannot be loaded from {folder}"):
+        found: PreTrainedTokenizerBase = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return found
+
+
 def pipeline_of(model: TextToImage, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The parts as diffusers' `StableDiffusionPipeline`, without a safety checker."""
     diffusers = require_diffusers()
