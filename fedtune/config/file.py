@@ -58,7 +58,8 @@ def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         problems += _problems(error, RunConfig, ())
     if problems:
-        raise InputError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+        said = (problem.removeprefix(f"{source}: ") for problem in dict.fromkeys(problems))
+        raise InputError("\n".join(f"{source}: {problem}" for problem in said))
     return config
 
 

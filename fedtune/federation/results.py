@@ -23,7 +23,7 @@ from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.base_model import load_base
-from fedtune.federation.data import Split, all_held_out, prepare_data
+from fedtune.federation.data import Split, all_held_out, prepare_data, scored_tasks
 from fedtune.federation.encoding import used_template
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.notes import asked_in_template
@@ -112,7 +112,7 @@ def scores_of(
         config: How.
         tuned: The tokenizer that says in which template they were tuned; None: their own.
     """
-    settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
+    settings, tasks = eval_settings(config, split.labels), scored_tasks(config, split)
     with faults("evaluation", lambda: memory_for(config)):
         outcomes, tokenizer = dict[str, dict[str, Outcome]](), tuned
         for name, loaded in models:

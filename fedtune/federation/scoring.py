@@ -19,7 +19,7 @@ from fedtune.evaluation.picture_settings import PicturePrompt, PictureSettings
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.assembly import Assembly
-from fedtune.federation.data import Split
+from fedtune.federation.data import Split, scored_tasks
 from fedtune.federation.room import reserved_tokens
 from fedtune.models.at_work import at_work
 
@@ -60,11 +60,11 @@ def evaluate(
         config: The run's configuration.
         peaks: Told what batches take.
     """
-    settings = eval_settings(config, split.labels)
+    settings, tasks = eval_settings(config, split.labels), scored_tasks(config, split)
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name, model in models:
         model.eval()
-        outcomes[name] = score(model, tokenizer, split.evaluation, config.evaluation.tasks, settings, peaks)
+        outcomes[name] = score(model, tokenizer, split.evaluation, tasks, settings, peaks)
     each = {name: summarize([found], settings) for name, found in outcomes.items()}
     result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
     notes = {

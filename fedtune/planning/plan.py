@@ -20,6 +20,7 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import certain
 from fedtune.federation.base_model import refuse_quantized
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
@@ -304,7 +305,7 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
             "these bytes are what is to be expected"
         )
-    others = [task for task in config.evaluation.tasks if task != "loss"]
+    others = [task for task in certain(config.evaluation.tasks) if task != "loss"]
     if others and config.model.task == "causal-lm":
         notes.append(
             f"of evaluation the loss of held-out examples is planned; batches of {', '.join(others)} are cut "
