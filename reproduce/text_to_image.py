@@ -2,15 +2,15 @@
 
 Table:   Figure 4, text to image; docs/claims.md, block text-to-image
 Command: python reproduce/text_to_image.py text-to-image
-Time:    not measured yet
+Time:    15 minutes of a core
 Needs:   diffusers, PIL
-Result:  none yet
+Result:  CLIP score of one round against five: dealt at random +0.0504, one subject a client +0.0058
 
 Table:   Figure 5 in pictures, after each arrival; docs/text-to-image.md, block text-to-image-arrivals
 Command: python reproduce/text_to_image.py text-to-image-arrivals
-Time:    not measured yet
+Time:    3 minutes of a core
 Needs:   diffusers, PIL
-Result:  none yet
+Result:  CLIP score 0.5955 before, 0.5635 after one client of five, 0.6419 after all
 
 Table:   what Stable Diffusion 1.5 sends, holds and computes; docs/text-to-image.md, block stable-diffusion
 Command: python reproduce/text_to_image.py stable-diffusion
@@ -24,7 +24,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from claims import OUT, SEEDS, Claim, Outcome, Side, Trials, Verdict, entry, less, said
@@ -118,7 +118,8 @@ def claim_outcome() -> Outcome:
             "pictures show what was asked for"
         )
     verdict = Verdict.SEEN if all(verdicts) else Verdict.NOT_SEEN
-    return Outcome(verdict, f"{'; '.join(parts)}.".capitalize())
+    said_of_both = "; ".join(parts)
+    return Outcome(verdict, f"{said_of_both[0].upper()}{said_of_both[1:]}.")
 
 
 CLAIM = Claim(
@@ -241,7 +242,7 @@ def stable_diffusion() -> str:
 
 PLANNED = {"1 x 25 epochs": "papers/text_to_image", "5 x 5 epochs": "papers/text_to_image_multi_round"}
 PAPER = ("papers/text_to_image_multi_round", "papers/text_to_image")
-ENTRIES: Mapping[str, Entry] = {
+ENTRIES = {
     "text-to-image": entry(
         CLAIM,
         list(TRIALS.values()),
