@@ -35,7 +35,7 @@ MODELS, DATA = SHARED / "models", SHARED / "data"
 DOLLY = DATA / "dolly15k/databricks-dolly-15k.jsonl"
 
 WORDS = ("Table", "Command", "Time", "Needs", "Result")
-PLACE = re.compile(r"\b(README\.md|docs/\w+\.\w+), (?:block ([\w-]+)|whole file)")
+PLACE = re.compile(r"\b(README\.md|docs/[\w-]+\.\w+), (?:block ([\w-]+)|whole file)")
 
 
 @dataclass(frozen=True)

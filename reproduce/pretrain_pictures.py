@@ -1,6 +1,6 @@
 """Pre-train a small text-to-image pipeline and a CLIP from nothing, on drawn shapes, on a CPU.
 
-    nice -n 19 python reproduce/pretrain_pictures.py --out FOLDER [--part all] [--steps 6000]
+    nice -n 19 python reproduce/pretrain_pictures.py --out FOLDER [--part all] [--steps 5000]
     python reproduce/pretrain_pictures.py --out FOLDER --part scores   # what its weights can do
 
 An autoencoder, a CLIP and a UNet with its text encoder are trained one after another, each from --seed. The
@@ -13,11 +13,9 @@ The same machine and thread count give the same weights; another CPU may round o
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +28,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from score_pictures import TOKENS, chosen, decibels, drawn, encoded, scores, show_scores
+from score_pictures import TOKENS, chosen, decibels, drawn, encoded, note, scores, show_scores
+from shape_tokenizer import tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -48,14 +47,11 @@ from fedtune.data.shapes import Figure, Floats
 WIDTH = 64  # of both text encoders and of CLIP's pictures
 LATENTS = 6  # channels of a latent, at half a picture's side
 BATCH = 32  # pictures of one UNet step
-TRAINED = 4_000  # pictures that CLIP and UNet each see
+TRAINED = 16_000  # pictures that the UNet sees
+SHOWN = 48_000  # pictures that CLIP sees
+PAIRS = 32  # of CLIP's batch: a figure and one with an attribute changed
+NEARLY = 2  # captions a picture that are one attribute off, in that batch; they have no picture there
 MOMENTUM = 7.94  # of the average of the UNet's weights: step s counts as s to this power, less one
-IDENTIFIERS = ("sks", "zwx", "vrn", "qpl", "tuj")  # words without a meaning yet, for subjects
-WORDS = (
-    *("a", "an", "two", "on", "background", "and", "small", "big", "photo", "of", "picture", "the", "in"),
-    *("with", "toy", "drawing", *IDENTIFIERS, *shapes.COLOURS, *shapes.PATTERNS),
-    *(noun for shape in (*shapes.SHAPES, *shapes.OTHERS) for noun in (shape, shapes.plural(shape))),
-)
 
 
 def captions(figures: Sequence[Figure], rng: np.random.Generator) -> list[str]:
@@ -119,36 +115,60 @@ def clutter(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.stack(pictures))
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE whose merges spell `WORDS`, each one token; any other word goes down to bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + at) for at in range(len(others))]
-    vocabulary = {token: at for at, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
-    rank: dict[tuple[str, str], int] = {}
-    for word in sorted(set(WORDS), key=lambda word: (len(word), word)):
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            pairs = list(pairwise(parts))
-            at = min(range(len(pairs)), key=lambda at: rank.get(pairs[at], len(rank)))
-            rank.setdefault(pairs[at], len(rank))
-            parts[at : at + 2] = ["".join(pairs[at])]
-            vocabulary.setdefault(parts[at], len(vocabulary))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{first} {second}\n" for first, second in rank)
-    )
-    made: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-    made.save_pretrained(folder)
-    return made
+def train_clip(tokens: CLIPTokenizer, steps: int, seed: int, every: int) -> CLIPModel:
+    """Half of each batch are the other half's figures with one attribute changed: negatives that are hard.
 
-
-def train_clip(tokens: CLIPTokenizer, steps: int, seed: int) -> CLIPModel:
-    """Half of each batch are the other half's figures with one attribute changed: negatives that are hard."""
+    So are captions that are nearly right, of which each picture has some beside its own.
+    """
     torch.manual_seed(seed)
+    model = new_clip(tokens)
+    rng = np.random.default_rng([seed, 2])
+    figures = [shapes.any_figure(rng, wide=True) for _ in range(SHOWN // 2)]
+    figures += [nearly(figure, rng) for figure in figures]
+    pictures, texts = drawn(figures, rng), captions(figures, rng)
+    texts += [nearly(figure, rng).caption() for _ in range(2 * NEARLY) for figure in figures]
+    inputs, number = encoded(tokens, texts), {text: at for at, text in enumerate(sorted(set(texts)))}
+    same_text = torch.tensor([number[text] for text in texts])
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    began = time.monotonic()
+    model.train()
+    for step in range(steps):
+        first = torch.randint(0, SHOWN // 2, (PAIRS,), generator=generator)
+        shown = torch.cat([first, first + SHOWN // 2])
+        which = torch.randint(1, 2 * NEARLY + 1, (NEARLY, len(shown)), generator=generator)
+        said = torch.cat([shown, (shown + which * SHOWN).flatten()])
+        longest = int(inputs.attention_mask[said].sum(1).max())
+        found = model(
+            pixel_values=pictures[shown],
+            input_ids=inputs.input_ids[said, :longest],
+            attention_mask=inputs.attention_mask[said, :longest],
+        ).logits_per_image
+        own = torch.arange(len(shown))
+        alike = same_text[shown][:, None] == same_text[said][None]
+        alike[own, own] = False
+        found = found.masked_fill(alike, -1e4)
+        loss = (F.cross_entropy(found, own) + F.cross_entropy(found.T[: len(shown)], own)) / 2
+        descend(loss, list(model.parameters()), optimizer)
+        schedule.step()
+        model.logit_scale.data.clamp_(max=4.6)
+        progress("clip", step, steps, loss, began)
+        if (step + 1) % every == 0 and step + 1 < steps:
+            print(f"clip {step + 1}: {chosen(model, tokens, hard=True)} hard", flush=True)
+    return model.eval()
+
+
+def nearly(figure: Figure, rng: np.random.Generator) -> Figure:
+    """A figure with one attribute changed, half the time its shape, which is hardest to see."""
+    if rng.random() < 0.5:
+        others = [shape for shape in (*shapes.SHAPES, *shapes.OTHERS) if shape != figure.shape]
+        return replace(figure, shape=str(rng.choice(others)))
+    return shapes.like(figure, rng)
+
+
+def new_clip(tokens: CLIPTokenizer) -> CLIPModel:
+    """Untrained: two layers for texts, three for pictures of 4 x 4 pixels a patch."""
     ends = {
         "bos_token_id": tokens.bos_token_id,
         "eos_token_id": tokens.eos_token_id,
@@ -164,36 +184,7 @@ def train_clip(tokens: CLIPTokenizer, steps: int, seed: int) -> CLIPModel:
         size | ends | {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": TOKENS}
     )
     vision = size | {"num_hidden_layers": 3, "image_size": shapes.SIZE, "patch_size": 4}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    rng = np.random.default_rng([seed, 2])
-    figures = [shapes.any_figure(rng, wide=True) for _ in range(TRAINED // 2)]
-    figures += [shapes.like(figure, rng) for figure in figures]
-    pictures, texts = drawn(figures, rng), captions(figures, rng)
-    inputs, number = encoded(tokens, texts), {text: at for at, text in enumerate(sorted(set(texts)))}
-    same_text = torch.tensor([number[text] for text in texts])
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    began = time.monotonic()
-    model.train()
-    for step in range(steps):
-        first = torch.randint(0, len(figures) // 2, (48,), generator=generator)
-        batch = torch.cat([first, first + len(figures) // 2])
-        longest = int(inputs.attention_mask[batch].sum(1).max())
-        found = model(
-            pixel_values=pictures[batch],
-            input_ids=inputs.input_ids[batch, :longest],
-            attention_mask=inputs.attention_mask[batch, :longest],
-        ).logits_per_image
-        alike = same_text[batch][:, None] == same_text[batch][None]
-        found = found.masked_fill(alike & ~torch.eye(len(batch), dtype=torch.bool), -1e4)
-        own = torch.arange(len(batch))
-        loss = (F.cross_entropy(found, own) + F.cross_entropy(found.T, own)) / 2
-        descend(loss, list(model.parameters()), optimizer)
-        schedule.step()
-        model.logit_scale.data.clamp_(max=4.6)
-        progress("clip", step, steps, loss, began)
-    return model.eval()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
 def new_generator(tokens: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
@@ -285,6 +276,7 @@ def train_unet(parts: Parts, steps: int, seed: int, every: int, out: Path) -> No
             pipeline = assembled(parts, unet, text)
             print(f"unet {step + 1}: {scores(pipeline, held_out=False)}", flush=True)
             save(pipeline, out)
+            note(out, "unet", step + 1, seed)
             for parameter, value in zip(trained, moving, strict=True):
                 parameter.data.copy_(value)
             unet.float().train(), text.float().train()
@@ -315,14 +307,14 @@ def assembled(parts: Parts, unet: UNet2DConditionModel, text: CLIPTextModel) -> 
 
 
 def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
-    """Writes float16 weights; the pipeline's own stay as they are."""
+    """Writes what is new, in float16; the pipeline's own weights stay as they are."""
     for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, UNet2DConditionModel | CLIPTextModel):
             held = {key: value.clone() for key, value in part.state_dict().items()}
             part.half()
             cast(Any, part).save_pretrained(out / name)
             part.float().load_state_dict(held)
-        elif part is not None and name != "tokenizer":
+        elif isinstance(part, DDIMScheduler):
             part.save_pretrained(out / name)
     pipeline.save_config(out)
 
@@ -338,17 +330,16 @@ def descend(loss: Tensor, parameters: list[torch.nn.Parameter], optimizer: torch
 def progress(what: str, step: int, steps: int, loss: Tensor, began: float) -> None:
     """A line every 200 steps."""
     if (step + 1) % 200 == 0 or step + 1 == steps:
-        print(
-            f"{what} {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - began:.0f} s", flush=True
-        )
+        seconds = time.monotonic() - began
+        print(f"{what} {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train a small text-to-image pipeline.")
     parser.add_argument("--part", choices=("all", "autoencoder", "clip", "unet", "scores"), default="all")
-    parser.add_argument("--steps", type=int, default=6000, help="of the UNet")
-    parser.add_argument("--autoencoder-steps", type=int, default=1600)
-    parser.add_argument("--clip-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=5000, help="of the UNet")
+    parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--clip-steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=500, help="steps between two scores of the UNet")
@@ -356,27 +347,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out, part = arguments.out, arguments.part
+    if part == "scores":
+        return show_scores(out)
     if part in ("all", "autoencoder"):
         vae = train_autoencoder(arguments.autoencoder_steps, arguments.seed)
         print(f"autoencoder: {decibels(vae):.1f} dB", flush=True)
         vae.half().save_pretrained(out / "vae")
+        note(out, "autoencoder", arguments.autoencoder_steps, arguments.seed)
     tokens = tokenizer(out / "tokenizer")
     if part in ("all", "clip"):
-        clip = train_clip(tokens, arguments.clip_steps, arguments.seed)
-        print(
-            f"clip: {chosen(clip, tokens, hard=False)} easy, {chosen(clip, tokens, hard=True)} hard",
-            flush=True,
-        )
+        clip = train_clip(tokens, arguments.clip_steps, arguments.seed, arguments.every)
+        right = [chosen(clip, tokens, hard=hard) for hard in (False, True)]
+        print(f"clip: {right[0]} easy, {right[1]} hard", flush=True)
         clip.half().save_pretrained(out / "clip")
+        note(out, "clip", arguments.clip_steps, arguments.seed)
         tokens.save_pretrained(out / "clip")
         side = {"height": shapes.SIZE, "width": shapes.SIZE}
         CLIPImageProcessorPil(
             size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ).save_pretrained(out / "clip")
     if part in ("all", "unet"):
-        vae = AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+        vae = AutoencoderTiny.from_pretrained(out / "vae", dtype=torch.float32).eval()
         train_unet(Parts(tokens, vae), arguments.steps, arguments.seed, arguments.every, out)
-    show_scores(out)
+        show_scores(out)
 
 
 if __name__ == "__main__":

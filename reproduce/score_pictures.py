@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from fedtune.data.shapes import Figure
 from fedtune.evaluation.shapes import right
 
 TOKENS = 24  # the longest caption that the text encoders take
+TRAINING = "training.json"  # how each part was trained
+ABOUT = """# The bundled text-to-image pipeline
+
+A Stable Diffusion pipeline for pictures of 32 x 32 pixels (UNet {:,} parameters, text encoder {:,},
+autoencoder {:,}) and a CLIP ({:,}), float16, pre-trained from nothing by
+`reproduce/pretrain_pictures.py` on the shapes that `fedtune/data/shapes.py` draws. No outside pictures,
+texts or weights went in. Licence: Apache-2.0, as the rest of fedtune.
+
+{trained}
+
+`python reproduce/pretrain_pictures.py --out FOLDER --part scores` writes this file:
+
+{rows}
+"""
 
 
 def drawn(figures: Sequence[Figure], rng: np.random.Generator) -> Tensor:
@@ -76,22 +91,42 @@ def decibels(vae: AutoencoderTiny) -> float:
     return float(10 * torch.log10(4 / error))
 
 
+def note(out: Path, part: str, steps: int, seed: int) -> None:
+    """Keeps how a part was trained, beside it."""
+    file = out / TRAINING
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(known | {part: {"steps": steps, "seed": seed}}, indent=2) + "\n", "utf-8")
+
+
 def show_scores(out: Path) -> None:
-    """Prints what the files in `out` can do, as a Markdown table."""
+    """Prints what the files in `out` can do, as a Markdown table, and writes it into README.md there."""
     tokens = CLIPTokenizer.from_pretrained(out / "tokenizer")
     pipeline = StableDiffusionPipeline.from_pretrained(
         out,
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
         local_files_only=True,
         safety_checker=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).eval()
-    print("| what | score |\n|---|---|")
-    print(f"| autoencoder, peak signal to noise | {decibels(pipeline.vae):.1f} dB |")
+    rows = ["| what | score |\n|---|---|"]
+    rows += [f"| autoencoder, peak signal to noise | {decibels(pipeline.vae):.1f} dB |"]
     for name, held_out in (("trained", False), ("never trained", True)):
         for key, value in scores(pipeline, held_out=held_out, count=100).items():
-            print(f"| pixel check, {name} combinations, {key} | {value:.2f} |")
+            rows += [f"| pixel check of 100 pictures, {name} combinations, {key} | {value:.2f} |"]
     for name, hard in (("any", False), ("one attribute off", True)):
-        print(f"| CLIP, right caption of eight, the others {name} | {chosen(clip, tokens, hard=hard):.3f} |")
+        found = chosen(clip, tokens, hard=hard)
+        rows += [f"| CLIP, right caption of eight, the others {name} | {found:.3f} |"]
+    print("\n".join(rows))
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae, clip)
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    trained = json.loads((out / TRAINING).read_text(encoding="utf-8"))
+    (out / "README.md").write_text(ABOUT.format(*sizes, trained=told(trained), rows="\n".join(rows)), "utf-8")
+
+
+def told(trained: Mapping[str, Mapping[str, int]]) -> str:
+    """How parts were trained."""
+    return "\n".join(
+        f"* {part}: {about['steps']:,} steps, seed {about['seed']}" for part, about in trained.items()
+    )

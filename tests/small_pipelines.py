@@ -22,7 +22,7 @@ def save_pipeline(folder: Path, *, prediction: str = "epsilon", spreads: bool = 
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = load("pretrain_pictures").tokenizer(folder / "tokenizer")
+    tokenizer = load("shape_tokenizer").tokenizer(folder / "tokenizer")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     text |= {"num_hidden_layers": 1, "max_position_embeddings": 24, "vocab_size": len(tokenizer)}
@@ -83,7 +83,7 @@ def save_clip(folder: Path) -> Path:
     """Writes a CLIP with random weights, for pictures of 16 pixels and captions of 8 tokens."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-    tokenizer = load("pretrain_pictures").tokenizer(folder)
+    tokenizer = load("shape_tokenizer").tokenizer(folder)
     size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     size |= {"num_hidden_layers": 1, "projection_dim": 8}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 8}

@@ -131,6 +131,9 @@ def test_a_wheel_has_them_all(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
+    models = Path("fedtune") / "models"
+    for file in (file for file in (ROOT / models).rglob("bundled*/**/*") if file.is_file()):
+        assert (tmp_path / "site" / file.relative_to(ROOT)).read_bytes() == file.read_bytes()
     code = (
         "import sys; sys.path.insert(0, 'site'); import fedtune; from fedtune.config import shipped;"
         "from fedtune.api import starting; starting.init(__import__('pathlib').Path('mine'));"

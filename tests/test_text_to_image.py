@@ -322,7 +322,7 @@ def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> Non
         done.generate(PROMPTS)
 
 
-@pytest.mark.parametrize("command", ["plan", "diagnose", "data_report"])
+@pytest.mark.parametrize("command", ["diagnose"])
 def test_commands_that_know_texts_alone(pipeline: Path, pictures: Path, command: str) -> None:
     with pytest.raises(InputError, match=r"is not there for model\.task: text-to-image"):
         getattr(fedtune, command)(configuration(pipeline, pictures))

@@ -34,7 +34,6 @@ def plan(
     from fedtune.planning.plan import plan as plan_one
 
     settings, objects = with_objects(load(config, *overrides), data)
-    _texts_only(settings, "plan")
     return plan_one(settings, objects=objects).document
 
 
@@ -66,7 +65,10 @@ def data_report(
     from fedtune.planning.data_report import data_report as report
 
     settings, objects = with_objects(load(config, *overrides), data)
-    _texts_only(settings, "data")
+    if settings.data.pictures is not None:
+        from fedtune.planning.picture_report import picture_report
+
+        return picture_report(settings, example=example)
     return report(settings, objects=objects, sample=sample, example=example)
 
 

@@ -141,6 +141,9 @@ def rendered(example: Mapping[str, Any], console: Console) -> Text:
     """An example as the model reads it; what has loss is underlined, or in marks where nothing is styled."""
     from rich.text import Text
 
+    if picture := example.get("picture"):
+        whose = f"Training picture {example['index']} (client {example['client']}): {_plain(picture)}, "
+        return Text(f"{whose}{example['tokens']} tokens: {_plain(example['pieces'][0]['text'])}")
     styled = console.is_terminal and not console.no_color
     how = "what is underlined" if styled else f"what stands between {OPEN} and {CLOSE}"
     loss = f"its class is {_plain(example['label'])}" if example["label"] is not None else f"loss is on {how}"

@@ -131,7 +131,9 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
         shown = f"{steps['least']:,} to {steps['most']:,}"
     cost.add_row("local steps", shown)
     what = "rows of several examples" if batch["batching"] == "packed" else batch["batching"]
-    cost.add_row("largest batch", f"{batch['examples']} x {batch['longest']} tokens ({what})")
+    pixels = batch["pixels"]
+    size_of = f"pictures of {pixels} x {pixels} pixels" if pixels else f"x {batch['longest']} tokens ({what})"
+    cost.add_row("largest batch", f"{batch['examples']} {size_of}")
     if batch["padding"] is not None:
         cost.add_row("padding, of all tokens", f"{batch['padding']:.1%} of the tokens")
     payload = document["payload_bytes"]
@@ -142,8 +144,11 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
         if payload[key] is not None:
             cost.add_row(label, f"{size(payload[key]['down'])}, {size(payload[key]['up'])}")
     cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
+    unit, times = ("picture", batch["longest"]) if pixels else ("token", 1)
     for direction, count in document["flops_per_token"].items():
-        cost.add_row(f"GFLOP a token, {direction}", f"{count / 1e9:,.4g}")
+        cost.add_row(f"GFLOP a {unit}, {direction}", f"{count * times / 1e9:,.4g}")
+    for part, count in document["flops_once_a_picture"].items():
+        cost.add_row(f"GFLOP a picture, {part.replace('_', ' ')}", f"{count / 1e9:,.4g}")
     for key, value in document["published"].items():
         label = f"as the paper counts: {key.replace('_', ' ')}"
         cost.add_row(label, f"{value:,}" if key.startswith("bytes") else f"{value / 1e9:,.4g} G")

@@ -45,12 +45,10 @@ def refusal(
         "data.streaming": data.streaming,
         f"data.train: {data.train}": data.train in ("objects",),
         "transport.name: flower": transport == "flower",
-        "model.name: bundled": model.name == "bundled",
     }
     for what, there in others.items():
         if there:
             instead = {
-                "model.name: bundled": "; give a pipeline's folder or hub name",
                 "data.clients: files": "; a folder a client is partition: {name: by-field}",
                 f"method.name: {name}": f"; take {', '.join(METHODS)}",
                 f"method.trainable: {trainable}": "; take lora or full",

@@ -52,14 +52,17 @@ class Drawn(Settings):
     """The pictures that tasks look at."""
 
     prompts: Prompts = Field(default_factory=list)  # texts, or each with what CLIP should see; bundled: own
-    clip: str | None = Field(None, min_length=1)  # a folder of a CLIP model, for clip-score
+    clip: str | None = Field(None, min_length=1)  # a CLIP folder, or bundled; null: the bundled model's
     steps: int = Field(20, ge=1)  # of the scheduler, a picture
     guidance: float = Field(3.0, ge=1)  # the caption's guess over the one without; 1: the caption's alone
     each: int = Field(4, ge=1)  # pictures a prompt, each from a seed of its own
 
 
 def filled(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's values with the blocks of text-to-image, where it is one and they are plain."""
+    """A configuration's values with the blocks of text-to-image, where it is one and they are plain.
+
+    The bundled pipeline brings its CLIP, and with the bundled pictures is held to what it draws.
+    """
     model = values.get("model", {})
     if not isinstance(model, dict) or model.get("task") != TASK:
         return values
@@ -68,6 +71,12 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
         block = values.get(name, {})
         if isinstance(block, dict):
             filled[name] = {**block, own: {} if block.get(own) is None else block[own]}
-    if isinstance(filled["evaluation"], dict):
-        filled["evaluation"].setdefault("tasks", ["denoising-loss"])
+    data, evaluation, bundled = filled["data"], filled["evaluation"], "bundled"
+    if isinstance(evaluation, dict):
+        ours = model.get("name", bundled) == bundled
+        if ours and isinstance(drawn := evaluation["pictures"], dict) and drawn.get("clip") is None:
+            evaluation["pictures"] = {**drawn, "clip": bundled}
+        drawing = ours and isinstance(data, dict) and data.get("train", bundled) == bundled
+        tasks = ["denoising-loss", *(["clip-score", "pixel-check"] if drawing else [])]
+        evaluation.setdefault("tasks", tasks)
     return filled

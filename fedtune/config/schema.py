@@ -27,6 +27,7 @@ from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
+from fedtune.evaluation.picture_settings import A_CLIP
 from fedtune.evaluation.registry import TASKS, certain, classifies, looks_at_pictures
 from fedtune.methods import registry
 from fedtune.methods.objective import Preferring, pairs_refusal
@@ -235,7 +236,7 @@ class RunConfig(Settings):
         if drawn is not None and makes and not drawn.prompts and self.data.train != "bundled":
             raise ValueError(f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of")
         if drawn is not None and "clip-score" in makes and drawn.clip is None:
-            raise ValueError("task clip-score needs evaluation.pictures.clip: a folder of a CLIP model")
+            raise ValueError(f"task clip-score needs evaluation.pictures.clip: {A_CLIP}")
 
     def _enough_replies(self, robust: Robust, clients: int) -> None:
         everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round

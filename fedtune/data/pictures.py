@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.data.encoded import Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
 from fedtune.data.reading import NONE_THERE, Reading
-from fedtune.data.shapes import subject_pictures
+from fedtune.data.shapes import SIZE, subject_pictures
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -210,6 +210,13 @@ def open_picture(file: Path) -> Image:
         raise InputError(f"{file}: it has too many pixels: {error}") from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         raise InputError(f"{file}: it is no picture that can be read: {error}") from error
+
+
+def picture_size(example: Example) -> tuple[int, int]:
+    """Width and height of an example's picture, upright. Raises InputError where it cannot be read."""
+    if example.picture.startswith(f"{BUNDLED}:"):
+        return SIZE, SIZE
+    return open_picture(Path(example.picture)).size
 
 
 def sized(image: Image, side: int, crop: str) -> Image:

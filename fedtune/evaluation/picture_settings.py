@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+A_CLIP = "a folder of a CLIP model; or bundled, which knows drawn shapes alone"
+
 
 @dataclass(frozen=True)
 class PicturePrompt:
@@ -31,7 +33,7 @@ class PictureSettings:
 
     Attributes:
         prompts: One row of pictures each.
-        clip: A folder; needed for CLIP scores.
+        clip: "bundled" or a folder; needed for CLIP scores.
         steps: Of the scheduler.
         guidance: Weight of the caption's guess over the one without.
         each: Pictures a prompt.

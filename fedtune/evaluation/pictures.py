@@ -23,12 +23,13 @@ from fedtune.data.batches import collate, on_device
 from fedtune.data.pictures import encode_pictures
 from fedtune.data.shapes import figure_of
 from fedtune.errors import InputError
-from fedtune.evaluation.picture_settings import PictureSettings
+from fedtune.evaluation.picture_settings import A_CLIP, PictureSettings
 from fedtune.evaluation.shapes import right
 from fedtune.evaluation.types import EvalEnv, Outcome, Scored, Task
 from fedtune.models.boundary import usable
 from fedtune.models.folders import WEIGHTS, weight_files
 from fedtune.models.load import quiet
+from fedtune.models.names import BUNDLED, bundled_clip
 from fedtune.models.pipelines import Drawing, draw_pictures
 from fedtune.models.text_to_image import TextToImage, text_to_image
 
@@ -76,7 +77,7 @@ def _clip_score(env: EvalEnv) -> Outcome:
     base, settings = _pipeline(env)
     made = _made(env)  # (prompts, each, 3, side, side)
     if settings.clip is None:
-        raise InputError("clip-score needs evaluation.pictures.clip: a folder of a CLIP model")
+        raise InputError(f"clip-score needs evaluation.pictures.clip: {A_CLIP}")
     clip = load_clip(settings.clip)
     texts, cut = clip.texts([prompt.wanted for prompt in settings.prompts])
     pictures = torch.stack([clip.pictures(some) for some in made])  # (prompts, each, width)
@@ -182,14 +183,14 @@ def load_clip(name: str) -> Clip:
     """A CLIP in float32 on the CPU.
 
     Args:
-        name: A folder of a CLIP model with its tokenizer and image processor.
+        name: "bundled", or a folder of a CLIP model with its tokenizer and image processor.
 
     Raises:
         InputError: There is none, or it is no CLIP.
     """
     from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    folder = Path(name).expanduser()
+    folder = bundled_clip() if name == BUNDLED else Path(name).expanduser()
     if not (folder / "config.json").is_file():
         raise InputError(f"evaluation.pictures.clip: {folder} holds no CLIP model: it has no config.json")
     if not (folder / WEIGHTS).is_file():

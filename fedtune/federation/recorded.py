@@ -25,6 +25,7 @@ from fedtune.federation.data import Split, held_out_source, only_held_out, prepa
 from fedtune.federation.files import read_json
 from fedtune.models.folders import files_sha256, local_folder, settings_sha256, weight_files
 from fedtune.models.load import Loaded
+from fedtune.models.pipeline_folders import local_pipeline, part_settings_sha256, pipeline_sha256
 
 EXAMPLES = "examples.json"
 # of `data`: how examples are shown, and not which they are
@@ -171,6 +172,12 @@ def refuse_replaced(path: Path, config: RunConfig, objects: ObjectData | None = 
 
 
 def _refuse_replaced_model(path: Path, config: RunConfig) -> None:
+    if config.data.pictures is not None:
+        pipeline = local_pipeline(config.model.place)
+        if pipeline is not None:
+            digests = pipeline_sha256(config.model.name, pipeline), part_settings_sha256(pipeline)
+            refuse_other_model(path, *digests, config.model.name)
+        return
     folder = local_folder(config.model.place)
     if folder is None:
         return

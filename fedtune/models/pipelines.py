@@ -6,7 +6,6 @@ runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,32 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from fedtune.data.places import require_hub_name, say_asking
 from fedtune.errors import InputError
 from fedtune.models.boundary import first_line, usable
-from fedtune.models.folders import CONFIG, PIPELINE, files_sha256, of_revision
+from fedtune.models.folders import CONFIG, PIPELINE, of_revision
 from fedtune.models.load import DTYPES, Loaded, quiet
+from fedtune.models.pipeline_folders import (
+    PART_WEIGHTS,
+    PARTS,
+    part_settings_sha256,
+    pipeline_folder,
+    pipeline_sha256,
+)
 from fedtune.models.text_to_image import PREDICTIONS, Learning, TextToImage, text_to_image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INDEX = PIPELINE
-PARTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": (),  # any that diffusers has
-}
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
 KNOWN = "Stable Diffusion 1.x and 2.x: a UNet2DConditionModel, an autoencoder and one CLIP text encoder"
 
 
@@ -57,7 +49,7 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
     """Loads a pipeline as one module, with its tokenizer.
 
     Args:
-        name: A folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
+        name: "bundled", a folder (relative to `base`) or a hub name, with @ and a revision behind it or not.
         dtype: Of all weights, a name in `DTYPES`.
         base: The folder that relative names start from.
         learning: How the loss is taken.
@@ -69,8 +61,7 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
     folder = pipeline_folder(name, base)
     diffusers = require_diffusers()
     about = _index(name, folder)
-    files = [folder / part / file for part, file in WEIGHTS.items()]
-    for part, file in WEIGHTS.items():
+    for part, file in PART_WEIGHTS.items():
         _require_file(name, folder / part, file)
     for part in ("unet", "vae", "text_encoder"):
         _require_file(name, folder / part, CONFIG)
@@ -85,7 +76,7 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
 
     weights: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True}
     with quiet(), without_reports():
-        unet, vae, text_encoder = (loaded(kind, **weights) for kind in WEIGHTS)
+        unet, vae, text_encoder = (loaded(kind, **weights) for kind in PART_WEIGHTS)
         tokenizer, scheduler = loaded("tokenizer"), loaded("scheduler")
         with usable(f"model {name}: its scheduler cannot mix noise into latents"):
             noising = diffusers.DDPMScheduler.from_config(scheduler.config)
@@ -99,14 +90,9 @@ def load_pipeline(name: str, *, dtype: str, base: Path, learning: Learning) -> L
         name=of_revision(name)[0] if not Path(name).is_dir() else name,
         learning=learning,
     )
-    settings = sorted(
-        file for kind in PARTS for file in (folder / kind).glob("*.[jt][sx][ot]*") if file.is_file()
-    )
-    digests = {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in settings
-    }
     model.eval()
-    return Loaded(cast(Any, model), tokenizer, name, files_sha256(name, files), digests)
+    digests = pipeline_sha256(name, folder), part_settings_sha256(folder)
+    return Loaded(cast(Any, model), tokenizer, name, *digests)
 
 
 def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
@@ -130,31 +116,21 @@ def meta_pipeline(name: str, *, dtype: str, base: Path) -> TextToImage:
             return part.from_config(part.load_config(folder / kind, local_files_only=True)).to(DTYPES[dtype])
 
     with quiet(), without_reports(), torch.device("meta"):
-        unet, vae, text_encoder = (built(kind) for kind in WEIGHTS)
-    return TextToImage(unet, vae, text_encoder, scheduler=None, noising=None, name=name, learning=Learning())
+        unet, vae, text_encoder = (built(kind) for kind in PART_WEIGHTS)
+    noising = diffusers.DDPMScheduler()  # of any settings: how many numbers there are is all that is asked
+    return TextToImage(
+        unet, vae, text_encoder, scheduler=None, noising=noising, name=name, learning=Learning()
+    )
 
 
-def pipeline_folder(name: str, base: Path, *, weights: bool = True) -> Path:
-    """The local folder of a pipeline, downloaded from the hub if that is where it is, with weights or not.
+def pipeline_tokenizer(name: str, base: Path) -> PreTrainedTokenizerBase:
+    """A pipeline's tokenizer alone. Raises InputError where there is none."""
+    folder = pipeline_folder(name, base, weights=False) / "tokenizer"
+    from transformers import CLIPTokenizer
 
-    Raises:
-        InputError: There is neither such a folder nor such a hub name within reach.
-    """
-    folder = base / Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    hub, revision = of_revision(name)
-    require_hub_name(hub, base, "model.name", [])
-    say_asking(f"model {name}")
-    wanted = [INDEX, *(f"{kind}/*.{end}" for kind in PARTS for end in ("json", "txt"))]
-    wanted += [f"{kind}/{file}" for kind, file in WEIGHTS.items() if weights]
-    try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f'model.name: {folder} is not there, and the hub did not give "{name}": {first_line(error)} Give '
-            "a pipeline's folder, or check the name, the network and HF_HUB_OFFLINE."
-        ) from error
+    with quiet(), usable(f"model {name}: its tokenizer cannot be loaded from {folder}"):
+        found: PreTrainedTokenizerBase = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return found
 
 
 def pipeline_of(model: TextToImage, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -106,7 +106,7 @@ def data_report(
             _client(split, client, one, twice.within[client], answers=look.answers)
             for client, one in tokens.items()
         ],
-        "lengths": _histogram([n for one in tokens.values() for n in one.whole]),
+        "lengths": histogram([n for one in tokens.values() for n in one.whole]),
         "duplicates": {
             "within": sum(twice.within.values()),
             "between": twice.between,
@@ -316,7 +316,7 @@ def _client(split: Split, client: int, tokens: Tokens, within: int, *, answers: 
     }
 
 
-def _histogram(lengths: list[int]) -> dict[str, Any]:
+def histogram(lengths: list[int]) -> dict[str, Any]:
     """How many examples have how many tokens: bars of equal width, of a round number of tokens."""
     if not lengths:
         return {"edges": [], "counts": [], "quantiles": {}}

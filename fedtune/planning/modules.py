@@ -44,9 +44,13 @@ def _of_pipeline(config: RunConfig) -> list[str]:
 
     base = meta_pipeline(config.model.place, dtype=config.model.dtype, base=Path("."))
     method = registry.build(config.method, config.seed)
-    if config.method_name == "zero-shot":
+    return pipeline_notes(method, method.client_model(lambda: base))
+
+
+def pipeline_notes(method: Any, model: nn.Module) -> list[str]:
+    """The same of a pipeline that the method was attached to."""
+    if method.config.name == "zero-shot":
         return ["trained: nothing"]
-    model = method.client_model(lambda: base)
     count, layers = count_parameters(model), len(lora_layers(model))
     form = f"LoRA on {layers} linear layers" if layers else "all weights of the UNet"
     lines = [f"trained: {form}; {count.trainable:,} of {count.total:,} parameters"]

@@ -30,12 +30,12 @@ from fedtune.models.offload import largest_weight
 from fedtune.models.portable import name_classes
 from fedtune.models.quantize import quantization_of
 from fedtune.models.tuning import count_parameters
-from fedtune.planning import dry_run, workload
+from fedtune.planning import dry_run, pictures, workload
 from fedtune.planning.by_device import by_device
 from fedtune.planning.evaluation import evaluation_step
 from fedtune.planning.fake import Fakes
 from fedtune.planning.memory import PARTS, PartsMeter
-from fedtune.planning.modules import module_notes
+from fedtune.planning.modules import module_notes, pipeline_notes
 from fedtune.planning.published import published
 from fedtune.planning.traffic import CPU, Exchange, Traffic, simulate
 from fedtune.planning.workload import Workload
@@ -72,17 +72,21 @@ def plan(
     """
     method = registry.build(config.method, config.seed)
     size = getattr(config.method, "batch_size", 1)
+    fakes = Fakes()
+    drawn = pictures.pipeline_of(config, fakes)
     if work is None:
         rows = max(size, config.method.alignment.batch_size if hasattr(config.method, "alignment") else 1)
-        work = workload.read(config, pooled=method.pools_data, rows=rows, objects=objects)
+        if drawn is not None:
+            work = pictures.read(config, drawn, pooled=method.pools_data, rows=rows)
+        else:
+            work = workload.read(config, pooled=method.pools_data, rows=rows, objects=objects)
     clients = work.clients or dict.fromkeys(range(work.population), 1)
     if method.uses_wire and isinstance(config.federation.clients_per_round, int):
         _check_count(config.federation.clients_per_round, len(clients))
     per_round = config.federation.clients_per_round if method.uses_wire else None
     cohort = sample_cohort(clients, per_round, seed=config.seed, round=1)
 
-    fakes = Fakes()
-    base = fakes.model(
+    base: Any = drawn or fakes.model(
         config.model.place,
         base=Path("."),
         initial=config.model.initial,
@@ -94,7 +98,9 @@ def plan(
     )
     refuse_quantized(config, quantization_of(base))
     name_classes(base.config, work.labels)  # they travel with a model that is sent
-    vocabulary = cast(Tensor, base.get_input_embeddings().weight).shape[0]
+    vocabulary = (
+        base.config.vocab_size if drawn else cast(Tensor, base.get_input_embeddings().weight).shape[0]
+    )
     method.prepare(ServerEnv(workload.within(work.public, vocabulary), 0, CPU))
     model = method.client_model(lambda: base)
     fakes.empty_out(model)
@@ -123,7 +129,11 @@ def plan(
         if hasattr(config.method, "alignment"):  # a second result is scored, made of other parts
             whole = dry_run.exported(method, model)
         held_out, classes = workload.within(work.held_out, vocabulary), config.model.task == "classification"
-        evaluation = evaluation_step(whole, held_out, config.evaluation, classes=classes)
+        evaluation = (
+            pictures.evaluation_step(whole, config)
+            if drawn
+            else evaluation_step(whole, held_out, config.evaluation, classes=classes)
+        )
     if steps and method.rounds:
         client, tokens = dry_run.client_step(
             method,
@@ -138,6 +148,9 @@ def plan(
             compression,
         )
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust, compression)
+    once = pictures.computed_once(drawn, items) if drawn and steps else {}
+    if config.model.diffusion is not None and config.model.diffusion.keep and client.forward:
+        client.forward -= len(items) * sum(once.values())  # of the first step alone
     offloaded = largest_weight(model) if getattr(config.method, "offload_params", "none") != "none" else 0
     loaded = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) if steps else 0
     document = {
@@ -165,14 +178,17 @@ def plan(
         "batch": {
             "examples": len(items),
             "longest": max((len(item.input_ids) for item in items), default=0),
+            "pixels": pictures.pixels(items),
             "padding": work.tokens and work.tokens[1] / work.tokens[0],
             "batching": config.data.batching,
         },
+        "flops_once_a_picture": once,
         "published": published(config.method, base, traffic),
-        "modules": tuned_modules(model),
+        "modules": {} if drawn else tuned_modules(model),
         "notes": [
             *work.notes,
-            *(module_notes(config.method, model) if tuned_modules(model) else []),
+            *(pipeline_notes(method, model) if drawn else []),
+            *(module_notes(config.method, model) if tuned_modules(model) and not drawn else []),
             *_notes(config, method, traffic),
         ],
     }

@@ -69,7 +69,7 @@ class Workload:
         """The largest batch of `size` examples (fewer where no client has as many): no other is larger."""
         rows = size if self.passes is None else min(size, max(self.passes.values()))
         items = list(self.longest[:rows])
-        if len({len(item.input_ids) for item in items}) == 1 < len(items):
+        if len({len(item.input_ids) for item in items}) == 1 < len(items) and type(items[-1]) is Encoded:
             # with padding there is a mask, and with a mask a step needs more memory
             items.append(_shorter(items.pop()))
         return items
