@@ -145,6 +145,57 @@ class Run:
             texts=trained_on_texts(self.folder, self.config),
         )
 
+    def serve_api(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        key: str | None = None,
+        name: str = "global",
+        max_tokens: int = 1024,
+        quiet: bool = False,
+    ) -> None:
+        """Answers the OpenAI-compatible routes over HTTP, one request at a time, until Ctrl-C or a signal.
+
+        `/v1/chat/completions` is answered in the template that the model was tuned in, `/v1/completions`
+        continues a text as it is; `/v1/models` and `/health`. The model is called as the run's folder is.
+
+        Args:
+            host: The address to bind; one that other machines reach needs a key.
+            port: Its port; 0: one that is free.
+            key: What callers have to say, as `Authorization: Bearer KEY`; None: nothing.
+            name: Which result, as of `model`.
+            max_tokens: The most of an answer that a request may ask for.
+            quiet: No line a request.
+
+        Raises:
+            InputError: There is no result, it is no causal language model, or the address cannot be bound.
+        """
+        from fedtune.deploy.openai_api import Model, Routes, serve_forever
+        from fedtune.federation.answering import NEW_TOKENS
+        from fedtune.federation.completing import completer, most_tokens
+
+        if (task := self.config.model.task) != "causal-lm":
+            raise InputError(
+                f"{self.path} is of task {task}, which the OpenAI-compatible routes have no form for; use "
+                f"fedtune generate {self.path}"
+            )
+        if max_tokens < 1:
+            raise InputError(f"max_tokens must be a whole number from 1 up, got {max_tokens!r}")
+        loaded = self._result(name)
+        routes = Routes(
+            Model(
+                self.folder.name,
+                completer(self.config, loaded),
+                most_tokens(loaded, max_tokens),
+                self.config.evaluation.max_new_tokens or NEW_TOKENS,
+            )
+        )
+        server = routes.server(host, port, key=key, quiet=quiet)
+        serve_forever(
+            routes, server, lambda: print(f"{self.folder.name} answers at {server.url}/v1", flush=True)
+        )
+
     def draw_to(self, prompt: str, out: str | Path, *, seed: int = 0, name: str = "global") -> Path:
         """Writes a picture of a text-to-image model as PNG, with the run's own steps and guidance.
 

@@ -21,6 +21,7 @@ from fedtune.cli.display import Json, PlainHelp, Plugin, print_json, seeds_of, s
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.report import report
+from fedtune.cli.serve import serve
 from fedtune.cli.server import server
 from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
@@ -242,6 +243,7 @@ def evaluate(
 command()(report)
 command()(generate)
 command()(chat)
+command()(serve)
 
 
 @command()
