@@ -171,9 +171,7 @@ class Run:
         Raises:
             InputError: There is no result, it is no causal language model, or the address cannot be bound.
         """
-        from fedtune.deploy.openai_api import Model, Routes, serve_forever
-        from fedtune.federation.answering import NEW_TOKENS
-        from fedtune.federation.completing import completer, most_tokens
+        from fedtune.deploy.openai_api import serve_run
 
         if (task := self.config.model.task) != "causal-lm":
             raise InputError(
@@ -182,19 +180,8 @@ class Run:
             )
         if max_tokens < 1:
             raise InputError(f"max_tokens must be a whole number from 1 up, got {max_tokens!r}")
-        loaded = self._result(name)
-        routes = Routes(
-            Model(
-                self.folder.name,
-                completer(self.config, loaded),
-                most_tokens(loaded, max_tokens),
-                self.config.evaluation.max_new_tokens or NEW_TOKENS,
-            )
-        )
-        server = routes.server(host, port, key=key, quiet=quiet)
-        serve_forever(
-            routes, server, lambda: print(f"{self.folder.name} answers at {server.url}/v1", flush=True)
-        )
+        made, called = self._result(name), self.folder.name
+        serve_run(self.config, made, called, max_tokens, host=host, port=port, key=key, quiet=quiet)
 
     def draw_to(self, prompt: str, out: str | Path, *, seed: int = 0, name: str = "global") -> Path:
         """Writes a picture of a text-to-image model as PNG, with the run's own steps and guidance.
@@ -271,19 +258,64 @@ class Run:
 
         return replay(self.folder, self.config, round, Path(out), self.objects)
 
-    def export(self, out: str | Path, *, merge: bool = False) -> list[Path]:
-        """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
+    def export(self, out: str | Path, *, merge: bool = False, format: str | None = None) -> list[Path]:
+        """Writes the result as a Hugging Face model, PEFT adapter or GGUF file; returns what was written.
 
         Args:
             out: The folder, which must not hold anything.
             merge: Fold an adapter into the weights and write a whole model.
+            format: `peft`, an adapter; `merged`, as `merge`; `gguf`, with the converter of llama.cpp; None:
+                as the run made it.
 
         Raises:
-            InputError: There is no result yet, or `out` is taken.
+            InputError: There is no result yet, it has no such form, `out` is taken, or there is no converter.
         """
+        from fedtune.federation.formats import GGUF, MERGED, PEFT, check_format, require_adapter, write_gguf
         from fedtune.federation.results import export_run
 
+        check_format(format)
+        if merge and format not in (None, MERGED):
+            raise InputError(f"merge writes a whole model, and format is {format}; give one of them")
+        if format == GGUF:
+            return write_gguf(self.path, Path(out), lambda folder: self.export(folder, merge=True))
+        if format == PEFT:
+            require_adapter(self.folder)
+        merge = merge or format == MERGED
         return export_run(self.folder, self.config, Path(out), merge=merge, objects=self.objects)
+
+    def push(self, target: str | Path, *, format: str | None = None, public: bool = False) -> str:
+        """Writes the result with a model card into a folder, or puts it into a repository of the hub.
+
+        The card says data split, method, rounds, scores, bytes, privacy spent and versions. Nothing of the
+        data is in it, and no place of this machine in any file.
+
+        Args:
+            target: A folder that must not hold anything, as "./folder"; or a repository, as "owner/name".
+            format: As of `export`; None: an adapter where its base model is on the hub, else a whole model.
+            public: Make the repository one that everybody sees, and allow one that is; else it is private.
+
+        Returns:
+            The folder, or the address of the commit.
+
+        Raises:
+            InputError: The run has not ended, `target` is taken or neither, or the hub refuses.
+            FederationError: The hub cannot be reached, or the disk not be written.
+        """
+        from fedtune.federation.formats import check_format
+        from fedtune.federation.publishing import form_for_others, library_of, publish
+        from fedtune.federation.results import result_folders
+        from fedtune.report.card import card
+
+        check_format(format)
+        first = next(iter(result_folders(self.folder).values()))
+        form = form_for_others(first) if format is None else format
+        return publish(
+            str(target),
+            lambda folder: self.export(folder, format=form),
+            card(self.folder, self.config, library=library_of(first, form)),
+            public=public,
+            places=[str(self.folder), str(Path.home()), str(Path.cwd())],
+        )
 
     def report(self, out: str | Path = "report.html") -> Path:
         """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.

@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedtune.config.schema import RunConfig
 from fedtune.deploy.http_json import Exchange, JsonServer, Refused
 from fedtune.errors import InputError, nearest, short, system_error
-from fedtune.federation.completing import Completion, Told
+from fedtune.federation.answering import NEW_TOKENS
+from fedtune.federation.completing import Completion, Told, completer, most_tokens
+from fedtune.models.load import Loaded
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 KEY_LENGTH = 16
@@ -352,3 +355,36 @@ def serve_forever(routes: Routes, server: JsonServer, announce: Callable[[], Non
         server.stopping.set()
         server.server_close()
         routes.end()
+
+
+def serve_run(
+    config: RunConfig,
+    loaded: Loaded,
+    name: str,
+    max_tokens: int,
+    *,
+    host: str,
+    port: int,
+    key: str | None,
+    quiet: bool,
+) -> None:
+    """Serves a run's result until a signal comes.
+
+    Args:
+        config: Of the run.
+        loaded: The result.
+        name: What requests call it.
+        max_tokens: The most of an answer that a request may ask for.
+        host: Address to bind; one that other machines reach needs a key.
+        port: Its port; 0: one that is free.
+        key: What callers must say.
+        quiet: No line a request.
+
+    Raises:
+        InputError: The address cannot be bound.
+    """
+    most = most_tokens(loaded, max_tokens)
+    default = config.evaluation.max_new_tokens or NEW_TOKENS
+    routes = Routes(Model(name, completer(config, loaded), most, default))
+    server = routes.server(host, port, key=key, quiet=quiet)
+    serve_forever(routes, server, lambda: print(f"{name} answers at {server.url}/v1", flush=True))
