@@ -285,6 +285,7 @@ def test_run_makes_every_file_of_a_run(runs: Path) -> None:
         "rounds.jsonl",
         "wire.jsonl",
         "memory.jsonl",
+        "rounds.csv",
         "checkpoints",
         "final",
         "summary.json",
