@@ -15,9 +15,11 @@ from fedtune.core.cohort import sample_cohort
 from fedtune.core.compression import Compression
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
+from fedtune.core.types import Payload
 from fedtune.data.encoded import Encoded
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg
+from fedtune.methods.fedavg.state import State
 from fedtune.transport.in_process import InProcess, Simulation
 
 
@@ -28,8 +30,8 @@ def federated(
     rounds: int,
     seed: int,
     compression: Compression | None = None,
-) -> tuple[State, Ledger]:
-    """All clients in every round, weighed by their examples: the last round's state, and what was sent."""
+) -> tuple[State, Ledger, dict[int, Payload]]:
+    """All clients in every round, weighed by their examples: state, what was sent, what each client keeps."""
     device, clock = torch.device("cpu"), Clock()
     runner = ClientRunner(method, model, clients, pad_id=0, seed=seed, device=device, compression=compression)
     transport = InProcess(runner, simulation=Simulation(), deadline_s=None, seed=seed, clock=clock)
@@ -40,4 +42,4 @@ def federated(
     for round in range(1, rounds + 1):
         cohort = sample_cohort(weights, None, seed=seed, round=round)
         state, _ = loop.run(state, cohort, round, quorum=len(clients), on_arrival=lambda state, outcome: None)
-    return state, ledger
+    return state, ledger, runner.states

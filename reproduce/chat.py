@@ -1,11 +1,12 @@
-"""A chat model on conversations: made, tuned by LoRA, FedKSeed and FedBiOT, and scored in its own template.
+"""A chat model on conversations: made, tuned by LoRA, FedKSeed and FedBiOT, and judged in its template.
 
 There is no chat model at hand, so one is made: instruct-7m trained on conversations of Alpaca, of one and two
 turns, in a template of its own, which goes into the tokenizer of the result. The federations know nothing of
 that template but what the tokenizer says (data.template: auto). Each of their eight clients has the Dolly
 conversations of one category.
 
-Table:   held-out loss of the assistant's tokens before and after; docs/chat.md, block chat-methods
+Table:   held-out loss of the assistant's tokens and a judge's marks, before and after; docs/chat.md,
+         block chat-methods
 Command: python reproduce/chat.py chat-methods
 Time:    45 minutes
 Needs:   ../shared, extra quant
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import DATA, DOLLY, MODELS, RESULTS, Entry, Prepared, main, spread, table
+from similarity_judge import ENCODER, NAME, as_questions, judging, mark
 
 import fedtune
 
@@ -124,8 +127,35 @@ def chat_model(path: Path) -> None:
     done.export(path, merge=True)
 
 
-def scores(way: str, seed: int) -> tuple[float, float, float]:
-    """Loss of the assistant's held-out tokens before and after, and Rouge-L after."""
+def talks() -> list[list[str]]:
+    """Of each held-out conversation the question, and the answer that people wrote."""
+    return [[turn["content"] for turn in row["messages"]] for row in _rows(HELD_OUT)]
+
+
+def marked(target: fedtune.Run | Path, url: str, *overrides: str) -> float:
+    """The judge's mean mark of the answers to the held-out questions, through the task mt-bench."""
+    files = as_questions(HERE, talks(), DATA / "mt_bench" / "judge_prompts.jsonl")
+    own = [
+        f"evaluation.judge={{url: {url}, model: {NAME}}}",
+        f"evaluation.files={json.dumps(files)}",
+        "evaluation.max_new_tokens=24",
+        "evaluation.bootstrap=0",
+    ]
+    found = fedtune.evaluate(target, ["mt-bench"], *own, *overrides)["scores"]
+    return float(next(iter(found.values()))["mt-bench"]["score"])
+
+
+def ends_of_the_scale() -> tuple[float, float]:
+    """What the judge gives the answer that people wrote to the next question, and to the question itself."""
+    answers = [answer for _, answer in talks()]
+    others = [*answers[1:], answers[0]]
+    pairs = (zip(others, answers, strict=True), zip(answers, answers, strict=True))
+    other, own = (statistics.fmean(mark(*pair) for pair in each) for each in pairs)
+    return other, own
+
+
+def scores(way: str, seed: int) -> tuple[fedtune.Run, float, float, float]:
+    """A run; its loss of the assistant's held-out tokens before and after, and Rouge-L after."""
     more = WAYS[way]
     config = {
         "seed": seed,
@@ -144,24 +174,35 @@ def scores(way: str, seed: int) -> tuple[float, float, float]:
     name = way.lower().replace(",", "").replace(" ", "-")
     done = fedtune.run(config, out=HERE / f"{name}-{seed}", resume=True)
     before = done.summary["zero_shot"]["loss"]["loss"]
-    return before, done.scores["loss"]["loss"], done.scores["rouge-l"]["rouge_l"]
+    return done, before, done.scores["loss"]["loss"], done.scores["rouge-l"]["rouge_l"]
 
 
 def methods() -> str:
     """A row a way."""
     rows = []
-    for way in WAYS:
-        found = [scores(way, seed) for seed in SEEDS]
-        columns = list(zip(*found, strict=True))
-        rows.append([way, *(spread(column) for column in columns)])
-    return table(["", "loss before", "loss after", "Rouge-L after"], rows)
+    with judging() as url:
+        for way, settings in WAYS.items():
+            held = settings.get("model", {}).get("quantization", "none")
+            before = marked(MODEL, url, f"model.quantization={held}", "model.dtype=float32")
+            found = list[tuple[float, ...]]()
+            for seed in SEEDS:
+                done, *numbers = scores(way, seed)
+                found.append((*numbers, before, marked(done, url)))
+            rows.append([way, *(spread(column) for column in zip(*found, strict=True))])
+    other, own = ends_of_the_scale()
+    scale = (
+        f"The judge's scale: the answer that people wrote to the next question has {other:.2f}, the one to "
+        f"the question itself {own:.2f}."
+    )
+    heads = ["", "loss before", "loss after", "Rouge-L after", "mark before", "mark after"]
+    return f"{table(heads, rows)}\n\n{scale}"
 
 
 READY = [
     Prepared("conversations of Alpaca and Dolly, and a template", CLIENTS, conversations),
     Prepared("a chat model, made of instruct-7m", MODEL, chat_model),
 ]
-NEEDS: list[Path | str] = [ALPACA, DOLLY, MODELS / "instruct-7m", "bitsandbytes"]
+NEEDS: list[Path | str] = [ALPACA, DOLLY, MODELS / "instruct-7m", ENCODER, "bitsandbytes"]
 ENTRIES = {"chat-methods": Entry(methods, READY, needs=NEEDS)}
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ from fedtune.config.file import load_config
 PAGE = "docs/claims.md"
 PAPERS = {"one_shot": "one-shot", "fedkseed": "FedKSeed", "fedbiot": "FedBiOT", "fedcybgd": "FedCyBGD"}
 SEEDS = (0, 1, 2)
+# Of a classifier: on the held-out part, and, for its rate, on training examples that no client has.
+SCORED = ("evaluation={tasks: [loss, accuracy], every: 0, batch_size: 64, bootstrap: 0}",)
+VALIDATED = ("data.holdout={fraction: 0.01}", "evaluation.max_examples=600", "evaluation.batch_size=64")
 # One-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 

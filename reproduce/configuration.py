@@ -80,7 +80,7 @@ MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "Simulate.dropout": "chance that a client does not reply in a round",
     "Simulate.delay_s": "mean time until a client's reply, exponentially distributed; virtual seconds",
     "Federation.deadline_s": "seconds after which a reply is late and its client is left out of the round",
-    "Evaluation.tasks": "see `fedtune ls tasks`",
+    "Evaluation.tasks": "see `fedtune ls tasks`; `auto`: loss, and multiple-choice where there are choices",
     "Checkpoints.journal": "keep replies on disk until their round ends, so that a killed run need not train "
     "them again; `auto`: not where the round before took less than 30 s and its clients are of this machine",
     "Computing.deterministic": "of a GPU: the same bits each time, or what is fastest; a CPU has the "

@@ -17,7 +17,22 @@ from __future__ import annotations
 
 import statistics
 
-from claims import OUT, SEEDS, Claim, Outcome, Side, Trials, above, all_of, compared_sides, entry, less, said
+from claims import (
+    OUT,
+    SCORED,
+    SEEDS,
+    VALIDATED,
+    Claim,
+    Outcome,
+    Side,
+    Trials,
+    above,
+    all_of,
+    compared_sides,
+    entry,
+    less,
+    said,
+)
 from common import DATA, MODELS, RESULTS, Step, compare, main, spread, table
 
 from fedtune.report.tables import size
@@ -34,8 +49,6 @@ SETTINGS = (
     f"method.batch_size={BATCH}",
     "data.batching=length-grouped",
 )
-SCORED = ("evaluation={tasks: [loss, accuracy], every: 0, batch_size: 64, bootstrap: 0}",)
-VALIDATED = ("data.holdout={fraction: 0.01}", "evaluation.max_examples=600", "evaluation.batch_size=64")
 ROUNDS = (f"method.rounds={CYCLES}", "method.local_epochs=1")
 # Every side computes as many examples: all clients' epochs together.
 SIDES = (

@@ -28,7 +28,9 @@ from typing import Any
 
 from claims import (
     OUT,
+    SCORED,
     SEEDS,
+    VALIDATED,
     Claim,
     Outcome,
     Side,
@@ -48,8 +50,6 @@ from small_models import both as federated_both
 CLIENTS, EXAMPLES, EPOCHS = 10, 150, 3
 MARGIN, LEARNED = 0.02, 0.05  # accuracy
 NEEDS = (MODELS / "minilm-l6", DATA / "glue", DATA / "mnist-t10k", DATA / "tinystories")
-SCORED = ("evaluation={tasks: [loss, accuracy], every: 0, batch_size: 64, bootstrap: 0}",)
-VALIDATED = ("data.holdout={fraction: 0.01}", "evaluation.max_examples=600", "evaluation.batch_size=64")
 MULTI = (f"method.rounds={EPOCHS}", "method.local_epochs=1")
 ONE = ("method.rounds=1", f"method.local_epochs={EPOCHS}")
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from claims import (
     OUT,
+    SCORED,
     SEEDS,
     Claim,
     Outcome,
@@ -43,7 +44,7 @@ from claims import (
     said,
 )
 from common import ROOT, main, spread, table
-from one_shot_claims import CLIENTS, EPOCHS, FULL, FULL_TRIALS, NEEDS, ONE, SCORED, full, sst2
+from one_shot_claims import CLIENTS, EPOCHS, FULL, FULL_TRIALS, NEEDS, ONE, full, sst2
 
 # The others: MiniLM, all weights, at the rate that Figure 1's search found.
 FOUND = FULL_TRIALS.folder("multi", SEEDS[0])

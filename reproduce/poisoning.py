@@ -52,8 +52,9 @@ from fedtune.data.encoded import Encoded
 from fedtune.federation.guard import Guard, RoundRefused
 from fedtune.federation.scoring import Evaluated
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
+from fedtune.methods.fedavg.state import State
 from fedtune.protection.robust_mean import robust_mean
 from fedtune.transport.in_process import InProcess, Simulation
 

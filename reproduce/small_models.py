@@ -130,7 +130,7 @@ def scores(
     config = Config.model_validate({"trainable": "full", "batch_size": 16, **settings})
     method = FedAvg(config, seed)
     client_model = method.client_model(lambda: model)
-    state, _ = federated(method, client_model, data, config.rounds, seed)
+    state, *_ = federated(method, client_model, data, config.rounds, seed)
     (_, tuned), *_ = method.export(state, model)
     rows = torch.tensor(parts[part])[:, None]
     with torch.no_grad():

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from model_families import build
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune.config.wire import Wire
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import Cohort, RoundOutcome, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
+from fedtune.core.personal import result_models
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Arrival, Payload, ServerEnv
@@ -115,6 +116,22 @@ FORMS: dict[str, dict[str, Form]] = {
             {**FULL, **TWO, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
             wire={"dtype": "int8", "error_feedback": True},
         ),
+        "own-b": Form({**LORA, "rounds": 3, "own": ["lora_B"]}),
+        "own-head-bfloat16-scaffold": Form(
+            {**FULL, **TWO, "optimizer": "sgd", "control_variates": True, "own": ["classifier"]},
+            family="roberta",
+            dtype="bfloat16",
+        ),
+        "ditto": Form({**LORA, **TWO, "ditto": 0.5}),
+        "ditto-bfloat16-diloco": Form(
+            {**FULL, **TWO, "ditto": 0.1, "keep_optimizer": True}, dtype="bfloat16"
+        ),
+        "fine-tune": Form({**LORA, **TWO, "fine_tune": {"local_steps": 2}}),
+        "own-b-fine-tune-classifier": Form(
+            {**LORA, **TWO, "own": ["lora_B"], "fine_tune": {"local_epochs": 1}},
+            family="roberta",
+            wire={"dtype": "int4", "error_feedback": True},
+        ),
         "freeze-a": Form({**LORA, **TWO, "aggregation": "freeze-a"}),
         "stack": Form({**LORA, "rounds": 3, "aggregation": "stack"}),
         "stack-classifier": Form({**LORA, **TWO, "aggregation": "stack"}, family="roberta"),
@@ -135,6 +152,21 @@ FORMS: dict[str, dict[str, Form]] = {
         "residual": Form({**LORA, "rounds": 3, "aggregation": "residual"}),
         "refine": Form({**LORA, **TWO, "aggregation": "refine"}, family="roberta"),
         "alternate": Form({**LORA, "rounds": 3, "aggregation": "alternate"}),
+        "sparsity-unlike-ranks": Form(
+            {**LORA, **TWO, "aggregation": "sparsity", "lora": {"rank": 3, "client_ranks": [1, 3]}}
+        ),
+        "prune": Form(
+            {
+                **{
+                    **LORA,
+                    "rounds": 4,
+                    "aggregation": "sparsity",
+                    "lora": {"rank": 4, "client_ranks": [2, 4]},
+                },
+                "prune": {"decay": 0.5, "penalty": 100.0},
+            },
+            family="roberta",
+        ),
         "int4-top-k-errors": Form(
             {**LORA, "rounds": 3}, wire={"dtype": "int4", "top_k": 0.3, "error_feedback": True}
         ),
@@ -394,10 +426,11 @@ class Federation:
 
     def exported(self) -> dict[str, bytes]:
         """All parameters of every model that the state stands for, by the model's name."""
-        return {
-            name: bits(Payload(dict(model.named_parameters())))
-            for name, model in self.method.export(self.state, self.model)
-        }
+        return {name: bits(Payload(dict(model.named_parameters()))) for name, model in self.models()}
+
+    def models(self) -> Iterator[tuple[str, nn.Module]]:
+        """The models that it has come to, clients' own among them."""
+        return result_models(self.method, self.state, self.runner.states, self.model)
 
     def state_bits(self) -> bytes:
         return bits(to_payload(self.state))

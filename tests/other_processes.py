@@ -36,6 +36,9 @@ TRIED += [
     ("fedavg", "residual"),
     ("fedavg", "alternate"),
     ("fedavg", "diloco-int8"),
+    ("fedavg", "own-b-fine-tune-classifier"),
+    ("fedavg", "ditto"),
+    ("fedavg", "prune"),
 ]
 
 

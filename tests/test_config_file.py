@@ -95,6 +95,14 @@ WRONG = {
 }
 
 
+def test_a_rule_about_several_settings_names_its_source_once() -> None:
+    wrong = {"model": {"quantization": "nf4"}, "method": {"name": "fedavg", "trainable": "full"}}
+    with pytest.raises(InputError, match=r"^the configuration: model.quantization: nf4 does not go with"):
+        parse_config(wrong, "the configuration")
+    with pytest.raises(InputError, match=r"^mine.yaml: the configuration: model.quantization: nf4"):
+        parse_config(wrong, "mine.yaml")
+
+
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_values_are_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=WRONG[text]):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reproduced import load
 
-from fedtune.config.file import dump_config, load_config, parse_config
+from fedtune.config.file import dump_config, dump_settings, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core import loop, wire
 from fedtune.core.types import TensorSpec
@@ -41,6 +41,8 @@ def test_every_file_is_valid_and_says_what_it_is(path: Path, tmp_path: Path) -> 
     config = load_config(path)
     (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
+    (tmp_path / "short.yaml").write_text(dump_settings(config), encoding="utf-8")
+    assert load_config(tmp_path / "short.yaml").resolved() == config.resolved()
     assert path.read_text().startswith("# ")
 
 
@@ -81,8 +83,10 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
     final = tmp_path / "run" / "final"
     results = [folder for folder in final.iterdir() if folder.is_dir()]
     beside = {"standalone": 2, "fedbiot": 1, "fedot": 1, "offsite-tuning": 1}  # one a client, or AdapEmu
-    assert len(results) == beside.get(config.method_name, 0)
-    for folder in results if config.method_name == "standalone" else [final, *results]:
+    personal = getattr(config.method, "personal", "")
+    assert len(results) == (2 if personal else beside.get(config.method_name, 0))
+    alone = config.method_name == "standalone" or personal == "instead"
+    for folder in results if alone else [final, *results]:
         assert load_result(folder, base).tokenizer.pad_token_id is not None
 
 

@@ -99,6 +99,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "adam": {**LORA, "server_optimizer": {"name": "adam"}},
     "scaffold": {**LORA, "optimizer": "sgd", "control_variates": True, "lr_schedule": "cosine"},
     "diloco": {**LORA, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
+    "own": {**LORA, "own": ["lora_B"]},
+    "ditto": {**LORA, "ditto": 0.5},
     "stack": {**LORA, "aggregation": "stack"},
     "fedkseed-pro": {"name": "fedkseed-pro", "local_steps": 2, "lr": 1e-3, "seeds": 64},
     "infinite-pool": {"name": "infinite-pool", "local_steps": 2, "lr": 1e-3},

@@ -14,6 +14,10 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from command import fedtune, outcome, write_config
 from deployed import Site, reverse_proxy
 
+from fedtune.core.wire import Content, decode, encode
+from fedtune.federation import checkpoint
+from fedtune.federation.folder import RunFolder
+
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg-lora": {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}},
     "one-shot": {
@@ -36,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedcybgd": {"name": "fedcybgd", "rounds": 1, "local_epochs": 1, "batch_size": 4, "lr": 1e-3},
 }
 METHODS["secure"] = METHODS["fewer-bytes"] = METHODS["fedavg-lora"]
+METHODS["own-and-tuned"] = METHODS["fedavg-lora"] | {"own": ["lora_B"], "fine_tune": {"local_steps": 1}}
 METHODS["residual"] = METHODS["fedavg-lora"] | {"aggregation": "residual"}
 FEDERATIONS = {
     "secure": {"secure_aggregation": {"threshold": 0.6}},
@@ -65,6 +70,7 @@ def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
         ["fedavg-lora", "one-shot", "scaffold"],
         ["fedkseed", "fedbiot", "fedcybgd"],
         ["secure", "fewer-bytes", "residual"],
+        ["own-and-tuned"],
     ],
 )
 def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str], tmp_path: Path) -> None:
@@ -85,12 +91,33 @@ def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str
             assert here.status == 0, here.err
             assert site.status("server") == 0, site.logs()
             found, wanted = outcome(tmp_path / f"{name}-there"), outcome(tmp_path / f"{name}-here")
-            assert found["final"] == wanted["final"], name
-            assert found["summary"]["evaluation"] == wanted["summary"]["evaluation"]
+            if "own" in METHODS[name]:  # each has its own part in its own folder, and nobody else has it
+                assert kept_there(site, tmp_path) == kept_here(tmp_path / f"{name}-here")
+                assert not any("client-" in file for file in found["final"])
+            else:
+                assert found["final"] == wanted["final"], name
+                assert found["summary"]["evaluation"] == wanted["summary"]["evaluation"]
             assert found["summary"]["payload_bytes"] == wanted["summary"]["payload_bytes"]
             assert [r["clients"] for r in found["rounds"]] == [r["clients"] for r in wanted["rounds"]]
         servers = [path for path in site.server_files(f"{names[0]}-there") if b"data-" in path.read_bytes()]
         assert servers == []  # nobody but the client knows where its data are
+
+
+def kept_here(run: Path) -> dict[int, bytes]:
+    """What each client of a simulation keeps, in the newest checkpoint."""
+    digest = RunFolder.open(run).config_sha256()
+    newest = checkpoint.rounds(run / "checkpoints")[-1]
+    kept = checkpoint.load(run / "checkpoints", newest, config_sha256=digest).clients
+    return {client: encode(Content(state)) for client, state in kept.items()}
+
+
+def kept_there(site: Site, folder: Path) -> dict[int, bytes]:
+    """The same of clients over a network, from their own folders."""
+    kept = {}
+    for client, name in enumerate(site.names):
+        newest = max((folder / "keys/clients" / name / "state").glob("*/round-*"))
+        kept[client] = encode(Content(decode(newest.read_bytes()).payload))
+    return kept
 
 
 @pytest.mark.network

@@ -125,6 +125,7 @@ def test_clients_with_models_of_their_own() -> None:
     }
     mean = (1 + 6 + 3 + 4) / 6
     assert spread(outcomes, ())["loss"]["loss"] == {
+        "mean": pytest.approx((1 + mean) / 2),
         "sd": pytest.approx(abs(mean - 1) / math.sqrt(2)),
         "worst": pytest.approx(mean),
         "worst_client": 7,
@@ -140,6 +141,7 @@ def test_clients_with_examples_of_their_own() -> None:
     got = spread(outcomes, (0, 0, 1, 1))
     assert list(got) == ["accuracy"]  # the examples of another task belong to nobody
     assert got["accuracy"]["accuracy"] == {
+        "mean": 0.75,
         "sd": pytest.approx(0.5 / math.sqrt(2)),
         "worst": 0.5,
         "worst_client": 0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import FORMS, SIZES, Federation, whole
 from reproduced import load
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fedtune.core.types import Reply
@@ -16,8 +16,11 @@ from fedtune.methods import registry
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.fedex_lora import averaged
 from fedtune.methods.fedavg.flexlora import factored
+from fedtune.methods.fedavg.hetlora import SelfPruning, rank_of
+from fedtune.methods.fedavg.hetlora import averaged as weighed
 from fedtune.methods.fedavg.lora_fair import refined
 from fedtune.methods.fedavg.rolora import fixed, moving
+from fedtune.methods.fedavg.settings import Config, Prune
 
 plan_measured = load("plan_measured")
 A, B = "m" + lora.A, "m" + lora.B
@@ -221,3 +224,70 @@ def test_a_plan_is_what_a_run_measures(aggregation: str, monkeypatch: pytest.Mon
     assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.02)
     assert row["planned_server_memory"] == pytest.approx(row["server_memory"], rel=0.02)
     assert {"svd", "residual", "refine", "alternate"} <= FORMS["fedavg"].keys()
+
+
+def test_hetlora_by_hand() -> None:
+    # products [[8, 0], [0, 0]] and [[0, 0], [0, 24]]: norms 8 and 24, so shares 1/4 and 3/4
+    replies = [
+        (factors([[2.0, 0.0]], [[4.0], [0.0]]), 7),
+        (factors([[0.0, 3.0], [4.0, 0.0]], [[0.0, 0.0], [8.0, 0.0]]), 1),
+    ]
+    new = weighed(replies, factors([[9.0, 9.0]] * 2, [[9.0, 9.0]] * 2), {"m": 0.5})
+    assert new[A].tolist() == [[0.5, 2.25], [3.0, 0.0]]
+    assert new[B].tolist() == [[1.0, 0.0], [6.0, 0.0]]
+    nothing = [(factors([[1.0, 3.0]], [[0.0], [0.0]]), 1), (factors([[3.0, 1.0]], [[0.0], [0.0]]), 9)]
+    assert weighed(nothing, factors([[9.0, 9.0]], [[9.0], [9.0]]), {"m": 1.0})[A].tolist() == [[2.0, 2.0]]
+
+
+def test_a_client_gives_up_the_ranks_that_became_smaller() -> None:
+    start = factors([[1.0, 0.0], [0.0, 2.0]], [[1.0, 3.0], [0.0, 4.0]])
+    parameters = {
+        name: nn.Parameter(
+            nn.functional.pad(t, (0, 0, 0, 1) if name == A else (0, 1))
+        )  # of the adapter's rank
+        for name, t in start.items()
+    }
+    pruning = SelfPruning(Prune(decay=0.5, penalty=0.1), start, parameters)
+    assert pruning.kept == 1
+    penalty = pruning.penalty()
+    assert penalty.item() == pytest.approx(0.1 * 5 * 2)  # of the second rank: columns (3, 4), row (0, 2)
+    penalty.backward()
+    grown, grads = {n: p.detach().clone() for n, p in parameters.items()}, parameters[B].grad
+    assert grads is not None and grads[:, 1].tolist() == pytest.approx([0.1 * 2 * 0.6, 0.1 * 2 * 0.8])
+    assert grads[:, [0, 2]].abs().max() == 0  # neither what stays nor what the client does not have
+    assert pruning.settled(grown) is grown  # as large as before
+    smaller = grown | {A: grown[A] * 0.5}
+    kept = pruning.settled(smaller)
+    assert kept[A].tolist() == [[0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert kept[B].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert smaller[A][1].tolist() == [0.0, 1.0]  # what was trained is left alone
+    assert (rank_of(kept), rank_of(grown), rank_of(factors([[0.0, 0.0]], [[0.0]]))) == (1, 2, 1)
+
+
+def test_ranks_that_went_are_sent_no_more() -> None:
+    federation = whole("fedavg", "prune")
+    sizes = {client: 0 for client in SIZES}
+    fewer = set()
+    for entry in federation.wire:
+        if entry["direction"] == "down":
+            before, now = sizes[entry["client"]], entry["payload_bytes"]
+            assert not before or now <= before
+            fewer |= {entry["client"]} if now < before else set()
+            sizes[entry["client"]] = now
+    assert fewer and federation.state.ranks.keys() == {str(client) for client in SIZES}
+    began = {0: 2, 1: 4, 2: 2}
+    assert {c for c, rank in began.items() if federation.state.ranks[str(c)] < rank} >= fewer
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prune": {}}, "prune belongs to aggregation: sparsity, got mean"),
+        ({"prune": {}, "aggregation": "sparsity", "optimizer_in_backward": True}, "steps before"),
+        ({"aggregation": "sparsity", "server_optimizer": {"name": "adam"}}, "makes factors of all clients'"),
+        ({"aggregation": "sparsity", "own": ["lora_B"]}, "take mean or freeze-a"),
+    ],
+)
+def test_what_hetlora_does_not_go_with(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Config.model_validate(settings)

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import fedtune
 from fedtune.data.examples import Example
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import suited
 from fedtune.evaluation.tasks import evaluate
 from fedtune.evaluation.types import EvalSettings
 from fedtune.models.load import load_tokenizer
@@ -98,13 +99,14 @@ def test_a_log_softmax_over_whole_logits_chooses_the_same(template: str) -> None
         assert found["accuracy"] == sum(right) / len(right)
 
 
-def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) -> None:
+def choosing(folder: Path, **evaluation: Any) -> dict[str, Any]:
+    """A run on twelve questions with two or three choices; of them six are held out."""
     rows = [{"question": f"{n}?", "choices": ["x", "y", "z"][: 2 + n % 2], "gold": n % 2} for n in range(12)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config: dict[str, Any] = {
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
         "model": {"name": "bundled"},
         "data": {
-            "train": str(tmp_path / "a.jsonl"),
+            "train": str(folder / "a.jsonl"),
             "fields": {"instruction": "question", "output": "gold"},
             "clients": 2,
             "partition": {"name": "iid"},
@@ -112,9 +114,13 @@ def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) ->
             "max_length": 64,
         },
         "method": {"name": "fedavg", "trainable": "lora", "rounds": 1, "local_steps": 1},
-        "evaluation": {"tasks": ["multiple-choice"]},
+        "evaluation": evaluation,
         "seed": 1,
     }
+
+
+def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) -> None:
+    config = choosing(tmp_path, tasks=["multiple-choice"])
     run = fedtune.run(config, out=tmp_path / "run")
     found = run.scores["multiple-choice"]
     assert found["examples"] == 6
@@ -123,3 +129,32 @@ def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) ->
     config["data"]["fields"] = {"instruction": "question", "output": "gold", "choices": None}
     with pytest.raises(InputError, match="needs questions with choices, and 6 of the 6 held-out examples"):
         fedtune.run(config, out=tmp_path / "other")
+
+
+def test_it_is_taken_where_no_task_is_named(tmp_path: Path) -> None:
+    config = choosing(tmp_path)
+    run = fedtune.run(config, out=tmp_path / "run")
+    named = fedtune.run(choosing(tmp_path, tasks=["loss", "multiple-choice"]), out=tmp_path / "named")
+    assert list(run.scores) == ["loss", "multiple-choice"] and run.scores == named.scores
+    assert set(run.summary["scorers"]) == {"loss", "multiple-choice"}
+    said = json.loads((tmp_path / "run" / "environment.json").read_text())["taken"]["evaluation.tasks"]
+    assert said == "loss, multiple-choice, because the held-out examples have choices"
+    assert (
+        "evaluation.tasks" not in json.loads((tmp_path / "named" / "environment.json").read_text())["taken"]
+    )
+    again = fedtune.evaluate(run, ["auto"])["scores"]["global"]
+    assert {task: found["examples"] for task, found in again.items()} == {"loss": 6, "multiple-choice": 6}
+    compared = fedtune.compare({"one": config}, seeds=[0], references=False, out=tmp_path / "compared")
+    assert "accuracy" in str(compared)
+    config["data"]["fields"]["choices"] = None
+    assert list(fedtune.run(config, out=tmp_path / "plain").scores) == ["loss"]
+
+
+def test_what_auto_stands_for() -> None:
+    both, one = [question("A", 2), question("B", 3)], [question("A", 2), Example("What?", "", "This")]
+    assert suited(["auto"], both) == ["loss", "multiple-choice"]
+    assert suited(["rouge-l", "auto", "loss"], both) == ["rouge-l", "loss", "multiple-choice"]
+    assert suited(["multiple-choice", "auto"], both) == ["multiple-choice", "loss"]
+    for tasks, examples, classes in ((["auto"], one, False), (["auto"], [], False), (["auto"], both, True)):
+        assert suited(tasks, examples, classes=classes) == ["loss"]
+    assert suited(["loss"], both) == ["loss"]

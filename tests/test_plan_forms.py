@@ -15,6 +15,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "a whole module": {"lora": {"rank": 8, "modules_to_save": ["norm"]}},
     "ia3": {"trainable": "ia3"},
     "prefix": {"trainable": "prefix"},
+    "hetlora": {"aggregation": "sparsity", "lora": {"rank": 8, "client_ranks": [2, 8]}, "prune": {}},
+    "own part": {"lora": {"rank": 8}, "own": ["lora_B"]},
+    "ditto": {"lora": {"rank": 8}, "ditto": 0.1},
+    "ditto, all weights": {"trainable": "full", "ditto": 0.1},
+    "fine-tuned": {"lora": {"rank": 8}, "fine_tune": {"local_epochs": 1}},
 }
 
 

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 from model_families import ATTACH, DECODERS, DTYPES, FAMILIES, batch, build, wake
+from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 from fedtune.errors import InputError
 from fedtune.models import quantize as quantize_module
 from fedtune.models.blocks import find_blocks, linear_layers
+from fedtune.models.ia3 import attach_ia3, scaled_tensors
+from fedtune.models.lora import LoraForm, attach_lora, joined_factors, lora_layers
+from fedtune.models.memory_efficient import computed_again
+from fedtune.models.offload import offloaded
 from fedtune.models.quantize import (
     QuantizedLinear,
     plain_state,
@@ -159,6 +164,63 @@ def test_what_is_added_trains_as_on_the_widened_weights(family: str, form: str) 
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name])
+
+
+def both(family: str, kind: str) -> tuple[Any, Any]:
+    """A quantised model, and the plain one with its widened weights."""
+    quantised_model, plain = build(family), build(family)
+    quantize(quantised_model, kind, family)
+    plain.load_state_dict(plain_state(quantised_model))
+    return quantised_model, plain
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_begins_at_parts_of_the_widened_weight(family: str, start: Any, kind: str) -> None:
+    factors = []
+    for base in both(family, kind):
+        how: dict[str, Any] = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear", "seed": 1}
+        layers = lora_layers(attach_lora(base, **how, form=LoraForm(start=start)))
+        factors.append([tensor for layer in layers.values() for tensor in joined_factors(layer) or ()])
+    assert factors[0]
+    for pair in zip(
+        *factors, strict=True
+    ):  # what lies in memory otherwise may round to the next of eight bits
+        torch.testing.assert_close(*pair, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_factors_go_into_the_widened_weights(family: str, kind: str) -> None:
+    """As (IA)³'s are merged where a checkpoint came quantised."""
+    found = []
+    for base in both(family, kind):
+        model = attach_ia3(base, targets=None, seed=5)
+        wake(model)
+        layers = [module for module in model.modules() if isinstance(module, IA3Layer)]
+        found.append([tensor for layer in layers for tensor in scaled_tensors(layer).values()])
+    assert found[0] and all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("again", ["none", "full"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_bits_that_are_on_disk_between_the_passes_give_the_same_step(
+    family: str, kind: str, again: str
+) -> None:
+    """The backward pass of a block comes when its module holds its bits no more."""
+    found = []
+    for where in ("none", "disk"):
+        model: Any = ATTACH["lora"](both(family, kind)[0], 5)
+        wake(model)
+        model.train()
+        with torch.random.fork_rng(), computed_again(model, again), offloaded(model, where):
+            torch.manual_seed(0)
+            model(**batch(family)).loss.backward()
+        found.append({name: p.grad for name, p in trainable(model).items()})
+    assert found[0].keys() == found[1].keys() and found[0]
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 @pytest.mark.parametrize("family", DECODERS)

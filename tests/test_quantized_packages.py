@@ -70,6 +70,9 @@ def test_a_checkpoint_of_torchao_is_tuned_on_and_merged(tiny: Path, tmp_path: Pa
     assert torch.equal(load_file(Path(merged) / "model.safetensors")[f"{name}.weight"], wide)
     with pytest.raises(InputError, match=r"full|whole"):
         ran(folder, tmp_path / "full", trainable="full")
+    ran(folder, tmp_path / "pissa", lora={"rank": 2, "init": "pissa"})
+    with pytest.raises(InputError, match=r"came quantised .torchao.*set method.offload_params to none"):
+        ran(folder, tmp_path / "offload", lora={"rank": 2}, offload_params="disk")
     with pytest.raises(InputError, match=r"comes quantised by torchao: .* cannot be planned"):
         fedtune.plan(document(folder), data=ROWS)
 

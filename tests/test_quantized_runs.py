@@ -33,6 +33,8 @@ ROWS = [
 LORA = {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": LORA,
+    "pissa": {**LORA, "lora": {"rank": 2, "init": "pissa"}},
+    "dora": {**LORA, "lora": {"rank": 2, "use_dora": True}},
     "adapter": {**LORA, "trainable": "adapter", "lora": None},
     "prompt": {**LORA, "trainable": "prompt", "lora": None, "prompt": {"tokens": 3}},
     "scaffold": {**LORA, "optimizer": "sgd", "control_variates": True},
@@ -111,6 +113,22 @@ def test_every_method_runs_and_saves_the_memory_that_is_planned(
         for side in SIDES:
             less = [found[first][way][side] - found[other][way][side] for way in (0, 1)]
             assert less[0] == pytest.approx(less[1], abs=max(found[first][1][side], 1) / 100), (other, side)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"offload_params": "disk"},
+        {"gradient_checkpointing": "full", "offload_params": "disk"},
+        {"gradient_checkpointing": "full"},
+        {"optimizer_in_backward": True},
+    ],
+    ids=lambda method: " ".join(method),
+)
+def test_what_saves_memory_changes_no_bit(method: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    plain = ran(config(tiny, {**LORA, "gradient_checkpointing": "none"}), tmp_path / "plain")
+    less = ran(config(tiny, {**LORA, "gradient_checkpointing": "none", **method}), tmp_path / "less")
+    assert final(plain) == final(less)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

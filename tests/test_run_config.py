@@ -48,6 +48,7 @@ Table = dict[str, tuple[Any, dict[str, Any]]]
 
 SGD = {"method.optimizer": "sgd", "method.lr": 0.5}
 
+PRUNES: dict[str, Any] = {"method.aggregation": "sparsity", "method.rounds": 3, "method.lora.rank": 4}
 ADAM = {"method.server_optimizer.name": "adam"}
 
 SLOW = {"federation.simulate.delay_s": 5.0, "federation.quorum": 1}
@@ -119,9 +120,16 @@ FIELDS: Table = {
     "method.arrival": ("asynchronous", SLOW | {"evaluation.max_examples": 2}),
     "method.aggregation": ("freeze-a", {}),
     "method.ridge": (1.0, {"method.aggregation": "refine"}),
+    "method.prune.decay": (0.1, PRUNES | {"method.prune": {"decay": 0.9, "penalty": 100.0}}),
+    "method.prune.penalty": (100.0, PRUNES | {"method.prune": {"penalty": 0.01}}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.keep_optimizer": (True, TWO),
+    "method.own": (["lora_A"], {}),
+    "method.ditto": (0.5, {"method.ditto": 0.0}),
+    "method.fine_tune.local_epochs": (2, {"method.fine_tune": {"local_epochs": 1}}),
+    "method.fine_tune.local_steps": (2, {"method.fine_tune": {"local_steps": 1}}),
+    "method.fine_tune.lr": (0.5, {"method.fine_tune": {"local_steps": 1}}),
     "method.local_epochs": (2, {}),
     "method.local_steps": (1, {}),
     "method.batch_size": (2, {}),

@@ -40,7 +40,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedavg", {"lora": {"rank": 2, "client_ranks": [3]}}, r"must lie in 1..rank \(2\), got 3"),
     ("fedavg", {"lora": {"rank": 2, "client_ranks": [1, 0]}}, r"must lie in 1..rank \(2\), got 0"),
     ("fedavg", {"lora": {"rank": 2, "client_ranks": []}}, "at least one rank"),
-    ("fedavg", {"lora": {"init": "loftq"}}, "a base in 4 bits has lost"),
+    ("fedavg", {"lora": {"init": "loftq"}}, "begins at what quantising took from a weight"),
     ("fedavg", {"lora": {"init": "pissa", "use_dora": True}}, "init: pissa does not go with use_dora"),
     (
         "fedavg",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -143,3 +144,29 @@ def test_a_wheel_has_them_all(tmp_path: Path) -> None:
     assert names.split() == list(shipped.shipped()) and method == "fedavg"
     assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["method"]["name"] == "fedavg"
     shutil.rmtree(tmp_path / "site")
+
+
+def test_a_shell_completes_commands_and_configurations(tmp_path: Path) -> None:
+    """As bash asks for it, with words that were begun."""
+    (tmp_path / "sub").mkdir()
+    for name in ("mine.yaml", "mine.txt", "sub/more.yml", ".hidden"):
+        (tmp_path / name).touch()
+    program = f"import sys; sys.argv = ['fedtune']; sys.path.insert(0, {str(ROOT)!r}); "
+    program += "from fedtune.cli.main import main; main(); assert 'torch' not in sys.modules"
+
+    def completed(*words: str) -> list[str]:
+        asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        how = {**os.environ, **asked, "_FEDTUNE_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=how, capture_output=True, text=True, check=True
+        )
+        assert not done.stderr
+        return done.stdout.split()
+
+    assert completed("fedtune", "re") == ["report", "replay"]
+    assert completed("fedtune", "run", "mi") == ["mine.yaml"]
+    assert completed("fedtune", "plan", "sub/") == ["sub/more.yml"]
+    assert completed("fedtune", "compare", "papers/fedl") == ["papers/fedlora"]
+    assert completed("fedtune", "validate", "su") == ["sub/"]
+    assert completed("fedtune", "data", "nothing-of-that-name") == []
+    assert "demo" in completed("fedtune", "run", "d")

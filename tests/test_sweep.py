@@ -13,8 +13,10 @@ import pytest
 import fedtune
 from fedtune.cli.main import main
 from fedtune.config.file import load_config, parse_config
+from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.better import better
+from fedtune.evaluation.types import Outcome
 from fedtune.federation import sweep as sweeps
 from fedtune.federation.data import prepare_data
 from fedtune.federation.run import run as run_one
@@ -88,6 +90,27 @@ def test_losses_are_better_lower_and_all_else_higher() -> None:
             better(unknown)
 
 
+def test_who_brings_a_metric_says_which_way_is_better(parts_as_before: None, tmp_path: Path) -> None:
+    fedtune.register_metric("letters-off", lower_is_better=True, summary="a length")(
+        lambda answer, reference: len(reference)
+    )
+    fedtune.register_metric("letters-right", summary="a length")(lambda answer, reference: len(answer))
+    assert min([0.7, 0.3], key=better("letters-off.letters_off")) == 0.3
+    assert min([0.7, 0.3], key=better("letters-right.letters_right")) == 0.7
+
+    def nothing(env: object) -> Outcome:
+        return Outcome({})
+
+    fedtune.register_task("unsaid", metric="this", summary="nothing")(nothing)
+    fedtune.register_task("said", metric="this", lower_is_better=True, summary="nothing")(nothing)
+    assert min([0.7, 0.3], key=better("said.this")) == 0.3
+    with pytest.raises(InputError, match=r"unsaid.this is better when lower or higher is not known"):
+        fedtune.sweep(
+            document(evaluation={"tasks": ["unsaid"]}), {"method.lr": [1e-3]}, out=tmp_path / "none"
+        )
+    assert not (tmp_path / "none").exists()
+
+
 def document(**changes: Any) -> dict[str, Any]:
     return {
         "model": {"name": "bundled"},
@@ -106,6 +129,7 @@ def test_a_sweep_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None
     assert found.best == min(means, key=lambda name: means[name]) == "lr=0.01,rank=2"
     assert found.settings == {"method.lr": "0.01", "method.lora.rank": "2"}
     best = load_config(tmp_path / "s/best.yaml")
+    assert read_yaml(tmp_path / "s/best.yaml").keys() == document().keys()  # what was set, and no more
     assert best.method.lr == 0.01 and best.data.holdout.validation is None  # type: ignore[attr-defined]
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*-seed*/summary.json")}
     assert len(made) == 4

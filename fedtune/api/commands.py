@@ -5,11 +5,11 @@ Everything heavy is imported when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.federate import federate, objects_from, shown, stopped, with_objects
+from fedtune.api.federate import federate, objects_from, seeds_of, shown, stopped, with_objects
 from fedtune.api.runs import Comparison, Run
 from fedtune.errors import InputError
 
@@ -174,10 +174,7 @@ def compare(
     loaded = {name: with_objects(load(config, *overrides), data) for name, config in named.items()}
     candidates = [Candidate(name, settings) for name, (settings, _) in loaded.items()]
     first, objects = next(iter(loaded.values()))
-    chosen = [first.seed] if seeds is None else list(seeds) if isinstance(seeds, Iterable) else [seeds]
-    whole = all(isinstance(seed, int) and seed >= 0 for seed in chosen) and isinstance(seeds, Iterable | None)
-    if not chosen or not whole or len(set(chosen)) != len(chosen):
-        raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
+    chosen = seeds_of(seeds, first.seed)
     with claimed(None if out is None else Path(out), Path("runs") / "compare") as path:
         how = f'What is done is kept: the same call with out="{path}" goes on.'
         with shown(progress) as display, stopped(display, path, how):

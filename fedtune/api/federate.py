@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import FederationError
+from fedtune.errors import FederationError, InputError
 
 if TYPE_CHECKING:
     from fedtune.config.schema import RunConfig
@@ -40,6 +40,21 @@ def with_objects(config: RunConfig, data: Any) -> tuple[RunConfig, ObjectData | 
     from fedtune.config.file import parse_config
 
     return parse_config(config.for_objects(len(objects.clients) or None), "data"), objects
+
+
+def seeds_of(given: Any, own: int) -> list[int]:
+    """The seeds that somebody asked for; None: the configuration's own.
+
+    Raises:
+        InputError: They are not different whole numbers from 0 up, or not several.
+    """
+    if given is None:
+        return [own]
+    chosen = list(given) if isinstance(given, Iterable) else []
+    whole = all(type(one) is int and one >= 0 for one in chosen)
+    if not chosen or not whole or len(set(chosen)) < len(chosen):
+        raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {given!r}")
+    return chosen
 
 
 @contextmanager

@@ -258,7 +258,9 @@ class Run:
 
         return replay(self.folder, self.config, round, Path(out), self.objects)
 
-    def export(self, out: str | Path, *, merge: bool = False, format: str | None = None) -> list[Path]:
+    def export(
+        self, out: str | Path, *, merge: bool = False, format: str | None = None, name: str | None = None
+    ) -> list[Path]:
         """Writes the result as a Hugging Face model, PEFT adapter or GGUF file; returns what was written.
 
         Args:
@@ -266,22 +268,21 @@ class Run:
             merge: Fold an adapter into the weights and write a whole model.
             format: `peft`, an adapter; `merged`, as `merge`; `gguf`, with the converter of llama.cpp; None:
                 as the run made it.
+            name: One result alone, as client-0003, a client's own model; None: all there are.
 
         Raises:
-            InputError: There is no result yet, it has no such form, `out` is taken, or there is no converter.
+            InputError: There is no result yet or none of that name, it has no such form, `out` is taken, or
+                there is no converter.
         """
-        from fedtune.federation.formats import GGUF, MERGED, PEFT, check_format, require_adapter, write_gguf
+        from fedtune.federation.formats import GGUF, check_format, require_adapter, write_gguf
         from fedtune.federation.results import export_run
 
-        check_format(format)
-        if merge and format not in (None, MERGED):
-            raise InputError(f"merge writes a whole model, and format is {format}; give one of them")
+        merge = check_format(format, merge=merge)
         if format == GGUF:
-            return write_gguf(self.path, Path(out), lambda folder: self.export(folder, merge=True))
-        if format == PEFT:
+            return write_gguf(self.path, Path(out), lambda to: self.export(to, merge=True, name=name))
+        if format == "peft":
             require_adapter(self.folder)
-        merge = merge or format == MERGED
-        return export_run(self.folder, self.config, Path(out), merge=merge, objects=self.objects)
+        return export_run(self.folder, self.config, Path(out), merge=merge, name=name, objects=self.objects)
 
     def push(self, target: str | Path, *, format: str | None = None, public: bool = False) -> str:
         """Writes the result with a model card into a folder, or puts it into a repository of the hub.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.commands import load
-from fedtune.api.federate import shown, stopped, with_objects
+from fedtune.api.federate import seeds_of, shown, stopped, with_objects
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def sweep(
     Raises:
         InputError: As `run`, of any point, before the first runs; or the grid or a name is wrong.
     """
-    from fedtune.config.file import dump_config
+    from fedtune.config.file import dump_settings
     from fedtune.evaluation.better import better
+    from fedtune.evaluation.registry import TASKS, possible
     from fedtune.federation.claim import claimed
     from fedtune.federation.files import write_text
     from fedtune.federation.sweep import axis, points
@@ -99,11 +100,7 @@ def sweep(
     if isinstance(data, Iterator):
         data = list(data)
     first, objects = with_objects(load(config, *overrides), data)
-    chosen = [first.seed] if seeds is None else list(seeds) if isinstance(seeds, Iterable) else [seeds]
-    if not chosen or not all(type(seed) is int and seed >= 0 for seed in chosen):
-        raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
-    if len(set(chosen)) != len(chosen):
-        raise InputError(f"seeds must be different whole numbers from 0 up, as in [0, 1, 2]; got {seeds!r}")
+    chosen = seeds_of(seeds, first.seed)
     if validation is not None and not 0 < validation < 1:
         raise InputError(f"validation is a share of the training examples, as 0.1; got {validation}")
     grid_points = points(axes, trials, first.seed)
@@ -119,11 +116,13 @@ def sweep(
         except InputError as error:
             raise InputError(f"at {', '.join(own)}: {error}") from None
 
-    if metric is not None and metric.partition(".")[0] not in first.evaluation.tasks:
-        tasks = ", ".join(first.evaluation.tasks)
+    if metric is not None and metric.partition(".")[0] not in possible(first.evaluation.tasks):
+        tasks = ", ".join(possible(first.evaluation.tasks))
         raise InputError(f"metric is task.metric of a task that is scored; there are {tasks}, got {metric}")
     if metric is not None:
         better(metric)
+    elif (main := TASKS.get(chooses := possible(first.evaluation.tasks)[0])) is not None:
+        better(f"{chooses}.{main.metric}")  # refused now where its direction is not known
     candidates = [(point, at(point.settings, validation)) for point in grid_points]
     with claimed(None if out is None else Path(out), Path("runs") / "sweep") as path:
         how = f'What is done is kept: the same call with out="{path}" goes on.'
@@ -135,7 +134,7 @@ def sweep(
             write_text(path / "sweep.svg", drawn)
         result = Sweep(path, document)
         if result.best is not None:
-            write_text(path / "best.yaml", dump_config(at(result.settings)))
+            write_text(path / "best.yaml", dump_settings(at(result.settings)))
     return result
 
 

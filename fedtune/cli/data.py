@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, print_json
+from fedtune.cli.display import Json, Plugin, begun_configs, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,9 @@ OPEN, CLOSE = "[[", "]]"  # around what has loss, where there is no colour
 
 
 def data(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.", autocompletion=begun_configs)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
     ] = None,

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, print_json
+from fedtune.cli.display import Json, Plugin, begun_configs, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def diagnose(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.", autocompletion=begun_configs)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
     ] = None,

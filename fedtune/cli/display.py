@@ -38,6 +38,20 @@ Plugin = Annotated[
 ]
 
 
+def begun_configs(incomplete: str) -> list[str]:
+    """For a shell: the configurations that come with fedtune and the YAML files and folders that begin so."""
+    from fedtune.config.shipped import shipped
+
+    place, _, begin = incomplete.rpartition("/")
+    there = Path(place or ("/" if incomplete.startswith("/") else "."))
+    inside = sorted(there.iterdir()) if there.is_dir() else []
+    paths = [path for path in inside if path.name.startswith(begin)]
+    front = incomplete.removesuffix(begin)
+    found = [f"{front}{path.name}/" for path in paths if path.is_dir() and (begin or path.name[0] != ".")]
+    found += [f"{front}{path.name}" for path in paths if path.suffix in (".yaml", ".yml") and path.is_file()]
+    return [*(name for name in shipped() if name.startswith(incomplete)), *found]
+
+
 class PlainHelp(TyperCommand):
     """A command whose help has no backslash before a bracket, which typer escapes for rich."""
 

@@ -17,7 +17,7 @@ from fedtune.cli.answer import chat, generate
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Json, PlainHelp, Plugin, print_json, seeds_of, show_run
+from fedtune.cli.display import Json, PlainHelp, Plugin, begun_configs, print_json, seeds_of, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.push import Format, push
@@ -35,7 +35,6 @@ app = typer.Typer(
     name="fedtune",
     help="Fine-tune one foundation model on data that stays with many owners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,10 +42,6 @@ app = typer.Typer(
 
 command = partial(app.command, cls=PlainHelp, no_args_is_help=True)
 
-ConfigPath = Annotated[
-    Path,
-    typer.Argument(metavar="CONFIG", help="YAML file of settings, or one of fedtune ls configs, as demo."),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")]
 
 Places = Annotated[
@@ -139,7 +134,10 @@ def _options(
 @command()
 def run(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="Settings file; with --resume not needed.")
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="Settings file; with --resume not needed.", autocompletion=begun_configs
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
@@ -173,7 +171,10 @@ def run(
 
 @command()
 def compare(
-    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Settings files, one a row.")],
+    configs: Annotated[
+        list[Path],
+        typer.Argument(metavar="CONFIG...", help="Settings files, one a row.", autocompletion=begun_configs),
+    ],
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "",
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting in all of them.")
@@ -265,13 +266,16 @@ def export(
             "default: as the run made it."
         ),
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="One result alone, as client-0003; all there are by default.")
+    ] = None,
     plugin: Plugin = None,
 ) -> None:
     """Write a run's result as a Hugging Face model, PEFT adapter or GGUF file.
 
     Example: fedtune export runs/demo --out model --format merged
     """
-    for path in fedtune.open(run, *places or []).export(out, merge=merge, format=format):
+    for path in fedtune.open(run, *places or []).export(out, merge=merge, format=format, name=name):
         print(path)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, print_json
+from fedtune.cli.display import Json, Plugin, begun_configs, print_json
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def plan(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file, and settings to change."),
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="YAML file, and settings to change.",
+            autocompletion=begun_configs,
+        ),
     ] = None,
     model: Annotated[
         str | None,

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, show_run
+from fedtune.cli.display import Json, Plugin, begun_configs, show_run
 from fedtune.errors import InputError
 
 
 def server(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.", autocompletion=begun_configs)
+    ],
     keys: Annotated[Path, typer.Option(help="The folder `server` that fedtune keys made.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")

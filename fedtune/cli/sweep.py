@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, print_json, seeds_of
+from fedtune.cli.display import Json, Plugin, begun_configs, print_json, seeds_of
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings file, or a name, as demo.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="Settings file, or a name, as demo.", autocompletion=begun_configs
+        ),
+    ],
     grid: Annotated[
         list[str], typer.Argument(metavar="KEY=A,B...", help="Settings and the values that each takes.")
     ],

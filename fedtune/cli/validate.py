@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, print_json
+from fedtune.cli.display import Json, Plugin, begun_configs, print_json
 from fedtune.errors import InputError
 
 
 def validate(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Settings files, and settings to change."),
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...",
+            help="Settings files, and settings to change.",
+            autocompletion=begun_configs,
+        ),
     ],
     modules: Annotated[
         bool,

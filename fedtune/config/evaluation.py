@@ -10,7 +10,7 @@ from fedtune.config.pictures import Drawn
 from fedtune.core.settings import Settings
 from fedtune.errors import InputError
 from fedtune.evaluation.judge_settings import JudgeSettings
-from fedtune.evaluation.registry import check_tasks
+from fedtune.evaluation.registry import AUTO, certain, check_tasks
 from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.measure.quantities import BYTES, quantity
 
@@ -25,7 +25,7 @@ class Stop(Settings):
 class Evaluation(Settings):
     """What is measured, on which examples, and when."""
 
-    tasks: list[str] = Field(["loss"], min_length=1)
+    tasks: list[str] = Field([AUTO], min_length=1)
     every: int = Field(1, ge=0)  # rounds; 0: only at the end
     stop: Stop | None = None  # ends a run early
     arrivals: bool = False  # asynchronous: also after each arrival
@@ -64,7 +64,7 @@ class Evaluation(Settings):
     @model_validator(mode="after")
     def _known(self) -> Self:
         try:
-            check_tasks(self.tasks, self.task_folder)
+            check_tasks(certain(self.tasks), self.task_folder)
         except InputError as error:
             raise ValueError(str(error)) from None
         return self

@@ -38,6 +38,11 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.resolved())
 
 
+def dump_settings(config: RunConfig) -> str:
+    """The YAML of what a configuration sets, defaults left out; it too is read back as an equal one."""
+    return dump_yaml(config.model_dump(mode="json", exclude_unset=True))
+
+
 def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     """The configuration in a mapping; `source` stands in front of each error. Raises InputError."""
     values, problems = dict(document), list[str]()
@@ -58,7 +63,8 @@ def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         problems += _problems(error, RunConfig, ())
     if problems:
-        raise InputError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+        said = (problem.removeprefix(f"{source}: ") for problem in dict.fromkeys(problems))
+        raise InputError("\n".join(f"{source}: {problem}" for problem in said))
     return config
 
 

@@ -27,7 +27,7 @@ from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import TASKS, classifies, looks_at_pictures
+from fedtune.evaluation.registry import TASKS, certain, classifies, looks_at_pictures
 from fedtune.methods import registry
 from fedtune.methods.objective import Preferring, pairs_refusal
 from fedtune.protection.robust import Robust, Weights, check_replies, robust_refusal, weights_refusal
@@ -220,7 +220,7 @@ class RunConfig(Settings):
             )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
-        for task in self.evaluation.tasks:
+        for task in certain(self.evaluation.tasks):
             if looks_at_pictures(task) != (self.model.task == pictures.TASK):
                 other = "for" if looks_at_pictures(task) else "not for"
                 raise ValueError(f"task {task} is {other} model.task: {pictures.TASK}, got {self.model.task}")
@@ -231,7 +231,7 @@ class RunConfig(Settings):
 
     def _some_prompts(self) -> None:
         drawn = self.evaluation.pictures
-        makes = [task for task in self.evaluation.tasks if task in ("clip-score", "pixel-check")]
+        makes = [task for task in certain(self.evaluation.tasks) if task in ("clip-score", "pixel-check")]
         if drawn is not None and makes and not drawn.prompts and self.data.train != "bundled":
             raise ValueError(f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of")
         if drawn is not None and "clip-score" in makes and drawn.clip is None:
@@ -248,7 +248,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _loadable(self) -> Self:
         """Tasks that packages bring can be imported; the method and the partitioner have been by now."""
-        for task in self.evaluation.tasks:
+        for task in certain(self.evaluation.tasks):
             if task in TASKS:
                 try:
                     TASKS.part(task)
@@ -267,10 +267,14 @@ class RunConfig(Settings):
             if metric is None:
                 continue
             task, dot, name = metric.partition(".")
-            if not dot or not name or task not in self.evaluation.tasks:
+            if not dot or not name or task not in certain(self.evaluation.tasks):
                 raise ValueError(
                     f"{setting} is {metric}; it takes task.metric of one of evaluation.tasks, "
-                    f"{', '.join(self.evaluation.tasks)}, as loss.loss"
+                    f"{', '.join(certain(self.evaluation.tasks))}, as loss.loss"
+                )
+            if getattr(self.method, "fine_tune", None) is not None:
+                raise ValueError(
+                    f"{setting} chooses a round, and method.fine_tune is of the last; leave one of them out"
                 )
             if self.evaluation.every == 0:
                 raise ValueError(

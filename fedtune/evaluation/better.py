@@ -1,4 +1,4 @@
-"""Which of two scores is the better one: known for our own metrics and the harness's common ones alone."""
+"""Which of two scores is the better one: where we know it of a metric, or who registered its task said it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import TASKS
 
 LOWER = ("loss", "denoising_loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 HIGHER = (
@@ -20,11 +21,17 @@ def better(metric: str) -> Callable[[float | None], float]:
     Raises:
         InputError: Nobody said which of two scores of that metric is the better one.
     """
-    name = metric.partition(".")[2].partition("/")[0]
-    if name not in LOWER and name not in HIGHER and not name.startswith("pass@"):
+    task, _, name = metric.partition("/")[0].partition(".")
+    part = TASKS.get(task)
+    if part is not None and part.metric == name and part.lower_is_better is not None:
+        lower = part.lower_is_better
+    elif name in LOWER or name in HIGHER or name.startswith("pass@"):
+        lower = name in LOWER
+    else:
         known = ", ".join((*LOWER, *HIGHER))
         raise InputError(
-            f"whether {metric} is better when lower or higher is not known; choose by one of {known}, pass@K"
+            f"whether {metric} is better when lower or higher is not known; register_metric and "
+            f"register_task can say it (lower_is_better), or choose by one of {known}, pass@K"
         )
-    sign = 1.0 if name in LOWER else -1.0
+    sign = 1.0 if lower else -1.0
     return lambda score: sign * score if score is not None and math.isfinite(score) else math.inf

@@ -26,8 +26,9 @@ def spread(
         owners: Whose each held-out example is; empty where they are nobody's.
 
     Returns:
-        `{task: {metric: {sd, worst, worst_client, clients: {client: value}}}}` with `sd` over the clients
-        (None for one); empty where every client has the same model and the same examples.
+        `{task: {metric: {mean, sd, worst, worst_client, clients: {client: value}}}}` with `mean` and `sd`
+        over the clients, each alike (`sd` None for one); empty where every client has the same model and
+        the same examples.
     """
     models = {
         int(name.removeprefix(CLIENT)): found for name, found in outcomes.items() if name.startswith(CLIENT)
@@ -54,6 +55,7 @@ def spread(
             if values:
                 worst = (max if first.lower_is_better else min)(values, key=values.__getitem__)
                 result.setdefault(task, {})[metric] = {
+                    "mean": statistics.fmean(values.values()),
                     "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
                     "worst": values[worst],
                     "worst_client": worst,

@@ -41,6 +41,7 @@ class Entry:
 
 
 CHOICES_TASK = "multiple-choice"
+AUTO = "auto"  # in evaluation.tasks: what suits the held-out examples
 
 
 def _humaneval(language: str) -> Entry:
@@ -152,6 +153,29 @@ def _compares_answers(task: str) -> bool:
         return task in _ON_ANSWERS
     found = TASKS.get(task)
     return found is not None and found.examples and found.metric != "loss"
+
+
+def certain(tasks: Sequence[str]) -> list[str]:
+    """Tasks that are scored whatever the examples are: `auto` has the loss."""
+    return list(dict.fromkeys("loss" if task == AUTO else task for task in tasks))
+
+
+def possible(tasks: Sequence[str]) -> list[str]:
+    """Tasks that may be scored, in their order: `auto` may have multiple choice behind the loss."""
+    each = (["loss", CHOICES_TASK] if task == AUTO else [task] for task in tasks)
+    return list(dict.fromkeys(task for several in each for task in several))
+
+
+def suited(tasks: Sequence[str], examples: Sequence[Example], *, classes: bool = False) -> list[str]:
+    """Tasks that are scored on these examples.
+
+    Args:
+        tasks: Of the configuration; `auto` is the loss, and multiple choice where all examples have choices.
+        examples: The held-out ones.
+        classes: Whether the model is a classifier, which writes no letters.
+    """
+    choosing = bool(examples) and not classes and all(example.choices for example in examples)
+    return possible(tasks) if choosing else certain(tasks)
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | None) -> None:

@@ -27,7 +27,13 @@ Metric = Callable[[str, str], float]
 
 
 def register_task(
-    name: str, *, metric: str, examples: bool = True, classifier: bool = False, summary: str | None = None
+    name: str,
+    *,
+    metric: str,
+    examples: bool = True,
+    classifier: bool = False,
+    lower_is_better: bool | None = None,
+    summary: str | None = None,
 ) -> Callable[[Score], Score]:
     """Makes NAME in `evaluation.tasks` stand for a function from `EvalEnv` to `Outcome`.
 
@@ -36,6 +42,7 @@ def register_task(
         metric: The main one of the outcome's metrics.
         examples: Whether it scores the held-out examples; else it brings its own.
         classifier: Whether it can score a classifier.
+        lower_is_better: Of two values of that metric; None: no round or point of a sweep is chosen by it.
         summary: One line for `fedtune ls tasks`; None: the docstring's first.
 
     Raises:
@@ -51,7 +58,8 @@ def register_task(
                 )
             return outcome
 
-        _register(name, function, score, metric, examples=examples, classifier=classifier, summary=summary)
+        task = Task(score, metric, examples=examples, classifier=classifier, lower_is_better=lower_is_better)
+        _register(name, function, task, summary)
         return function
 
     return decorate
@@ -67,7 +75,7 @@ def register_metric(
 
     Args:
         name: What a configuration calls it.
-        lower_is_better: What "worst" means.
+        lower_is_better: What "worst" means, and the best round.
         summary: One line for `fedtune ls tasks`; None: the docstring's first.
 
     Raises:
@@ -89,29 +97,20 @@ def register_metric(
             scores = [value(answer, example.output) for answer, example in pairs]
             return Outcome({metric: Scored(scores, lower_is_better=lower_is_better)})
 
-        _register(name, function, score, metric, examples=True, classifier=True, summary=summary)
+        task = Task(score, metric, examples=True, classifier=True, lower_is_better=lower_is_better)
+        _register(name, function, task, summary)
         return function
 
     return decorate
 
 
-def _register(
-    name: str,
-    source: Callable[..., object],
-    score: Score,
-    metric: str,
-    *,
-    examples: bool,
-    classifier: bool,
-    summary: str | None,
-) -> None:
+def _register(name: str, source: Callable[..., object], task: Task, summary: str | None) -> None:
     """Adds a task that says of itself where it comes from."""
 
     def scorer() -> str:
         return TASKS.part(name).origin
 
-    task = Task(score, metric, scorer, examples=examples, classifier=classifier)
-    TASKS.register(name, source, task, summary)
+    TASKS.register(name, source, replace(task, scorer=scorer), summary)
 
 
 def scorer(task: str, settings: EvalSettings) -> str:

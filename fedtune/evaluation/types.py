@@ -370,6 +370,7 @@ class Task:
         scorer: Name and version of what scores.
         examples: Whether it scores the held-out examples; else it brings its own.
         classifier: Whether it can score a classifier.
+        lower_is_better: Of two values of that metric; None: not said.
     """
 
     function: Callable[[EvalEnv], Outcome]
@@ -377,3 +378,4 @@ class Task:
     scorer: Callable[[], str] = lambda: f"fedtune {__version__}"
     examples: bool = False
     classifier: bool = False
+    lower_is_better: bool | None = None

@@ -9,6 +9,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import derive_seed
 from fedtune.errors import InputError
 from fedtune.models.load import Loaded, load_model
+from fedtune.models.quantize import held_by_others
 
 
 def load_base(
@@ -53,6 +54,12 @@ def load_base(
     )
     if not whole:
         refuse_quantized(config, loaded.quantization)
+        if getattr(config.method, "offload_params", "none") != "none" and held_by_others(loaded.model):
+            raise InputError(
+                f"model {config.model.name} came quantised ({loaded.quantization}), in forms that only "
+                "the package that made them can put on disk; set method.offload_params to none, or take "
+                "the model that it was made from, with model.quantization: nf4 or int8"
+            )
     return loaded
 
 

@@ -14,6 +14,7 @@ from fedtune.config.schema import RunConfig
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
+from fedtune.evaluation.registry import possible
 from fedtune.federation.data import prepare_data
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.progress import Named, Progress
@@ -167,7 +168,7 @@ def main_metrics(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> lis
         for task, scores in row["evaluation"].items():
             if "examples" in scores:
                 found.setdefault(task, f"{task}.{next(iter(scores))}")
-    return [found[task] for task in tasks if task in found]
+    return [found[task] for task in possible(tasks) if task in found]
 
 
 def _sd(values: Sequence[float]) -> float | None:

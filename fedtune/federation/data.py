@@ -24,7 +24,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import refuse_unsuited
+from fedtune.evaluation.registry import refuse_unsuited, suited
 from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
@@ -137,6 +137,11 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         in_order,
         reading,
     )
+
+
+def scored_tasks(config: RunConfig, split: Split) -> list[str]:
+    """The tasks that a run's held-out examples are scored by."""
+    return suited(config.evaluation.tasks, split.evaluation, classes=bool(split.labels))
 
 
 def all_held_out(config: RunConfig, objects: ObjectData) -> Split:

@@ -19,10 +19,13 @@ PEFT, MERGED, GGUF = FORMATS = ("peft", "merged", "gguf")
 CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
 
 
-def check_format(format: str | None) -> None:
-    """Raises InputError for a form that is none."""
+def check_format(format: str | None, *, merge: bool = False) -> bool:
+    """Whether a result becomes a whole model. Raises InputError for a form that is none, or not `merge`'s."""
     if format is not None and format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if merge and format not in (None, MERGED):
+        raise InputError(f"merge writes a whole model, and format is {format}; give one of them")
+    return merge or format == MERGED
 
 
 def require_adapter(run: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
-from fedtune.core.types import Payload
 from fedtune.errors import InputError
 from fedtune.evaluation.better import better
 from fedtune.federation import checkpoint
@@ -40,6 +39,7 @@ class Keeping:
             folder,
             runner,
         )
+        self._personal = bool(getattr(config.method, "personal", ""))
         self._held: dict[int, set[str]] = {}  # digests of what clients hold, by checkpoint
 
     def check(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
@@ -89,8 +89,8 @@ class Keeping:
         best = best_round(rounds, self._stop.metric)
         return sum(round > best for round in _scores(rounds, self._stop.metric)) >= self._stop.patience
 
-    def best(self, rounds: Rounds) -> Payload | None:
-        """The best round's state; None without `checkpoints.best`, and where the last is the best.
+    def best(self, rounds: Rounds) -> Checkpoint | None:
+        """The best round; None without `checkpoints.best`, and where the last is the best.
 
         Raises:
             InputError: It is damaged, or gone.
@@ -101,7 +101,7 @@ class Keeping:
             return None
         if wanted not in checkpoint.rounds(folder):
             raise InputError(f"{folder} has no state of round {wanted}, which has the best {self._metric}")
-        return checkpoint.load(folder, wanted, config_sha256=self._identity).state
+        return checkpoint.load(folder, wanted, config_sha256=self._identity)
 
     def document(self, rounds: Rounds) -> dict[str, Any]:
         """What summary.json says of it: the best round with its scores, and whether the run ended early."""
@@ -117,7 +117,7 @@ class Keeping:
 
     def _save_best(self, whole: Checkpoint, rounds: Rounds) -> None:
         if self._metric is not None and best_round(rounds, self._metric) == whole.round:
-            alone = replace(whole, clients={})
+            alone = whole if self._personal else replace(whole, clients={})  # of use in their models alone
             checkpoint.save(self._folder / "best", alone, config_sha256=self._identity, keep=1)
 
 

@@ -15,8 +15,9 @@ from fedtune.data.prompts import prompts, taken_template, template_notes
 from fedtune.data.reading import skipped_notes
 from fedtune.data.templates import AUTO, CHAT
 from fedtune.evaluation.generation import end_tokens
-from fedtune.evaluation.registry import asks
-from fedtune.federation.data import Split
+from fedtune.evaluation.registry import AUTO as AUTO_TASKS
+from fedtune.evaluation.registry import CHOICES_TASK, asks, certain
+from fedtune.federation.data import Split, scored_tasks
 from fedtune.federation.encoding import describe, forms_of, template_of, used_template
 from fedtune.federation.room import Room, shortening
 from fedtune.models.load import Loaded
@@ -28,6 +29,8 @@ def of_model(config: RunConfig, loaded: Loaded, split: Split) -> list[str]:
     """How the base model is held, what was read for it, and what its template does, a line each."""
     held = describe_quantized(loaded.model)
     said = [*([held] if held else []), *split.reading.said, *skipped_notes(split.reading.skipped)]
+    if CHOICES_TASK in (tasks := taken_tasks(config, split)):
+        said.append(f"evaluation.tasks: {tasks}")
     template = used_template(config, split.examples)
     if template is not None:
         if template == AUTO and prompts(AUTO, loaded.tokenizer).name == CHAT:
@@ -46,13 +49,22 @@ def asked_in_template(
     if template_of(config) is None or used_template(config, examples) is not None:
         return None
     evaluation = config.evaluation
-    own = [task for task in evaluation.tasks if asks(task, in_template=evaluation.harness_template)]
+    own = [task for task in certain(evaluation.tasks) if asks(task, in_template=evaluation.harness_template)]
     if not own:
         return None
     name = prompts(config.data.template, tokenizer).name
     return (
         f"the examples are plain texts, in no template; {', '.join(own)} is asked in {name} (data.template)"
     )
+
+
+def taken_tasks(config: RunConfig, split: Split) -> str:
+    """What `auto` among `evaluation.tasks` stood for, with the reason; empty without it."""
+    if AUTO_TASKS not in config.evaluation.tasks:
+        return ""
+    tasks = scored_tasks(config, split)
+    chosen = CHOICES_TASK in tasks and CHOICES_TASK not in config.evaluation.tasks
+    return ", ".join(tasks) + (", because the held-out examples have choices" if chosen else "")
 
 
 def taken(config: RunConfig, loaded: Loaded, split: Split, model: nn.Module) -> dict[str, str]:
@@ -69,6 +81,8 @@ def taken(config: RunConfig, loaded: Loaded, split: Split, model: nn.Module) -> 
         begin = "data.format: "
         said = [line.removeprefix(begin) for line in split.reading.said if line.startswith(begin)]
         found["data.format"] = "; ".join(said or forms_of(split.examples))
+    if tasks := taken_tasks(config, split):
+        found["evaluation.tasks"] = tasks
     if template == AUTO:
         found["data.template"] = taken_template(loaded.tokenizer)
     targets = tuned_text(tuned_modules(model))

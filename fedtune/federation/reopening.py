@@ -55,6 +55,8 @@ def _refuse(config: RunConfig, path: Path, had: int, wanted: int) -> None:
         why = "rounds can be added, and none taken away; checkpoints.rollback=N goes back to an earlier one"
     elif getattr(config.method, "lr_over", "round") == "run":
         why = "with method.lr_over: run the rates of the rounds that are done depend on how many there are"
+    elif getattr(config.method, "fine_tune", None) is not None:
+        why = "with method.fine_tune clients have made models of their own of the last round"
     elif config.federation.privacy is not None:
         why = "federation.privacy was promised to its clients for so many rounds"
     elif config.transport.name == "flower":

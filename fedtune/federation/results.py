@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedtune.config.file import apply_overrides, load_config, parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
+from fedtune.core.personal import result_models
 from fedtune.core.state import from_payload
 from fedtune.data.objects import ObjectData
 from fedtune.data.prompts import other_template
@@ -23,7 +24,7 @@ from fedtune.evaluation.types import Outcome
 from fedtune.federation import checkpoint
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.base_model import load_base
-from fedtune.federation.data import Split, all_held_out, prepare_data
+from fedtune.federation.data import Split, all_held_out, prepare_data, scored_tasks
 from fedtune.federation.encoding import used_template
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.notes import asked_in_template
@@ -115,7 +116,7 @@ def scores_of(
         config: How.
         tuned: The tokenizer that says in which template they were tuned; None: their own.
     """
-    settings, tasks = eval_settings(config, split.labels), config.evaluation.tasks
+    settings, tasks = eval_settings(config, split.labels), scored_tasks(config, split)
     with faults("evaluation", lambda: memory_for(config)):
         outcomes, tokenizer = dict[str, dict[str, Outcome]](), tuned
         for name, loaded in models:
@@ -149,7 +150,13 @@ def _about(task: str, scorer: str, outcomes: Sequence[Outcome]) -> dict[str, Any
 
 
 def export_run(
-    path: Path, config: RunConfig, out: Path, *, merge: bool, objects: ObjectData | None = None
+    path: Path,
+    config: RunConfig,
+    out: Path,
+    *,
+    merge: bool,
+    name: str | None = None,
+    objects: ObjectData | None = None,
 ) -> list[Path]:
     """Writes a run's result(s) to `out`, which must not hold anything; returns the folders written.
 
@@ -158,15 +165,19 @@ def export_run(
         config: Its configuration, with its inputs where they are now.
         out: The folder to write.
         merge: Fold an adapter into the weights.
+        name: Which result, as client-0003; None: all.
         objects: The examples, with `data.train: objects` and a classifier, whose classes they have.
 
     Raises:
-        InputError: The run has no result yet, `out` is taken, or merging does not apply.
+        InputError: The run has no result yet or none of that name, `out` is taken, or merging does not apply.
     """
     refuse_existing(out)
     if merge:  # into the weights that were quantised, where they are to be had
         config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
-    models = ((name, loaded.model) for name, loaded in results(path, config, objects))
+    if name is None:
+        models = ((each, loaded.model) for each, loaded in results(path, config, objects))
+    else:
+        models = (("global", one_result(path, config, name, objects).model) for _ in (name,))
     return save_models(models, tokenizer_of(path), out, merge=merge, what=f"export {out}")
 
 
@@ -188,7 +199,7 @@ def replay(
     assembly.refuse_other_inputs(path)
     model = assembly.method.client_model(lambda: assembly.loaded.model)
     state = from_payload(registry.state_class(config.method_name), saved.state)
-    models = assembly.method.export(state, model)
+    models = result_models(assembly.method, state, saved.clients, model)
     return save_models(
         models, assembly.exported_tokenizer, out, merge=assembly.method.saves_merged, what=f"replay {out}"
     )
@@ -236,7 +247,7 @@ def result_folders(path: Path) -> dict[str, Path]:
         raise InputError(f"{path} has no result yet; continue it with fedtune run --resume {path}")
     inside = [folder for folder in sorted(final.iterdir()) if folder.is_dir() and folder.name != BASE]
     named = {folder.name: folder for folder in inside}
-    if any(name.startswith("client-") for name in named):
+    if any(name.startswith("client-") for name in named) and not any(p.is_file() for p in final.iterdir()):
         return named
     return {"global": final, **named}
 

@@ -6,7 +6,7 @@ to it, takes over the replies that had already come in, and ends with the bits o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_coh
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
+from fedtune.core.personal import for_all, result_models
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Transport
@@ -260,7 +261,9 @@ class _Federation:
                 journal.clear()
             self._report(state)
         best = self._keeping.best(self._rounds)
-        self._save_result(from_payload(kind, best) if best else state, model)
+        state = from_payload(kind, best.state) if best else state
+        own = best.clients if best else self._assembly.runner.states
+        self._save_result(result_models(method, state, own, model))
         journal.clear()  # where a kill came between the last checkpoint and its own clearing
         count_asked(self._assembly, self._rounds, self._folder.path, self._progress)
         return self.summarize("done")
@@ -268,9 +271,9 @@ class _Federation:
     def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
-        drawn = cohort is not None
+        drawn, weights = cohort is not None, self._assembly.weights
         if cohort is None:
-            cohort = sample_cohort(self._assembly.weights, self._per_round(), seed=config.seed, round=round)
+            cohort = sample_cohort(weights, self._per_round(round), seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 
@@ -329,10 +332,9 @@ class _Federation:
             return self._scoring(trained)
 
     def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
-        entry |= {"eval": scores.result, "seconds": round(seconds, 3)}
+        entry |= {"eval": scores.result, "seconds": round(seconds, 3), **scores.more}
         if scores.result:
             self._scoring.enter_memory(entry["round"])
-        entry |= scores.more
         keep_made(scores, self._folder, entry["round"])
         self._rounds.append(entry)
         self._folder.append("rounds.jsonl", entry)
@@ -362,17 +364,15 @@ class _Federation:
         )
         self._keeping.save(whole, self._rounds)
 
-    def _save_result(self, state: Any, model: nn.Module) -> None:
+    def _save_result(self, models: Iterator[tuple[str, nn.Module]]) -> None:
         self._progress.stage("saving the result")
-        method = self._assembly.method
         with self._clock.part("checkpoint"):
-            tokenizer, final = self._assembly.exported_tokenizer, self._folder.path / "final"
-            models = method.export(state, model)
-            save_models(models, tokenizer, final, merge=method.saves_merged, what="the result")
+            tokenizer, merge = self._assembly.exported_tokenizer, self._assembly.method.saves_merged
+            save_models(models, tokenizer, self._folder.path / "final", merge=merge, what="the result")
 
-    def _per_round(self) -> float | int | None:
+    def _per_round(self, round: int = 1) -> float | int | None:
         """Reference rows always ask everyone: they stand for no communication pattern."""
-        return self._config.federation.clients_per_round if self._assembly.method.uses_wire else None
+        return None if for_all(self._assembly.method, round) else self._config.federation.clients_per_round
 
     def _seconds(self) -> dict[str, float]:
         parts = dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
+from fedtune.core.personal import result_models
 from fedtune.data.shapes import SUBJECTS, backgrounds
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.peaks import Peaks
@@ -19,7 +20,7 @@ from fedtune.evaluation.picture_settings import PicturePrompt, PictureSettings
 from fedtune.evaluation.tasks import score, summarize
 from fedtune.evaluation.types import EvalSettings, Outcome
 from fedtune.federation.assembly import Assembly
-from fedtune.federation.data import Split
+from fedtune.federation.data import Split, scored_tasks
 from fedtune.federation.room import reserved_tokens
 from fedtune.models.at_work import at_work
 
@@ -60,11 +61,11 @@ def evaluate(
         config: The run's configuration.
         peaks: Told what batches take.
     """
-    settings = eval_settings(config, split.labels)
+    settings, tasks = eval_settings(config, split.labels), scored_tasks(config, split)
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name, model in models:
         model.eval()
-        outcomes[name] = score(model, tokenizer, split.evaluation, config.evaluation.tasks, settings, peaks)
+        outcomes[name] = score(model, tokenizer, split.evaluation, tasks, settings, peaks)
     each = {name: summarize([found], settings) for name, found in outcomes.items()}
     result = each["global"] if "global" in each else summarize(list(outcomes.values()), settings)
     notes = {
@@ -104,7 +105,10 @@ class Scoring:
         loaded, method = self._assembly.loaded, self._assembly.method
         part = "evaluation" if trained else "zero-shot evaluation"
         with faults(part, lambda: memory_for(self._config)):
-            models = method.export(*trained) if trained else iter([("global", cast(nn.Module, loaded.model))])
+            models = iter([("global", cast(nn.Module, loaded.model))])
+            if trained:
+                state, model = trained
+                models = result_models(method, state, self._assembly.runner.states, model)
             models = self._at_work(models)
             return evaluate(models, loaded.tokenizer, self._assembly.split, self._config, self._peaks)
 

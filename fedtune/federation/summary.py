@@ -12,6 +12,7 @@ from fedtune.core.ledger import Ledger
 from fedtune.data.encoded import Counts
 from fedtune.evaluation.tasks import scorer
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.data import scored_tasks
 from fedtune.federation.encoding import describe
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.left_out import left_out
@@ -74,7 +75,7 @@ def of_run(
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,
         **({"peak_by_device": ledger.peaks_by_device} if any(ledger.peaks_by_device.values()) else {}),
-        "scorers": {task: scorer(task, settings) for task in config.evaluation.tasks},
+        "scorers": {task: scorer(task, settings) for task in scored_tasks(config, assembly.split)},
     }
 
 

@@ -8,7 +8,7 @@ times and one shot decays it once; `lr_over: run` or `lr_schedule: constant` tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedtune.core.types import ClientEnv, ClientError, Payload
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.errors import InputError
+from fedtune.measure.memory import Resident
 from fedtune.methods.objective import Objective
 from fedtune.methods.preference import add_pair_gradient, drawn_pairs
 from fedtune.methods.settings import Training
@@ -57,9 +58,11 @@ def train(
     settings: Training,
     *,
     proximal: float = 0.0,
+    towards: Mapping[str, Tensor] | None = None,
     correction: Mapping[str, Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     keeps: bool = False,
+    beside: Sequence[Resident] = (),
 ) -> Trained:
     """Trains `parameters` of `env.model`, which hold the round's start, on the client's examples.
 
@@ -72,9 +75,11 @@ def train(
         parameters: What is trained, by name.
         settings: Epochs or steps, batch, optimiser, schedule.
         proximal: μ of FedProx: μ/2·‖w − w(t)‖² is added to the loss (its gradient, to be exact).
+        towards: w(t), if it is not what training starts from.
         correction: Added to each gradient, by name (SCAFFOLD's c − c_i).
         penalty: A term of each step's loss that depends on the parameters alone; not in `train_loss`.
         keeps: The optimiser begins with what it ended the client's last round with (`env.state`).
+        beside: What is in memory beside the model and the optimiser.
 
     Raises:
         ClientError: The loss became NaN or infinite.
@@ -87,12 +92,13 @@ def train(
         )
     for parameter in parameters.values():
         parameter.grad = None  # a client that failed in mid-step before this one left its gradients behind
+    pull: Mapping[str, Tensor] = parameters if towards is None else towards
     stepper = Stepper(
         parameters,
         settings,
         seed=env.seed,
         proximal=proximal,
-        start={n: p.detach().to(torch.float32, copy=True) for n, p in parameters.items()} if proximal else {},
+        start={n: _float32_copy(pull[n], p) for n, p in parameters.items()} if proximal else {},
         correction=correction,
     )
     if keeps and env.state is not None:
@@ -112,7 +118,7 @@ def train(
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
             batches = drawn_pairs(env, group) if objective.of_pairs else drawn(env, group, step)
-            with env.memory.step(batches.size, resident=[env.model, *stepper.resident()]):
+            with env.memory.step(batches.size, resident=[env.model, *stepper.resident(), *beside]):
                 with stepper.arriving(rate):
                     if objective.of_pairs:
                         loss.join(add_pair_gradient(env.model, batches, env.device, objective))
@@ -126,6 +132,10 @@ def train(
     env.model.eval()
     kept = stepper.kept() if keeps else None
     return Trained(stepper.weights, total_steps, rate_sum, loss, kept)
+
+
+def _float32_copy(value: Tensor, like: Tensor) -> Tensor:
+    return value.detach().to(like.device, torch.float32, copy=True)
 
 
 def step_batches(env: ClientEnv, settings: Training) -> Iterator[list[list[int]]]:

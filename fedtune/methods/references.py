@@ -22,7 +22,7 @@ from fedtune.core.types import (
     ServerEnv,
     TensorSpec,
 )
-from fedtune.methods.fedavg.method import load
+from fedtune.methods.loading import load
 from fedtune.methods.local_training import train
 from fedtune.methods.reference_settings import CentralizedConfig, StandaloneConfig, ZeroShotConfig
 from fedtune.models.tuning import trainable

@@ -89,7 +89,7 @@ register(
     Entry(
         "fedtune.methods.fedavg.method:FedAvg",
         "fedtune.methods.fedavg.settings:Config",
-        "fedtune.methods.fedavg.method:State",
+        "fedtune.methods.fedavg.state:State",
         "FedAvg with full weights, LoRA, adapters or prompts; one-shot with rounds: 1, also asynchronous",
     ),
 )

@@ -50,8 +50,9 @@ class Lora(Settings):
     def _forms(self) -> Self:
         if self.init == "loftq":
             raise ValueError(
-                "init: loftq makes up for what a base in 4 bits has lost, and this has lost nothing; take "
-                "default, pissa or olora"
+                "init: loftq begins at what quantising took from a weight, and who holds a base in few bits "
+                "has no other weight to take that from; take default, or pissa or olora, which begin at "
+                "parts of the weight as it is held"
             )
         if self.init != "default" and (self.use_dora or self.client_ranks):
             other = "use_dora" if self.use_dora else "client_ranks"

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks, find_feed_forward
 from fedtune.models.lora_targets import find_targets, in_block, matched, tunable_layers
+from fedtune.models.quantize import whole
 from fedtune.models.wrapping import attach, task_type
 
 # What gives queries alone, or takes the result back: it has no factors.
@@ -76,15 +77,17 @@ def attach_ia3(model: PreTrainedModel, *, targets: Sequence[str] | None, seed: i
 
 def scaled_tensors(layer: IA3Layer) -> dict[str, Tensor]:
     """A layer's weight and bias with its factors in them, float32, by their names in it."""
-    module = cast(nn.Module, layer)
+    module, base = cast(nn.Module, layer), layer.get_base_layer()
     factors = module.get_parameter("ia3_l.default").detach().float().flatten()
-    weight = module.get_parameter("base_layer.weight").detach().float()
-    bias = cast("Tensor | None", layer.get_base_layer().bias)
-    transposed = isinstance(layer.get_base_layer(), Conv1D)  # GPT-2 keeps its weights (in x out)
+    weight = whole(cast(Tensor, base.weight)).detach().float()
+    bias = cast("Tensor | None", base.bias)
+    transposed = isinstance(base, Conv1D)  # GPT-2 keeps its weights (in x out)
     if bool(layer.is_feedforward) != transposed:
         weight = weight * factors
     else:
         weight = weight * factors[:, None]
+    if getattr(base, "transposed", False):
+        weight = weight.T.contiguous()  # a quantised layer widens to (out, in)
     if bias is None or layer.is_feedforward:
         return {"weight": weight}
     return {"weight": weight, "bias": bias.detach().float() * factors}

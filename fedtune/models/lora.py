@@ -196,7 +196,7 @@ def merged_weight(layer: LoraLayer) -> Tensor:
 
 def _begin_at(start: str, path: str, layer: LoraLayer, rank: int) -> None:
     """Makes B₀ and A₀ of a layer's weight the factors' start, and −s B₀ A₀ their frozen half."""
-    weight = cast(nn.Module, layer).get_parameter("base_layer.weight").detach()
+    weight = whole(getattr(layer.get_base_layer(), lora_parameter(layer))).detach()
     if getattr(layer, "fan_in_fan_out", False):
         weight = weight.T
     if rank > min(weight.shape):

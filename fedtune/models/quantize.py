@@ -70,14 +70,19 @@ class QuantizedLinear(nn.Linear):
         """What PEFT asks for a layer's device before it asks for `weight`, 18 times a layer."""
         return self.get_parameter("packed")
 
-    def widened(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a dtype."""
-        packed, absmax = self.get_parameter("packed").data, self.get_parameter("absmax").data
+    def bits(self) -> dict[str, Tensor]:
+        """What the weight is kept in, by name: other tensors at another time where weights are offloaded."""
+        return {name: tensor.data for name, tensor in _bits(self)}
+
+    def widened(self, dtype: torch.dtype, bits: dict[str, Tensor] | None = None) -> Tensor:
+        """The weight in a dtype, from `bits` that were taken before, or from what is held now."""
+        bits = self.bits() if bits is None else bits
+        packed, absmax = bits["packed"], bits["absmax"]
         if self.kind == "int8":
             return _widened_rows(packed, absmax, dtype)
         ops = torch.ops.bitsandbytes
         if absmax.dtype == torch.uint8:
-            scale, offset = self.get_parameter("absmax_scale").data, self.get_parameter("absmax_offset").data
+            scale, offset = bits["absmax_scale"], bits["absmax_offset"]
             code = _nested_code(absmax.device)
             absmax = ops.dequantize_blockwise(absmax, scale, code, NESTED, torch.float32).add_(offset)
         shape = (self.out_features, self.in_features)
@@ -95,19 +100,19 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """X Wᵀ + b; the backward pass widens W once more rather than keep it."""
+    """X Wᵀ + b; the backward pass widens W once more, from the same bits, rather than keep it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(x, layer.widened(x.dtype), bias)
+        ctx.layer, ctx.bits = layer, layer.bits()
+        return nn.functional.linear(x, layer.widened(x.dtype, ctx.bits), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         for_x, for_bias = ctx.needs_input_grad[:2]
         return (
-            gradient.matmul(ctx.layer.widened(gradient.dtype)) if for_x else None,
+            gradient.matmul(ctx.layer.widened(gradient.dtype, ctx.bits)) if for_x else None,
             gradient.reshape(-1, gradient.shape[-1]).sum(0) if for_bias else None,
             None,
         )
@@ -175,8 +180,16 @@ def quantized_parameters(model: nn.Module) -> list[nn.Parameter]:
         for name, parameter in layer.named_parameters(recurse=False)
         if name != "bias"
     ]
-    foreign = [p for p in model.parameters() if not type(p).__module__.startswith("torch.")]
-    return [*own, *packed, *foreign]
+    return [*own, *packed, *_foreign(model)]
+
+
+def held_by_others(model: nn.Module) -> bool:
+    """Whether another package holds weights of a model in forms that it alone can copy and widen."""
+    return bool(packed_layers(model) or _foreign(model))
+
+
+def _foreign(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if not type(p).__module__.startswith("torch.")]
 
 
 def packed_layers(model: nn.Module) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
+from fedtune.evaluation.registry import certain
 from fedtune.federation.base_model import refuse_quantized
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
@@ -214,7 +215,8 @@ def _whole_round(
     batches = steps * getattr(settings, "gradient_accumulation", 1)
     if isinstance(settings, Training) and settings.local_epochs is not None:
         batches = settings.local_epochs * (_batches(settings, work) or 0)
-    return round((client.forward + client.backward) / tokens * padded * batches)
+    models = 1 if getattr(settings, "ditto", None) is None else 2
+    return round((client.forward + client.backward) / tokens * padded * batches * models)
 
 
 def _hold_model(settings: Any) -> bool:
@@ -283,12 +285,14 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
         )
     if config.federation.simulate.dropout or config.federation.deadline_s is not None:
         notes.append("planned as if every client that is asked replied")
-    if not traffic.exact:
+    if getattr(config.method, "prune", None) is not None:
+        notes.append("clients that give up ranks (method.prune) send fewer bytes: these are the most")
+    elif not traffic.exact:
         notes.append(
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
             "these bytes are what is to be expected"
         )
-    others = [task for task in config.evaluation.tasks if task != "loss"]
+    others = [task for task in certain(config.evaluation.tasks) if task != "loss"]
     if others and config.model.task == "causal-lm":
         notes.append(
             f"of evaluation the loss of held-out examples is planned; batches of {', '.join(others)} are cut "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedtune.core.cohort import Cohort, sample_cohort
 from fedtune.core.compression import Compression
+from fedtune.core.personal import for_all
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
@@ -82,14 +83,16 @@ def simulate(
     traffic = Traffic()
     if not method.uses_wire:
         return traffic
-    traffic.exact = (
+    pruned = getattr(method.config, "prune", None) is not None and method.rounds > 1
+    traffic.exact = not pruned and (
         method.config.name != "fedkseed-pro" or method.rounds <= 2
     )  # later, p depends on the losses
     advance = _advance(method, robust)
     with values():
         state = first_state(method, model)
         for round in range(1, method.rounds + 1):
-            cohort = sample_cohort(clients, per_round, seed=seed, round=round)
+            asked = None if for_all(method, round) else per_round
+            cohort = sample_cohort(clients, asked, seed=seed, round=round)
             for _ in cohort.clients if method.arrival == "in-turn" else [0]:
                 replies = []
                 for order in method.plan(state, round, cohort):

@@ -46,6 +46,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
             client = str(spread["worst_client"])
             who = f"client {client}" + (f", {names[client]}" if client in names else "")
             worst = f"{number(spread['worst'])} ({who})"
+            if "mean" in spread:  # not in runs of earlier versions
+                scores.add_row(task, f"{metric}, mean of clients", "", number(spread["mean"]))
             scores.add_row(task, f"{metric}, worst client", "", worst)
     cost = Table(title="What it cost", title_justify="left", show_header=False)
     cost.add_column()

@@ -49,8 +49,9 @@ from fedtune.data.encoded import Encoded
 from fedtune.errors import InputError
 from fedtune.measure.memory import MemoryMeter
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.method import FedAvg, State
+from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
+from fedtune.methods.fedavg.state import State
 from fedtune.methods.local_training import step_batches
 from fedtune.methods.step_loss import StepBatches, drawn
 from fedtune.models.tuning import trainable

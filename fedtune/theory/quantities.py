@@ -120,6 +120,12 @@ def schemes(config: Settings) -> tuple[Config, Config]:
             f"the one-shot theory has the mean of the clients' weights, and method.aggregation: "
             f"{config.aggregation} makes others of them. Use mean or freeze-a"
         )
+    if config.personal:
+        name = "own" if config.own else "ditto" if config.ditto is not None else "fine_tune"
+        raise InputError(
+            f"the one-shot theory is about one global model, and method.{name} gives clients others; leave "
+            "it out"
+        )
     if config.control_variates:
         raise InputError(
             "the one-shot theory has plain local steps (Eq. 3), and control variates correct them; "

@@ -2,5 +2,5 @@
 
 Read `method.py` first: a round from order to result. `settings.py` has its settings,
 `lora_aggregation.py` is what a mean of LoRA factors can be, `server_optimizer.py` what the server does with
-the mean update.
+the mean update, `personal.py` what a client keeps as its own.
 """

@@ -38,6 +38,11 @@ def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     }
 
 
+def cut_like(whole: Tensor, received: Tensor) -> Tensor:
+    """The part of a tensor that has another's shape, from its beginning."""
+    return whole[tuple(slice(n) for n in received.shape)] if whole.ndim else whole
+
+
 def pad(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fills cut factors up with zeros to the shapes of `like`.
 

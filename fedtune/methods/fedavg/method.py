@@ -9,7 +9,7 @@ round of T·k local epochs instead of T rounds of k, synchronous or asynchronous
 Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), DiLoCo (Douillard et al. 2023: that
 of Nesterov, and `keep_optimizer`), SCAFFOLD (`control_variates`, Karimireddy et al. 2020, option II), LoRA
 factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py and
-rolora.py have it.
+rolora.py and hetlora.py have it. Clients' own parts and models: own_parts.py, ditto.py and fine_tuning.py.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -22,9 +22,11 @@ every other, its control variates are averaged evenly as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,41 +46,18 @@ from fedtune.core.types import (
     Summed,
     TensorSpec,
 )
-from fedtune.core.wire import FrameError
-from fedtune.methods.fedavg import fedex_lora, flexlora, lora_fair, robust, rolora
+from fedtune.measure.memory import Resident
+from fedtune.methods.fedavg import from_factors, own_parts, personal, robust, rolora
 from fedtune.methods.fedavg import lora_aggregation as lora
-from fedtune.methods.fedavg.settings import FROM_FACTORS, Config
-from fedtune.methods.local_training import train
+from fedtune.methods.fedavg.hetlora import SelfPruning
+from fedtune.methods.fedavg.settings import FACTORED, FROM_FACTORS, Config
+from fedtune.methods.fedavg.state import State
+from fedtune.methods.loading import load
+from fedtune.methods.local_training import Trained, train
 from fedtune.models.lora import lora_layers
 from fedtune.models.tuning import trainable
 
 CONTROL, PRODUCT = "control:", "product:"  # prefixes on the wire beside the weights' own names
-
-
-@dataclass(frozen=True)
-class State:
-    """The server's state.
-
-    Attributes:
-        weights: The global trainable parameters, float32.
-        dtypes: The dtype in which each of them is held and sent, by name.
-        scaling: alpha / rank of each LoRA module.
-        moments: The server optimiser's moments, by "moment/name".
-        control: SCAFFOLD's c.
-        product: What is added to the base weights, stacked or dense: of all rounds so far the products
-            Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
-        start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
-    """
-
-    weights: dict[str, Tensor]
-    dtypes: dict[str, str]
-    scaling: dict[str, float] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    control: dict[str, Tensor] = field(default_factory=dict)
-    product: dict[str, Tensor] = field(default_factory=dict)
-    start: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    weight: int = 0
 
 
 class FedAvg:
@@ -91,7 +70,8 @@ class FedAvg:
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config, self._seed = config, seed
-        self.rounds = config.rounds
+        self.rounds = config.rounds + (config.fine_tune is not None)
+        self.personal = config.personal
         self.saves_merged = config.aggregation in ("stack", "residual")
         self.arrival: ArrivalOrder = (
             "one-by-one"
@@ -111,11 +91,14 @@ class FedAvg:
         if self.config.aggregation == "freeze-a":
             for name, parameter in trainable(model).items():
                 parameter.requires_grad_(not name.endswith(lora.A))
+        own_parts.chosen(trainable(model), self.config.own)
         return model
 
     def init(self, model: nn.Module) -> State:
-        """The state before the first round: the model as it is."""
+        """The state before the first round: the model as it is, without what stays with clients."""
         parameters = trainable(model)
+        own = own_parts.chosen(parameters, self.config.own)
+        parameters = {name: p for name, p in parameters.items() if name not in own}
         weights = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
         return State(
             weights,
@@ -128,8 +111,8 @@ class FedAvg:
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """Everyone in the cohort gets the global weights, cut to its rank."""
-        weights = _as_sent(state.weights, state.dtypes)
-        ranks = {client: self._rank(client) for client in cohort.clients}
+        weights, tuning = _as_sent(state.weights, state.dtypes), self.asks_all(round)
+        ranks = {client: state.ranks.get(str(client), self._rank(client)) for client in cohort.clients}
         if self.config.aggregation == "stack":  # every client draws its own fresh factors
             down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
             down |= {PRODUCT + name: t for name, t in state.product.items()}
@@ -146,10 +129,24 @@ class FedAvg:
                 CONTROL + name: c for name, c in state.control.items()
             }
             expects = {name: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for name, t in up.items()}
-            yield Order(client, payloads[rank], expects)
+            yield Order(client, payloads[rank], {} if tuning else expects)
+
+    def asks_all(self, round: int) -> bool:
+        """Of the round of fine-tuning, which is of every client's model."""
+        return round > self.config.rounds
 
     def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
         """Local training from the received weights; returns the update (or the trained factors to stack)."""
+        if not self.personal:
+            return self._step(job, env)[0]
+        received = {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}
+        received = lora.pad(received, trainable(env.model))
+        shared = partial(self._step, job)
+        return personal.step(env, self.config, received, shared, tunes=self.asks_all(env.round))
+
+    def _step(
+        self, job: Payload, env: ClientEnv, beside: Sequence[Resident] = ()
+    ) -> tuple[ClientResult, Trained]:
         parameters = trainable(env.model)
         weights = {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}
         product = {n.removeprefix(PRODUCT): t for n, t in job.tensors.items() if n.startswith(PRODUCT)}
@@ -159,6 +156,8 @@ class FedAvg:
         start = lora.pad(weights, parameters)
         load(parameters, start)
         own = dict(env.state.tensors) if env.state else {n: torch.zeros_like(c) for n, c in control.items()}
+        prune = self.config.prune
+        pruning = SelfPruning(prune, weights, parameters) if prune else None
         alternates = self.config.aggregation == "alternate"
         turn = rolora.in_turn(parameters, env.round) if alternates else nullcontext(parameters)
         with lora.folded(env.model, product) if product else nullcontext(), turn as moving:
@@ -168,33 +167,40 @@ class FedAvg:
                 self.config,
                 proximal=self.config.proximal,
                 correction={name: c - own[name] for name, c in control.items()},
+                penalty=pruning.penalty if pruning else None,
                 keeps=self.config.keep_optimizer,
+                beside=beside,
             )
 
+        now = pruning.settled(trained.weights) if pruning else trained.weights
+
         def delta(name: str) -> Tensor:  # from the start as float32: bfloat16 weights widen without loss
-            return trained.weights[name].cpu() - start[name].to(torch.float32)
+            return now[name].cpu() - start[name].to(torch.float32)
 
         up: dict[str, Tensor] = {}
         for name, received in weights.items():
             if name not in moving:
                 continue
             whole = trained.weights[name].cpu() if self._sends_factor(name) else delta(name)
-            up[name] = _cut_like(whole, received).to(received.dtype)
+            up[name] = lora.cut_like(whole, received).to(received.dtype)
         if not control:
-            return ClientResult(Payload(up), trained.metrics, trained.kept)
+            return ClientResult(Payload(up), trained.metrics, trained.kept), trained
         renewed = {  # option II: c_i ← c_i − c + (w(t) − w_i) / Σ rates
             name: own[name] - c - delta(name) / trained.rate_sum for name, c in control.items()
         }
         up |= {CONTROL + name: renewed[name] - own[name] for name in renewed}
-        return ClientResult(Payload(up), trained.metrics, state=Payload(renewed))
+        return ClientResult(Payload(up), trained.metrics, state=Payload(renewed)), trained
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""
         if self.config.aggregation in FROM_FACTORS:
-            return self._from_factors(state, replies)
-        total: WeightedSum | None = None
+            return from_factors.advanced(state, replies, self.config)
+        total, tuned = cast(WeightedSum | None, None), False
         control: WeightedSum | None = None
         for reply in replies:
+            if not reply.payload.tensors:
+                tuned = True
+                continue
             if total is None:
                 total = WeightedSum(reply.cohort.total_examples, state.weight, dict(state.sums))
                 control = WeightedSum.empty(reply.cohort.population)
@@ -209,6 +215,8 @@ class FedAvg:
                 },
                 1,
             )
+        if total is None and tuned:  # clients' models, which stay where they are
+            return state
         if total is None or control is None:
             raise ValueError("no client replied: there is nothing to average")
         return self._advance(state, total, control)
@@ -219,24 +227,30 @@ class FedAvg:
             return f"aggregation: {self.config.aggregation} needs each client's factors"
         if self.config.aggregation == "alternate":
             return "aggregation: alternate has another sum in odd rounds than in even ones; take freeze-a"
+        if self.config.fine_tune:
+            return "fine_tune has a round in which nothing is sent, and so nothing summed; take ditto"
         if privacy and self.config.control_variates:
             return "control_variates are a second update beside the first, on another scale"
         return None
 
     def mean_refusal(self, mean: MeanName) -> str | None:
         """See robust.py."""
+        if self.config.fine_tune and mean != "weighted":
+            return robust.FINE_TUNE
         config, ranks = self.config, self.config.lora and self.config.lora.client_ranks
         return robust.mean_refusal(
             mean,
             asynchronous=self.arrival == "one-by-one",
             stacked=config.aggregation == "stack",
-            factored=config.aggregation if config.aggregation in ("svd", "residual", "refine") else "",
+            factored=config.aggregation if config.aggregation in FACTORED else "",
             unlike_ranks=bool(ranks),
             control=config.control_variates,
         )
 
     def bound_refusal(self, *, quantile: bool) -> str | None:
         """See robust.py."""
+        if self.config.fine_tune:
+            return robust.FINE_TUNE
         alone, control = self.arrival == "one-by-one", self.config.control_variates
         return robust.bound_refusal(quantile=quantile, asynchronous=alone, control=control)
 
@@ -247,6 +261,8 @@ class FedAvg:
 
     def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
         """Factors that a client draws anew are no change of what was there: all of them count, once."""
+        if self.config.prune:
+            return "prune tells of ranks that went by numbers that are exactly 0; leave one of the two out"
         if self.config.aggregation == "stack" and (sparse or feedback):
             return (
                 f"aggregation: stack has clients send factors of their own, whole; leave out "
@@ -309,6 +325,12 @@ class FedAvg:
         with lora.folded(model, product):
             yield "global", model
 
+    def client_models(
+        self, state: State, clients: Mapping[int, Payload], model: nn.Module
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The global weights with what each client keeps of its own."""
+        return own_parts.models(state.weights, clients, model)
+
     def _apply(
         self, weights: Mapping[str, Tensor], total: WeightedSum, moments: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -322,34 +344,6 @@ class FedAvg:
             new[name], moved = self.config.server_optimizer.step(weight, total.mean(name), mine)
             kept |= {f"{m}/{name}": t for m, t in moved.items()}
         return new, kept
-
-    def _from_factors(self, state: State, replies: Iterable[Reply]) -> State:
-        """Holds a cohort's factors together: the result is made of each of them."""
-        factors: list[lora.Trained] = []
-        rest: WeightedSum | None = None
-        for reply in replies:
-            rest = rest or WeightedSum.empty(reply.cohort.total_examples)
-            rest = rest.add(
-                {n: t for n, t in reply.payload.tensors.items() if not lora.is_factor(n)}, reply.examples
-            )
-            if reply.examples:  # 0: a robust mean left it out
-                sent = {n: t for n, t in reply.payload.tensors.items() if lora.is_factor(n)}
-                if self.config.aggregation != "stack":  # what changed since the round's start
-                    sent = {n: _cut_like(state.weights[n], t) + t for n, t in sent.items()}
-                factors.append((sent, reply.examples))
-        if rest is None:
-            raise ValueError("no client replied: there is nothing to aggregate")
-        weights = {n: w + rest.mean(n) if n in rest.sums else w for n, w in state.weights.items()}
-        match self.config.aggregation:
-            case "svd":
-                return replace(state, weights=weights | flexlora.factored(factors, weights, state.scaling))
-            case "refine":
-                new = lora_fair.refined(factors, state.scaling, self.config.ridge)
-                return replace(state, weights=weights | new)
-            case "residual":
-                new, product = fedex_lora.averaged(factors, state.product, state.scaling)
-                return replace(state, weights=weights | new, product=product)
-        return replace(state, weights=weights, product=lora.stack(state.product, factors, state.scaling))
 
     def _sends_factor(self, name: str) -> bool:
         return self.config.aggregation == "stack" and lora.is_factor(name)
@@ -372,23 +366,5 @@ class FedAvg:
         return lora.cut(fresh, self._rank(env.client)) if self._rank(env.client) else fresh
 
 
-def load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copies values into parameters of the same names.
-
-    Raises:
-        FrameError: A value is for a parameter that is not there, or has another shape.
-    """
-    with torch.no_grad():
-        for name, value in values.items():
-            there = tuple(parameters[name].shape) if name in parameters else None
-            if there != tuple(value.shape):
-                raise FrameError(f"weights {name} {tuple(value.shape)} were sent, the model here has {there}")
-            parameters[name].copy_(value)
-
-
 def _as_sent(weights: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     return {name: w.to(getattr(torch, dtypes[name])) for name, w in weights.items()}
-
-
-def _cut_like(whole: Tensor, received: Tensor) -> Tensor:
-    return whole[tuple(slice(n) for n in received.shape)] if whole.ndim else whole

@@ -9,6 +9,7 @@ from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.tuning import Lora
 
 _ALONE = "arrival: asynchronous takes each reply in alone, as it comes; take arrival: synchronous"
+FINE_TUNE = "method.fine_tune has a round in which nothing is sent, of which there is no other mean"
 _SECOND = "control_variates are a second update beside the first, on another scale"
 
 

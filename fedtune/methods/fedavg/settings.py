@@ -6,13 +6,37 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedtune.core.settings import Settings
 from fedtune.methods.fedavg.server_optimizer import ServerOptimizer
 from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
 
-Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate"]
-FROM_FACTORS = ("stack", "svd", "residual", "refine")  # whose server needs each client's factors
+Aggregation = Literal["mean", "stack", "freeze-a", "svd", "residual", "refine", "alternate", "sparsity"]
+FACTORED = ("svd", "residual", "refine", "sparsity")  # whose server makes factors of all clients' factors
+FROM_FACTORS = ("stack", *FACTORED)  # whose server needs each client's factors
+
+
+class Prune(Settings):
+    """Ranks that a client gives up for good once they bring less than before; see hetlora.py."""
+
+    decay: float = Field(0.99, gt=0, lt=1)  # γ: the share of its ranks that it goes on with
+    penalty: float = Field(5e-3, gt=0)  # λ of the norm of the others, beside its loss
+
+
+class FineTune(Settings):
+    """Local training after the last round, whose result each client keeps; see fine_tuning.py."""
+
+    local_epochs: int | None = Field(None, ge=1)  # of a client's examples
+    local_steps: int | None = Field(None, ge=1)  # in their place
+    lr: float | None = Field(None, gt=0)  # None: as in the rounds
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.local_epochs is None) == (self.local_steps is None):
+            both = "both are" if self.local_epochs is not None else "neither is"
+            raise ValueError(f"fine_tune takes local_epochs or local_steps; {both} set")
+        return self
 
 
 class Config(Tuning, Preferring, Training):
@@ -23,10 +47,14 @@ class Config(Tuning, Preferring, Training):
     arrival: Literal["synchronous", "asynchronous"] = "synchronous"
     aggregation: Aggregation = "mean"
     ridge: float = Field(0.01, gt=0)  # aggregation: refine: λ of ‖ΔB‖²
+    prune: Prune | None = None  # aggregation: sparsity: clients give up ranks (HetLoRA)
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
     keep_optimizer: bool = False  # a client's optimiser goes on where its last round ended (DiLoCo)
+    own: list[str] = Field([])  # trained tensors that stay with each client, by parts of their names
+    ditto: float | None = Field(None, ge=0)  # λ: how much a client's own model is tied to the global one
+    fine_tune: FineTune | None = None  # local training after the last round, for a model of one's own
 
     @property
     def quantized_refusal(self) -> str:
@@ -40,7 +68,16 @@ class Config(Tuning, Preferring, Training):
         """Clients that draw factors of their own do not have the adapter's."""
         if self.aggregation in ("stack", "freeze-a"):
             return f"with aggregation: {self.aggregation} clients draw factors anew; take mean"
+        if self.own:
+            return (
+                f"method.own: {', '.join(self.own)} begins as clients draw it, and the adapter's is not sent"
+            )
         return super().adapter_refusal
+
+    @property
+    def personal(self) -> Literal["", "beside", "instead"]:
+        """Whether clients have models of their own: beside the global one, or in its place."""
+        return "instead" if self.own else "beside" if self.ditto is not None or self.fine_tune else ""
 
     def _from_factors(self) -> None:
         """Raises ValueError for what does not go with a server that makes new factors of the clients'."""
@@ -61,10 +98,10 @@ class Config(Tuning, Preferring, Training):
                 f"aggregation: residual is saved as a whole model, of which lora.init: {self.lora.init} "
                 "takes a part away; take svd, refine or mean"
             )
-        if self.lora and self.lora.client_ranks and self.aggregation != "svd":
+        if self.lora and self.lora.client_ranks and self.aggregation not in ("svd", "sparsity"):
             raise ValueError(
                 f"aggregation: {self.aggregation} averages factors of one rank; with lora.client_ranks take "
-                "svd, stack or mean"
+                "svd, sparsity, stack or mean"
             )
 
     def _going_on(self) -> None:
@@ -80,6 +117,25 @@ class Config(Tuning, Preferring, Training):
             )
 
     @model_validator(mode="after")
+    def _personal(self) -> Self:
+        if self.ditto is not None and (self.own or self.fine_tune):
+            other = "own" if self.own else "fine_tune"
+            raise ValueError(
+                f"ditto gives each client a whole model of its own already; leave {other} or ditto out"
+            )
+        if self.own and self.aggregation not in ("mean", "freeze-a"):
+            raise ValueError(
+                f"own: aggregation: {self.aggregation} is of whole products B A or trains A and B in turn; "
+                "with parts that are not sent take mean or freeze-a"
+            )
+        if self.personal and self.aggregation in ("stack", "residual"):
+            raise ValueError(
+                f"aggregation: {self.aggregation} adds to the base weights, on which a client's own factors "
+                "would not stand; take mean, freeze-a, svd, refine or alternate"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.aggregation != "mean" and self.trainable != "lora":
             raise ValueError(f"aggregation: {self.aggregation} is for trainable: lora, got {self.trainable}")
@@ -90,8 +146,14 @@ class Config(Tuning, Preferring, Training):
                 "aggregation: stack starts fresh factors every round; it goes with arrival: synchronous, "
                 "server_optimizer mean and no control_variates"
             )
-        if self.aggregation in ("svd", "residual", "refine"):
+        if self.aggregation in FACTORED:
             self._from_factors()
+        if self.prune and self.aggregation != "sparsity":
+            raise ValueError(f"prune belongs to aggregation: sparsity, got {self.aggregation}")
+        if self.prune and self.optimizer_in_backward:
+            raise ValueError(
+                "prune adds a penalty behind the loss, and optimizer_in_backward steps before; leave one out"
+            )
         if self.aggregation != "refine" and "ridge" in self.model_fields_set and self.ridge != 0.01:
             raise ValueError(
                 f"ridge has no effect with aggregation: {self.aggregation}; it belongs to refine"

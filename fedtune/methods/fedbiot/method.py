@@ -50,10 +50,10 @@ from fedtune.core.types import (
 from fedtune.data.batches import endless_batches
 from fedtune.errors import InputError
 from fedtune.methods.fedavg.lora_aggregation import A
-from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedbiot.server import ADAPTER, EMULATOR, Server, copied, factors, partner
 from fedtune.methods.fedbiot.settings import Config
 from fedtune.methods.fedbiot.state import State
+from fedtune.methods.loading import load
 from fedtune.methods.local_training import train
 from fedtune.models.alignment import align
 from fedtune.models.at_work import at_work

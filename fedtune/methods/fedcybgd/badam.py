@@ -28,10 +28,10 @@ from fedtune.core.types import (
     ServerEnv,
     TensorSpec,
 )
-from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedcybgd.order import turns
 from fedtune.methods.fedcybgd.settings import BAdamConfig
 from fedtune.methods.fedcybgd.training import train_blocks
+from fedtune.methods.loading import load
 from fedtune.methods.references import State
 from fedtune.models.parts import CLASSIFIER, check_around, find_parts
 

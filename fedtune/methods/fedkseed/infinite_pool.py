@@ -38,9 +38,9 @@ from fedtune.core.types import (
 )
 from fedtune.data.batches import collate, endless_batches, on_device
 from fedtune.errors import InputError
-from fedtune.methods.fedavg.method import load
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig
+from fedtune.methods.loading import load
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk

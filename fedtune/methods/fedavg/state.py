@@ -1,0 +1,35 @@
+"""What FedAvg's server keeps between rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state.
+
+    Attributes:
+        weights: The global trainable parameters, float32.
+        dtypes: The dtype in which each of them is held and sent, by name.
+        scaling: alpha / rank of each LoRA module.
+        moments: The server optimiser's moments, by "moment/name".
+        control: SCAFFOLD's c.
+        product: What is added to the base weights, stacked or dense: of all rounds so far the products
+            Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
+        ranks: Of clients that prune, the rank that each has left, by its number.
+        start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
+    """
+
+    weights: dict[str, Tensor]
+    dtypes: dict[str, str]
+    scaling: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
+    product: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    weight: int = 0
