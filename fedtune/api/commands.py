@@ -194,19 +194,22 @@ def evaluate(
     """Scores a run's result, or any model, on held-out examples, files, or lm-evaluation-harness's tasks.
 
     Args:
-        target: A run or its folder, a model's folder or name, or a model in memory.
+        target: A run or its folder, a model's or an adapter's folder, a model's name, or a model in memory.
         tasks: Names of tasks, as `fedtune ls tasks` has them.
-        overrides: `key=value` settings to change: "data.train=x.jsonl", "evaluation.max_examples=100".
+        overrides: `key=value` settings to change: "data.train=x.jsonl", "evaluation.max_examples=100". Of an
+            adapter's folder "model.name=PLACE" says where its base is.
         tokenizer: Of a model in memory.
         data: Examples to score a model on that no run made, as of `run`: all of them.
 
     Returns:
         The document of `fedtune eval --json`: `scores` by result, task and metric, and what they rest on.
+        Those of a run are also added to evaluations.jsonl in its folder, which reports show.
 
     Raises:
         InputError: There is no result, or a task or setting is wrong.
     """
-    from fedtune.federation.results import evaluate_model, evaluate_target, model_config
+    from fedtune.federation.evaluations import evaluate_and_keep
+    from fedtune.federation.results import evaluate_model, model_config
 
     if isinstance(tasks, str):
         raise InputError(f"tasks is a list of names, as in [{tasks!r}]; got the text {tasks!r}")
@@ -214,10 +217,10 @@ def evaluate(
         if data is not None:
             raise InputError("a run has its own data; open it with them: fedtune.open(path, data=...)")
         overrides = (*target.places(), *overrides)
-        return evaluate_target(str(target.folder), list(tasks), overrides, target.objects)
+        return evaluate_and_keep(str(target.folder), list(tasks), overrides, target.objects)
     objects = objects_from(model_config("in-memory", overrides), data)
     if isinstance(target, str | Path):
-        return evaluate_target(str(target), list(tasks), overrides, objects)
+        return evaluate_and_keep(str(target), list(tasks), overrides, objects)
     if not callable(getattr(target, "parameters", None)):
         raise InputError(
             f"evaluate takes a run or its folder, a model's folder or name, or a model; got {target!r:.80}"

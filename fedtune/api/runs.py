@@ -145,6 +145,44 @@ class Run:
             texts=trained_on_texts(self.folder, self.config),
         )
 
+    def serve_api(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        key: str | None = None,
+        name: str = "global",
+        max_tokens: int = 1024,
+        quiet: bool = False,
+    ) -> None:
+        """Answers the OpenAI-compatible routes over HTTP, one request at a time, until Ctrl-C or a signal.
+
+        `/v1/chat/completions` is answered in the template that the model was tuned in, `/v1/completions`
+        continues a text as it is; `/v1/models` and `/health`. The model is called as the run's folder is.
+
+        Args:
+            host: The address to bind; one that other machines reach needs a key.
+            port: Its port; 0: one that is free.
+            key: What callers have to say, as `Authorization: Bearer KEY`; None: nothing.
+            name: Which result, as of `model`.
+            max_tokens: The most of an answer that a request may ask for.
+            quiet: No line a request.
+
+        Raises:
+            InputError: There is no result, it is no causal language model, or the address cannot be bound.
+        """
+        from fedtune.deploy.openai_api import serve_run
+
+        if (task := self.config.model.task) != "causal-lm":
+            raise InputError(
+                f"{self.path} is of task {task}, which the OpenAI-compatible routes have no form for; use "
+                f"fedtune generate {self.path}"
+            )
+        if max_tokens < 1:
+            raise InputError(f"max_tokens must be a whole number from 1 up, got {max_tokens!r}")
+        made, called = self._result(name), self.folder.name
+        serve_run(self.config, made, called, max_tokens, host=host, port=port, key=key, quiet=quiet)
+
     def draw_to(self, prompt: str, out: str | Path, *, seed: int = 0, name: str = "global") -> Path:
         """Writes a picture of a text-to-image model as PNG, with the run's own steps and guidance.
 
@@ -220,20 +258,65 @@ class Run:
 
         return replay(self.folder, self.config, round, Path(out), self.objects)
 
-    def export(self, out: str | Path, *, merge: bool = False, name: str | None = None) -> list[Path]:
-        """Writes the result as a Hugging Face model or PEFT adapter; returns the folders written.
+    def export(
+        self, out: str | Path, *, merge: bool = False, format: str | None = None, name: str | None = None
+    ) -> list[Path]:
+        """Writes the result as a Hugging Face model, PEFT adapter or GGUF file; returns what was written.
 
         Args:
             out: The folder, which must not hold anything.
             merge: Fold an adapter into the weights and write a whole model.
+            format: `peft`, an adapter; `merged`, as `merge`; `gguf`, with the converter of llama.cpp; None:
+                as the run made it.
             name: One result alone, as client-0003, a client's own model; None: all there are.
 
         Raises:
-            InputError: There is no result yet or none of that name, or `out` is taken.
+            InputError: There is no result yet or none of that name, it has no such form, `out` is taken, or
+                there is no converter.
         """
+        from fedtune.federation.formats import GGUF, check_format, require_adapter, write_gguf
         from fedtune.federation.results import export_run
 
+        merge = check_format(format, merge=merge)
+        if format == GGUF:
+            return write_gguf(self.path, Path(out), lambda to: self.export(to, merge=True, name=name))
+        if format == "peft":
+            require_adapter(self.folder)
         return export_run(self.folder, self.config, Path(out), merge=merge, name=name, objects=self.objects)
+
+    def push(self, target: str | Path, *, format: str | None = None, public: bool = False) -> str:
+        """Writes the result with a model card into a folder, or puts it into a repository of the hub.
+
+        The card says data split, method, rounds, scores, bytes, privacy spent and versions. Nothing of the
+        data is in it, and no place of this machine in any file.
+
+        Args:
+            target: A folder that must not hold anything, as "./folder"; or a repository, as "owner/name".
+            format: As of `export`; None: an adapter where its base model is on the hub, else a whole model.
+            public: Make the repository one that everybody sees, and allow one that is; else it is private.
+
+        Returns:
+            The folder, or the address of the commit.
+
+        Raises:
+            InputError: The run has not ended, `target` is taken or neither, or the hub refuses.
+            FederationError: The hub cannot be reached, or the disk not be written.
+        """
+        from fedtune.federation.formats import check_format
+        from fedtune.federation.publishing import form_for_others, library_of, publish
+        from fedtune.federation.results import result_folders
+        from fedtune.report.card import card
+
+        check_format(format)
+        first = next(iter(result_folders(self.folder).values()))
+        form = form_for_others(first) if format is None else format
+        return publish(
+            str(target),
+            lambda folder: self.export(folder, format=form),
+            card(self.folder, self.config, library=library_of(first, form)),
+            public=public,
+            places=[str(self.folder), str(Path.home()), str(Path.cwd())],
+        )
 
     def report(self, out: str | Path = "report.html") -> Path:
         """Writes one self-contained HTML page of the run; `fedtune.report_page` takes several.

@@ -20,7 +20,9 @@ from fedtune.cli.diagnose import diagnose
 from fedtune.cli.display import Json, PlainHelp, Plugin, begun_configs, print_json, seeds_of, show_run
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
+from fedtune.cli.push import Format, push
 from fedtune.cli.report import report
+from fedtune.cli.serve import serve
 from fedtune.cli.server import server
 from fedtune.cli.start import cp, init
 from fedtune.cli.stopping import stoppable
@@ -216,7 +218,10 @@ command()(diagnose)
 @command("eval")
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder, or a model's name.")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A folder of a run, a model or an adapter; or a model's name."
+        ),
     ],
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; see fedtune ls tasks.")],
     overrides: Annotated[
@@ -227,6 +232,8 @@ def evaluate(
     plugin: Plugin = None,
 ) -> None:
     """Evaluate what a run made, or any model: on held-out examples, files, or lm-evaluation-harness's tasks.
+
+    Scores of a run are kept in its folder, in evaluations.jsonl, and reports show them.
 
     Example: fedtune eval runs/demo --tasks loss,accuracy
     """
@@ -243,6 +250,7 @@ def evaluate(
 command()(report)
 command()(generate)
 command()(chat)
+command()(serve)
 
 
 @command()
@@ -250,20 +258,28 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     places: Places = None,
-    merge: Annotated[
-        bool, typer.Option(help="Fold the adapter into the weights and write a whole model.")
-    ] = False,
+    merge: Annotated[bool, typer.Option(help="As --format merged.")] = False,
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="peft: the adapter; merged: a whole model; gguf: for llama.cpp, with its converter; "
+            "default: as the run made it."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="One result alone, as client-0003; all there are by default.")
     ] = None,
     plugin: Plugin = None,
 ) -> None:
-    """Write a run's result as a Hugging Face model or PEFT adapter.
+    """Write a run's result as a Hugging Face model, PEFT adapter or GGUF file.
 
-    Example: fedtune export runs/demo --out model --merge
+    Example: fedtune export runs/demo --out model --format merged
     """
-    for path in fedtune.open(run, *places or []).export(out, merge=merge, name=name):
+    for path in fedtune.open(run, *places or []).export(out, merge=merge, format=format, name=name):
         print(path)
+
+
+command()(push)
 
 
 @command()

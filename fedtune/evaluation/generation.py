@@ -8,7 +8,7 @@ soft prompt has to stand between the padding and the text, which PEFT's own `gen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,9 @@ from fedtune.models.context import context_length, has_prefix, virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Follow = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def generate(
         sampling=sampling,
         end=end,
     )
-    return [_text(tokenizer, ids, stop) for ids in answers]
+    return [answer_text(tokenizer, ids, stop) for ids in answers]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str] = ()) -> str:
+    """An answer's ids as text, up to the first of the stopping texts."""
     text = text_of(ids, tokenizer)
     return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
 
@@ -108,10 +112,12 @@ def generate_ids(
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
     end: int | None = None,
+    follow: Follow | None = None,
 ) -> list[list[int]]:
     """As `generate`, but gives token ids, up to the end-of-sequence token and without it.
 
-    The ids of a stopping text, where one was met, are still there.
+    The ids of a stopping text, where one was met, are still there. `follow` is called after each token of an
+    answer, with the prompt's place and the answer's ids so far; what it raises ends the search.
     """
     room = prompt_room(model, max_new_tokens)
     for place, prompt in enumerate(prompts):
@@ -133,7 +139,7 @@ def generate_ids(
             choose = _Choice(sampling, places, max_new_tokens)
             longest = len(batch[0]) + max_new_tokens
             with peaks.batch("answers", len(batch), longest, model) if peaks else nullcontext():
-                decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped)
+                decoded = _decode(model, batch, pad, ends, max_new_tokens, choose, stopped, places, follow)
             for place, ids in zip(places, decoded, strict=True):
                 answers[place] = ids
     return answers
@@ -147,6 +153,8 @@ def _decode(
     max_new_tokens: int,
     choose: _Choice,
     stopped: _Stop,
+    places: Sequence[int],
+    follow: Follow | None,
 ) -> list[list[int]]:
     inner = _inner(model)
     device = next(inner.parameters()).device
@@ -183,6 +191,8 @@ def _decode(
             if row < 0 or one in ends:
                 continue
             answers[row].append(one)
+            if follow is not None:
+                follow(places[row], answers[row])
             if not stopped(answers[row]):
                 going.append(place)
         if not going:

@@ -55,9 +55,9 @@ def answers(
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise InputError("prompts is a list of texts, as in ['Add 2 and 3.']")
-    _check_draws(max_new_tokens, temperature, top_p, seed)
+    check_draws(max_new_tokens, temperature, top_p, seed)
     some = labels[0] if labels else ""  # the class is asked for, but a classifier's example must have one
-    examples = [replace(_example(prompt, place), output=some) for place, prompt in enumerate(prompts)]
+    examples = [replace(example_asked(prompt, place), output=some) for place, prompt in enumerate(prompts)]
     env = EvalEnv(loaded.model, loaded.tokenizer, examples, eval_settings(config, labels))
     with evaluating(loaded.model), torch.no_grad():
         if labels:
@@ -71,7 +71,7 @@ def answers(
             else env.prompt(example.instruction, example.input)
             for prompt, example in zip(prompts, examples, strict=True)
         ]
-        _check_lengths(asked, loaded, most)
+        check_lengths(asked, loaded, most)
         found = env.generate(
             asked,
             max_new_tokens=most,
@@ -82,7 +82,8 @@ def answers(
     return [text if texts else text.strip() for (text,) in found]
 
 
-def _check_draws(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> None:
+def check_draws(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> None:
+    """Raises InputError for an option of an answer that is out of range."""
     whole = (int, type(None))
     if not isinstance(max_new_tokens, whole) or (max_new_tokens is not None and max_new_tokens < 1):
         raise InputError(f"max_new_tokens must be a whole number from 1 up, got {max_new_tokens!r}")
@@ -94,7 +95,7 @@ def _check_draws(max_new_tokens: int | None, temperature: float, top_p: float, s
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p!r}")
 
 
-def _check_lengths(prompts: Sequence[str], loaded: Loaded, max_new_tokens: int) -> None:
+def check_lengths(prompts: Sequence[str], loaded: Loaded, max_new_tokens: int) -> None:
     """Scoring cuts a prompt that is too long, and counts it; here someone waits for the answer to it."""
     room = prompt_room(loaded.model, max_new_tokens)
     for place, prompt in enumerate(prompts):
@@ -105,7 +106,8 @@ def _check_lengths(prompts: Sequence[str], loaded: Loaded, max_new_tokens: int) 
             )
 
 
-def _example(prompt: str | Mapping[str, Any], place: int) -> Example:
+def example_asked(prompt: str | Mapping[str, Any], place: int) -> Example:
+    """A prompt as an example without its answer. Raises InputError if it is none."""
     if isinstance(prompt, Mapping) and prompt.keys() == {"messages"} and is_turns(prompt["messages"]):
         turns = tuple(turns_of(prompt["messages"], f"prompt {place}", "messages"))
         return Example(next((turn.content for turn in reversed(turns)), ""), turns=turns)

@@ -104,6 +104,10 @@ class Callbacks:
         self._callbacks = list(callbacks)
         self._reported: set[int] = set()
 
+    def behind(self, first: Any) -> Callbacks:
+        """The same, with another one called before them."""
+        return Callbacks([first, *self._callbacks])
+
     def clients(self, outcome: RoundOutcome) -> None:
         """Reports those clients of a round that are new in its outcome."""
         done = {c: ClientReport(outcome.metrics.get(c, {})) for c in outcome.clients}

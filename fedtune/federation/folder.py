@@ -15,6 +15,7 @@ from fedtune.federation.files import atomic_folder, disk_errors, dumps, read_jso
 from fedtune.federation.plugins import require_plugins
 
 SKIPPED = "skipped.jsonl"
+EVALUATIONS = "evaluations.jsonl"  # scores that were asked for once the run had a result
 LOGS = ("rounds.jsonl", "wire.jsonl", "memory.jsonl", "answers.jsonl")
 
 

@@ -38,7 +38,7 @@ from fedtune.methods import registry
 from fedtune.models.folders import local_folder
 from fedtune.models.load import Loaded, load_tokenizer
 from fedtune.models.portable import classes_of, name_classes
-from fedtune.models.save import BASE, classes_in, load_result
+from fedtune.models.save import BASE, TOKENIZER, adapter_base, classes_in, is_adapter, load_result
 
 ZERO_SHOT = "zero-shot"  # the model that a run began with, beside its results
 
@@ -49,7 +49,7 @@ def evaluate_target(
     """Scores of a run's result or of a model, on the held-out examples of its data block.
 
     Args:
-        target: A run folder, a model folder, or a model's name.
+        target: A run folder, a model folder, an adapter's, or a model's name.
         tasks: Task names.
         overrides: `key=value` settings to change.
         objects: Of a run, its examples, with `data.train: objects`; of another model, what it is scored on.
@@ -73,10 +73,13 @@ def evaluate_target(
         models = _to_score(path, found, split, config)
         tuned = tokenizer_of(path) if config.model.task == "causal-lm" else None
     else:
-        config = _with_own_classes(model_config(target, wanted))
+        adapter = is_adapter(path)
+        config = model_config(adapter_base(path) if adapter else target, wanted)
+        config = _with_classes(config, classes_in(path)) if adapter else _with_own_classes(config)
         split = all_held_out(config, objects) if objects else prepare_data(config, pooled=False)
-        models = iter([("model", _load(config, config.model.place, split.labels))])
-        tuned = None
+        models = iter([("model", _of_target(path, config, split.labels, adapter=adapter))])
+        own_words = adapter and config.model.task == "causal-lm" and (path / TOKENIZER).is_file()
+        tuned = load_tokenizer(str(path.absolute()), Path(".")) if own_words else None
     return scores_of(target, models, split, config, tuned)
 
 
@@ -300,6 +303,13 @@ def _base(path: Path, config: RunConfig, labels: Sequence[str]) -> Loaded:
             f"{error} {path} began with it; if it was moved, say where it is now: model.name=PLACE"
         ) from error
     return loaded_of(path, loaded)
+
+
+def _of_target(path: Path, config: RunConfig, labels: Sequence[str], *, adapter: bool) -> Loaded:
+    """A model that no run is known of; an adapter on the base that it names, or that `model.name` does."""
+    if not adapter:
+        return _load(config, config.model.place, labels)
+    return load_result(path, lambda name: _load(config, config.model.place, labels))
 
 
 def _load(config: RunConfig, name: str, labels: Sequence[str], *, whole: bool = False) -> Loaded:

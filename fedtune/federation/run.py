@@ -41,6 +41,7 @@ from fedtune.federation.process import settings_kept, torch_settings
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.reopening import reopen
+from fedtune.federation.round_table import RoundTable
 from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.starting import model_to_train
@@ -111,7 +112,7 @@ def run(
             assembly.train_as_begun(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
-        told = callbacks or Callbacks()
+        told = (callbacks or Callbacks()).behind(RoundTable(path))
         federation = _Federation(config, identity, RunFolder(path), assembly, clock, progress, told)
         with faults("preparing the model"):
             federation.prepare()
@@ -348,10 +349,9 @@ class _Federation:
         self._callbacks.round(entry["round"], entry["eval"], now)
 
     def _restore(self, start: checkpoint.Checkpoint | None) -> None:
+        self._folder.truncate(dict(start.logs) if start else {})
         if start is None:
-            self._folder.truncate({})
             return
-        self._folder.truncate(dict(start.logs))
         self._rounds = list(self._folder.entries("rounds.jsonl"))
         self._keeping.restore(start, self._rounds)
         self._ledger.restore(self._folder.entries("wire.jsonl"), self._folder.entries("memory.jsonl"))

@@ -45,6 +45,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 ADAPTER_FORMAT = "fedtune bottleneck adapter"
 ADAPTER_VERSION = 1
 PLACEMENT = "after each block's feed-forward network"
+TOKENIZER = "tokenizer_config.json"
 BASE, HEADS = "base", "heads.safetensors"  # in the folder of a classifier's PEFT adapter
 
 
@@ -108,6 +109,22 @@ def classes_in(folder: Path) -> tuple[str, ...]:
         if (folder / name).is_file():
             return classes_of(_read_json(folder / name))
     return ()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    return any((folder / name).is_file() for name in (PEFT_CONFIG, ADAPTER_CONFIG))
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter's folder names. Raises InputError if it names none."""
+    peft = (folder / PEFT_CONFIG).is_file()
+    about = _read_json(folder / (PEFT_CONFIG if peft else ADAPTER_CONFIG))
+    name = (about.get("auto_mapping") or {}).get("base_model") or about.get("base_model_name_or_path")
+    name = name if peft else about.get("base_model")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{folder} does not name its base model (base_model_name_or_path, base_model)")
+    return name
 
 
 def load_result(folder: Path, base_model_loader: Callable[[str], Loaded]) -> Loaded:

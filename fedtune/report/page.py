@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.federation.files import disk_errors, read_json, write_text
-from fedtune.federation.folder import RunFolder
+from fedtune.federation.folder import EVALUATIONS, RunFolder
 from fedtune.report.tables import interval, number, size
 from fedtune.version import __version__
 
@@ -52,6 +52,7 @@ class RunData:
     summary: Mapping[str, Any]  # empty while the run goes on
     taken: Mapping[str, str] = field(default_factory=dict)  # what settings that are auto stood for
     changed: Sequence[str] = ()  # which of its inputs are not any more what it had
+    evaluations: Sequence[Mapping[str, Any]] = ()  # lines of evaluations.jsonl
     pictures: Mapping[str, bytes] = field(default_factory=dict)  # PNG files of what it drew, by their names
 
     def curve(self, task: str, metric: str) -> dict[int, float]:
@@ -101,6 +102,7 @@ def read_run(path: Path, name: str) -> RunData:
         folder.summary() or {},
         read_json(path / "environment.json").get("taken", {}),
         tuple(changed),
+        list(folder.entries(EVALUATIONS)),
         {file.stem: file.read_bytes() for file in sorted((path / "pictures").glob("*.png"))},
     )
 
@@ -136,6 +138,7 @@ def report(runs: Sequence[RunData]) -> str:
         *changed,
         _costs(runs),
         *_scores(runs),
+        _evaluated(runs),
         "<h2>On the way</h2>",
         *_curves(runs),
     ]
@@ -199,6 +202,21 @@ def _scores(runs: Sequence[RunData]) -> Iterator[str]:
                 shown = f"{number(worst['worst'])} (client {worst['worst_client']})" if worst else ""
                 rows.append([run.name, metric, first, value, str(after["round"]), shown])
         yield _table(task, ["run", "metric", "before", "after [95 %]", "round", "worst client"], rows)
+
+
+def _evaluated(runs: Sequence[RunData]) -> str:
+    """What `fedtune eval` was asked for since, a row a result and metric; empty where it was for nothing."""
+    rows = []
+    for run in runs:
+        for entry in run.evaluations:
+            about = [entry["time"], " ".join(entry["settings"]), str(entry["examples"])]
+            for result, scores in entry["scores"].items():
+                for task, found in scores.items():
+                    for metric in metrics_of(found):
+                        value = number(found[metric]) + interval(found, metric)
+                        rows.append([run.name, result, f"{task}: {metric}", value, *about])
+    header = ["run", "result", "metric", "score [95 %]", "when", "settings", "examples"]
+    return _table("Evaluated since", header, rows) if rows else ""
 
 
 def _curves(runs: Sequence[RunData]) -> Iterator[str]:
