@@ -11,8 +11,8 @@ Command: python reproduce/chat.py chat-methods
 Time:    45 minutes
 Needs:   ../shared, extra quant
 Result:  LoRA 3.5515 before, 3.5310 after three rounds and 3.5363 after one; on NF4 3.5598, 3.5388 and 3.5443;
-         FedKSeed 3.5503 and 3.5514, FedBiOT 3.5420 and 3.5413; marks 3.9551 before, 4.6864 with LoRA, 4.4402 on
-         NF4 (4.1299 before), 4.0251 with FedKSeed, 4.3134 with FedBiOT, in three rounds
+         FedKSeed 3.5503 and 3.5514, FedBiOT 3.5420 and 3.5413; marks 3.9551 before, in three rounds 4.6864
+         with LoRA, 4.0251 with FedKSeed, 4.3134 with FedBiOT, and on NF4 4.1299 and 4.4402
 """
 
 from __future__ import annotations
