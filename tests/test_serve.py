@@ -484,7 +484,7 @@ def test_vllm_is_given_the_whole_model_and_the_key(
         while not said.is_file() and not ended.wait(0.01):
             pass
         if not ended.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # who was started in the background ignores SIGINT
 
     ended = threading.Event()
     watching = threading.Thread(target=interrupt)
