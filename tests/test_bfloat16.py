@@ -24,11 +24,14 @@ from fedtune.methods import registry
 
 SGD = {"optimizer": "sgd", "momentum": 0.0, "lr_schedule": "constant", "local_epochs": None}
 GRADIENTS = [name for name in registry.METHODS if "max_grad_norm" in registry.config_class(name).model_fields]
+BESIDE = {"keep_optimizer", "control_variates"}  # what stays or travels beside the update
 CASES = [  # but those whose updates travel in fewer bits: their rounding is another, by far
     pytest.param(name, label, id=f"{name}-{label}")
     for name in GRADIENTS
     for label in FORMS.get(name, {})
-    if ("bfloat16" in label or label == next(iter(FORMS[name]))) and not FORMS[name][label].wire
+    if ("bfloat16" in label or label == next(iter(FORMS[name])))
+    and not FORMS[name][label].wire
+    and not BESIDE & FORMS[name][label].settings.keys()
 ]
 every_case = pytest.mark.parametrize(("name", "label"), CASES)
 
