@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from served_run import CHAT, KEY, RIGHT, chat, run_to_serve
 
 import fedtune
+from fedtune.deploy import http_json
 from fedtune.deploy.http_json import BODY_BYTES, CONNECTIONS, JsonServer
 from fedtune.deploy.openai_api import Model, Routes
 from fedtune.federation.completing import complete, completer
@@ -326,18 +329,41 @@ def test_who_hangs_up_is_not_answered_on(lora: fedtune.Run) -> None:
         raise AssertionError("nobody ended it")
 
     begun = threading.Event()
-    routes = Routes(Model("mine", slow, 100_000, 8))
-    server = routes.server("127.0.0.1", 0, key=None, quiet=True)
+    server = Routes(Model("mine", slow, 100_000, 8)).server("127.0.0.1", 0, key=None, quiet=True)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     body = json.dumps({"model": "mine", "prompt": "x"}).encode()
     with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
         connection.sendall(LINE + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert begun.wait(60)
     hung_up.set()
-    routes.end()
     server.shutdown()
-    server.server_close()
+    server.end()
     assert len(tokens) < 100_000
+
+
+def test_the_end_waits_until_who_was_answered_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The line of a request comes after its answer: who then ends the server finds both."""
+    being_logged, end_began = threading.Event(), threading.Event()
+
+    class Slow(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            being_logged.set()
+            assert end_began.wait(60)
+            time.sleep(0.2)  # the end is waiting by now; were it not, it would be over
+            return True
+
+    server = Routes(Model("mine", lambda *_, **__: None, 9, 8)).server("127.0.0.1", 0, key=None, quiet=False)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    slow = Slow()
+    http_json.log.addFilter(slow)
+    try:
+        assert ask(server, "/health")[0] == 200 and being_logged.wait(60)
+        server.shutdown()
+        end_began.set()
+        server.end()
+        assert [record.getMessage()[:15] for record in caplog.records] == ["GET /health 200"]
+    finally:
+        http_json.log.removeFilter(slow)
 
 
 def test_a_fault_of_the_model_is_500_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,8 +15,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ BODY_BYTES = 1_048_576
 CONNECTIONS = 64
 PASSED_OVER = 128  # reads of a body that is too long
 SILENT_S = 30.0  # that a caller may take to say something
+ENDING_S = 10.0  # that a request under way may take to notice that the server ends
 HERE = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
 
 
@@ -122,6 +123,7 @@ class JsonServer(ThreadingHTTPServer):
         self.open_paths, self.quiet, self.local = open_paths, quiet, host in HERE
         self.stopping = threading.Event()
         self._room = threading.BoundedSemaphore(CONNECTIONS)
+        self._under_way, self._changed = 0, threading.Condition()
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -170,6 +172,25 @@ class JsonServer(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._room.release()
+
+    @contextmanager
+    def request_under_way(self) -> Iterator[None]:
+        """Around one request, until it is answered and logged."""
+        with self._changed:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Takes no more callers, and waits for the requests under way, for ten seconds at most."""
+        self.stopping.set()
+        self.server_close()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way, ENDING_S)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is its caller's affair."""
@@ -230,6 +251,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _answer(self, route: Callable[[str, Exchange], Mapping[str, Any] | None]) -> None:
+        with self.owner.request_under_way():
+            self._answer_and_log(route)
+
+    def _answer_and_log(self, route: Callable[[str, Exchange], Mapping[str, Any] | None]) -> None:
         """Answers one request, whatever comes of it."""
         began, self._status, exchange = time.perf_counter(), 0, Exchange(self)
         path = "(no path)"

@@ -32,7 +32,6 @@ from fedtune.models.load import Loaded
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 KEY_LENGTH = 16
 STOPS, PROMPTS, TEXT = 4, 16, 200  # stopping texts, prompts of one request, characters of a stopping text
-ENDING_S = 10.0  # that an answer in the making may take to notice that the server ends
 _SHARED = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n")
 _FIELDS = {
     "/v1/completions": (*_SHARED, "prompt", "user"),
@@ -124,11 +123,6 @@ class Routes:
             open_paths=("/health",),
             quiet=quiet,
         )
-
-    def end(self) -> None:
-        """Waits until no answer is in the making."""
-        if self._turn.acquire(timeout=ENDING_S):
-            self._turn.release()
 
     def _about(self) -> dict[str, Any]:
         made = self._model.created
@@ -338,12 +332,11 @@ def read_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
     return key
 
 
-def serve_forever(routes: Routes, server: JsonServer, announce: Callable[[], None]) -> None:
-    """Answers until a signal comes; returns once no answer is in the making.
+def serve_forever(server: JsonServer, announce: Callable[[], None]) -> None:
+    """Answers until a signal comes; returns once the requests under way are answered and logged.
 
     Args:
-        routes: What is asked.
-        server: Theirs.
+        server: Of the routes.
         announce: Called once a signal ends it well.
     """
     try:
@@ -352,9 +345,7 @@ def serve_forever(routes: Routes, server: JsonServer, announce: Callable[[], Non
     except KeyboardInterrupt:
         pass
     finally:
-        server.stopping.set()
-        server.server_close()
-        routes.end()
+        server.end()
 
 
 def serve_run(
@@ -387,4 +378,4 @@ def serve_run(
     default = config.evaluation.max_new_tokens or NEW_TOKENS
     routes = Routes(Model(name, completer(config, loaded), most, default))
     server = routes.server(host, port, key=key, quiet=quiet)
-    serve_forever(routes, server, lambda: print(f"{name} answers at {server.url}/v1", flush=True))
+    serve_forever(server, lambda: print(f"{name} answers at {server.url}/v1", flush=True))
