@@ -74,7 +74,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("method.trainable: prompt is not there", {"method": {"name": "fedavg", "trainable": "prompt"}}),
     ("method.lora.use_dora is not there", {"method": {"name": "fedavg", "lora": {"use_dora": True}}}),
     ("model.quantization: nf4", {"model": {"name": "m", "task": "text-to-image", "quantization": "nf4"}}),
-    ("transport.name: flower is not there", {"transport": {"name": "flower"}}),
     (
         "clip-score needs evaluation.pictures.clip",
         {"evaluation": {"tasks": ["clip-score"], "pictures": {"prompts": ["a"]}}},
