@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fedtune.data.pictures import MOST_PIXELS, Frame, as_image, load_pictures, open_picture, sized
 from fedtune.data.reading import Reading
@@ -124,8 +125,49 @@ BAD: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("a.png", "no picture that can be read", lambda file: file.write_bytes(b"no picture")),
     ("b.png", "no picture that can be read", lambda file: file.write_bytes(b"")),
     ("c.png", "no picture that can be read", cut),
+    ("a.tif", "floating-point", lambda file: Image.new("F", (4, 4), 0.5).save(file)),
     ("d.png", "pixels", lambda file: Image.new("1", (9000, MOST_PIXELS // 9000 + 1)).save(file)),
 ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_pictures_are_pictures_or_refused(tmp_path: Path) -> None:
+    """Whatever a decoder raises: of TIFF files with other bytes some had ended as a TypeError."""
+    rng, refused = np.random.default_rng(0), 0
+    whole = Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+    tags = whole.getexif()
+    tags[0x0112] = 6
+    for end in ("jpg", "png", "gif", "webp", "tif", "bmp"):
+        file = tmp_path / f"x.{end}"
+        whole.save(file, **({"exif": tags} if end in ("jpg", "png", "webp", "tif") else {}))
+        good = file.read_bytes()
+        for turn in range(60):
+            bad = bytearray(good)
+            for place in rng.integers(0, min(len(bad), 300), rng.integers(1, 6)):
+                bad[place] = int(rng.integers(256))
+            file.write_bytes(bad[: int(rng.integers(len(bad)))] if turn % 5 == 0 else bad)
+            try:
+                assert open_picture(file).mode == "RGB"
+            except InputError as error:
+                refused += 1
+                assert str(file) in str(error) and "\n" not in str(error)
+    assert refused > 60
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """Of 4 billion pixels in a few hundred bytes, which Pillow itself refuses, and of some text in a PNG."""
+    Image.new("1", (8, 8)).save(tmp_path / "bomb.png")
+    raw = bytearray((tmp_path / "bomb.png").read_bytes())
+    raw[16:24] = (65_535).to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(raw)
+    with pytest.raises(InputError, match=r"bomb\.png: it has too many pixels"):
+        open_picture(tmp_path / "bomb.png")
+    about = PngImagePlugin.PngInfo()
+    about.add_text("x", "0" * 3_000_000, zip=True)
+    Image.new("1", (8, 8)).save(tmp_path / "text.png", pnginfo=about)
+    with pytest.raises(InputError, match=r"text\.png: it is no picture that can be read: Decompressed data"):
+        open_picture(tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("name,said,make", BAD, ids=[f"{name} {said}" for name, said, _ in BAD])
@@ -157,6 +199,9 @@ def test_what_a_folder_can_lack(tmp_path: Path) -> None:
     refused("1 of 2 pictures have no caption, the first is b.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "none.png", "text": "x"}))
     refused("names none.png, which is not there", "c")
+    for outside in ("../b.png", str(tmp_path / "b.png")):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": outside, "text": "x"}))
+        refused("line 1: .*b.png is outside of the folder", "c")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}')
     refused("line 1: it needs texts")
     (tmp_path / "metadata.jsonl").write_text("{")

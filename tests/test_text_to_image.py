@@ -322,14 +322,18 @@ def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> Non
         done.generate(PROMPTS)
 
 
-def test_diagnose_follows_the_run_on_the_denoising_loss(done: fedtune.Run) -> None:
+def test_diagnose_follows_the_run_on_the_denoising_loss(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
     """The whole run in both schemes: the multi-round one is the run, whose scores it has."""
-    found = fedtune.diagnose(done.config, whole=True, progress=False)
-    losses = [entry["eval"]["denoising-loss"]["denoising_loss"] for entry in done.rounds]
+    config = configuration(pipeline, pictures, local_epochs=6, lr=3e-2)
+    found = fedtune.diagnose(config, whole=True, progress=False)
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    losses = [entry["eval"]["denoising-loss"]["denoising_loss"] for entry in run.rounds]
     assert [found["losses"]["start"], *found["losses"]["multi_round"]] == pytest.approx(losses, abs=1e-7)
-    assert found["measured_on"]["whole_run"] and found["measured_on"]["steps"] == 4  # 2 x 2 batches of 2
+    assert found["measured_on"]["whole_run"] and found["measured_on"]["steps"] == 24  # 2 x 6 x 2 batches
     said = found["quantities"]
-    assert said["gamma"] == pytest.approx(said["smoothness"] * said["relative_update"] * 4)
+    assert said["gamma"] == pytest.approx(said["smoothness"] * said["relative_update"] * 24)
     assert said["bound"] == pytest.approx(said["gamma"] * said["norm"])
     assert 0 < said["error"] < said["bound_of_clients"]
 

@@ -14,9 +14,7 @@ TASK = "text-to-image"
 class Prior(Settings):
     """Pictures of the subjects' class beside each batch, so that the model goes on drawing the class."""
 
-    caption: str = Field(
-        min_length=1
-    )  # of the class: "a photo of a dog"; {folder}: a picture's folder's name
+    caption: str = Field(min_length=1)  # of the class, as "a photo of a dog"; {folder}: the folder's name
     weight: float = Field(1.0, gt=0)  # of their loss beside the batch's own
     source: str | None = Field(None, min_length=1)  # a folder of them, where each client has one; null: made
     count: int = Field(20, ge=1)  # that each client has the base model make, a caption

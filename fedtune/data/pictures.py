@@ -269,7 +269,7 @@ def open_picture(file: Path) -> Image:
     """A picture as RGB, upright. 16-bit grey is brought to 8 bits; what is transparent becomes white.
 
     Raises:
-        InputError: It is broken, animated, or has more than `MOST_PIXELS`.
+        InputError: It is broken, animated, of floating-point numbers, or has more than `MOST_PIXELS`.
     """
     try:
         from PIL import Image, ImageOps
@@ -291,6 +291,11 @@ def open_picture(file: Path) -> Image:
             if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
                 grey = np.asarray(upright, dtype=np.int64)
                 return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            if upright.mode == "F":
+                raise InputError(
+                    f"{file}: its pixels are floating-point numbers, and which of them is white is not said; "
+                    "save it with 8 or 16 bits"
+                )
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 clear = upright.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
@@ -299,8 +304,9 @@ def open_picture(file: Path) -> Image:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{file}: it has too many pixels: {error}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise InputError(f"{file}: it is no picture that can be read: {error}") from error
+    except Exception as error:  # of a damaged file a decoder may raise anything, TypeError among it
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: it is no picture that can be read: {said}") from error
 
 
 def picture_size(example: Example) -> tuple[int, int]:
@@ -347,6 +353,8 @@ def _written(folder: Path) -> dict[str, str]:
                 raise InputError(
                     f'{file}, line {number}: it needs texts for "file_name" and "text", got {row!r:.80}'
                 )
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(f"{file}, line {number}: {name:.80} is outside of the folder of this file")
             found[str((file.parent / name).relative_to(folder))] = text.strip()
     return found
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, on_device
 from fedtune.data.encoded import Encoded
-from fedtune.data.pictures import Frame, encode_pictures
+from fedtune.data.pictures import Frame, caption_ids, encode_pictures
 from fedtune.data.shapes import figure_of
 from fedtune.errors import InputError
 from fedtune.evaluation.picture_settings import A_CLIP, PictureSettings
@@ -117,12 +117,13 @@ def _clip_score(env: EvalEnv) -> Outcome:
     if cut:
         more["cut"] = cut
         notes.append(f"{cut} of {len(texts)} texts are cut to {clip.tokens} tokens")
+    notes += _cut_prompts(env, base, settings)
     return Outcome({"clip_score": Scored(by_text)}, more, tuple(notes), pictures=made)
 
 
 def _pixel_check(env: EvalEnv) -> Outcome:
     """Share of pictures whose pixels show all that the prompt says, and by attribute."""
-    _, settings = _pipeline(env)
+    base, settings = _pipeline(env)
     figures = []
     for prompt in settings.prompts:
         figure = figure_of(prompt.wanted)
@@ -141,7 +142,14 @@ def _pixel_check(env: EvalEnv) -> Outcome:
     more = {
         f"shown/{name}": float(np.mean([one[name] for some in each for one in some])) for name in each[0][0]
     }
-    return Outcome({"shown": Scored(shown)}, more, pictures=made)
+    return Outcome({"shown": Scored(shown)}, more, tuple(_cut_prompts(env, base, settings)), pictures=made)
+
+
+def _cut_prompts(env: EvalEnv, base: TextToImage, settings: PictureSettings) -> list[str]:
+    """What is said where the pipeline's text encoder does not take all of a prompt."""
+    tokens = int(base.config.max_position_embeddings)
+    cut = sum(caption_ids(env.tokenizer, prompt.text, tokens)[1] for prompt in settings.prompts)
+    return [f"{cut} of {len(settings.prompts)} prompts are cut to {tokens} tokens"] if cut else []
 
 
 def _made(env: EvalEnv) -> Tensor:
