@@ -60,6 +60,24 @@ def test_captions_of_three_kinds(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("end", ["csv", "parquet"])
+def test_captions_in_a_table_as_the_hub_has_them(tmp_path: Path, end: str) -> None:
+    plain(tmp_path / "train" / "one.png")
+    plain(tmp_path / "train" / "two.png")
+    table = {"file_name": ["one.png", "two.png"], "text": ["a dog, brown", "a cat"]}
+    if end == "csv":
+        (tmp_path / "train" / "metadata.csv").write_text(
+            'file_name,text\none.png,"a dog, brown"\ntwo.png,a cat\n'
+        )
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(
+            pytest.importorskip("pyarrow").table(table), tmp_path / "train" / "metadata.parquet"
+        )
+    found = load_pictures(str(tmp_path), "train", "not this", Reading())
+    assert [one.instruction for one in found] == table["text"]
+
+
 def test_the_digest_is_of_the_file_and_not_of_its_place(tmp_path: Path) -> None:
     first, second = plain(tmp_path / "x" / "a.png"), tmp_path / "y" / "b.png"
     second.parent.mkdir()
@@ -201,11 +219,13 @@ def test_what_a_folder_can_lack(tmp_path: Path) -> None:
     refused("names none.png, which is not there", "c")
     for outside in ("../b.png", str(tmp_path / "b.png")):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": outside, "text": "x"}))
-        refused("line 1: .*b.png is outside of the folder", "c")
+        refused("metadata.jsonl:1: .*b.png is outside of the folder", "c")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}')
-    refused("line 1: it needs texts")
+    refused("metadata.jsonl:1: it needs texts")
     (tmp_path / "metadata.jsonl").write_text("{")
-    refused("line 1: it is no JSON")
+    refused("metadata.jsonl:1")
+    (tmp_path / "metadata.jsonl").write_text("[1]")
+    refused("metadata.jsonl:1: it needs texts")
     with pytest.raises(InputError, match="is no folder"):
         load_pictures(str(tmp_path / "none"), "train", None, Reading())
 

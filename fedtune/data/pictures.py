@@ -1,16 +1,16 @@
 """Pictures with captions: a folder of them, as people and the hub have it, or the bundled shapes.
 
-A caption is that of `metadata.jsonl` (`file_name` and `text`), of a `.txt` beside the picture, or one for all
-(`data.pictures.caption`, in which {folder} stands for the name of the picture's folder). The first folder
-below the source is an example's category, so that `partition: by-field` gives a client each.
+A caption is that of `metadata.jsonl`, `.csv` or `.parquet` (`file_name` and `text`), of a `.txt` beside the
+picture, or one for all (`data.pictures.caption`, in which {folder} stands for the name of the picture's
+folder). The first folder below the source is an example's category, so that `partition: by-field` gives a
+client each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from fedtune.data.encoded import Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
-from fedtune.data.files import clients_in
+from fedtune.data.files import clients_in, rows_in
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.shapes import SIZE, subject_pictures
 from fedtune.errors import InputError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as the hub's image folders have them
 MOST_PIXELS = 64_000_000  # of one picture: 256 MB once decoded; a few kilobytes of a bomb decode to more
 BUNDLED = "bundled"
 _LIBRARY = "pictures need Pillow; install fedtune[image]"
@@ -161,11 +161,11 @@ def load_pictures(source: str, split: str, caption: str | None, reading: Reading
     if bare:
         raise InputError(
             f"{reading.what}: {len(bare):,} of {len(files):,} pictures have no caption, the first is "
-            f"{bare[0]}. Write them into {METADATA} (file_name and text) or into a .txt beside each, or give "
-            'one for all in data.pictures.caption, as "a photo of sks dog"'
+            f"{bare[0]}. Write them into {METADATA[0]} (file_name and text) or into a .txt beside each, or "
+            'give one for all in data.pictures.caption, as "a photo of sks dog"'
         )
     if lost := sorted(set(written) - {str(file.relative_to(folder)) for file in files}):
-        raise InputError(f"{folder / METADATA} names {lost[0]}, which is not there")
+        raise InputError(f"{folder}: its metadata name {lost[0]}, which is not there")
     if not examples:
         raise InputError(f"{reading.what}: {folder} {NONE_THERE} All its pictures are bad.")
     reading.lines.append(f"{reading.what}: {len(examples):,} pictures from {folder}")
@@ -190,11 +190,11 @@ def pictures_by_client(source: str, caption: str | None, reading: Reading) -> di
             no picture.
     """
     place = Path(source)
-    own = sorted(f for f in place.iterdir() if f.suffix.lower() in ENDS) if place.is_dir() else []
-    if own:
+    beside = sorted(place.iterdir()) if place.is_dir() else []
+    if own := [f for f in beside if f.suffix.lower() in ENDS or f.name in METADATA]:
         raise InputError(
-            f"{reading.what}: {own[0]} is of no client; with data.clients: files each picture lies in the "
-            "folder of a client. Move it into one, or take partition: {name: iid}"
+            f"{reading.what}: {own[0]} is of no client; with data.clients: files pictures and their captions "
+            "lie in the folder of a client. Move it into one, or take partition: {name: iid}"
         )
     there = {n: f for n, f in clients_in(source, Path("."), reading.what).items() if f.is_dir()}
     if not there:
@@ -344,36 +344,19 @@ def as_image(pixels: Any) -> Image:
 
 
 def _written(folder: Path) -> dict[str, str]:
-    """Captions by the picture's place below the folder, of every metadata.jsonl in it."""
+    """Captions by the picture's place below the folder, of every file of metadata in it."""
     found: dict[str, str] = {}
-    for file in sorted(folder.rglob(METADATA)):
-        for number, row in _rows(file):
-            name, text = row.get("file_name"), row.get("text")
+    for file in sorted(one for name in METADATA for one in folder.rglob(name)):
+        for place, row in rows_in(file):
+            if isinstance(row, InputError):
+                raise row
+            name, text = (row.get(key) if isinstance(row, Mapping) else None for key in ("file_name", "text"))
             if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-                raise InputError(
-                    f'{file}, line {number}: it needs texts for "file_name" and "text", got {row!r:.80}'
-                )
+                raise InputError(f'{place}: it needs texts for "file_name" and "text", got {row!r:.80}')
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise InputError(f"{file}, line {number}: {name:.80} is outside of the folder of this file")
+                raise InputError(f"{place}: {name:.80} is outside of the folder of this file")
             found[str((file.parent / name).relative_to(folder))] = text.strip()
     return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}, line {number}: it is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}, line {number}: it must be a JSON object, got {line[:80]}")
-        yield number, row
 
 
 def _caption(file: Path, written: str | None, everyone: str | None) -> str | None:
