@@ -216,7 +216,7 @@ def test_what_a_folder_can_lack(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     refused("1 of 2 pictures have no caption, the first is b.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "none.png", "text": "x"}))
-    refused("names none.png, which is not there", "c")
+    refused("its metadata name none.png, which is not there", "c")
     for outside in ("../b.png", str(tmp_path / "b.png")):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": outside, "text": "x"}))
         refused("metadata.jsonl:1: .*b.png is outside of the folder", "c")

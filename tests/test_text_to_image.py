@@ -429,7 +429,7 @@ def test_the_clip_score_is_that_of_transformers(pipeline: Path, pictures: Path, 
         )
         with torch.no_grad():
             found = model(**given)
-        cosines.append(float((found.logits_per_image / model.logit_scale.exp()).mean()))
+            cosines.append(float((found.logits_per_image / model.logit_scale.exp()).mean()))
     scores = run.scores["clip-score"]
     assert scores["clip_score"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
     assert scores["cut"] == 1 and -1 <= scores["clip_image_score"] <= 1
