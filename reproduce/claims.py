@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from common import RESULTS, ROOT, Entry, Head, Step, Work, main, run, spread, table
+from common import RESULTS, ROOT, Entry, Head, Step, Work, finished, main, run, spread, table
 from contents import files
-from search_rates import final_loss, search
+from search_rates import final_loss, loss_of, search
 
 from fedtune.config.file import load_config
 
@@ -149,8 +149,8 @@ class Trials:
         """Validation losses of a side by rate."""
         found = {}
         for summary in sorted((ROOT / self.rates(side)).glob("*-?e[-+]??/summary.json")):
-            loss = json.loads(summary.read_text(encoding="utf-8"))["evaluation"]["loss"]["loss"]
-            found[float(summary.parent.name[-5:])] = math.inf if loss is None else float(loss)
+            if finished(summary):
+                found[float(summary.parent.name[-5:])] = loss_of(summary.parent)
         return found
 
     def rate(self, side: Side) -> float:
@@ -165,7 +165,7 @@ class Trials:
     def done(self, side: Side) -> bool:
         """Whether all runs of a side are there."""
         folders = (self.folder(side.name, seed) for seed in self.seeds)
-        return all((ROOT / folder / "summary.json").exists() for folder in folders)
+        return all(finished(ROOT / folder / "summary.json") for folder in folders)
 
     def do(self) -> None:
         """Searches and runs; takes over what is done, and keeps no weights."""
