@@ -245,8 +245,9 @@ LORA_AGAIN = Claim(
 LORA_EXACT = Claim(
     "The same, with the exact mean of what clients learned.",
     "as above.",
-    "The third try, since the mean of A times the mean of B is not the mean of the products: one round of LoRA "
-    "with `aggregation: stack`, at a rate searched for it, against the same three rounds. The rule is the same.",
+    "The third try, since the mean of A times the mean of B is not the mean of the products: one round of "
+    "LoRA with `aggregation: stack`, at a rate searched for it, against the same three rounds. The rule is "
+    "the same.",
     lambda: lora_table((LORA_TRIALS, LORA_STACK), (FULL_TRIALS, FULL_OWN)),
     lambda: lora_outcome((LORA_TRIALS, LORA_STACK), (FULL_TRIALS, FULL_OWN)),
 )
