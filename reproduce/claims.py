@@ -270,19 +270,26 @@ def claims() -> dict[str, tuple[str, Head]]:
     }
 
 
+def decided(name: str, head: Head) -> tuple[str, Outcome]:
+    """What a block of the page claims, and its outcome. Raises SystemExit if it has none."""
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
+    says = re.search(r"(?m)^\*Claim\.\* (.*)$", block)
+    ends = re.search(r"(?m)^\*\*(Seen|Not seen|Not decidable)\.\*\* (.*)$", block)
+    if not says or not ends:
+        raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
+    return says[1], Outcome(Verdict(ends[1]), ends[2])
+
+
 def listed() -> str:
     """A line for every claim, from the blocks of the page."""
-    page, rows, counts = (ROOT / PAGE).read_text(encoding="utf-8"), [], dict.fromkeys(Verdict, 0)
+    rows, counts = [], dict.fromkeys(Verdict, 0)
     for name, (stem, head) in claims().items():
-        block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
-        says = re.search(r"(?m)^\*Claim\.\* (.*)$", block)
-        ends = re.search(r"(?m)^\*\*(Seen|Not seen|Not decidable)\.\*\* (.*)$", block)
-        if not says or not ends:
-            raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
-        verdict = Verdict(ends[1])
-        counts[verdict] += 1
+        says, outcome = decided(name, head)
+        counts[outcome.verdict] += 1
         paper = next(name for file, name in PAPERS.items() if stem.startswith(file))
-        cells = [f"{paper}: {head.table.partition(';')[0]}", says[1], f"**{verdict}**", ends[2], head.time]
+        where = f"{paper}: {head.table.partition(';')[0]}"
+        cells = [where, says, f"**{outcome.verdict}**", outcome.because, head.time]
         rows.append([cell.replace("|", "\\|") for cell in cells])
     counted = ", ".join(f"{verdict.lower()} {count}" for verdict, count in counts.items())
     header = ["where", "claim", "verdict", "because", "small form takes"]
