@@ -34,9 +34,9 @@ def tried() -> str:
     before, after = (TRIALS.scores(side.name, "loss", which) for which in ("zero_shot", "evaluation"))
     sent = TRIALS.summary(side.name, 0)["payload_bytes_per_client_round"]
     return (
-        f"{table(['rate', 'loss on sentences of nobody'], rows)}\n\nOn the test part, over {len(after)} seeds: "
-        f"{spread(before)} before, {spread(after)} after, a difference of {said(less(after, before))} nats, with "
-        f"{sent:,.0f} bytes a client and round."
+        f"{table(['rate', 'loss on sentences of nobody'], rows)}\n\nOn the test part, over {len(after)} "
+        f"seeds: {spread(before)} before, {spread(after)} after, a difference of {said(less(after, before))} "
+        f"nats, with {sent:,.0f} bytes a client and round."
     )
 
 
