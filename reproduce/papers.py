@@ -142,7 +142,7 @@ ONE_SHOT = (
     Item(
         "Table 1",
         "MMLU and ARC: LoRA and all weights, three data sets, four models",
-        ("lora", "lora-own-rates", "lora-stack", "one-shot-by-field", "one-shot-full-by-field"),
+        ("lora", "lora-own-rates", "one-shot-by-field", "one-shot-full-by-field"),
         full=TABLES_1_2,
         no_small="no MMLU, no ARC: the small models are at chance there",
     ),
@@ -347,7 +347,7 @@ FEDCYBGD = (
     Item(
         "Table 3",
         "GLUE",
-        ("table3-sst2", "table3-sst2-again", "blocks-sst2"),
+        ("table3-sst2", "blocks-sst2"),
         ("table3-sst2",),
         no_full="STS-B is left out: a classifier has no head for numbers",
         no_small="SST-2 alone",
