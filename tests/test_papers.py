@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from reproduced import load
 
-papers, common, claims = load("papers"), load("common"), load("claims")
+papers, items, common, claims = load("papers"), load("paper_items"), load("common"), load("claims")
 PRINTED = {  # tables and figures of each paper
     "one-shot": (6, 6),
     "fedkseed": (3, 5),
     "fedbiot": (5, 2),
     "fedcybgd": (10, 4),
 }
-ITEMS = [(paper, item) for paper, items in papers.PAPERS.items() for item in items]
+ITEMS = [(paper, item) for paper, some in papers.PAPERS.items() for item in some]
 
 
 @pytest.mark.parametrize("paper", PRINTED)
@@ -44,13 +44,13 @@ def test_every_claim_is_of_a_table() -> None:
 
 def test_table_1_has_all_its_cells() -> None:
     # four models, three data sets, one round and several, LoRA and all weights
-    commands = [step.command for step in papers.TABLES_1_2]
+    commands = [step.command for step in items.TABLES_1_2]
     assert len(commands) == 4 * 3 * 2 == len(set(commands))
     assert all(sum(word.endswith(("_lora.yaml", "_full.yaml")) for word in words) == 2 for words in commands)
     epochs = {}
-    for model in papers.MODELS:
-        for data in papers.SETS:
-            several, one = papers.both_schemes(model, data)
+    for model in items.MODELS:
+        for data in items.SETS:
+            several, one = items.both_schemes(model, data)
             found = [
                 int(word.removeprefix("method.local_epochs="))
                 for step in (several, one)
@@ -60,7 +60,7 @@ def test_table_1_has_all_its_cells() -> None:
             assert found[1] == 3 * found[0]  # as many epochs in one round as in three
             epochs[model, data] = found[0]
     # the paper's Table 3
-    assert [epochs[model, data] for model in papers.MODELS for data in ("mmlu", "wizard", "both")] == [
+    assert [epochs[model, data] for model in items.MODELS for data in ("mmlu", "wizard", "both")] == [
         *(1, 2, 1),
         *(1, 2, 1),
         *(2, 1, 1),
