@@ -90,6 +90,19 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
         assert load_result(folder, base).tokenizer.pad_token_id is not None
 
 
+def test_fedkseed_on_sst2_beats_the_untrained_model(shared_data: Path, tmp_path: Path) -> None:
+    """Two of its five rounds, 160 steps of forward passes, take more than half a nat off what is held out."""
+    config = load_config(ROOT / "fedkseed_sst2.yaml", ["method.rounds=2", "evaluation.max_examples=64"])
+    model = shared_data.parent / "models" / Path(config.model.name).name
+    paths = {"train": shared_data / "glue/sst2_train.jsonl", "holdout": shared_data / "glue/sst2_dev.jsonl"}
+    settings: dict[str, Any] = config.resolved()
+    settings["model"]["name"], settings["data"]["train"] = str(model), str(paths["train"])
+    settings["data"]["holdout"]["source"] = str(paths["holdout"])
+    summary = run(parse_config(settings, "sst2"), tmp_path / "run", Silent())
+    after, before = summary["evaluation"]["loss"]["loss"], summary["zero_shot"]["loss"]["loss"]
+    assert after < before - 0.5
+
+
 def test_the_configuration_page_is_current() -> None:
     page = load("configuration").page()
     now = (PROJECT / "docs/configuration.md").read_text(encoding="utf-8")
