@@ -103,6 +103,9 @@ class Checkpoints(Settings):
     journal: Literal["auto", "always", "never"] = "auto"
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class RunConfig(Settings):
     """The whole configuration. Defaults live here and nowhere else."""
 
@@ -115,6 +118,7 @@ class RunConfig(Settings):
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
     run: Computing = Computing()
+    tracking: list[Tracker] = Field([])  # who else is told of each round: settings, scores, bytes
 
     @model_validator(mode="wrap")
     @classmethod
@@ -245,6 +249,12 @@ class RunConfig(Settings):
             check_replies(robust, quorum_of(len(cohort.clients), self.federation.quorum))
         except InputError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> Self:
+        if len(set(self.tracking)) < len(self.tracking):
+            raise ValueError(f"tracking names one twice: {', '.join(self.tracking)}")
+        return self
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
