@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
@@ -88,10 +89,14 @@ def test_the_image_is_made_of_what_is_there() -> None:
     (extras,) = (rest.split("=")[1].split(",") for step, rest in steps if rest.startswith("EXTRAS="))
     assert all(f"\n{extra} = [" in project for extra in extras)
     assert ("ENTRYPOINT", '["fedtune"]') in {(step, rest) for step, rest in steps}
-    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-    if hadolint:
-        done = subprocess.run([hadolint, CONTAINERS / "Dockerfile"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+
+
+def test_the_image_has_no_fault_that_hadolint_knows() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, CONTAINERS / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_compose_starts_is_there() -> None:
@@ -162,14 +167,11 @@ def test_it_prepares_the_keys_and_the_data_that_the_others_name(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("unit", sorted(UNITS.glob("*.service")), ids=lambda unit: unit.stem)
-def test_units_run_commands_that_exist(unit: Path, tmp_path: Path) -> None:
+def test_units_run_commands_that_exist(unit: Path) -> None:
     read = configparser.ConfigParser(interpolation=None)
     read.optionxform = str  # type: ignore[assignment, method-assign]
     read.read(unit)
-    (words,) = lines_of(
-        f"/bin/{read['Service']['ExecStart'].partition('/bin/fedtune')[1][5:]}"
-        + read["Service"]["ExecStart"].partition("/bin/fedtune")[2]
-    )
+    (words,) = lines_of(read["Service"]["ExecStart"])
     found = taken(words)
     assert found["log_format"] == "json"
     if words[0] == "server":
@@ -177,14 +179,18 @@ def test_units_run_commands_that_exist(unit: Path, tmp_path: Path) -> None:
         assert found["health_port"] == 9444
     else:
         assert found["accept"].parent == found["keys"]
-    if shutil.which("systemd-analyze"):
-        name = unit.name.replace("@", "@north")
-        text = unit.read_text().replace("/opt/fedtune/bin/fedtune", "/bin/true")
-        (tmp_path / name).write_text(text)
-        done = subprocess.run(
-            ["systemd-analyze", "verify", tmp_path / name], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0 and name not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("unit", sorted(UNITS.glob("*.service")), ids=lambda unit: unit.stem)
+def test_units_have_no_fault_that_systemd_knows(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    name = unit.name.replace("@", "@north")
+    (tmp_path / name).write_text(unit.read_text().replace("/opt/fedtune/bin/fedtune", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / name], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and name not in done.stderr, done.stderr
 
 
 def test_what_kubernetes_starts_is_there() -> None:

@@ -23,7 +23,7 @@ from fedtune.transport.worker import JoinedRun, Worker
 METHODS: dict[str, dict[str, Any]] = {
     "epochs": {"name": "fedavg", "lora": {"rank": 2}, "local_epochs": 2, "batch_size": 4},
     "fedkseed": {"name": "fedkseed", "local_steps": 3, "seeds": 8},
-    "fedkseed, any seed": {"name": "fedkseed", "local_steps": 3, "seeds": None},
+    "infinite-pool": {"name": "infinite-pool", "local_steps": 3},
     "fedcybgd": {"name": "fedcybgd", "local_steps": 3, "batch_size": 4},
 }
 

@@ -97,7 +97,7 @@ def test_a_number_that_is_none_is_refused(workers: Any, tmp_path: Path) -> None:
 
 
 def test_a_part_of_this_process_alone_is_refused_and_one_of_a_file_goes(tmp_path: Path) -> None:
-    fedtune.register_metric("only-here-in-several")(lambda answer, reference: 1.0)
+    fedtune.register_metric("only-here-in-several", summary="one")(lambda answer, reference: 1.0)
     document = lora() | {"evaluation": {"tasks": ["only-here-in-several"], "max_examples": 4}}
     with pytest.raises(InputError, match="registered in this process alone"):
         fedtune.sweep(document, ["method.lr=1e-2,1e-3"], out=tmp_path / "s", progress=False, workers=2)

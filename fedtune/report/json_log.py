@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
-from fedtune.errors import foreign
-
 EVERY_S = 60.0  # between two lines of a client's steps
 
 
@@ -50,7 +48,7 @@ def is_json() -> bool:
 def say_or_print(event: str, text: str, printed: str) -> None:
     """One line on stderr: as JSON where that was chosen, else as `printed`."""
     if is_json():
-        say(event, text=foreign(text, 4000))
+        say(event, text=text)  # what steers a terminal is escaped there
     else:
         print(printed, file=sys.stderr, flush=True)
 
