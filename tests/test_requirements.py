@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from packaging.requirements import Requirement
 
-from fedtune.config.schema import Tracker
+from fedtune.config.tracking import Tracker
 from fedtune.version import __version__
 
 PROJECT = Path(__file__).resolve().parents[1]

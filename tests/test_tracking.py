@@ -18,9 +18,10 @@ from command import write_config
 
 import fedtune
 from fedtune.config.file import parse_config
+from fedtune.config.tracking import require_trackers
 from fedtune.errors import InputError
 from fedtune.federation import tracking
-from fedtune.federation.tracking import require_trackers, told_settings, told_values
+from fedtune.federation.tracking import told_settings, told_values
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 LORA: dict[str, Any] = {
@@ -223,7 +224,7 @@ def test_a_missing_package_is_refused_with_what_to_install(tmp_path: Path) -> No
         pytest.skip("all trackers are installed")
     config = parse_config(LORA | {"tracking": missing}, "test")
     with pytest.raises(InputError, match=rf"pip install {' '.join(missing)}"):
-        require_trackers(config)
+        require_trackers(config.tracking)
     with pytest.raises(InputError, match="not installed"):
         fedtune.run(config, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

@@ -37,8 +37,8 @@ def validate(
 
     Example: fedtune validate mine.yaml --data
     """
+    from fedtune.config.tracking import require_trackers
     from fedtune.federation.room import known_room, shortening
-    from fedtune.federation.tracking import require_trackers
 
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     configs = [argument for argument in arguments if argument not in overrides]
@@ -48,7 +48,7 @@ def validate(
     for path in configs:
         try:
             config = fedtune.load(path, *overrides)
-            require_trackers(config)
+            require_trackers(config.tracking)
             room = known_room(config)
             notes = shortening(config, room) if room and not look else []  # else it is among the checks
             if modules:

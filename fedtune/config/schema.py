@@ -20,6 +20,7 @@ from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.picture_rules import refusal as picture_refusal
+from fedtune.config.tracking import Tracker
 from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
@@ -101,9 +102,6 @@ class Checkpoints(Settings):
     best: str | None = None  # task.metric, as loss.loss: the result is the round with the best of it
     rollback: int | None = Field(None, ge=1)  # with --resume: back to this round; later ones are moved aside
     journal: Literal["auto", "always", "never"] = "auto"
-
-
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class RunConfig(Settings):

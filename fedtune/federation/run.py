@@ -15,6 +15,7 @@ from torch import nn
 
 from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
+from fedtune.config.tracking import require_trackers
 from fedtune.core.cohort import QuorumError, RoundOutcome, replies_needed, sample_cohort
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
@@ -46,7 +47,7 @@ from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
-from fedtune.federation.tracking import Tracking, require_trackers
+from fedtune.federation.tracking import Tracking
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -85,7 +86,7 @@ def run(
     """
     config = located(config)
     check_transport(config, deployment)
-    require_trackers(config)
+    require_trackers(config.tracking)
     back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
         folder = reopen(config, path)
@@ -288,12 +289,8 @@ class _Federation:
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        quorum = replies_needed(
-            len(cohort.clients),
-            config.federation.quorum,
-            drawn=drawn,
-            sends=self._assembly.method.uses_wire,
-        )
+        asked, sends = len(cohort.clients), self._assembly.method.uses_wire
+        quorum = replies_needed(asked, config.federation.quorum, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
         every = config.evaluation.every
         due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)

@@ -17,13 +17,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.settings import Settings
-from fedtune.errors import InputError
 from fedtune.evaluation.registry import TASKS
 from fedtune.federation.callbacks import RoundState, Scores
 from fedtune.federation.files import disk_errors, read_json, write_json
@@ -38,16 +36,6 @@ WAIT_S = 120.0  # for a tracker to take what is left when a run ends
 TOOK_NOTHING = "it takes nothing any more"
 
 Values = dict[str, float]
-
-
-def require_trackers(config: RunConfig) -> None:
-    """Raises InputError if the package of one of `tracking` is not installed; says what to install."""
-    missing = [name for name in config.tracking if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"tracking: {', '.join(missing)} is not installed here; pip install {' '.join(missing)}, or "
-            f"pip install 'fedtune[{missing[0]}]' for a version that was tried"
-        )
 
 
 def told_settings(config: RunConfig) -> dict[str, float | bool | str]:
