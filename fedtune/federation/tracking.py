@@ -233,8 +233,10 @@ class Tracker:
         if self._process.poll() is None:
             self._fault = self._fault or TOOK_NOTHING
             self._process.kill()
-        self._process.wait()
+        status = self._process.wait()
         self._listen()
+        if status != 0:
+            self._fault = self._fault or f"its process ended ({status})"
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
