@@ -218,6 +218,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "model.quantization",  # test_quantized_runs.py
     *("model.attention", "model.revision"),  # test_models_load.py
     "model.adapter",  # test_continuing.py
+    "tracking",  # test_tracking.py: the same run, told to others
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     *("evaluation.stop.metric", "evaluation.stop.patience"),  # test_best_round.py

@@ -20,6 +20,7 @@ from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.picture_rules import refusal as picture_refusal
+from fedtune.config.tracking import Tracker
 from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
@@ -115,6 +116,7 @@ class RunConfig(Settings):
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
     run: Computing = Computing()
+    tracking: list[Tracker] = Field([])  # who else is told of each round: settings, scores, bytes
 
     @model_validator(mode="wrap")
     @classmethod
@@ -245,6 +247,12 @@ class RunConfig(Settings):
             check_replies(robust, quorum_of(len(cohort.clients), self.federation.quorum))
         except InputError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> Self:
+        if len(set(self.tracking)) < len(self.tracking):
+            raise ValueError(f"tracking names one twice: {', '.join(self.tracking)}")
+        return self
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:

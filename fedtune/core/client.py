@@ -6,7 +6,7 @@ clients in turn, across a network for the one client of a machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,7 @@ from fedtune.core.types import (
     Method,
     Payload,
     Scalar,
+    untold,
 )
 from fedtune.core.wire import Content, FrameError, decode, encode, lay_out
 from fedtune.data.batching import RANDOM, Batching
@@ -83,6 +84,7 @@ class ClientRunner:
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
         self.states: dict[int, Payload] = {}  # what each client keeps between its rounds
+        self.on_step: Callable[[int, int, int], None] | None = None  # client, steps done, of how many
 
     def use(self, model: nn.Module) -> None:
         """Replaces the model, once what the method trains is attached to it."""
@@ -160,6 +162,7 @@ class ClientRunner:
             device=self._device,
             store=self.store,
             batching=self._batching,
+            stepped=partial(self.on_step, client) if self.on_step else untold,
         )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

@@ -119,6 +119,22 @@ def quorum_of(cohort: int, quorum: float | int) -> int:
     return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
 
 
+def replies_needed(asked: int, quorum: float | int, *, drawn: bool, sends: bool) -> int:
+    """Replies that a round needs of those that it asks.
+
+    Args:
+        asked: How many clients it asks.
+        quorum: As of `quorum_of`.
+        drawn: Chance says how many are asked: one, or nobody. It is rounded down then, so that such a round
+            has its noise.
+        sends: The method's clients send something. Of reference rows it is a count that is meant for the
+            methods beside them.
+    """
+    if drawn:
+        return min(asked, quorum if isinstance(quorum, int) else int(quorum * asked))
+    return quorum_of(asked, quorum) if sends else min(quorum_of(asked, quorum), asked)
+
+
 def trimmed(trim: float, clients: int) -> int:
     """Clients that a trimmed mean leaves out at each end."""
     return math.floor(trim * clients + 1e-9)

@@ -126,6 +126,10 @@ class ContentStore(Protocol):
         """What `build` makes, once for each key."""
 
 
+def untold(done: int, total: int) -> None:
+    """Nobody watches a client's steps."""
+
+
 @dataclass(frozen=True)
 class ClientEnv:
     """Everything a client has besides its order: it stays on the client's side."""
@@ -141,6 +145,7 @@ class ClientEnv:
     device: torch.device
     store: ContentStore  # what it was sent to hold, by digest
     batching: Batching = RANDOM
+    stepped: Callable[[int, int], None] = untold  # is told of each step: how many are done, of how many
 
     @cached_property
     def rows(self) -> Sequence[Encoded]:

@@ -17,10 +17,7 @@ from fedtune.errors import InputError, nearest
 
 FIELDS = ("instruction", "input", "output", "category")
 CHOICES = "choices"  # a list that is joined into the question
-LETTERS = (
-    "multiple choice: choices stand below their question, and its answer is a letter; "
-    "the task multiple-choice scores that"
-)
+LETTERS = "multiple choice: choices stand below their question, and its answer is a letter"
 _NAMES = (*FIELDS, CHOICES)
 _OPTIONAL = ("input", "category", CHOICES)
 _LABELS = ("output", "category")  # true and false are no words to ask something with

@@ -15,7 +15,8 @@ from torch import nn
 
 from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
-from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
+from fedtune.config.tracking import require_trackers
+from fedtune.core.cohort import QuorumError, RoundOutcome, replies_needed, sample_cohort
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
@@ -46,6 +47,7 @@ from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
+from fedtune.federation.tracking import Tracking
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -84,6 +86,7 @@ def run(
     """
     config = located(config)
     check_transport(config, deployment)
+    require_trackers(config.tracking)
     back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
         folder = reopen(config, path)
@@ -112,10 +115,11 @@ def run(
             assembly.train_as_begun(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
-        told = (callbacks or Callbacks()).behind(RoundTable(path))
+        told = (callbacks or Callbacks()).behind(RoundTable(path), Tracking(config, path, progress.note))
         federation = _Federation(config, identity, RunFolder(path), assembly, clock, progress, told)
         with faults("preparing the model"):
             federation.prepare()
+        assembly.runner.on_step = progress.step
         if deployment is not None:
             progress.stage("waiting for clients")
             assembly.client_examples = deployment.join(
@@ -285,7 +289,8 @@ class _Federation:
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        quorum = self._quorum(len(cohort.clients), drawn=drawn)
+        asked, sends = len(cohort.clients), self._assembly.method.uses_wire
+        quorum = replies_needed(asked, config.federation.quorum, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
         every = config.evaluation.every
         due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
@@ -317,14 +322,6 @@ class _Federation:
         entry |= {"arrivals": arrivals} if arrivals else {}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state
-
-    def _quorum(self, asked: int, *, drawn: bool) -> int:
-        wanted = self._config.federation.quorum
-        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
-            return min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
-        quorum = quorum_of(asked, wanted)
-        # of reference rows it is a count that is meant for the methods beside them
-        return quorum if self._assembly.method.uses_wire else min(quorum, asked)
 
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")

@@ -115,6 +115,7 @@ def train(
         for step, group in enumerate(step_batches(env, settings)):
             if step == total_steps:
                 break
+            env.stepped(step, total_steps)
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
             batches = drawn_pairs(env, group) if objective.of_pairs else drawn(env, group, step)

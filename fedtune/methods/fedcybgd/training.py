@@ -69,6 +69,7 @@ def train_blocks(
             for step, group in enumerate(step_batches(env, settings)):
                 if step == total:
                     break
+                env.stepped(step, total)
                 if active is None or (interval is not None and step % interval == 0):
                     if active is not None:
                         others.close()

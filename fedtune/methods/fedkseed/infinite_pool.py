@@ -197,6 +197,7 @@ class InfinitePool:
         batches = endless_batches(len(env.rows), config.batch_size, env.generator("batches"), env.lengths)
         scalars, loss = list[float](), TokenMean()
         for step, seed in enumerate(drawn.tolist()):
+            env.stepped(step, config.local_steps)
             batch = self._batch(env, next(batches))
             tokens = trained_tokens(env.model, batch)
             if not tokens:  # no loss to compare: the slope is 0

@@ -144,6 +144,7 @@ class FedKSeed:
         scalars, loss = list[float](), TokenMean()
         with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
+                env.stepped(step, config.local_steps)
                 batch = collate([env.rows[i] for i in next(batches)], env.pad_id)
                 tokens = trained_tokens(env.model, batch)
                 if not tokens:  # no loss to compare: the slope is 0
