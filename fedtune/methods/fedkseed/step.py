@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedtune.errors import InputError
 from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
@@ -35,6 +36,16 @@ class StepWeights(Protocol):
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         """W ← w − η Σ ĝ z_j over pairs (j, ĝ)."""
+
+
+def refuse_narrow(parameters: Mapping[str, nn.Parameter], what: str, other: str) -> None:
+    """Raises InputError unless all are float32; `other` is what to use where they are not."""
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"{what} moves weights step by step, which {parameter.dtype} ({name}) cannot hold; set "
+                f"model.dtype=float32, or use {other}"
+            )
 
 
 def coefficients(accumulator: Tensor, lr: float) -> Tensor:
