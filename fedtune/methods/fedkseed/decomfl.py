@@ -12,9 +12,9 @@ Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zer
 A client sends its τ P slopes and is sent the means of the rounds that it lacks; server and clients both
 rebuild x from w0 and all means. A round is a pass over the weights, where FedKSeed takes one for all of them.
 
-Deviations: seeds do not travel, they follow from the run's seed and the round; slopes are central
-differences, as FedKSeed's are (the paper's look one way: P + 1 passes a step for 2 P here); clients are
-weighted by their examples, as everywhere (the paper's even mean is `federation.weights: equal`); a client
+Deviations: seeds do not travel but follow from the run's, which an order names, and the round; slopes are
+central differences, as FedKSeed's are (the paper's look one way: P + 1 passes a step for 2 P here); clients
+are weighted by their examples, as everywhere (the paper's even mean is `federation.weights: equal`); a client
 keeps the means, and no model.
 """
 

@@ -30,6 +30,7 @@ from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
     ArrivalOrder,
     ClientEnv,
+    ClientError,
     ClientResult,
     Order,
     Payload,
@@ -86,6 +87,7 @@ class InfinitePool:
         self.rounds = config.rounds
         # directions of which slopes are looked at; no step is taken along them
         self._pool = SeedPool(derive_seed(seed, "pool") & 0x7FFFFFFF, 1024, config.noise)
+        self.directions_key = self._pool.key  # of the directions that all clients try (download: means)
         self._count = config.local_steps * config.perturbations  # directions of a client and round
         self._rate = config.lr / config.perturbations
         self._sent = ("scalars",) if config.download == "means" else ("seeds", "scalars")
@@ -119,6 +121,8 @@ class InfinitePool:
         }
         expects = {name: expects[name] for name in self._sent}
         scalars: dict[str, Scalar] = {"epsilon": state.epsilon} if self.config.epsilon == "auto" else {}
+        if self.config.download == "means":
+            scalars["pool"] = self.directions_key
         whole = Payload(state.weights, scalars)
         for client in cohort.clients:
             if self.config.download == "model":
@@ -135,6 +139,11 @@ class InfinitePool:
         if self.config.download == "model":
             load(parameters, job.tensors)
             return self._steps(weights, env, None, given(self.config.epsilon, job))
+        if self.config.download == "means" and job.scalars["pool"] != self.directions_key:
+            raise ClientError(
+                f"the order is for directions of pool {job.scalars['pool']}, here it is "
+                f"{self.directions_key}: give all the same seed"
+            )
         known = env.state.tensors if env.state else {}
         history = {
             name: torch.cat([known[name], job.tensors[name]]) if known else job.tensors[name]
@@ -234,7 +243,7 @@ class InfinitePool:
     def _directions(self, env: ClientEnv) -> tuple[Tensor, list[tuple[SeedPool, int]]]:
         """What a client tries in a round, in turn; and the seeds of its own among it."""
         if self.config.download == "means":
-            pool = decomfl.directions(self._pool.key, env.round, self._count, self.config.noise)
+            pool = decomfl.directions(self.directions_key, env.round, self._count, self.config.noise)
             return torch.zeros(0), [(pool, j) for j in range(self._count)]
         drawn = torch.randint(SEEDS, (self._count,), generator=env.generator("seeds"))
         return drawn, [(SeedPool(seed, 1, self.config.noise), 0) for seed in drawn.tolist()]
@@ -244,7 +253,7 @@ class InfinitePool:
 
     def _replay(self, weights: Mapping[str, Tensor], seeds: Tensor | None, scalars: Tensor) -> None:
         if seeds is None or self.config.download == "means":
-            decomfl.rebuild(weights, scalars, self._pool.key, self._count, self._rate, self.config.noise)
+            decomfl.rebuild(weights, scalars, self.directions_key, self._count, self._rate, self.config.noise)
             return
         for seed, scalar in zip(seeds.tolist(), scalars.tolist(), strict=True):
             perturb_all_(weights, SeedPool(seed, 1, self.config.noise), 0, -self._rate * scalar)
