@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from toy import Bench
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config
+from fedtune.methods.fedkseed.step import refuse_on_a_gpu
 from fedtune.zeroth import (
     SHAPED,
     SeedPool,
@@ -125,6 +129,14 @@ def test_all_of_a_model_there_and_back(kind: str) -> None:
     assert all(torch.equal(weights[name], moved[name]) for name in weights)
     rebuild_all_(weights, initial, pool, np.zeros(20))
     assert all(torch.equal(weights[name], initial[name]) for name in weights)
+
+
+def test_a_model_on_a_gpu_is_refused_before_anything_is_trained() -> None:
+    there: Any = {"w": SimpleNamespace(device=torch.device("cuda:0"))}
+    with pytest.raises(InputError, match=r"noise: lozo is made on a CPU, and the model is on cuda:0"):
+        refuse_on_a_gpu(there, "lozo")
+    refuse_on_a_gpu(there, "rademacher")
+    refuse_on_a_gpu({"w": torch.nn.Parameter(torch.zeros(2))}, "lozo")
 
 
 def test_a_part_of_a_tensor_another_shape_and_half_precision_are_refused() -> None:

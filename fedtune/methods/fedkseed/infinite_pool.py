@@ -43,7 +43,7 @@ from fedtune.data.batches import collate, endless_batches, on_device
 from fedtune.methods.fedkseed import decomfl
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig
-from fedtune.methods.fedkseed.step import refuse_narrow
+from fedtune.methods.fedkseed.step import refuse_narrow, refuse_on_a_gpu
 from fedtune.methods.loading import load
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.lean_loss import batch_loss
@@ -101,6 +101,7 @@ class InfinitePool:
         """The whole model, all of it tuned, float32: steps are taken where the weights lie."""
         model = train_all(build())  # type: ignore[arg-type]
         refuse_narrow(trainable(model), self.config.name, "fedkseed")
+        refuse_on_a_gpu(trainable(model), self.config.noise)
         return model.eval()
 
     def init(self, model: nn.Module) -> State:

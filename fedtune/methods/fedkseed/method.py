@@ -69,7 +69,7 @@ from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksu
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import SUBSPACES, Config
 from fedtune.methods.fedkseed.state import State
-from fedtune.methods.fedkseed.step import coefficients, refuse_narrow, step_weights
+from fedtune.methods.fedkseed.step import coefficients, refuse_narrow, refuse_on_a_gpu, step_weights
 from fedtune.methods.step_loss import TokenMean, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -107,6 +107,7 @@ class FedKSeed:
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The whole model, all of it tuned; evaluation mode, no gradients are ever needed."""
         model = train_all(build())  # type: ignore[arg-type]
+        refuse_on_a_gpu(trainable(model), self.config.noise)
         if self.config.noise in SUBSPACES:
             refuse_narrow(trainable(model), f"noise: {self.config.noise}", "noise: hadamard4")
         return model.eval()

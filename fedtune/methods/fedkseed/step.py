@@ -23,7 +23,7 @@ from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import trainable
-from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
+from fedtune.zeroth import SHAPED, SeedPool, perturb_all_, rebuild_all_
 from fedtune.zeroth.pool import Noise
 from fedtune.zeroth.tensors import Prepared
 
@@ -46,6 +46,16 @@ def refuse_narrow(parameters: Mapping[str, nn.Parameter], what: str, other: str)
                 f"{what} moves weights step by step, which {parameter.dtype} ({name}) cannot hold; set "
                 f"model.dtype=float32, or use {other}"
             )
+
+
+def refuse_on_a_gpu(parameters: Mapping[str, nn.Parameter], noise: Noise) -> None:
+    """Raises InputError for noise that is made on a CPU alone, of weights that are not there."""
+    elsewhere = [str(p.device) for p in parameters.values() if p.device.type == "cuda"]
+    if noise in SHAPED and elsewhere:
+        raise InputError(
+            f"noise: {noise} is made on a CPU, and the model is on {elsewhere[0]}; set model.device=cpu, or "
+            "noise: hadamard4"
+        )
 
 
 def coefficients(accumulator: Tensor, lr: float) -> Tensor:
