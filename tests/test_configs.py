@@ -84,8 +84,9 @@ def test_the_bundled_ones_run(path: Path, tmp_path: Path) -> None:
     results = [folder for folder in final.iterdir() if folder.is_dir()]
     beside = {"standalone": 2, "fedbiot": 1, "fedot": 1, "offsite-tuning": 1}  # one a client, or AdapEmu
     personal = getattr(config.method, "personal", "")
-    assert len(results) == (2 if personal else beside.get(config.method_name, 0))
-    alone = config.method_name == "standalone" or personal == "instead"
+    peers = getattr(config.method, "graph", None) is not None
+    assert len(results) == (2 if personal or peers else beside.get(config.method_name, 0))
+    alone = config.method_name == "standalone" or personal == "instead" or peers
     for folder in results if alone else [final, *results]:
         assert load_result(folder, base).tokenizer.pad_token_id is not None
 

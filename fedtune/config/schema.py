@@ -221,6 +221,17 @@ class RunConfig(Settings):
             check_scale(
                 self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
             )
+        if getattr(self.method, "buffer", None) is not None:
+            if self.federation.clients_per_round is not None:
+                raise ValueError(
+                    "federation.clients_per_round does not go with method.buffer, whose size says how many "
+                    "updates a step has; all clients train all the time. Leave it out"
+                )
+            if self.transport.name == "flower":
+                raise ValueError(
+                    "method.buffer has clients whose speeds are simulated; over a network a round waits for "
+                    "those that it asked. Leave it out, or take another transport"
+                )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         for task in certain(self.evaluation.tasks):
@@ -321,7 +332,9 @@ class RunConfig(Settings):
         """How records are to be read; a new one each time, in which a source says what it took them for."""
         classifies = self.model.task == "classification"
         form = "instruction" if classifies else self.data.format
-        return Reading(form, self.data.trees, self.data.bad_rows == "skip", pairs=self.of_pairs)
+        judged = isinstance(self.method, Preferring) and self.method.objective.name == "kto"
+        skip = self.data.bad_rows == "skip"
+        return Reading(form, self.data.trees, skip, pairs=self.of_pairs, judged=judged)
 
     @property
     def of_pairs(self) -> bool:

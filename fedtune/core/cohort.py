@@ -93,20 +93,24 @@ def weights_of(
     return {client: min([count, *bounds]) for client, count in examples.items()}
 
 
-def sample_cohort(
-    examples: Mapping[int, int], per_round: float | int | None, *, seed: int, round: int
-) -> Cohort:
+PerRound = float | int | tuple[int, ...] | None  # a fraction, a count, who they are, or everyone
+
+
+def sample_cohort(examples: Mapping[int, int], per_round: PerRound, *, seed: int, round: int) -> Cohort:
     """Draws a round's clients without replacement, in ascending order.
 
     Args:
         examples: Examples of every client.
-        per_round: How many: an integer is a count, a float a fraction (at least one client), None all.
+        per_round: How many: an integer is a count, a float a fraction (at least one client), None all; or
+            who they are.
         seed: The run's seed.
         round: The round, counted from 1.
     """
     everyone = sorted(examples)
     if per_round is None:
         chosen = everyone
+    elif isinstance(per_round, tuple):
+        chosen = sorted(per_round)
     else:
         wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
         rng = numpy_generator(seed, "cohort", round)

@@ -99,7 +99,8 @@ def examples_from(
         if isinstance(row[1], dict):
             break
     place, first = begun[-1] if begun else ("", None)
-    form = form_of(account.format, first if isinstance(first, dict) else {}, fields, place, account.pairs)
+    top = first if isinstance(first, dict) else {}
+    form = form_of(account.format, top, fields, place, account.pairs, account.judged)
     fields = {**form.fields, **fields}
     if begun and form.said and form.said not in account.said:
         account.said.append(form.said)

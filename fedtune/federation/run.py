@@ -16,11 +16,12 @@ from torch import nn
 from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
 from fedtune.config.tracking import require_trackers
-from fedtune.core.cohort import QuorumError, RoundOutcome, replies_needed, sample_cohort
+from fedtune.core.asking import asked
+from fedtune.core.cohort import PerRound, QuorumError, RoundOutcome, replies_needed, sample_cohort
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
-from fedtune.core.personal import for_all, result_models
+from fedtune.core.personal import result_models
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Transport
@@ -179,8 +180,7 @@ class _Federation:
         self._earlier: dict[str, float] = {}  # seconds before a resume
         self._keeping = Keeping(config, identity, folder.path / "checkpoints", assembly.runner)
         self._rounds: list[dict[str, Any]] = []
-        self._trainable = 0
-        self._total_parameters = assembly.base_parameters
+        self._trainable, self._total_parameters = 0, assembly.base_parameters
         self._model: nn.Module = assembly.loaded.model
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
@@ -217,7 +217,7 @@ class _Federation:
             self._account = PrivacyAccount(
                 privacy,
                 self._folder.path,
-                per_round=self._per_round(),
+                per_round=self._config.federation.clients_per_round,
                 population=len(self._assembly.client_examples),
                 secure=self._config.federation.secure_aggregation is not None,
                 done=self._start.round if self._start else 0,
@@ -275,9 +275,8 @@ class _Federation:
     def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
-        drawn, weights = cohort is not None, self._assembly.weights
-        if cohort is None:
-            cohort = sample_cohort(weights, self._per_round(round), seed=config.seed, round=round)
+        drawn, whom = cohort is not None, self._per_round(round)
+        cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 
@@ -289,11 +288,11 @@ class _Federation:
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        asked, sends = len(cohort.clients), self._assembly.method.uses_wire
-        quorum = replies_needed(asked, config.federation.quorum, drawn=drawn, sends=sends)
+        count, sends = len(cohort.clients), self._assembly.method.uses_wire
+        quorum = replies_needed(count, config.federation.quorum, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
-        every = config.evaluation.every
-        due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
+        every, rounds = config.evaluation.every, self._assembly.method.rounds
+        due = round == rounds or (every > 0 and round % every == 0)
 
         def once(without: Mapping[int, str]) -> tuple[Any, RoundOutcome]:
             arrivals.clear()
@@ -367,9 +366,10 @@ class _Federation:
             tokenizer, merge = self._assembly.exported_tokenizer, self._assembly.method.saves_merged
             save_models(models, tokenizer, self._folder.path / "final", merge=merge, what="the result")
 
-    def _per_round(self, round: int = 1) -> float | int | None:
+    def _per_round(self, round: int = 1) -> PerRound:
         """Reference rows always ask everyone: they stand for no communication pattern."""
-        return None if for_all(self._assembly.method, round) else self._config.federation.clients_per_round
+        often, everyone = self._config.federation.clients_per_round, self._assembly.client_examples
+        return asked(self._assembly.method, round, everyone, often)
 
     def _seconds(self) -> dict[str, float]:
         parts = dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
