@@ -118,7 +118,9 @@ def train(
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
             batches = drawn_pairs(env, group) if objective.of_pairs else drawn(env, group, step)
-            with env.memory.step(batches.size, resident=[env.model, *stepper.resident(), *beside]):
+            held = [env.model, *stepper.resident(), *beside]
+            like = None if objective.of_pairs else batches.form
+            with env.memory.step(batches.size, held, like=like):
                 with stepper.arriving(rate):
                     if objective.of_pairs:
                         loss.join(add_pair_gradient(env.model, batches, env.device, objective))

@@ -41,7 +41,7 @@ from fedtune.errors import InputError
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig
 from fedtune.methods.loading import load
-from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.methods.step_loss import TokenMean, form_of, trained_tokens
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -203,7 +203,8 @@ class InfinitePool:
                 scalars.append(0.0)
                 continue
             moved = on_device(batch, env.device)
-            with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
+            form = form_of(batch, tokens)
+            with env.memory.step(batch["input_ids"].numel(), [env.model], like=form), torch.no_grad():
                 self._move(weights, seed, epsilon)
                 plus = float(batch_loss(env.model, moved, labels=batch["labels"]))
                 self._move(weights, seed, -2 * epsilon)
