@@ -124,7 +124,9 @@ def train(
                 batches = (drawn_judged if judged else drawn_pairs)(env, group)
             else:
                 batches = drawn(env, group, step)
-            with env.memory.step(batches.size, resident=[env.model, *stepper.resident(), *beside]):
+            held = [env.model, *stepper.resident(), *beside]
+            like = None if objective.of_pairs else batches.form
+            with env.memory.step(batches.size, held, like=like):
                 with stepper.arriving(rate):
                     if objective.of_pairs:
                         add = add_judged_gradient if judged else add_pair_gradient

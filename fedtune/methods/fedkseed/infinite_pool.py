@@ -45,7 +45,7 @@ from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, war
 from fedtune.methods.fedkseed.settings import InfinitePoolConfig
 from fedtune.methods.fedkseed.step import refuse_narrow, refuse_on_a_gpu
 from fedtune.methods.loading import load
-from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.methods.step_loss import TokenMean, form_of, trained_tokens
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
@@ -221,7 +221,8 @@ class InfinitePool:
                 scalars += [0.0] * tried
                 continue
             moved, around = on_device(batch, env.device), 0.0
-            with env.memory.step(batch["input_ids"].numel(), resident=[env.model]), torch.no_grad():
+            form = form_of(batch, tokens)
+            with env.memory.step(batch["input_ids"].numel(), [env.model], like=form), torch.no_grad():
                 for direction in along[step * tried : (step + 1) * tried]:
                     perturb_all_(weights, *direction, epsilon)
                     plus = float(batch_loss(env.model, moved, labels=batch["labels"]))

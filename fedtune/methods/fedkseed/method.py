@@ -70,7 +70,7 @@ from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, war
 from fedtune.methods.fedkseed.settings import SUBSPACES, Config
 from fedtune.methods.fedkseed.state import State
 from fedtune.methods.fedkseed.step import coefficients, refuse_narrow, refuse_on_a_gpu, step_weights
-from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.methods.step_loss import TokenMean, form_of, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import NOISE_VERSION, SeedPool, rebuild_all_
@@ -162,7 +162,7 @@ class FedKSeed:
                     continue
                 moved = on_device(batch, env.device)
                 estimates, around = [], 0.0
-                with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
+                with env.memory.step(batch["input_ids"].numel(), [env.model], like=form_of(batch, tokens)):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(moved, j, epsilon, batch["labels"])
                         minus = weights.loss(moved, j, -epsilon, batch["labels"])
