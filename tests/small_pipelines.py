@@ -17,8 +17,17 @@ from fedtune.models.text_to_image import Learning, TextToImage, text_to_image
 SIDE = 16  # pixels: 8 x 8 latents
 
 
-def save_pipeline(folder: Path, *, prediction: str = "epsilon", spreads: bool = False) -> Path:
-    """Writes a Stable Diffusion pipeline of two levels; `spreads`: its autoencoder gives mean and spread."""
+def save_pipeline(
+    folder: Path, *, prediction: str = "epsilon", spreads: bool = False, channels: int = 4
+) -> Path:
+    """Writes a Stable Diffusion pipeline of two levels.
+
+    Args:
+        folder: Where.
+        prediction: What its scheduler says.
+        spreads: Its autoencoder gives mean and spread.
+        channels: That its UNet takes; more than 4 are those of inpainting.
+    """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -29,7 +38,7 @@ def save_pipeline(folder: Path, *, prediction: str = "epsilon", spreads: bool = 
     with seeded(0):
         unet = diffusers.UNet2DConditionModel(
             sample_size=SIDE // 2,
-            in_channels=4,
+            in_channels=channels,
             out_channels=4,
             block_out_channels=(8, 16),
             layers_per_block=1,

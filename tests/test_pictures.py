@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from fedtune.data.pictures import MOST_PIXELS, as_image, load_pictures, open_picture, sized
+from fedtune.data.pictures import MOST_PIXELS, Frame, as_image, load_pictures, open_picture, sized
 from fedtune.data.reading import Reading
 from fedtune.data.shapes import (
     COLOURS,
@@ -59,6 +60,24 @@ def test_captions_of_three_kinds(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("end", ["csv", "parquet"])
+def test_captions_in_a_table_as_the_hub_has_them(tmp_path: Path, end: str) -> None:
+    plain(tmp_path / "train" / "one.png")
+    plain(tmp_path / "train" / "two.png")
+    table = {"file_name": ["one.png", "two.png"], "text": ["a dog, brown", "a cat"]}
+    if end == "csv":
+        (tmp_path / "train" / "metadata.csv").write_text(
+            'file_name,text\none.png,"a dog, brown"\ntwo.png,a cat\n'
+        )
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(
+            pytest.importorskip("pyarrow").table(table), tmp_path / "train" / "metadata.parquet"
+        )
+    found = load_pictures(str(tmp_path), "train", "not this", Reading())
+    assert [one.instruction for one in found] == table["text"]
+
+
 def test_the_digest_is_of_the_file_and_not_of_its_place(tmp_path: Path) -> None:
     first, second = plain(tmp_path / "x" / "a.png"), tmp_path / "y" / "b.png"
     second.parent.mkdir()
@@ -87,10 +106,25 @@ def test_cmyk_transparency_sixteen_bits_and_a_turned_picture(tmp_path: Path) -> 
 def test_sizes() -> None:
     wide = Image.new("RGB", (8, 4), RED)
     wide.paste(BLUE, (2, 0, 6, 4))  # the middle
-    assert [sized(wide, 4, how).size for how in ("center", "stretch", "pad")] == [(4, 4)] * 3
-    assert set(sized(wide, 4, "center").getdata()) == {BLUE}
-    assert corner(sized(wide, 4, "pad")) == (255, 255, 255)
-    assert corner(sized(wide, 4, "stretch"))[0] > 200
+    assert [sized(wide, Frame(4, how)).size for how in ("center", "stretch", "pad")] == [(4, 4)] * 3
+    assert sized(wide, Frame(4)).getcolors() == [(16, BLUE)]
+    assert corner(sized(wide, Frame(4, "pad"))) == (255, 255, 255)
+    assert corner(sized(wide, Frame(4, "stretch")))[0] > 200
+
+
+def test_buckets_of_aspects() -> None:
+    """Of a square of 16 pixels in units of 4: 16 x 16, 20 x 12, and no 32 x 8, which is too long."""
+    frame = Frame(16, "bucket", 4)
+    sizes = [frame.size(*one) for one in ((7, 7), (100, 60), (60, 100), (900, 100), (100, 900), (110, 100))]
+    assert sizes == [(16, 16), (20, 12), (12, 20), (20, 12), (12, 20), (16, 16)]
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(1, 5000, (200, 2)).tolist():
+        one, other = Frame(64, "bucket", 8).size(width, height)
+        assert one % 8 == other % 8 == 0 and one * other <= 64**2 and max(one, other) <= 2 * min(one, other)
+        assert Frame(64, "bucket", 8).size(height, width) == (other, one)
+        assert Frame(64, "pad", 8).size(width, height) == (64, 64)
+    wide = Image.new("RGB", (40, 24), RED)
+    assert sized(wide, frame).size == (20, 12) and sized(wide, frame).getcolors() == [(240, RED)]
 
 
 def animated(file: Path) -> None:
@@ -109,8 +143,49 @@ BAD: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("a.png", "no picture that can be read", lambda file: file.write_bytes(b"no picture")),
     ("b.png", "no picture that can be read", lambda file: file.write_bytes(b"")),
     ("c.png", "no picture that can be read", cut),
+    ("a.tif", "floating-point", lambda file: Image.new("F", (4, 4), 0.5).save(file)),
     ("d.png", "pixels", lambda file: Image.new("1", (9000, MOST_PIXELS // 9000 + 1)).save(file)),
 ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_pictures_are_pictures_or_refused(tmp_path: Path) -> None:
+    """Whatever a decoder raises: of TIFF files with other bytes some had ended as a TypeError."""
+    rng, refused = np.random.default_rng(0), 0
+    whole = Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+    tags = whole.getexif()
+    tags[0x0112] = 6
+    for end in ("jpg", "png", "gif", "webp", "tif", "bmp"):
+        file = tmp_path / f"x.{end}"
+        whole.save(file, **({"exif": tags} if end in ("jpg", "png", "webp", "tif") else {}))
+        good = file.read_bytes()
+        for turn in range(60):
+            bad = bytearray(good)
+            for place in rng.integers(0, min(len(bad), 300), rng.integers(1, 6)):
+                bad[place] = int(rng.integers(256))
+            file.write_bytes(bad[: int(rng.integers(len(bad)))] if turn % 5 == 0 else bad)
+            try:
+                assert open_picture(file).mode == "RGB"
+            except InputError as error:
+                refused += 1
+                assert str(file) in str(error) and "\n" not in str(error)
+    assert refused > 60
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """Of 4 billion pixels in a few hundred bytes, which Pillow itself refuses, and of some text in a PNG."""
+    Image.new("1", (8, 8)).save(tmp_path / "bomb.png")
+    raw = bytearray((tmp_path / "bomb.png").read_bytes())
+    raw[16:24] = (65_535).to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(raw)
+    with pytest.raises(InputError, match=r"bomb\.png: it has too many pixels"):
+        open_picture(tmp_path / "bomb.png")
+    about = PngImagePlugin.PngInfo()
+    about.add_text("x", "0" * 3_000_000, zip=True)
+    Image.new("1", (8, 8)).save(tmp_path / "text.png", pnginfo=about)
+    with pytest.raises(InputError, match=r"text\.png: it is no picture that can be read: Decompressed data"):
+        open_picture(tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("name,said,make", BAD, ids=[f"{name} {said}" for name, said, _ in BAD])
@@ -141,11 +216,16 @@ def test_what_a_folder_can_lack(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     refused("1 of 2 pictures have no caption, the first is b.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "none.png", "text": "x"}))
-    refused("names none.png, which is not there", "c")
+    refused("its metadata name none.png, which is not there", "c")
+    for outside in ("../b.png", str(tmp_path / "b.png")):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": outside, "text": "x"}))
+        refused("metadata.jsonl:1: .*b.png is outside of the folder", "c")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}')
-    refused("line 1: it needs texts")
+    refused("metadata.jsonl:1: it needs texts")
     (tmp_path / "metadata.jsonl").write_text("{")
-    refused("line 1: it is no JSON")
+    refused("metadata.jsonl:1")
+    (tmp_path / "metadata.jsonl").write_text("[1]")
+    refused("metadata.jsonl:1: it needs texts")
     with pytest.raises(InputError, match="is no folder"):
         load_pictures(str(tmp_path / "none"), "train", None, Reading())
 

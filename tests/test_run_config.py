@@ -20,7 +20,7 @@ from fedtune.config.computing import Computing
 from fedtune.config.data import Public
 from fedtune.config.file import load_config, parse_config, settings_blocks
 from fedtune.config.partitions import PARTITIONS
-from fedtune.config.pictures import Diffusion, Drawn, DrawnPrompt, Pictures
+from fedtune.config.pictures import Diffusion, Drawn, DrawnPrompt, Pictures, Prior
 from fedtune.config.schema import RunConfig, Transport
 from fedtune.errors import FedtuneError
 from fedtune.evaluation import likelihoods
@@ -249,7 +249,8 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py
     *(f"evaluation.judge.{name}" for name in evaluation.JudgeSettings.model_fields),  # test_judge.py
     # test_text_to_image.py, test_pictures.py
-    *(f"model.diffusion.{name}" for name in Diffusion.model_fields),
+    *(f"model.diffusion.{name}" for name in Diffusion.model_fields if name != "prior"),
+    *(f"model.diffusion.prior.{name}" for name in Prior.model_fields),
     *(f"data.pictures.{name}" for name in Pictures.model_fields),
     *(f"evaluation.pictures.{name}" for name in Drawn.model_fields if name != "prompts"),
     *(f"evaluation.pictures.prompts.{name}" for name in DrawnPrompt.model_fields),

@@ -20,7 +20,7 @@ from PIL import Image
 from small_pipelines import SIDE, configuration, loaded, save_clip, save_pictures, save_pipeline
 
 import fedtune
-from fedtune.data.pictures import encode_pictures, load_pictures
+from fedtune.data.pictures import Frame, encode_pictures, load_pictures
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
 from fedtune.models.picture_results import LORA
@@ -153,7 +153,7 @@ def test_what_is_kept_changes_no_bit(tmp_path: Path, pictures: Path, spreads: bo
     folder = save_pipeline(tmp_path, spreads=spreads, prediction="v_prediction")
     found = load_pipeline(str(folder), dtype="float32", base=Path("."), learning=Learning())
     examples = load_pictures(str(pictures), "train", None, Reading())
-    items = encode_pictures(examples, found.tokenizer, side=SIDE, crop="center", tokens=24).items
+    items = encode_pictures(examples, found.tokenizer, frame=Frame(SIDE), tokens=24).items
     pixels = torch.stack([item.pixels for item in cast(Any, items)])
     ids = torch.tensor([item.input_ids for item in items])
     losses = list[Tensor]()
@@ -322,10 +322,20 @@ def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> Non
         done.generate(PROMPTS)
 
 
-@pytest.mark.parametrize("command", ["diagnose"])
-def test_commands_that_know_texts_alone(pipeline: Path, pictures: Path, command: str) -> None:
-    with pytest.raises(InputError, match=r"is not there for model\.task: text-to-image"):
-        getattr(fedtune, command)(configuration(pipeline, pictures))
+def test_diagnose_follows_the_run_on_the_denoising_loss(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The whole run in both schemes: the multi-round one is the run, whose scores it has."""
+    config = configuration(pipeline, pictures, local_epochs=6, lr=3e-2)
+    found = fedtune.diagnose(config, whole=True, progress=False)
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    losses = [entry["eval"]["denoising-loss"]["denoising_loss"] for entry in run.rounds]
+    assert [found["losses"]["start"], *found["losses"]["multi_round"]] == pytest.approx(losses, abs=1e-7)
+    assert found["measured_on"]["whole_run"] and found["measured_on"]["steps"] == 24  # 2 x 6 x 2 batches
+    said = found["quantities"]
+    assert said["gamma"] == pytest.approx(said["smoothness"] * said["relative_update"] * 24)
+    assert said["bound"] == pytest.approx(said["gamma"] * said["norm"])
+    assert 0 < said["error"] < said["bound_of_clients"]
 
 
 def test_results_are_scored_again_and_reported(done: fedtune.Run, tmp_path: Path) -> None:
@@ -411,14 +421,15 @@ def test_the_clip_score_is_that_of_transformers(pipeline: Path, pictures: Path, 
     cosines = []
     for row, text in enumerate(("two red stars", long)):
         shown = [
-            grid[4 + row * 100 : 100 + row * 100 : 6, 4 + at * 100 : 100 + at * 100 : 6] for at in (0, 1)
+            grid[4 + row * 100 : 100 + row * 100 : 6, 4 + at * 100 : 100 + at * 100 : 6].copy()
+            for at in (0, 1)
         ]
         given = processor(
             text=text, images=shown, return_tensors="pt", padding="max_length", truncation=True, max_length=8
         )
         with torch.no_grad():
             found = model(**given)
-        cosines.append(float((found.logits_per_image / model.logit_scale.exp()).mean()))
+            cosines.append(float((found.logits_per_image / model.logit_scale.exp()).mean()))
     scores = run.scores["clip-score"]
     assert scores["clip_score"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
     assert scores["cut"] == 1 and -1 <= scores["clip_image_score"] <= 1

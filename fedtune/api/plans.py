@@ -160,7 +160,6 @@ def diagnose(
     from fedtune.federation.diagnose import diagnose as probe
 
     settings, objects = with_objects(load(config, *overrides), data)
-    _texts_only(settings, "diagnose")
     with shown(progress) as display:
         return probe(
             settings,
@@ -171,9 +170,3 @@ def diagnose(
             whole=whole,
             objects=objects,
         )
-
-
-def _texts_only(config: RunConfig, command: str) -> None:
-    """Raises InputError for a text-to-image model, of which a command knows nothing."""
-    if config.data.pictures is not None:
-        raise InputError(f"fedtune {command} is not there for model.task: {config.model.task}")

@@ -11,9 +11,7 @@ from fedtune.core.settings import Settings
 METHODS = ("fedavg", "standalone", "centralized", "zero-shot")
 
 
-def refusal(
-    model: ModelSettings, data: DataSettings, evaluation: Evaluation, method: Settings, transport: str
-) -> str | None:
+def refusal(model: ModelSettings, data: DataSettings, evaluation: Evaluation, method: Settings) -> str | None:
     """The first thing of a configuration that is not there for text-to-image, or only there; None of none."""
     name = str(method.name)  # type: ignore[attr-defined]
     own = {
@@ -39,19 +37,24 @@ def refusal(
         "model.adapter": model.adapter is not None,
         f"data.batching: {data.batching}": data.batching != "random",
         f"data.format: {data.format}": data.format != "auto",
-        "data.clients: files": data.clients == "files",
         "data.fields": bool(data.fields),
         "data.public": data.public is not None,
         "data.streaming": data.streaming,
         f"data.train: {data.train}": data.train in ("objects",),
-        "transport.name: flower": transport == "flower",
     }
     for what, there in others.items():
         if there:
             instead = {
-                "data.clients: files": "; a folder a client is partition: {name: by-field}",
                 f"method.name: {name}": f"; take {', '.join(METHODS)}",
                 f"method.trainable: {trainable}": "; take lora or full",
             }.get(what, "")
             return f"{what} is not there for model.task: {TASK}{instead}"
+    prior = model.diffusion.prior if model.diffusion else None
+    moving = trainable == "full" or getattr(method, "aggregation", "") in ("stack", "residual")
+    if prior is not None and prior.source is None and moving:
+        return (
+            "model.diffusion.prior has the base model make pictures, and this method changes the base's own "
+            "weights; give a folder of such pictures in model.diffusion.prior.source, or take "
+            "method.trainable: lora with method.aggregation: mean"
+        )
     return None

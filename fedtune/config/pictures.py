@@ -11,19 +11,31 @@ from fedtune.core.settings import Settings
 TASK = "text-to-image"
 
 
+class Prior(Settings):
+    """Pictures of the subjects' class beside each batch, so that the model goes on drawing the class."""
+
+    caption: str = Field(min_length=1)  # of the class, as "a photo of a dog"; {folder}: the folder's name
+    weight: float = Field(1.0, gt=0)  # of their loss beside the batch's own
+    source: str | None = Field(None, min_length=1)  # a folder of them, where each client has one; null: made
+    count: int = Field(20, ge=1)  # that each client has the base model make, a caption
+    steps: int = Field(20, ge=1)  # of the scheduler, a picture
+    guidance: float = Field(3.0, ge=1)  # as of evaluation.pictures
+
+
 class Diffusion(Settings):
     """How the loss of a text-to-image model is taken; see text-to-image.md."""
 
     snr_gamma: float | None = Field(None, gt=0)  # min-SNR weighting of the loss; null: none
     draws: int = Field(1, ge=1)  # noises and time steps a picture and step; their mean is its loss
     keep: bool = True  # latents of pictures and embeddings of captions, once computed
+    prior: Prior | None = None  # prior preservation of DreamBooth; null: none
 
 
 class Pictures(Settings):
     """How pictures are read and brought to one size."""
 
     side: int | None = Field(None, ge=8)  # pixels; null: as the pipeline was trained
-    crop: Literal["center", "stretch", "pad"] = "center"  # the largest square, all of it, or white around
+    crop: Literal["center", "stretch", "pad", "bucket"] = "center"  # bucket: a size for its aspect, no square
     flip: bool = False  # each is mirrored with chance 1/2 in training
     caption: str | None = Field(None, min_length=1)  # of pictures without one; {folder}: their folder's name
 

@@ -138,8 +138,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        parts = (self.model, self.data, self.evaluation, self.method, self.transport.name)
-        if reason := picture_refusal(*parts):
+        if reason := picture_refusal(self.model, self.data, self.evaluation, self.method):
             raise ValueError(reason)
         if self.model.dtype == "float16" and not self.method.float16:
             raise ValueError(

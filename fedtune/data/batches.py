@@ -26,7 +26,7 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         int64 tensors `input_ids` and `attention_mask`, (batch, tokens), and `labels`: (batch, tokens) padded
         with -100 for a causal model, (batch,) for classification, where an example has one label. Of rows
         also `position_ids`, (batch, tokens), which begin at 0 with each example, and with the padding. Of
-        pictures also `pixels`, uint8 (batch, 3, side, side).
+        pictures also `pixels`, uint8 (batch, 3, height, width).
 
     Raises:
         ValueError: `items` is empty, or of both kinds.
@@ -50,6 +50,15 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         "labels": labels.squeeze(1) if label_width == 1 else labels,
         **places,
     }
+
+
+def of_one_size(items: Sequence[Encoded]) -> list[list[Encoded]]:
+    """The items in lists that `collate` takes: pictures of one size each; texts are all in one."""
+    found: dict[tuple[int, ...], list[Encoded]] = {}
+    for item in items:
+        pixels = getattr(item, "pixels", None)
+        found.setdefault(() if pixels is None else tuple(pixels.shape), []).append(item)
+    return list(found.values())
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

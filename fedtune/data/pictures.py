@@ -1,16 +1,18 @@
 """Pictures with captions: a folder of them, as people and the hub have it, or the bundled shapes.
 
-A caption is that of `metadata.jsonl` (`file_name` and `text`), of a `.txt` beside the picture, or one for all
-(`data.pictures.caption`, in which {folder} stands for the name of the picture's folder). The first folder
-below the source is an example's category, so that `partition: by-field` gives a client each.
+A caption is that of `metadata.jsonl`, `.csv` or `.parquet` (`file_name` and `text`), of a `.txt` beside the
+picture, or one for all (`data.pictures.caption`, in which {folder} stands for the name of the picture's
+folder). The first folder below the source is an example's category, so that `partition: by-field` gives a
+client each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from fedtune.data.encoded import Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
+from fedtune.data.files import clients_in, rows_in
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.shapes import SIZE, subject_pictures
 from fedtune.errors import InputError
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as the hub's image folders have them
 MOST_PIXELS = 64_000_000  # of one picture: 256 MB once decoded; a few kilobytes of a bomb decode to more
 BUNDLED = "bundled"
 _LIBRARY = "pictures need Pillow; install fedtune[image]"
@@ -39,17 +42,62 @@ class Picture(Encoded):
     """One picture with its caption's tokens; counts as one trained label, as a classifier's example does.
 
     Attributes:
-        pixels: uint8 (3, side, side).
+        pixels: uint8 (3, height, width).
     """
 
     pixels: Tensor | None = None
 
 
-class PictureList(Sequence[Picture]):
-    """Pictures of one owner."""
+@dataclass(frozen=True)
+class Frame:
+    """The size that pictures are brought to.
 
-    def __init__(self, items: Sequence[Picture]) -> None:
-        self._items = list(items)
+    Attributes:
+        side: Pixels of a square.
+        crop: As `data.pictures.crop`.
+        unit: What each side must be a multiple of.
+    """
+
+    side: int
+    crop: str = "center"
+    unit: int = 1
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height for a picture of such a size: the square, or with `bucket` what is nearest to it.
+
+        A bucket has sides of a multiple of `unit`, at most as many pixels as the square, and is at most twice
+        as long as broad (Stable Diffusion's and NovelAI's "aspect ratio bucketing").
+        """
+        if self.crop != "bucket":
+            return self.side, self.side
+        wanted = math.log(width / height)
+        found = [(w, self._other(w)) for w in range(self.unit, 2 * self.side + 1, self.unit)]
+        found += [(high, wide) for wide, high in found]
+        fitting = sorted({one for one in found if min(one) and max(one) <= 2 * min(one)})
+        fitting = fitting or [(self.side, self.side)]
+        return min(fitting, key=lambda one: (abs(math.log(one[0] / one[1]) - wanted), -one[0] * one[1]))
+
+    def _other(self, side: int) -> int:
+        return self.side**2 // side // self.unit * self.unit
+
+
+class PictureList(Sequence[Picture]):
+    """Pictures of one owner.
+
+    Args:
+        items: The pictures.
+        others: Makes pictures of the subjects' class, for prior preservation; asked once, when one is needed.
+    """
+
+    def __init__(
+        self, items: Sequence[Picture], others: Callable[[], Sequence[Picture]] | None = None
+    ) -> None:
+        self._items, self._others = list(items), others
+
+    @cached_property
+    def of_class(self) -> Sequence[Picture]:
+        """Pictures of the subjects' class; empty without prior preservation."""
+        return self._others() if self._others is not None else ()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -88,7 +136,7 @@ def load_pictures(source: str, split: str, caption: str | None, reading: Reading
             f"{reading.what}: {folder} is no folder; pictures are read from a folder on this machine, got "
             f"{source}"
         )
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDS and f.is_file())
+    files = picture_files(folder)
     if not files:
         raise InputError(f"{reading.what}: {folder} {NONE_THERE} Pictures end in {', '.join(sorted(ENDS))}.")
     written, examples, bare = _written(folder), list[Example](), list[str]()
@@ -113,32 +161,69 @@ def load_pictures(source: str, split: str, caption: str | None, reading: Reading
     if bare:
         raise InputError(
             f"{reading.what}: {len(bare):,} of {len(files):,} pictures have no caption, the first is "
-            f"{bare[0]}. Write them into {METADATA} (file_name and text) or into a .txt beside each, or give "
-            'one for all in data.pictures.caption, as "a photo of sks dog"'
+            f"{bare[0]}. Write them into {METADATA[0]} (file_name and text) or into a .txt beside each, or "
+            'give one for all in data.pictures.caption, as "a photo of sks dog"'
         )
     if lost := sorted(set(written) - {str(file.relative_to(folder)) for file in files}):
-        raise InputError(f"{folder / METADATA} names {lost[0]}, which is not there")
+        raise InputError(f"{folder}: its metadata name {lost[0]}, which is not there")
     if not examples:
         raise InputError(f"{reading.what}: {folder} {NONE_THERE} All its pictures are bad.")
     reading.lines.append(f"{reading.what}: {len(examples):,} pictures from {folder}")
     return examples
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder and of all folders in it, by their ends, in the order of their names."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDS and f.is_file())
+
+
+def pictures_by_client(source: str, caption: str | None, reading: Reading) -> dict[str, list[Example]]:
+    """The pictures of every folder in a source, each read as a client's own, by the folder's name.
+
+    Args:
+        source: A folder with a folder a client, or a pattern that fits folders.
+        caption: As of `load_pictures`.
+        reading: As of `load_pictures`.
+
+    Raises:
+        InputError: There is no such folder, a picture lies beside them, or as `load_pictures`: a client has
+            no picture.
+    """
+    place = Path(source)
+    beside = sorted(place.iterdir()) if place.is_dir() else []
+    if own := [f for f in beside if f.suffix.lower() in ENDS or f.name in METADATA]:
+        raise InputError(
+            f"{reading.what}: {own[0]} is of no client; with data.clients: files pictures and their captions "
+            "lie in the folder of a client. Move it into one, or take partition: {name: iid}"
+        )
+    there = {n: f for n, f in clients_in(source, Path("."), reading.what).items() if f.is_dir()}
+    if not there:
+        raise InputError(f"{reading.what}: {source} has no folder of a client.")
+    mine, found = reading.another(), dict[str, list[Example]]()
+    for name, folder in there.items():
+        own_reading = reading.another()
+        own_reading.what = f"{reading.what}, client {name}"
+        found[name] = load_pictures(str(folder), "train", caption, own_reading)
+        mine.add(own_reading)
+    reading.add(mine)
+    count = sum(map(len, found.values()))
+    reading.lines.append(f"{reading.what}: {count:,} pictures of {len(found)} clients from {source}")
+    return found
+
+
 def encode_pictures(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    side: int,
-    crop: str,
+    frame: Frame,
     tokens: int,
 ) -> EncodedSet:
-    """Pictures at one size and their captions as token ids, padded to the full length.
+    """Pictures at their size and their captions as token ids, padded to the full length.
 
     Args:
         examples: As `load_pictures` gives them.
         tokenizer: Of the pipeline.
-        side: Pixels.
-        crop: As `sized`.
+        frame: Their size.
         tokens: Of a caption with its start and its end; longer ones are cut and counted.
 
     Raises:
@@ -158,11 +243,17 @@ def encode_pictures(
             image = as_image(drawn[split][int(place)])
         else:
             image = open_picture(Path(example.picture))
-        pixels = torch.from_numpy(np.asarray(sized(image, side, crop)).transpose(2, 0, 1).copy())
+        pixels = torch.from_numpy(np.asarray(sized(image, frame)).transpose(2, 0, 1).copy())
         items.append(Picture(ids, (0,), pixels=pixels))
     digests = [(example.instruction, example.output) for example in examples]
     counts = Counts(examples=len(items), cut=cut, duplicates=len(digests) - len(set(digests)))
     return EncodedSet(PictureList(items), counts)  # type: ignore[arg-type]  # a sequence, as it is used
+
+
+def captioned(caption: str, example: Example) -> str:
+    """A caption for all, with the name of an example's folder, of a drawn one its category, for {folder}."""
+    drawn = example.picture.startswith(f"{BUNDLED}:")
+    return _named(caption, example.category if drawn else Path(example.picture).parent.name)
 
 
 def caption_ids(
@@ -178,7 +269,7 @@ def open_picture(file: Path) -> Image:
     """A picture as RGB, upright. 16-bit grey is brought to 8 bits; what is transparent becomes white.
 
     Raises:
-        InputError: It is broken, animated, or has more than `MOST_PIXELS`.
+        InputError: It is broken, animated, of floating-point numbers, or has more than `MOST_PIXELS`.
     """
     try:
         from PIL import Image, ImageOps
@@ -200,6 +291,11 @@ def open_picture(file: Path) -> Image:
             if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
                 grey = np.asarray(upright, dtype=np.int64)
                 return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            if upright.mode == "F":
+                raise InputError(
+                    f"{file}: its pixels are floating-point numbers, and which of them is white is not said; "
+                    "save it with 8 or 16 bits"
+                )
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 clear = upright.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
@@ -208,8 +304,9 @@ def open_picture(file: Path) -> Image:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{file}: it has too many pixels: {error}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise InputError(f"{file}: it is no picture that can be read: {error}") from error
+    except Exception as error:  # of a damaged file a decoder may raise anything, TypeError among it
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file}: it is no picture that can be read: {said}") from error
 
 
 def picture_size(example: Example) -> tuple[int, int]:
@@ -219,23 +316,22 @@ def picture_size(example: Example) -> tuple[int, int]:
     return open_picture(Path(example.picture)).size
 
 
-def sized(image: Image, side: int, crop: str) -> Image:
-    """A picture of `side` x `side` pixels.
+def sized(image: Image, frame: Frame) -> Image:
+    """A picture of the frame's size.
 
     Args:
         image: RGB.
-        side: Pixels.
-        crop: `center`: the largest square in the middle. `stretch`: all of it. `pad`: all of it, with white
-            around.
+        frame: Its `crop` says how: `center` and `bucket`: the largest part in the middle of that form.
+            `stretch`: all of it. `pad`: all of it, with white around.
     """
     from PIL import Image, ImageOps
 
-    how = Image.Resampling.BICUBIC
-    if crop == "stretch":
-        return image.resize((side, side), how)
-    if crop == "pad":
-        return ImageOps.pad(image, (side, side), how, color="white")
-    return ImageOps.fit(image, (side, side), how)
+    how, size = Image.Resampling.BICUBIC, frame.size(*image.size)
+    if frame.crop == "stretch":
+        return image.resize(size, how)
+    if frame.crop == "pad":
+        return ImageOps.pad(image, size, how, color="white")
+    return ImageOps.fit(image, size, how)
 
 
 def as_image(pixels: Any) -> Image:
@@ -248,34 +344,19 @@ def as_image(pixels: Any) -> Image:
 
 
 def _written(folder: Path) -> dict[str, str]:
-    """Captions by the picture's place below the folder, of every metadata.jsonl in it."""
+    """Captions by the picture's place below the folder, of every file of metadata in it."""
     found: dict[str, str] = {}
-    for file in sorted(folder.rglob(METADATA)):
-        for number, row in _rows(file):
-            name, text = row.get("file_name"), row.get("text")
+    for file in sorted(one for name in METADATA for one in folder.rglob(name)):
+        for place, row in rows_in(file):
+            if isinstance(row, InputError):
+                raise row
+            name, text = (row.get(key) if isinstance(row, Mapping) else None for key in ("file_name", "text"))
             if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-                raise InputError(
-                    f'{file}, line {number}: it needs texts for "file_name" and "text", got {row!r:.80}'
-                )
+                raise InputError(f'{place}: it needs texts for "file_name" and "text", got {row!r:.80}')
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(f"{place}: {name:.80} is outside of the folder of this file")
             found[str((file.parent / name).relative_to(folder))] = text.strip()
     return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}, line {number}: it is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}, line {number}: it must be a JSON object, got {line[:80]}")
-        yield number, row
 
 
 def _caption(file: Path, written: str | None, everyone: str | None) -> str | None:
@@ -288,4 +369,8 @@ def _caption(file: Path, written: str | None, everyone: str | None) -> str | Non
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside} cannot be read: {error}") from error
         return own or None
-    return None if everyone is None else everyone.replace("{folder}", file.parent.name.replace("_", " "))
+    return None if everyone is None else _named(everyone, file.parent.name)
+
+
+def _named(caption: str, folder: str) -> str:
+    return caption.replace("{folder}", folder.replace("_", " "))

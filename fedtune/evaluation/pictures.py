@@ -7,20 +7,22 @@ is), or of two pictures'. It can rise while what was asked for is not there: the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.data.batches import collate, on_device
-from fedtune.data.pictures import encode_pictures
+from fedtune.data.encoded import Encoded
+from fedtune.data.pictures import Frame, caption_ids, encode_pictures
 from fedtune.data.shapes import figure_of
 from fedtune.errors import InputError
 from fedtune.evaluation.picture_settings import A_CLIP, PictureSettings
@@ -51,25 +53,46 @@ def _denoising_loss(env: EvalEnv) -> Outcome:
     """The loss of held-out pictures at `LEVELS` time steps, with noise of each picture's own seed."""
     base, settings = _pipeline(env)
     tokens = int(base.config.max_position_embeddings)
-    side = settings.side or base.side
-    found = encode_pictures(env.examples, env.tokenizer, side=side, crop=settings.crop, tokens=tokens)
+    frame = Frame(settings.side or base.side, settings.crop, base.unit)
+    found = encode_pictures(env.examples, env.tokenizer, frame=frame, tokens=tokens)
+    watched = partial(env.watched, "denoising-loss", LEVELS, tokens)
+    losses = denoising_losses(env.model, list(enumerate(found.items)), env.settings.seed, watched)
+    cut = found.counts.cut
+    notes = (f"{cut} of {len(losses)} captions are cut to {tokens} tokens",) if cut else ()
+    return Outcome({"denoising_loss": Scored(losses, lower_is_better=True)}, notes=notes)
+
+
+def denoising_losses(
+    model: nn.Module,
+    numbered: Sequence[tuple[int, Encoded]],
+    seed: int,
+    watched: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[float]:
+    """The loss of each picture, the mean over `LEVELS` time steps, without min-SNR weighting.
+
+    Args:
+        model: A pipeline, wrapped by PEFT or not.
+        numbered: Encoded pictures, each with its place among the held-out ones, which says its noise.
+        seed: The run's.
+        watched: Entered around each picture.
+    """
+    base = text_to_image(model)
+    assert base is not None
     steps = int(base.noising.config.num_train_timesteps)
     times = torch.tensor([[steps * (2 * level + 1) // (2 * LEVELS)] for level in range(LEVELS)])
     device, losses = next(base.parameters()).device, list[float]()
     many = replace(base.learning, draws=LEVELS, flip=False, snr_gamma=None)
     own, base.learning = base.learning, many
     try:
-        for number, item in enumerate(found.items):
+        for number, item in numbered:
             batch = collate([item], 0)
-            draws = base.draws(batch["pixels"], torch_generator(env.settings.seed, "denoising", number))
+            draws = base.draws(batch["pixels"], torch_generator(seed, "denoising", number))
             given = on_device({**batch, **draws, "times": times}, device)
-            with env.watched("denoising-loss", LEVELS, tokens):
-                losses.append(float(env.model(**given).each))
+            with watched(), torch.no_grad():
+                losses.append(float(model(**given).each))
     finally:
         base.learning = own
-    cut = found.counts.cut
-    notes = (f"{cut} of {len(losses)} captions are cut to {tokens} tokens",) if cut else ()
-    return Outcome({"denoising_loss": Scored(losses, lower_is_better=True)}, notes=notes)
+    return losses
 
 
 def _clip_score(env: EvalEnv) -> Outcome:
@@ -88,18 +111,19 @@ def _clip_score(env: EvalEnv) -> Outcome:
     for number, prompt in enumerate(settings.prompts):
         real = [pixels for category, pixels in own if prompt.subject in (None, category)]
         if real:
-            alike.append(float((pictures[number] @ clip.pictures(torch.stack(real)).T).mean()))
+            alike.append(float((pictures[number] @ clip.pictures(real).T).mean()))
     if alike:
         more["clip_image_score"] = float(np.mean(alike))
     if cut:
         more["cut"] = cut
         notes.append(f"{cut} of {len(texts)} texts are cut to {clip.tokens} tokens")
+    notes += _cut_prompts(env, base, settings)
     return Outcome({"clip_score": Scored(by_text)}, more, tuple(notes), pictures=made)
 
 
 def _pixel_check(env: EvalEnv) -> Outcome:
     """Share of pictures whose pixels show all that the prompt says, and by attribute."""
-    _, settings = _pipeline(env)
+    base, settings = _pipeline(env)
     figures = []
     for prompt in settings.prompts:
         figure = figure_of(prompt.wanted)
@@ -118,7 +142,14 @@ def _pixel_check(env: EvalEnv) -> Outcome:
     more = {
         f"shown/{name}": float(np.mean([one[name] for some in each for one in some])) for name in each[0][0]
     }
-    return Outcome({"shown": Scored(shown)}, more, pictures=made)
+    return Outcome({"shown": Scored(shown)}, more, tuple(_cut_prompts(env, base, settings)), pictures=made)
+
+
+def _cut_prompts(env: EvalEnv, base: TextToImage, settings: PictureSettings) -> list[str]:
+    """What is said where the pipeline's text encoder does not take all of a prompt."""
+    tokens = int(base.config.max_position_embeddings)
+    cut = sum(caption_ids(env.tokenizer, prompt.text, tokens)[1] for prompt in settings.prompts)
+    return [f"{cut} of {len(settings.prompts)} prompts are cut to {tokens} tokens"] if cut else []
 
 
 def _made(env: EvalEnv) -> Tensor:
@@ -141,8 +172,9 @@ def _made(env: EvalEnv) -> Tensor:
 
 def _subjects(env: EvalEnv, base: TextToImage, settings: PictureSettings) -> list[tuple[str, Tensor]]:
     """The held-out pictures with their categories."""
-    side, tokens = settings.side or base.side, int(base.config.max_position_embeddings)
-    found = encode_pictures(env.examples, env.tokenizer, side=side, crop=settings.crop, tokens=tokens)
+    frame = Frame(settings.side or base.side, settings.crop, base.unit)
+    tokens = int(base.config.max_position_embeddings)
+    found = encode_pictures(env.examples, env.tokenizer, frame=frame, tokens=tokens)
     return [(e.category, item.pixels) for e, item in zip(env.examples, found.items, strict=True)]  # type: ignore[attr-defined]
 
 
@@ -170,8 +202,8 @@ class Clip:
         return functional.normalize(found, dim=-1), sum(length > self.tokens for length in whole)
 
     @torch.no_grad()
-    def pictures(self, pixels: Tensor) -> Tensor:
-        """(pictures, width), of uint8 (pictures, 3, side, side)."""
+    def pictures(self, pixels: Iterable[Tensor]) -> Tensor:
+        """(pictures, width), of uint8 (3, height, width) each."""
         images = [as_picture(one) for one in pixels]
         given = self.processor(images=images, return_tensors="pt")["pixel_values"]
         found = self.model.visual_projection(self.model.vision_model(given).pooler_output)

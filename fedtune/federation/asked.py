@@ -79,6 +79,8 @@ class Asked:
         named = {ours: fields.get(ours, ours) for ours in FIELDS}
         used = [t for ours, t in named.items() if t and any(getattr(e, ours) for e in examples)]
         used += [t for t in [fields.get(CHOICES)] if t]
+        if config.data.pictures is not None:
+            used = ["picture", "caption"]
         used = list(dict.fromkeys(name for key in used for name in names_in(key)))
         return Asked(
             method=config.method_name,

@@ -22,6 +22,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.prompts import prompts, record_of, with_template
 from fedtune.errors import InputError
 from fedtune.federation.base_model import load_base
+from fedtune.federation.class_pictures import beside_class
 from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.devices import device_of
@@ -32,7 +33,7 @@ from fedtune.federation.plugins import record, require_plugins
 from fedtune.federation.process import torch_told
 from fedtune.federation.progress import Progress
 from fedtune.federation.recorded import loaded_of, refuse_other_classes, refuse_other_data
-from fedtune.federation.room import Room, batching_of, example_room, picture_side
+from fedtune.federation.room import Room, batching_of, example_room, picture_frame
 from fedtune.federation.sources import public_examples
 from fedtune.federation.starting import adapter_of
 from fedtune.measure.clock import Clock
@@ -114,7 +115,7 @@ class Assembly:
         with clock.part("encoding"):
             room = example_room(config, loaded.model.config)
             batching = batching_of(config, room)
-            side = picture_side(config, loaded.model)
+            frame = picture_frame(config, loaded.model)
 
             def encoded(items: Sequence[Example], whose: str, too_long: str | None = None) -> EncodedSet:
                 return encode_for(
@@ -125,7 +126,7 @@ class Assembly:
                     max_length=room.tokens,
                     whose=whose,
                     too_long=too_long,
-                    side=side,
+                    frame=frame,
                 )
 
             public = encoded(public_examples(config, split.reading), "the server's public examples")
@@ -137,9 +138,14 @@ class Assembly:
                 "the held-out examples",
                 "error" if config.data.too_long == "error" else "cut",
             )
+
+        def own_examples(client: int, items: Sequence[Example]) -> EncodedSet:
+            found = encoded(items, split.owner(client))
+            return beside_class(found, config, client, items, loaded, frame=frame, tokens=room.tokens)
+
         data = ClientData(
             split.clients,
-            lambda client, items: encoded(items, split.owner(client)),
+            own_examples,
             Keys(config, loaded.tokenizer, split.labels, room.tokens),
             empty=config.model.task != "classification",
             clock=clock,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fedtune.config.pictures import Diffusion, Pictures
 from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import derive_seed
 from fedtune.errors import InputError
 from fedtune.models.load import Loaded, load_model
 from fedtune.models.quantize import held_by_others
+
+if TYPE_CHECKING:
+    from fedtune.models.text_to_image import Learning
 
 
 def load_base(
@@ -35,10 +40,8 @@ def load_base(
     model = config.model
     if model.diffusion is not None and config.data.pictures is not None:
         from fedtune.models.pipelines import load_pipeline  # diffusers only where it is used
-        from fedtune.models.text_to_image import Learning
 
-        own = model.diffusion
-        learning = Learning(own.snr_gamma, own.draws, config.data.pictures.flip, own.keep)
+        learning = learning_of(model.diffusion, config.data.pictures)
         return load_pipeline(place or model.place, dtype=model.dtype, base=Path("."), learning=learning)
     loaded = load_model(
         place or model.place,
@@ -61,6 +64,14 @@ def load_base(
                 "the model that it was made from, with model.quantization: nf4 or int8"
             )
     return loaded
+
+
+def learning_of(own: Diffusion, pictures: Pictures) -> Learning:
+    """How a text-to-image model's loss is taken."""
+    from fedtune.models.text_to_image import Learning
+
+    weight = own.prior.weight if own.prior else Learning.prior
+    return Learning(own.snr_gamma, own.draws, pictures.flip, own.keep, weight)
 
 
 def refuse_quantized(config: RunConfig, quantization: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedtune.config.file import parse_config
+from fedtune.config.pictures import Pictures
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
 from fedtune.core.store import Store
@@ -25,6 +26,7 @@ from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.opening import check_ordinary
+from fedtune.data.pictures import load_pictures, picture_files
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
@@ -32,13 +34,14 @@ from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection
 from fedtune.federation.base_model import load_base
+from fedtune.federation.class_pictures import beside_class
 from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
 from fedtune.federation.process import listened, set_torch
-from fedtune.federation.room import Room, batching_of, example_room
+from fedtune.federation.room import Room, batching_of, example_room, picture_frame
 from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
@@ -62,14 +65,17 @@ def local_records(data: Path) -> int:
         InputError: It is missing, damaged or empty, or of no format that is read.
     """
     _check_here(data)
-    count = count_records(data)
+    count = (len(picture_files(data)) if data.is_dir() else 0) or count_records(data)
     if not count:
         raise InputError(f"{data}: {NONE_THERE}")
     return count
 
 
 def local_examples(
-    data: Path, fields: Mapping[str, str | None], reading: Reading | None = None
+    data: Path,
+    fields: Mapping[str, str | None],
+    reading: Reading | None = None,
+    pictures: Pictures | None = None,
 ) -> list[Example]:
     """The examples of a client's own file or folder.
 
@@ -77,11 +83,16 @@ def local_examples(
         data: Read as `data.train` is.
         fields: Our field names to the file's.
         reading: Is told what was read, and what was skipped if bad rows are.
+        pictures: As the run has it: they are read from a folder.
 
     Raises:
         InputError: It is missing, malformed or empty.
     """
     _check_here(data)
+    if pictures is not None:
+        account = Reading() if reading is None else reading
+        account.what = "--data"
+        return load_pictures(str(data.resolve()), "train", pictures.caption, account)
     return load_examples(
         str(data.resolve()), fields=dict(fields), split="train", base=Path("."), reading=reading
     )
@@ -129,7 +140,7 @@ def join(
     settings = config.data
     named = {str(ours): theirs for ours, theirs in settings.fields.items()} | dict(fields)
     reading = config.reading
-    examples = local_examples(data, named, reading)
+    examples = local_examples(data, named, reading, settings.pictures)
     weights = message.text("weights")
     if reading.choices:
         named.setdefault(CHOICES, CHOICES)
@@ -148,7 +159,7 @@ def join(
     held: nn.Module
     if method.sends_model:  # this client never gets the server's model, and must not need it
         tokenizer, held = load_tokenizer(name, Path(".")), nn.Module()
-        room = Room(settings.max_length)  # as the server has cut it to what its model sees
+        room, frame = Room(settings.max_length), None  # as the server has cut it to what its model sees
     else:
         loaded = load_base(config, labels, place=name)
         _refuse_other_base(loaded, message, config.model.name)
@@ -158,9 +169,13 @@ def join(
             check_compiled(loaded.model)
         if config.data.batching == "packed":
             check_packable(loaded.model)
-        room = example_room(config, loaded.model.config)
+        room, frame = example_room(config, loaded.model.config), picture_frame(config, loaded.model)
         tokenizer, held = loaded.tokenizer, method.client_model(lambda: loaded.model)
-    found = encode_for(config, examples, tokenizer, labels, max_length=room.tokens, whose=str(data))
+    found = encode_for(
+        config, examples, tokenizer, labels, max_length=room.tokens, whose=str(data), frame=frame
+    )
+    if not method.sends_model:
+        found = beside_class(found, config, client, examples, loaded, frame=frame, tokens=room.tokens)
     runner = ClientRunner(
         method,
         held,

@@ -31,6 +31,7 @@ from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import encode_for
 from fedtune.federation.process import torch_settings
 from fedtune.federation.progress import Progress
+from fedtune.federation.room import picture_frame
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.settings import Config
 from fedtune.theory.one_shot import measure
@@ -44,9 +45,14 @@ PARTS = 8  # of the held-out examples, for the spread
 
 @dataclass(frozen=True)
 class Group:
-    """A part of the held-out examples, whose loss is taken together, and its weight."""
+    """A part of the held-out examples, whose loss is taken together.
 
-    items: Sequence[Encoded]
+    Attributes:
+        items: With the place of each among all of them.
+        weight: Tokens, or examples, that count.
+    """
+
+    items: Sequence[tuple[int, Encoded]]
     weight: float
 
 
@@ -133,20 +139,25 @@ def diagnose(
 
 
 def mean_loss(
-    model: nn.Module, items: Sequence[Encoded], evaluation: Evaluation, assembly: Assembly
+    model: nn.Module, items: Sequence[tuple[int, Encoded]], evaluation: Evaluation, assembly: Assembly
 ) -> float:
-    """Mean loss over the tokens (of a classifier: examples) of `items`, without gradients."""
+    """Mean loss over the tokens (of a classifier: examples, of a pipeline: pictures), without gradients."""
     model.eval()
-    classes = bool(assembly.split.labels)
-    with torch.no_grad():
-        losses, counts = example_losses(
-            model,
-            items,
-            batch_size=evaluation.batch_size,
-            memory=evaluation.memory_bytes,
-            pad_id=assembly.loaded.tokenizer.pad_token_id,
-            classes=classes,
-        )
+    classes, pictures = bool(assembly.split.labels), assembly.config.data.pictures is not None
+    if pictures:
+        from fedtune.evaluation.pictures import denoising_losses  # diffusers only where it is used
+
+        losses, counts = denoising_losses(model, items, assembly.config.seed), [1] * len(items)
+    else:
+        with torch.no_grad():
+            losses, counts = example_losses(
+                model,
+                [item for _, item in items],
+                batch_size=evaluation.batch_size,
+                memory=evaluation.memory_bytes,
+                pad_id=assembly.loaded.tokenizer.pad_token_id,
+                classes=classes,
+            )
     counted = len(items) if classes else sum(counts)
     value = sum(losses) / counted if counted else math.nan
     if not math.isfinite(value):
@@ -194,9 +205,11 @@ def _held_out(config: RunConfig, assembly: Assembly, most: int | None) -> list[G
         max_length=assembly.room.tokens,
         whose="the held-out examples",
         too_long="cut",
+        frame=picture_frame(config, assembly.loaded.model),
     ).items
-    groups = [items[at::PARTS] for at in range(min(PARTS, len(items)))]
-    return [Group(part, float(sum(item.trained for item in part))) for part in groups]
+    numbered = list(enumerate(items))
+    groups = [numbered[at::PARTS] for at in range(min(PARTS, len(items)))]
+    return [Group(part, float(sum(item.trained for _, item in part))) for part in groups]
 
 
 def _document(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config.schema import RunConfig
+from fedtune.data.pictures import caption_ids
 from fedtune.errors import InputError
 from fedtune.federation.files import disk_errors
 from fedtune.models.load import Loaded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("fedtune")
 
 
 def drawn(config: RunConfig, loaded: Loaded, prompt: str, seed: int) -> Tensor:
@@ -29,6 +33,9 @@ def drawn(config: RunConfig, loaded: Loaded, prompt: str, seed: int) -> Tensor:
         raise InputError(f"seed must be from 0 to 2^63 - 1, got {seed}")
     from fedtune.models.pipelines import Drawing, draw_pictures
 
+    tokens = int(loaded.model.config.max_position_embeddings)
+    if caption_ids(loaded.tokenizer, prompt, tokens)[1]:
+        log.warning("the prompt is longer than the text encoder takes, and is cut to %d tokens", tokens)
     how = Drawing(pictures.steps, pictures.guidance, sizes.side)
     return draw_pictures(loaded.model, loaded.tokenizer, [prompt], [seed], how)[0]
 

@@ -14,7 +14,7 @@ from fedtune.data.cache import key_of, tokenizer_sha256
 from fedtune.data.encode import AT_ONCE, encode_causal, encode_classification, encode_pairs, texts
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
-from fedtune.data.pictures import encode_pictures
+from fedtune.data.pictures import Frame, encode_pictures
 from fedtune.data.prompts import prompts, sha256_of
 from fedtune.errors import InputError
 
@@ -28,7 +28,7 @@ def encode_for(
     max_length: int,
     whose: str,
     too_long: str | None = None,
-    side: int = 0,
+    frame: Frame | None = None,
 ) -> EncodedSet:
     """Examples as token ids, of pictures with their pixels.
 
@@ -40,15 +40,15 @@ def encode_for(
         max_length: As `example_room` gives it.
         whose: Names their owner in errors: "client 3".
         too_long: None: as the configuration says.
-        side: Pixels of pictures, as `picture_side` gives it.
+        frame: Of pictures, as `picture_frame` gives it.
 
     Raises:
         InputError: An example cannot be encoded, or none is left.
     """
     data = config.data
-    if data.pictures is not None:
+    if frame is not None:
         try:
-            return encode_pictures(examples, tokenizer, side=side, crop=data.pictures.crop, tokens=max_length)
+            return encode_pictures(examples, tokenizer, frame=frame, tokens=max_length)
         except InputError as error:
             raise InputError(f"{whose}: {error}") from None
     how = data.too_long if too_long is None else too_long

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.config.schema import RunConfig
 from fedtune.data.batching import Batching
+from fedtune.data.pictures import Frame
 from fedtune.errors import InputError
 from fedtune.methods.tuning import Tuning
 from fedtune.models.context import positions
@@ -73,15 +74,15 @@ def _room(config: RunConfig, limit: int | None) -> Room:
     )
 
 
-def picture_side(config: RunConfig, model: nn.Module) -> int:
-    """Pixels a side of a run's pictures; 0 of texts.
+def picture_frame(config: RunConfig, model: nn.Module) -> Frame | None:
+    """The size of a run's pictures; None of texts.
 
     Raises:
         InputError: The pipeline takes no pictures of that size.
     """
     pictures = config.data.pictures
     if pictures is None:
-        return 0
+        return None
     from fedtune.models.text_to_image import text_to_image
 
     pipeline = text_to_image(model)
@@ -91,7 +92,7 @@ def picture_side(config: RunConfig, model: nn.Module) -> int:
         raise InputError(
             f"data.pictures.side must be a multiple of {pipeline.unit} for {config.model.name}, got {side}"
         )
-    return side
+    return Frame(side, pictures.crop, pipeline.unit)
 
 
 def batching_of(config: RunConfig, room: Room) -> Batching:

@@ -11,7 +11,7 @@ from fedtune.core.seeds import numpy_generator
 from fedtune.data.examples import Example
 from fedtune.data.files import clients_in, is_here, is_pattern, left_over
 from fedtune.data.objects import ObjectData
-from fedtune.data.pictures import load_pictures
+from fedtune.data.pictures import load_pictures, picture_files, pictures_by_client
 from fedtune.data.reading import Reading
 from fedtune.data.sources import bundled_examples, has_parts, held_out_split, load_examples
 from fedtune.errors import InputError, nearest
@@ -41,13 +41,13 @@ def training_examples(config: RunConfig, objects: ObjectData | None, reading: Re
         reading.said += objects.said
         return objects
     reading.what = "data.train"
-    if data.pictures is not None:
-        found = load_pictures(data.train, "train", data.pictures.caption, reading)
-        return ObjectData(tuple(found), {})
     if data.clients == FILES:
         by_client = _by_client(config, data.train, data.split, reading)
         everything = tuple(example for part in by_client.values() for example in part)
         return ObjectData(everything, {name: len(part) for name, part in by_client.items()})
+    if data.pictures is not None:
+        found = load_pictures(data.train, "train", data.pictures.caption, reading)
+        return ObjectData(tuple(found), {})
     streamed = data.max_examples if data.streaming else None
     return ObjectData(
         tuple(
@@ -83,15 +83,18 @@ def held_out_in_source(
     source, split = config.data.holdout.source, config.data.holdout.split
     assert source is not None
     reading.what = "data.holdout.source"
-    if (pictures := config.data.pictures) is not None:
-        return load_pictures(source, "test", pictures.caption, reading), []
-    if source == "bundled":
+    pictures = config.data.pictures
+    if source == "bundled" and pictures is None:
         return bundled_examples("test"), []
     many = is_pattern(source, HERE) or (Path(source).is_dir() and not has_parts(Path(source)))
+    if pictures is not None:
+        many = many and not any(file.parent == Path(source) for file in picture_files(Path(source)))
     if config.data.clients == FILES and many:
         by_client = _by_client(config, source, split, reading)
         owners = _owners(by_client, clients, source, reading) if clients else []
         return [example for part in by_client.values() for example in part], owners
+    if pictures is not None:
+        return load_pictures(source, "test", pictures.caption, reading), []
     found = load_examples(
         source,
         fields=fields_of(config),
@@ -141,6 +144,8 @@ def _by_client(
     config: RunConfig, source: str, split: str | None, reading: Reading
 ) -> dict[str, list[Example]]:
     """The examples in each client's file or folder, by its name."""
+    if (pictures := config.data.pictures) is not None:
+        return pictures_by_client(source, pictures.caption, reading)
     if has_parts(HERE / source):
         raise InputError(
             f"{reading.what}: {source} is one data set as it was saved, or one of tasks, and no folder "

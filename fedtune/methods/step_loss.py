@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, TRAINED_TOKENS
 from fedtune.core.types import ClientEnv
-from fedtune.data.batches import collate, on_device, trained_labels
+from fedtune.data.batches import collate, of_one_size, on_device, trained_labels
+from fedtune.data.encoded import Encoded
 from fedtune.models.context import has_prefix, virtual_tokens
 from fedtune.models.lean_loss import batch_loss
-from fedtune.models.text_to_image import text_to_image
+from fedtune.models.text_to_image import PRIOR, TextToImage, text_to_image
 
 Batch = Mapping[str, Tensor]
 
@@ -105,14 +106,28 @@ def drawn(env: ClientEnv, group: Iterable[Sequence[int]], step: int) -> StepBatc
     """The batches of one of a client's steps, from the indices of its rows.
 
     What a text-to-image model's loss needs beside the examples (noise, time steps) is drawn here, from the
-    client's stream of this round and step.
+    client's stream of this round and step. Pictures of several sizes are a batch each.
     """
-    batches = [collate([env.rows[i] for i in part], env.pad_id) for part in group]
+    parts = [some for part in group for some in of_one_size([env.rows[i] for i in part])]
+    batches = [collate(some, env.pad_id) for some in parts]
     pipeline = text_to_image(env.model)
     if pipeline is not None:
         generator = env.generator("noise", step)
         batches = [batch | pipeline.draws(batch["pixels"], generator) for batch in batches]
+        if others := getattr(env.items, "of_class", ()):
+            generator = env.generator("prior", step)
+            batches = [batch | _prior(pipeline, others, batch, generator, env.pad_id) for batch in batches]
     return StepBatches.of(env.model, batches)
+
+
+def _prior(
+    pipeline: TextToImage, others: Sequence[Encoded], batch: Batch, generator: torch.Generator, pad_id: int
+) -> dict[str, Tensor]:
+    """As many pictures of the class as a batch has of its own, with what is drawn for them."""
+    places = torch.randint(len(others), (len(batch["pixels"]),), generator=generator).tolist()
+    beside = collate([others[i] for i in places], pad_id)
+    drawn = {**beside, **pipeline.draws(beside["pixels"], generator)}
+    return {f"{PRIOR}{name}": tensor for name, tensor in drawn.items()}
 
 
 def trained_tokens(model: nn.Module, batch: Batch) -> int:

@@ -24,6 +24,7 @@ from fedtune.errors import InputError, nearest
 from fedtune.models.wrapping import attach
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what `auto` and `attention` of LoRA stand for, in the UNet
+PRIOR = "prior_"  # begins the names of a batch's tensors that are of pictures of the class
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -36,12 +37,14 @@ class Learning:
         draws: Noises and time steps a picture and step; their mean is its loss.
         flip: Whether each picture is mirrored, or not, by chance.
         keep: Whether latents and embeddings are kept once they were computed.
+        prior: Weight of the loss of pictures of the class, where a batch has some.
     """
 
     snr_gamma: float | None = None
     draws: int = 1
     flip: bool = False
     keep: bool = True
+    prior: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class TextToImage(nn.Module):
         self.scheduler, self.noising, self.learning = scheduler, noising, learning
         self.name_or_path = name
         self.config = cast(Any, text_encoder).config  # of the captions: how many tokens one may have
-        self._latents: dict[tuple[bytes, bool], Tensor] = {}
+        self._latents: dict[tuple[Any, ...], Tensor] = {}
         self._embedded: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -144,7 +147,7 @@ class TextToImage(nn.Module):
         times: Tensor,
         flipped: Tensor,
         spread: Tensor | None = None,
-        **_: Tensor,
+        **more: Tensor,
     ) -> Loss:
         """The loss of a batch: the mean over pictures and draws of the mean squared error of the guess.
 
@@ -152,6 +155,7 @@ class TextToImage(nn.Module):
             pixels: uint8 (batch, 3, height, width).
             input_ids: int64 (batch, tokens), captions at their full length.
             noise, times, flipped, spread: As `draws` gives them.
+            more: The same of as many pictures of the class, by names with `PRIOR` in front; others count not.
 
         Raises:
             InputError: The autoencoder gives no numbers in this dtype.
@@ -172,6 +176,9 @@ class TextToImage(nn.Module):
             error = (guess.float() - wanted.float()).pow(2).flatten(1).mean(1)  # (batch,)
             losses.append(error * self.weights(times[draw]))
         each = torch.stack(losses).mean(0)
+        of_class = {n.removeprefix(PRIOR): tensor for n, tensor in more.items() if n.startswith(PRIOR)}
+        if of_class:
+            each = each + self.learning.prior * self(**of_class).each
         return Loss(each.mean(), each)
 
     @property
@@ -233,7 +240,7 @@ class TextToImage(nn.Module):
         if not self.learning.keep:
             return computed()
         digest = hashlib.sha256(pixels.cpu().numpy().tobytes()).digest()
-        return _kept(self._latents, (digest, flipped), computed)
+        return _kept(self._latents, (digest, pixels.shape, flipped), computed)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         about = cast(Any, self.vae).config

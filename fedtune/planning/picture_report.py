@@ -15,9 +15,9 @@ from fedtune.data.examples import Example
 from fedtune.data.pictures import picture_size
 from fedtune.errors import InputError, foreign
 from fedtune.federation.data import Split, prepare_data
-from fedtune.federation.room import picture_side
 from fedtune.models.pipelines import meta_pipeline, pipeline_tokenizer
 from fedtune.planning.data_report import histogram
+from fedtune.planning.pictures import side_of
 
 Check = dict[str, str]
 
@@ -35,7 +35,7 @@ def picture_report(config: RunConfig, *, example: int = 0) -> dict[str, Any]:
     split = prepare_data(config, pooled=False)
     pipeline = meta_pipeline(config.model.place, dtype=config.model.dtype, base=Path("."))
     tokenizer = pipeline_tokenizer(config.model.place, Path("."))
-    room, side = int(pipeline.config.max_position_embeddings), picture_side(config, pipeline)
+    room, side = int(pipeline.config.max_position_embeddings), side_of(config, pipeline)
 
     def length(one: Example) -> int:
         return len(tokenizer(one.instruction, truncation=False, verbose=False)["input_ids"])

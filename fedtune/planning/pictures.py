@@ -16,10 +16,11 @@ from fedtune.config.schema import RunConfig
 from fedtune.data.batches import collate
 from fedtune.data.encoded import Encoded
 from fedtune.data.files import is_here
-from fedtune.data.pictures import Picture
+from fedtune.data.pictures import Picture, PictureList
 from fedtune.errors import InputError
+from fedtune.federation.base_model import learning_of
 from fedtune.federation.data import prepare_data
-from fedtune.federation.room import picture_side
+from fedtune.federation.room import picture_frame
 from fedtune.measure.flops import FlopCounter
 from fedtune.models.pipelines import Drawing, meta_pipeline
 from fedtune.models.text_to_image import Learning, TextToImage, text_to_image
@@ -38,7 +39,7 @@ def pipeline_of(config: RunConfig, fakes: Fakes) -> TextToImage | None:
     if config.data.pictures is None or own is None:
         return None
     base = meta_pipeline(config.model.place, dtype=config.model.dtype, base=Path("."))
-    base.learning = Learning(own.snr_gamma, own.draws, config.data.pictures.flip, own.keep)
+    base.learning = learning_of(own, config.data.pictures)
     fakes.empty_out(base)
     return base.eval()
 
@@ -55,7 +56,7 @@ def read(config: RunConfig, pipeline: TextToImage, *, pooled: bool, rows: int) -
     Raises:
         InputError: The pictures cannot be read or split as asked; or they are not here to count the clients.
     """
-    data, side = config.data, picture_side(config, pipeline)
+    data, side = config.data, side_of(config, pipeline)
     tokens = int(pipeline.config.max_position_embeddings)
     blank = torch.zeros((3, side, side), dtype=torch.uint8)
     largest = tuple(
@@ -71,6 +72,32 @@ def read(config: RunConfig, pipeline: TextToImage, *, pooled: bool, rows: int) -
     return Workload(counts, len(counts), largest, (), largest[: len(split.evaluation)], (), ())
 
 
+def side_of(config: RunConfig, pipeline: TextToImage) -> int:
+    """Pixels a side of the run's square pictures; those of a bucket are at most as many in all.
+
+    Raises:
+        InputError: As `picture_frame`.
+    """
+    frame = picture_frame(config, pipeline)
+    assert frame is not None
+    return frame.side
+
+
+def beside_class(config: RunConfig, items: Sequence[Encoded]) -> Sequence[Encoded]:
+    """A batch, with prior preservation beside as many pictures of the class."""
+    own = config.model.diffusion
+    if own is None or own.prior is None:
+        return items
+    pictures = [item for item in items if isinstance(item, Picture)]
+    return PictureList(pictures, lambda: pictures)
+
+
+def makes_class(config: RunConfig) -> bool:
+    """Whether each client has the model make pictures of the class."""
+    own = config.model.diffusion
+    return own is not None and own.prior is not None and own.prior.source is None
+
+
 def pixels(items: Sequence[Encoded]) -> int:
     """A side of a batch's pictures; 0 of texts."""
     first = items[0] if items else None
@@ -83,7 +110,7 @@ def evaluation_step(models: Iterable[nn.Module], config: RunConfig) -> PartsMete
     for model in models:
         base = text_to_image(model)
         assert base is not None
-        side = picture_side(config, base) // base.scale
+        side = side_of(config, base) // base.scale
         width = int(cast(Any, base.text_encoder).config.hidden_size)
         channels = int(cast(Any, base.unet).config.in_channels)
         fake = next(base.unet.parameters())

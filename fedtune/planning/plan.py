@@ -140,7 +140,7 @@ def plan(
             method,
             model,
             fakes,
-            items,
+            pictures.beside_class(config, items),
             most,
             cohort,
             config.seed,
@@ -148,6 +148,8 @@ def plan(
             _together(config.method, work),
             compression,
         )
+        if pictures.makes_class(config):  # clients make pictures as evaluation does
+            client.highest(pictures.evaluation_step([model], config))
         server = dry_run.server_steps(method, model, fakes, cohort, config.seed, robust, compression)
     once = pictures.computed_once(drawn, items) if drawn and steps else {}
     if config.model.diffusion is not None and config.model.diffusion.keep and client.forward:
