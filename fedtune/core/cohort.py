@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.core.watch import Seen
 
 TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
+MOST_NAMED = 5  # clients, and reasons, in one sentence
 COMPUTED_TOKENS, PADDING_TOKENS = "computed_tokens", "padding_tokens"  # of its batches; padding is of both
 
 
@@ -137,12 +138,22 @@ def hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
     """Raises QuorumError, which names who was left out, if fewer clients are in the outcome."""
     if len(outcome.clients) >= quorum:
         return
-    reasons = "; ".join(
-        f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
-    )
-    more = len(outcome.left_out) - 5
     raise QuorumError(
         f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
-        f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
-        "Bring them back and continue with --resume, or start a new run with a lower federation.quorum."
+        f"reply, the quorum is {quorum}. Left out: {who_and_why(outcome.left_out)}. See to that and continue "
+        "with --resume; other settings, such as a lower federation.quorum, need a new run."
     )
+
+
+def who_and_why(left_out: Mapping[int, str]) -> str:
+    """Clients by reason, at most five of each: `clients 0, 3: timed out; client 1: no examples`."""
+    clients: dict[str, list[int]] = {}
+    for client, reason in sorted(left_out.items()):
+        clients.setdefault(reason, []).append(client)
+    parts = []
+    for reason, those in list(clients.items())[:MOST_NAMED]:
+        names = ", ".join(map(str, those[:MOST_NAMED]))
+        more = f" and {len(those) - MOST_NAMED} more" if len(those) > MOST_NAMED else ""
+        parts.append(f"client{'s' * (len(those) > 1)} {names}{more}: {reason}")
+    rest = sum(len(those) for those in list(clients.values())[MOST_NAMED:])
+    return "; ".join(parts) + (f"; and {rest} more" if rest else "")

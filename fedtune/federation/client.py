@@ -245,7 +245,7 @@ def simulated(message: Message, *, of: OfRun) -> Message:
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, message.body)
     except LEFT_OUT as error:
-        return fault(f"it failed: {type(error).__name__}: {error}")
+        return fault(str(error))
     except FedtuneError as error:  # it would be the same with every other client
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
