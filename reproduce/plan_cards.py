@@ -1,7 +1,8 @@
 """Which card 7 and 13 billion weights need: methods on three cards, with the settings that make them fit.
 
 Table:   planned memory of a run on one machine with one card, every method on LLaMA-2-7B's shape, and
-         all but FedCyBGD, FedBAvg, BAdam and two references on LLaMA-13B's; docs/planning.md, block plan-cards
+         all but FedCyBGD, FedBAvg, BAdam and two references on LLaMA-13B's; docs/planning.md, block
+         plan-cards
 Command: python reproduce/plan_cards.py plan-cards
 Time:    twenty minutes of one core
 Needs:   nothing; the model's shape is in configs/papers/shapes
