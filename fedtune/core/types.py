@@ -125,6 +125,9 @@ class ContentStore(Protocol):
     def built(self, key: str, build: Callable[[], B]) -> B:
         """What `build` makes, once for each key."""
 
+    def unread(self, key: str) -> None:
+        """What was put under this digest is on disk alone until it is used; it must not have been changed."""
+
 
 def untold(done: int, total: int) -> None:
     """Nobody watches a client's steps."""
