@@ -21,8 +21,7 @@ Deviations: noise is a function of (pool key, parameter name, element, seed inde
 generator's draws (`zeroth/`), so that unlike devices rebuild the same bits; seeds are pool indices. ψ of a
 seed that was never drawn is the mean over those that were (the paper leaves it open). A client's weights are
 formed from w0 anew in every forward pass, but for other noise than `hadamard4` in float32 (step.py).
-Scalars can be clipped, and folded in by a robust mean, which the paper does not have. Without a server, as
-in its Appendix B.2: gossip.py.
+Scalars can be clipped, and folded in by a robust mean, unlike the paper's. Appendix B.2: gossip.py.
 """
 
 from __future__ import annotations
