@@ -159,8 +159,7 @@ class FedKSeed:
                 if not tokens:  # no loss to compare: the slope is 0
                     scalars += [0.0] * config.perturbations
                     continue
-                moved = on_device(batch, env.device)
-                estimates, around = [], 0.0
+                moved, estimates, around = on_device(batch, env.device), [], 0.0
                 with env.memory.step(batch["input_ids"].numel(), [env.model], like=form_of(batch, tokens)):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(moved, j, epsilon, batch["labels"])
