@@ -29,9 +29,9 @@ FEDBIOT = (
     Item(
         "Table 2",
         "GSM8K, AdapEmu and AdapFu",
-        ("fedbiot-dolly", "fedbiot-bundled"),
+        ("fedbiot-table2", "fedbiot-compression", "fedbiot-dolly", "fedbiot-bundled"),
         full=emulated("gsm8k"),
-        no_small="Dolly's loss in place of GSM8K, where the small models are at nought; no rows at β = 0",
+        no_small="Dolly's loss in place of GSM8K, where the small models are at nought; β = 0 and 0.5",
     ),
     Item("Table 3", "programs at β = 0.2", full=ROSETTA, no_small=CODE),
     Item("Table 4", "programs at β = 0.5", no_full="the commands of Table 3", no_small=CODE),

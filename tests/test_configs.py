@@ -116,8 +116,10 @@ def test_the_pages_name_files_and_limits_that_exist() -> None:
     pages = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "docs").glob("*.md")}
     named = {
         file
-        for text in pages.values()
-        for file in re.findall(r"\b(?:configs|docs|tests|fedtune)/[\w/-]+(?:\.\w+)+", text)
+        for text in pages.values()  # `/a/path` is another project's
+        for file in re.findall(
+            r"\b(?:configs|docs|tests|fedtune)/[\w/-]+(?:\.\w+)+", re.sub("`/[^`]*`", "", text)
+        )
     }
     assert "configs/fedit.yaml" in named
     assert [file for file in sorted(named) if not (PROJECT / file).is_file()] == []
