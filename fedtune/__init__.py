@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.commands import available, compare, evaluate, load, open, report_page, run
+from fedtune.api.commands import available, compare, evaluate, load, open, report_page, run, status
 from fedtune.api.network import make_keys, serve, take_part
 from fedtune.api.plans import data_report, diagnose, plan, rank
 from fedtune.api.runs import Comparison, Run
@@ -75,6 +75,7 @@ __all__ = [
     "report_page",
     "run",
     "serve",
+    "status",
     "sweep",
     "take_part",
 ]

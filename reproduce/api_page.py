@@ -43,6 +43,7 @@ GROUPS = {
         "Rows",
         "evaluate",
         "report_page",
+        "status",
     ),
     "Before a run": ("data_report", "plan", "rank", "diagnose"),
     "Callbacks": ("Callback", "ClientReport", "RoundState"),

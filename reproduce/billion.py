@@ -7,7 +7,8 @@ Time:    half an hour alone on the machine
 Needs:   9 GB of free memory, 18 for the row of all weights, which is else left out; 16 GB of disk
 Result:  the ledger is 0.993 to 1.041 of the plan; beyond all accounts of a simulation the process has
          499.73 MB with LoRA, 654.09 MB with FedCyBGD, 1.14 GB with NF4 and LoRA, 2.82 GB with FedBiOT;
-         FedKSeed and all weights were not run
+         FedKSeed and all weights were not run, and NF4 and FedBiOT were before what they held without need
+         left memory
 """
 
 from __future__ import annotations

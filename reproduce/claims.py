@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from common import RESULTS, ROOT, Entry, Head, Step, Work, main, run, spread, table
+from common import RESULTS, ROOT, Entry, Head, Step, Work, finished, main, run, spread, table
 from contents import files
-from search_rates import final_loss, search
+from search_rates import final_loss, loss_of, search
 
 from fedtune.config.file import load_config
 
@@ -149,8 +149,8 @@ class Trials:
         """Validation losses of a side by rate."""
         found = {}
         for summary in sorted((ROOT / self.rates(side)).glob("*-?e[-+]??/summary.json")):
-            loss = json.loads(summary.read_text(encoding="utf-8"))["evaluation"]["loss"]["loss"]
-            found[float(summary.parent.name[-5:])] = math.inf if loss is None else float(loss)
+            if finished(summary):
+                found[float(summary.parent.name[-5:])] = loss_of(summary.parent)
         return found
 
     def rate(self, side: Side) -> float:
@@ -165,7 +165,7 @@ class Trials:
     def done(self, side: Side) -> bool:
         """Whether all runs of a side are there."""
         folders = (self.folder(side.name, seed) for seed in self.seeds)
-        return all((ROOT / folder / "summary.json").exists() for folder in folders)
+        return all(finished(ROOT / folder / "summary.json") for folder in folders)
 
     def do(self) -> None:
         """Searches and runs; takes over what is done, and keeps no weights."""
@@ -270,19 +270,26 @@ def claims() -> dict[str, tuple[str, Head]]:
     }
 
 
+def decided(name: str, head: Head) -> tuple[str, Outcome]:
+    """What a block of the page claims, and its outcome. Raises SystemExit if it has none."""
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
+    says = re.search(r"(?m)^\*Claim\.\* (.*)$", block)
+    ends = re.search(r"(?m)^\*\*(Seen|Not seen|Not decidable)\.\*\* (.*)$", block)
+    if not says or not ends:
+        raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
+    return says[1], Outcome(Verdict(ends[1]), ends[2])
+
+
 def listed() -> str:
     """A line for every claim, from the blocks of the page."""
-    page, rows, counts = (ROOT / PAGE).read_text(encoding="utf-8"), [], dict.fromkeys(Verdict, 0)
+    rows, counts = [], dict.fromkeys(Verdict, 0)
     for name, (stem, head) in claims().items():
-        block = page.partition(f"<!-- {head.places[0][1]} -->")[2].partition("<!-- end ")[0]
-        says = re.search(r"(?m)^\*Claim\.\* (.*)$", block)
-        ends = re.search(r"(?m)^\*\*(Seen|Not seen|Not decidable)\.\*\* (.*)$", block)
-        if not says or not ends:
-            raise SystemExit(f"{PAGE}: the block of {name} has no claim or no verdict; make it first")
-        verdict = Verdict(ends[1])
-        counts[verdict] += 1
+        says, outcome = decided(name, head)
+        counts[outcome.verdict] += 1
         paper = next(name for file, name in PAPERS.items() if stem.startswith(file))
-        cells = [f"{paper}: {head.table.partition(';')[0]}", says[1], f"**{verdict}**", ends[2], head.time]
+        where = f"{paper}: {head.table.partition(';')[0]}"
+        cells = [where, says, f"**{outcome.verdict}**", outcome.because, head.time]
         rows.append([cell.replace("|", "\\|") for cell in cells])
     counted = ", ".join(f"{verdict.lower()} {count}" for verdict, count in counts.items())
     header = ["where", "claim", "verdict", "because", "small form takes"]

@@ -15,6 +15,7 @@ makes is put into the blocks that its head names, between `<!-- NAME -->` and `<
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -82,6 +83,13 @@ def heads(text: str) -> dict[str, Head]:
     return found
 
 
+def finished(made: Path) -> bool:
+    """Whether a file is there; the summary of a run that was stopped does not count."""
+    if not made.exists():
+        return False
+    return made.name != "summary.json" or json.loads(made.read_text(encoding="utf-8"))["status"] == "done"
+
+
 @dataclass(frozen=True)
 class Step:
     """A command. It is not run again once `made` is there."""
@@ -95,7 +103,7 @@ class Step:
 
     def do(self) -> None:
         """Runs the command."""
-        if self.made is not None and self.made.exists():
+        if self.made is not None and finished(self.made):
             return
         print(self, file=sys.stderr, flush=True)
         if not self.kept:

@@ -13,7 +13,7 @@ Table:   seconds of a round beside training; docs/deployment.md, block network-s
 Command: python reproduce/network_cost.py network-seconds
 Time:    three minutes
 Needs:   extra `flower`
-Result:  5.22 seconds a round, 4.91 of them beside training
+Result:  5.22 seconds a round, 4.91 of them beside training, with nodes that asked every three seconds
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
     "FedKSeed, K = 4096": SEEDS,
     "FedKSeed-Pro, K = 4096": {**SEEDS, "name": "fedkseed-pro"},
 }
-NODE_ASKS_S = 3.0  # a constant of Flower's
 PROCESS = "import flwr.supernode.runtime.run_clientapp, fedtune.transport.flower"
 HERE = {"train": "bundled", "max_examples": 60, "max_length": 64}
 THERE = {"train": "clients", "max_length": 64, "holdout": {"source": "bundled"}}
@@ -122,14 +121,13 @@ def measure_seconds(site: Site, method: dict[str, Any]) -> str:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", PROCESS], check=True)
         starts.append(time.perf_counter() - began)
-    rest = _mean(whole) - _mean(training) - _mean(starts) - NODE_ASKS_S / 2
+    rest = _mean(whole) - _mean(training) - _mean(starts)
     rows = {
         "a round": _mean(whole),
         "the client's training": _mean(training),
         "the round beside training": _mean(whole) - _mean(training),
-        "… until the node asks for work, every 3 s: half of that": NODE_ASKS_S / 2,
         "… start of the message's process, measured alone": _mean(starts),
-        "… the rest: Flower's other questions and its database": rest,
+        "… the rest: questions for work and for answers, Flower's database": rest,
     }
     return "\n".join(["| | seconds |\n|---|---:|", *(f"| {name} | {s:.2f} |" for name, s in rows.items())])
 

@@ -1,12 +1,13 @@
-"""Which card 7 billion weights need: every method on three cards, with the settings that make it fit.
+"""Which card 7 and 13 billion weights need: every method on three cards, with the settings that make it fit.
 
-Table:   planned memory of a run on one machine with one card, every method on LLaMA-2-7B's shape;
-         docs/planning.md, block plan-cards
+Table:   planned memory of a run on one machine with one card, every method on the shapes of LLaMA-2-7B and
+         LLaMA-13B; docs/planning.md, block plan-cards
 Command: python reproduce/plan_cards.py plan-cards
-Time:    ten minutes of one core
+Time:    twenty minutes of one core
 Needs:   nothing; the model's shape is in configs/papers/shapes
 Result:  all weights need 56.53 GB, 43.25 GB or, with SGD, 16.00 GB, LoRA 15.64 GB, FedKSeed 15.00 GB,
-         FedCyBGD 17.83 GB, FedBiOT 35.69 GB or, with public examples one by one, 15.93 GB
+         FedCyBGD 17.83 GB, FedBiOT 35.69 GB or, with public examples one by one, 15.93 GB; at 13B LoRA
+         29.10 GB or, on 4 bits, 10.27 GB, FedCyBGD 32.58 GB, and 24 GB are too few for all weights
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import fedtune
 from fedtune.report.tables import size
 
 SHAPES = ROOT / "configs" / "papers" / "shapes"
-MODELS = {"7B": "llama-2-7b"}
+MODELS = {"7B": "llama-2-7b", "13B": "llama-13b"}
 CARDS = (24, 48, 80)  # GB of 10^9 bytes
 DONE = RESULTS / "plan-cards.json"  # goes on with what was interrupted; delete it where plans have changed
 ROLES = ("client", "server", "evaluation")
@@ -174,7 +175,12 @@ def least_card(planned: Need) -> int:
 def cards() -> str:
     """The table."""
     torch.set_num_threads(1)
-    rows = [row for model in MODELS for method in METHODS for row in rows_of(model, method)]
+    rows = [
+        row
+        for model in MODELS
+        for method in METHODS
+        for row in rows_of(model, method)
+    ]
     header = ["model", "method", "settings that change", "on the card", "on the host", "largest role", "card"]
     return table(header, rows, numbers=False)
 

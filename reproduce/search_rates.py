@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from common import finished
+
 from fedtune.config.file import load_config
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
@@ -45,7 +47,7 @@ def search(loss: Callable[[float], float], start: float) -> None:
 def final_loss(config: Path, folder: Path, settings: list[str], lr: float) -> float:
     """Held-out loss of a run at this rate; infinite where that is not finite."""
     path = folder / f"{config.stem}-{lr:.0e}"
-    if not (path / "summary.json").exists():
+    if not finished(path / "summary.json"):
         fixed = [f"seed={SEED}", f"method.lr={lr}", "evaluation.bootstrap=0", "evaluation.tasks=[loss]"]
         run(load_config(config, [*settings, *fixed]), path, Silent(), resume=path.exists())
     return loss_of(path)

@@ -18,7 +18,7 @@ echo 'torch==2.13.0' >>"$work/constraints.txt"
 mkdir -p requirements
 for python in 3.11 3.12 3.13 3.14; do
     file=requirements/py$(echo "$python" | tr -d .).txt
-    "$work/venv/bin/uv" pip compile pyproject.toml --all-extras --constraint "$work/constraints.txt" \
+    "$work/venv/bin/uv" pip compile pyproject.toml --extra all --extra dev --constraint "$work/constraints.txt" \
         --python-version "$python" --python-platform linux \
         --no-header --no-annotate --no-emit-index-url --quiet --output-file "$work/resolved.txt" --upgrade
     {

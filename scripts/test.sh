@@ -14,8 +14,10 @@ check() {
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
 check .venv/bin/mypy
-# Two processes of one thread each: more threads in each only wait for one another. No test may reach a model hub.
-check env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 "$@"
+# Three processes of one thread each on two cores, because some tests mostly wait for servers and clients; who has
+# nothing left takes tests from another. More threads in each only wait for one another. No test may reach a model hub.
+check env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+    .venv/bin/python -m pytest -n 3 --dist worksteal "$@"
 
 if [ -n "$failed" ]; then
     printf 'failed:%s\n' "$failed" >&2

@@ -189,6 +189,12 @@ FORMS: dict[str, dict[str, Form]] = {
         "rademacher-bfloat16": Form({**SEEDS, **TWO, "noise": "rademacher", "lr": 1.0}, dtype="bfloat16"),
         "auto-float16": Form({**SEEDS, **TWO, "epsilon": "auto"}, dtype="float16"),
         "many-seeds": Form({**SEEDS, **TWO, "seeds": 40_000}),
+        "subzero": Form({**SEEDS, **TWO, "noise": "subzero"}),
+        "lozo-classifier": Form({**SEEDS, **TWO, "noise": "lozo", "perturbations": 2}, family="roberta"),
+        "ring": Form({**SEEDS, "rounds": 3, "graph": "ring"}),
+        "random-dense-classifier": Form(
+            {**SEEDS, "rounds": 3, "seeds": 4, "graph": "random", "degree": 1}, family="roberta"
+        ),
         "clipped-trimmed": Form(
             {**SEEDS, **TWO, "seeds": 4, "clip": 0.5, "aggregation": "trimmed-mean", "trim": 0.4}
         ),
@@ -203,6 +209,12 @@ FORMS: dict[str, dict[str, Form]] = {
         "steps-auto": Form({**UNLIMITED, **TWO, "epsilon": "auto", "noise": "gaussian"}),
         "model-rademacher": Form({**UNLIMITED, **TWO, "download": "model", "noise": "rademacher"}),
         "steps-classifier": Form({**UNLIMITED, **TWO}, family="roberta"),
+        "means": Form({**UNLIMITED, "rounds": 3, "download": "means", "perturbations": 2}),
+        "means-auto-classifier": Form(
+            {**UNLIMITED, **TWO, "download": "means", "epsilon": "auto", "noise": "rademacher"},
+            family="roberta",
+        ),
+        "steps-twice-a-step": Form({**UNLIMITED, **TWO, "perturbations": 2}),
     },
     "fedbiot": {
         "last-block": Form({**EMULATED, **TWO}, blocks=4, public=True),

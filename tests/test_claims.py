@@ -47,10 +47,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(folder: Path, accuracy: float, loss: float | None = 0.5) -> None:
+def write(folder: Path, accuracy: float, loss: float | None = 0.5, status: str = "done") -> None:
     folder.mkdir(parents=True)
     scores = {"loss": {"loss": loss}, "accuracy": {"accuracy": accuracy}}
-    (folder / "summary.json").write_text(json.dumps({"evaluation": scores}))
+    (folder / "summary.json").write_text(json.dumps({"status": status, "evaluation": scores}))
 
 
 def trials(validated: tuple[str, ...] = ("evaluation.max_examples=60",)) -> Any:
@@ -64,6 +64,17 @@ def test_the_rate_is_that_of_the_lowest_validation_loss(project: Path) -> None:
     found = trials()
     assert found.tried(found.sides[0]) == {1e-4: 0.6, 3e-4: 0.5, 1e-3: float("inf"), 3.0: 0.7}
     assert found.rate(found.sides[0]) == found.rate(found.sides[1]) == 3e-4  # b takes a's
+
+
+def test_a_run_that_was_stopped_is_not_done(project: Path) -> None:
+    found = trials(())
+    for seed, status in enumerate(("done", "done", "interrupted")):
+        write(project / f"out/a-seed{seed}", 0.5, status=status)
+        write(project / f"out/b-seed{seed}", 0.5)
+    assert [found.done(side) for side in found.sides] == [False, True]
+    write(project / "out/rates/a/fed_full-1e-04", 0.5, 0.4, "stopped")  # the lowest, after fewer rounds
+    write(project / "out/rates/a/fed_full-3e-04", 0.5, 0.6)
+    assert found.tried(found.sides[0]) == {3e-4: 0.6}
 
 
 def test_scores_are_paired_by_seed(project: Path) -> None:

@@ -31,6 +31,7 @@ COMMANDS = (
     *(
         "run",
         "compare",
+        "status",
         "sweep",
         "validate",
         "data",

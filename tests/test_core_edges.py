@@ -14,7 +14,14 @@ from toy import Toy
 
 from fedtune.core import wire
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
-from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum, round_half_up, sample_cohort
+from fedtune.core.cohort import (
+    QuorumError,
+    RoundOutcome,
+    hold_quorum,
+    round_half_up,
+    sample_cohort,
+    who_and_why,
+)
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.state import from_payload, to_payload
@@ -40,10 +47,17 @@ def test_a_quorum_that_is_just_met_is_met_and_of_the_missing_five_are_named() ->
     assert says.startswith(
         "round 4: 2 of 7 clients gave a usable reply, the quorum is 3. Left out: client 2: reason 2; client 3"
     )
-    assert "client 6: reason 6. Bring them back" in says
-    with pytest.raises(QuorumError, match=r"client 6: reason 6; and 1 more\. Bring") as caught:
+    assert "client 6: reason 6. See to that" in says
+    with pytest.raises(QuorumError, match=r"client 6: reason 6; and 1 more\. See") as caught:
         hold_quorum(outcome(2, 6), 3)
     assert "client 7" not in str(caught.value)
+
+
+def test_who_has_the_same_reason_is_named_together() -> None:
+    assert who_and_why({}) == ""
+    assert who_and_why({4: "late", 1: "nan", 2: "late"}) == "client 1: nan; clients 2, 4: late"
+    many = {client: "nan" for client in range(7)} | {9: "late"}
+    assert who_and_why(many) == "clients 0, 1, 2, 3, 4 and 2 more: nan; client 9: late"
 
 
 def test_a_mean_is_over_those_that_have_it_by_their_examples() -> None:

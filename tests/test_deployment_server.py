@@ -17,8 +17,9 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 import httpx
 
 from fedtune.core.types import Payload
-from fedtune.deploy import server
-from fedtune.deploy.server import RESTARTS, ServerChannel, Supervised
+from fedtune.deploy import supervised as supervising
+from fedtune.deploy.server import ServerChannel
+from fedtune.deploy.supervised import RESTARTS, Supervised
 from fedtune.errors import FederationError
 from fedtune.measure.clock import Clock
 from fedtune.transport import flower, remote
@@ -39,7 +40,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "LOOK_S", 0.02)
+    monkeypatch.setattr(supervising, "LOOK_S", 0.02)
     monkeypatch.setattr(remote, "POLL_S", 0.001)
 
 

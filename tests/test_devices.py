@@ -107,12 +107,20 @@ def test_what_has_no_meaning_is_refused_with_the_configuration(
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("max_memory", "20GB"), ("max_memory", {0: "20GB"}), ("device_map", "auto")]
+    ("setting", "value"),
+    [
+        ("max_memory", "20GB"),
+        ("max_memory", {0: "20GB"}),
+        ("device_map", "auto"),
+        ("fsdp", "full_shard"),
+        ("fsdp_config", {}),
+    ],
 )
 def test_what_divides_a_model_is_refused_with_what_there_is(setting: str, value: Any) -> None:
     said = (
         rf"{setting} is how accelerate divides a model over devices; leave it out\. A model lies on one GPU: "
-        r".*nf4, .*offload_params: disk or method\.name: fedkseed, and fedtune plan says which "
+        r".*with transport\.workers: auto\)\. What is too large .*nf4, .*offload_params: disk or "
+        r"method\.name: fedkseed, and fedtune plan says which "
         r"\(memory_by_device in its --json\) before anything is loaded"
     )
     with pytest.raises(InputError, match=said):

@@ -42,11 +42,11 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     step = MemoryMeter.step
 
-    def noted(self: MemoryMeter, size: int, resident: Any = ()) -> Any:
+    def noted(self: MemoryMeter, size: int, resident: Any = (), **about: Any) -> Any:
         resident = list(resident)
         each = {t.data_ptr(): t.nbytes for t in tensors(resident) if t.numel() > 1}
         found.append(sum(each.values()))
-        return step(self, size, resident)
+        return step(self, size, resident, **about)
 
     monkeypatch.setattr(MemoryMeter, "step", noted)
     return found
@@ -105,9 +105,9 @@ def test_a_step_is_as_large_as_the_largest_of_its_batches(
     sizes: list[int] = []
     step = MemoryMeter.step
 
-    def noted(self: MemoryMeter, size: int, resident: Any = ()) -> Any:
+    def noted(self: MemoryMeter, size: int, resident: Any = (), **about: Any) -> Any:
         sizes.append(size)
-        return step(self, size, resident)
+        return step(self, size, resident, **about)
 
     monkeypatch.setattr(MemoryMeter, "step", noted)
     common = {"batch_size": 1, "gradient_accumulation": 3, "lr": 1e-3}

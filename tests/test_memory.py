@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -271,6 +271,46 @@ def test_only_steps_that_can_set_a_peak_are_followed() -> None:
         seen.append(meter.peak_bytes > before)
     # 100 is followed a second time: the first time there was no optimizer state yet
     assert seen == [True, True, False, True, False, False, True]
+
+
+def test_a_step_like_an_earlier_one_of_the_run_is_not_followed_again() -> None:
+    known: dict[int, Sequence[int]] = {}
+    layer, wider = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def kib(number: int, module: nn.Module, like: object, about: object = "", by_value: bool = False) -> int:
+        """The peak, in KiB beyond the module, that a client's first step is said to have."""
+        meter = MemoryMeter("cpu", known=known, about=about)
+        with meter.step(1, [module], like=like):  # type: ignore[arg-type]
+            torch.zeros(number * KIB)
+            if by_value:
+                torch.ones(KIB).nonzero()
+        return (meter.peak_bytes - sum(p.nbytes for p in module.parameters())) // 1024
+
+    assert [kib(1, layer, "a"), kib(2, layer, "a"), kib(2, layer, "b")] == [1, 1, 2]
+    assert kib(3, wider, "a") == 3  # other residents
+    assert kib(4, layer.requires_grad_(False), "a") == 4  # the same, of which less trains
+    assert kib(5, layer.eval(), "a") == 5
+    assert kib(6, layer, "a", about="other order") == 6
+    assert [kib(7, layer, None), kib(8, layer, None)] == [7, 8]  # nobody says what it is like
+    layer.weight.grad = torch.zeros(4, 4)
+    assert kib(9, layer, "a") == 9
+    # as many numbers come out as the values say: 8 bytes of each of 256
+    assert [kib(n, layer, "c", by_value=True) for n in (9, 10, 9)] == [9, 10, 9]
+    second = MemoryMeter("cpu", known=known)
+    for like in ("a", "a"):  # a client's second step is another than its first
+        with second.step(2, [wider], like=like):
+            torch.zeros(11 * KIB)
+    assert (second.peak_bytes - sum(p.nbytes for p in wider.parameters())) // 1024 == 11
+
+
+def test_a_step_that_raises_is_like_no_other() -> None:
+    known: dict[int, Sequence[int]] = {}
+    with pytest.raises(ZeroDivisionError), MemoryMeter("cpu", known=known).step(1, like="a"):
+        raise ZeroDivisionError
+    meter = MemoryMeter("cpu", known=known)
+    with meter.step(1, like="a"):
+        torch.zeros(KIB)
+    assert meter.peak_bytes == 1024
 
 
 def test_a_step_that_raises_closes_and_keeps_what_it_saw() -> None:

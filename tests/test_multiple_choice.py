@@ -131,14 +131,21 @@ def test_a_run_scores_it_and_refuses_examples_without_choices(tmp_path: Path) ->
         fedtune.run(config, out=tmp_path / "other")
 
 
-def test_it_is_taken_where_no_task_is_named(tmp_path: Path) -> None:
+def test_it_is_taken_where_no_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = choosing(tmp_path)
-    run = fedtune.run(config, out=tmp_path / "run")
+    hint = "none of them scores choices; multiple-choice does"
+    run = fedtune.run(config, out=tmp_path / "run", progress=False)
+    said = capsys.readouterr().err.splitlines()
+    letters = "multiple choice: choices stand below their question, and its answer is a letter"
+    taken = "evaluation.tasks: loss, multiple-choice, because the held-out examples have choices"
+    assert [line for line in said if "choice" in line] == [letters, taken]
+    fedtune.run(choosing(tmp_path, tasks=["loss"]), out=tmp_path / "loss", progress=False)
+    assert capsys.readouterr().err.count(hint) == 1
     named = fedtune.run(choosing(tmp_path, tasks=["loss", "multiple-choice"]), out=tmp_path / "named")
     assert list(run.scores) == ["loss", "multiple-choice"] and run.scores == named.scores
     assert set(run.summary["scorers"]) == {"loss", "multiple-choice"}
-    said = json.loads((tmp_path / "run" / "environment.json").read_text())["taken"]["evaluation.tasks"]
-    assert said == "loss, multiple-choice, because the held-out examples have choices"
+    kept = json.loads((tmp_path / "run" / "environment.json").read_text())["taken"]["evaluation.tasks"]
+    assert kept == "loss, multiple-choice, because the held-out examples have choices"
     assert (
         "evaluation.tasks" not in json.loads((tmp_path / "named" / "environment.json").read_text())["taken"]
     )

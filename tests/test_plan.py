@@ -394,7 +394,7 @@ FIGURES = ("--client-memory", "8GB", "--uplink", "5Mbps", "--downlink", "50Mbps"
         (("--model", "bundled", *FIGURES, "--client-speed", "1TFLOPS"), "needs examples"),
         (("--model", "./nowhere", *FIGURES), 'there is no "./nowhere" on this machine'),
         (("--model", "bundled", *FIGURES, "config.json"), "not both"),
-        (("config.json", "--client-memory", "8GB"), "only together with --model"),
+        (("config.json", "--uplink", "8Mbps"), "only together with --model"),
         (("config.json", "method.name=fedfoo"), "not known"),
         (("config.json", "method.name=fedbiot"), "public"),
         (("config.json", "method.name=fedbiot", "data.public={source: bundled}"), "layer_dropout"),

@@ -7,10 +7,12 @@ import runpy
 import tomllib
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
 
+from fedtune.config.tracking import Tracker
 from fedtune.version import __version__
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,9 @@ def test_what_pyproject_requires_is_there_and_within_its_bounds(file: Path) -> N
     versions = SCRIPT["read_lock"](file.read_text())
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     extras = dict(project["optional-dependencies"])
+    for name in get_args(Tracker):  # one each, in a version that was tried by itself
+        (line,) = extras.pop(name)
+        assert Requirement(line).name == name
     (everything,) = map(Requirement, extras.pop("all"))
     assert (everything.name, everything.extras) == ("fedtune", extras.keys() - {"dev"})
     required = [Requirement(line) for group in (project["dependencies"], *extras.values()) for line in group]

@@ -29,6 +29,7 @@ from fedtune.evaluation.sandbox import CodeSettings
 from fedtune.federation import run as federation
 from fedtune.federation.progress import Silent
 from fedtune.methods.fedavg.settings import Config
+from fedtune.methods.objective import Objective
 from fedtune.protection.robust import Robust
 from fedtune.protection.settings import Privacy, SecureAggregation
 
@@ -122,6 +123,9 @@ FIELDS: Table = {
     "method.ridge": (1.0, {"method.aggregation": "refine"}),
     "method.prune.decay": (0.1, PRUNES | {"method.prune": {"decay": 0.9, "penalty": 100.0}}),
     "method.prune.penalty": (100.0, PRUNES | {"method.prune": {"penalty": 0.01}}),
+    "method.buffer.size": (2, {"method.buffer": {"size": 1}, **TWO}),
+    "method.buffer.staleness": (2.0, {"method.buffer": {"size": 1, "seconds": [1.0, 1.5]}, **TWO}),
+    "method.buffer.seconds": ([2.0, 1.0], {"method.buffer": {"size": 1, "seconds": [1.0, 1.5]}, **TWO}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.keep_optimizer": (True, TWO),
@@ -218,6 +222,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "model.quantization",  # test_quantized_runs.py
     *("model.attention", "model.revision"),  # test_models_load.py
     "model.adapter",  # test_continuing.py
+    "tracking",  # test_tracking.py: the same run, told to others
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     *("evaluation.stop.metric", "evaluation.stop.patience"),  # test_best_round.py
@@ -227,7 +232,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "data.streaming",  # test_client_files.py
     "method.gradient_checkpointing",  # test_memory_efficient.py
     "method.offload_params",  # test_offload.py
-    *(f"method.objective.{name}" for name in ("name", "beta")),  # test_preference.py
+    *(f"method.objective.{name}" for name in Objective.model_fields),  # test_preference.py
     "method.compile",  # test_compiled.py
     "method.optimizer_in_backward",  # test_stepping.py: the same bits in less memory
     "data.too_long",  # test_run_lengths.py

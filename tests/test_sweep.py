@@ -17,7 +17,7 @@ from fedtune.config.yaml_text import read_yaml
 from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.better import better
 from fedtune.evaluation.types import Outcome
-from fedtune.federation import sweep as sweeps
+from fedtune.federation import several
 from fedtune.federation.data import prepare_data
 from fedtune.federation.run import run as run_one
 from fedtune.federation.sweep import Axis, axis, points
@@ -212,7 +212,7 @@ def test_a_point_that_cannot_finish_is_told_and_the_others_go_on(
             raise FederationError("the loss became nan")
         return real(config, path, *rest, **named)
 
-    monkeypatch.setattr(sweeps, "run", run)
+    monkeypatch.setattr(several, "run", run)
     found = fedtune.sweep(document(), ["method.lr=1.0,1e-3"], out=tmp_path / "s", progress=False)
     assert found.best == "lr=1e-3"
     assert found.document["points"][0]["error"] == "seed 0: the loss became nan"

@@ -282,6 +282,7 @@ def test_one_round_of_epochs_is_set_against_rounds_of_one() -> None:
         ({"rounds": 1, "local_steps": 5}, "local_steps: 5"),
         ({"rounds": 2, "aggregation": "stack"}, "stack"),
         ({"rounds": 2, "trainable": "full", "masters": "kahan"}, "masters: kahan keeps none"),
+        ({"rounds": 2, "buffer": {"size": 2}}, "steps after a few of them"),
         (
             {"rounds": 2, "control_variates": True, "optimizer": "sgd", "trainable": "full"},
             "control_variates: false",

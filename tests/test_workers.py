@@ -17,6 +17,7 @@ from fedtune.federation.workers import Workers, bytes_of_one, threads_of, worker
 from fedtune.measure.clock import Clock
 from fedtune.models.load import load_model
 from fedtune.transport.processes import gpu_of
+from fedtune.transport.programs import gpu_share
 
 
 def config(count: Any, method: dict[str, Any] | None = None, **more: Any) -> Any:
@@ -100,9 +101,6 @@ def test_each_process_sees_one_gpu_in_turn() -> None:
 
 
 def test_every_process_of_flowers_simulation_has_a_place_on_a_gpu() -> None:
-    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    from fedtune.transport.flower import gpu_share
-
     assert [gpu_share(4, 0), gpu_share(1, 1), gpu_share(2, 4)] == [0, 1, 1]
     for gpus in range(1, 9):
         for count in range(1, 65):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedtune.api.federate import federate, objects_from, seeds_of, shown, stopped, with_objects
+from fedtune.api.federate import check_workers, federate, objects_from, seeds_of, shown, stopped, with_objects
 from fedtune.api.runs import Comparison, Run
 from fedtune.errors import InputError
 
@@ -73,7 +73,7 @@ def run(
     resume: bool = False,
     data: Any = None,
     callbacks: Sequence[Callback | Any] = (),
-    progress: bool = True,
+    progress: bool | Literal["json"] = True,
 ) -> Run:
     """Runs one federation to its end.
 
@@ -86,7 +86,8 @@ def run(
             `datasets.Dataset`, or a dictionary from clients' names to one of either, which is then the
             split. They are not written to the run's folder: `open` takes them again.
         callbacks: Objects with `on_client`, `on_round` or `on_end`; see `Callback`.
-        progress: Show what happens, in a terminal or a notebook; else only warnings are said, on stderr.
+        progress: Show what happens, in a terminal or a notebook; "json": as lines of JSON on stderr; else
+            only warnings are said, there.
 
     Raises:
         InputError: Configuration, data or model are not usable; nothing was written.
@@ -108,6 +109,27 @@ def run(
     with claimed(where, Path("runs") / stem) as path, shown(progress) as display:
         federate(settings, path, objects, callbacks, display, resume=resume)
     return Run(path, settings, objects)
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    """How a run stands that is under way, finished or killed, out of its folder alone.
+
+    Args:
+        run: Its folder.
+
+    Returns:
+        `run`, `state` (`under way`, `killed`, `done`, `stopped` or `interrupted`), `method`, `model`;
+        `round`, the last one that is finished, of `rounds`; `evaluation`; `payload_bytes` and `framed_bytes`
+        {`down`, `up`}; `clients`, one dictionary each: `client`, `name`, `examples`, `rounds`,
+        `left_out`, `payload_bytes`, `fault`, and over a network `here` and `seen`; `now`, what a run that is
+        under way or was killed says of itself, else None.
+
+    Raises:
+        InputError: It is no run's folder.
+    """
+    from fedtune.federation.status import status
+
+    return status(Path(run))
 
 
 def open(path: str | Path, *overrides: str, data: Any = None) -> Run:
@@ -143,6 +165,7 @@ def compare(
     data: Any = None,
     references: bool = True,
     progress: bool = True,
+    workers: int = 1,
 ) -> Comparison:
     """Runs several configurations on the same split, over several seeds.
 
@@ -155,6 +178,7 @@ def compare(
         data: As of `run`.
         references: Add rows without training, of each client alone, and of all data in one place.
         progress: As of `run`.
+        workers: So many runs at the same time, each in a process; the result is the same.
 
     Raises:
         InputError: As `run`; or two of them do not have the same split.
@@ -175,10 +199,19 @@ def compare(
     candidates = [Candidate(name, settings) for name, (settings, _) in loaded.items()]
     first, objects = next(iter(loaded.values()))
     chosen = seeds_of(seeds, first.seed)
+    check_workers(workers)
     with claimed(None if out is None else Path(out), Path("runs") / "compare") as path:
         how = f'What is done is kept: the same call with out="{path}" goes on.'
         with shown(progress) as display, stopped(display, path, how):
-            document = compare_all(candidates, chosen, path, display, references=references, objects=objects)
+            document = compare_all(
+                candidates,
+                chosen,
+                path,
+                display,
+                references=references,
+                objects=objects,
+                workers=workers,
+            )
         metrics = main_metrics(document["rows"], first.evaluation.tasks)
         write_text(path / "table.md", compare_markdown(document, metrics))
     return Comparison(path, document, metrics)

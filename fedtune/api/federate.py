@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.errors import FederationError, InputError
 
@@ -57,14 +57,32 @@ def seeds_of(given: Any, own: int) -> list[int]:
     return chosen
 
 
+def check_workers(workers: int) -> None:
+    """Raises InputError unless it is how many runs can be made at the same time."""
+    if type(workers) is not int or workers < 1:
+        raise InputError(f"workers must be a whole number from 1 up, got {workers!r}")
+
+
 @contextmanager
-def shown(progress: bool) -> Iterator[Any]:
-    """Inside, what happens is shown, in a terminal, a notebook or a log; only notes without `progress`."""
+def shown(progress: bool | Literal["json"]) -> Iterator[Any]:
+    """Inside, what happens is shown, in a terminal, a notebook or a log; only notes without `progress`.
+
+    With "json" it is lines of JSON on stderr.
+
+    Raises:
+        InputError: It is something else.
+    """
     from fedtune.federation.process import settings_kept
     from fedtune.federation.progress import NotesOnly
 
+    if not isinstance(progress, bool) and progress != "json":
+        raise InputError(f'progress must be True, False or "json", got {progress!r}')
     display: AbstractContextManager[Any] = nullcontext(NotesOnly())
-    if progress:
+    if progress == "json":
+        from fedtune.report.json_log import JsonLog
+
+        display = JsonLog()
+    elif progress:
         with settings_kept():
             from fedtune.report.display import Display
             from fedtune.report.notebook import NotebookDisplay, in_notebook
@@ -119,18 +137,25 @@ def federate(
     """
     from fedtune.federation.callbacks import Callbacks
     from fedtune.federation.run import run
+    from fedtune.federation.standing import Standing
 
     data = ", data=..." if objects is not None else ""
     how = f'fedtune.open("{path}"{data}).resume()'
     if deployment is not None:
         how = f'fedtune.serve(..., out="{path}", resume=True)'
-    with stopped(display, path, f"The run is kept: {how} goes on."):
+    there = {} if deployment is None else {"there": deployment.there}
+    with (
+        stopped(display, path, f"The run is kept: {how} goes on."),
+        Standing(path, display, **there) as standing,
+    ):
+        if deployment is not None:
+            deployment.standing = standing.document
         return run(
             config,
             path,
-            display,
+            standing,
             resume=resume and path.exists(),
             deployment=deployment,
             objects=objects,
-            callbacks=Callbacks(callbacks),
+            callbacks=Callbacks(callbacks).behind(standing),
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.commands import load
 from fedtune.api.federate import federate, shown
@@ -50,7 +50,8 @@ def serve(
     out: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback | Any] = (),
-    progress: bool = True,
+    progress: bool | Literal["json"] = True,
+    health_port: int | None = None,
 ) -> Run:
     """Runs one federation with clients on other machines, to its end.
 
@@ -63,6 +64,7 @@ def serve(
         resume: As of `fedtune.run`.
         callbacks: As of `fedtune.run`.
         progress: As of `fedtune.run`.
+        health_port: Of the loopback; it answers `/health` and `/status` as long as the run lasts. None: none.
 
     Raises:
         InputError: Configuration, keys or port are not usable; nothing was written.
@@ -84,7 +86,7 @@ def serve(
         private(),
         claimed(None if out is None else Path(out), Path("runs") / stem) as path,
         shown(progress) as display,
-        Server(settings, Path(keys), port, display.note) as deployment,
+        Server(settings, Path(keys), port, display.note, health=health_port) as deployment,
     ):
         make_private(path)  # one that an earlier version began
         federate(settings, path, None, callbacks, display, resume=resume, deployment=deployment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: RunConfig | str | Path | Mapping[str, Any], *overrides: str, data: Any = None
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *overrides: str,
+    data: Any = None,
+    client_memory: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Bytes, memory, operations and trainable parameters of a run, before anything is loaded or run.
 
@@ -23,18 +26,28 @@ def plan(
         config: What `load` takes.
         overrides: As of `load`.
         data: As of `run`.
+        client_memory: Of clients of unlike memory, with units: ["8GB", "2GB"]; each gets the highest LoRA
+            rank that fits, up to `lora.rank`.
 
     Returns:
         The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
-        `evaluation_peak_memory_bytes`, `flops_per_token` and so on, in bytes and operations.
+        `evaluation_peak_memory_bytes`, `flops_per_token` and so on, in bytes and operations; and with
+        `client_memory` `client_ranks`.
 
     Raises:
-        InputError: As the run would raise it.
+        InputError: As the run would raise it, a memory has no unit, or there are no ranks to give.
     """
+    from fedtune.measure.quantities import BYTES, quantity
     from fedtune.planning.plan import plan as plan_one
 
     settings, objects = with_objects(load(config, *overrides), data)
-    return plan_one(settings, objects=objects).document
+    memories = [quantity(one, BYTES, "client_memory") for one in client_memory]
+    document = plan_one(settings, objects=objects).document
+    if memories:
+        from fedtune.planning.by_memory import ranks_by_memory
+
+        document["client_ranks"] = ranks_by_memory(settings, list(map(int, memories)), objects)
+    return document
 
 
 def data_report(

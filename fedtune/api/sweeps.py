@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.commands import load
-from fedtune.api.federate import seeds_of, shown, stopped, with_objects
+from fedtune.api.federate import check_workers, seeds_of, shown, stopped, with_objects
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def sweep(
     out: str | Path | None = None,
     data: Any = None,
     progress: bool = True,
+    workers: int = 1,
 ) -> Sweep:
     """Runs one configuration at every point of a grid and finds the best.
 
@@ -83,6 +84,7 @@ def sweep(
         out: Folder of the runs; what is done there is taken over. None: runs/sweep, numbered if taken.
         data: As of `run`.
         progress: As of `run`.
+        workers: So many runs at the same time, each in a process; the result is the same.
 
     Raises:
         InputError: As `run`, of any point, before the first runs; or the grid or a name is wrong.
@@ -101,6 +103,7 @@ def sweep(
         data = list(data)
     first, objects = with_objects(load(config, *overrides), data)
     chosen = seeds_of(seeds, first.seed)
+    check_workers(workers)
     if validation is not None and not 0 < validation < 1:
         raise InputError(f"validation is a share of the training examples, as 0.1; got {validation}")
     grid_points = points(axes, trials, first.seed)
@@ -127,7 +130,9 @@ def sweep(
     with claimed(None if out is None else Path(out), Path("runs") / "sweep") as path:
         how = f'What is done is kept: the same call with out="{path}" goes on.'
         with shown(progress) as display, stopped(display, path, how):
-            found = sweep_all(candidates, chosen, path, display, metric=metric, objects=objects)
+            found = sweep_all(
+                candidates, chosen, path, display, metric=metric, objects=objects, workers=workers
+            )
             document = {**found, "validation": validation}
         write_text(path / "table.md", sweep_markdown(document))
         if (drawn := sweep_plot(document)) is not None:

@@ -4,7 +4,7 @@ Twenty clients with one step each, so that what a run does beside training shows
 their checks, memory accounts, exact sums, logs, journal and checkpoints. The hand-written loop is what one
 would write in PyTorch: one model, an AdamW a client, the weighted mean of the changes; nothing checked,
 measured or saved. Both train the same examples from the same weights; in the end their weights are alike.
-They are measured in turn, `TIMES` times, and the smallest CPU time of a round counts.
+They are measured in turn, `TIMES` times, and the smallest CPU time of a round counts; `most` is the largest.
 
 `beyond` is the run's time beyond the loop's, in passes over the updates of a round; a pass is what
 `total.add_(update, alpha=weight)` takes for each of the twenty.
@@ -55,18 +55,19 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
         for case, (shape, trained) in CASES.items():
             here = folder / str(len(rows))
             config = _federation(here, shape, trained)
-            found: dict[str, list[tuple[float, dict[str, Tensor]]]] = {"fedtune": [], "by hand": []}
+            found: dict[str, list[tuple[list[float], dict[str, Tensor]]]] = {"fedtune": [], "by hand": []}
             for turn in range(TIMES):
                 found["fedtune"].append(_run(config, here / f"run-{turn}"))
                 found["by hand"].append(_by_hand(config, here))
-            seconds = {side: min(each for each, _ in turns) for side, turns in found.items()}
+            rounds = {side: [each for all_, _ in turns for each in all_] for side, turns in found.items()}
+            seconds = {side: min(each) for side, each in rounds.items()}
             passes, numbers = _pass(found["by hand"][0][1])
             off = max(
                 float((found["fedtune"][0][1][name] - weight).abs().max())
                 for name, weight in found["by hand"][0][1].items()
             )
             for side in found:
-                row = {"case": f"{case}: {side}", "cpu_s_a_round": seconds[side]}
+                row = {"case": f"{case}: {side}", "cpu_s_a_round": seconds[side], "most": max(rounds[side])}
                 rows.append(row | {"numbers_an_update": numbers})
             rows[-1]["largest_difference"] = off
             ratios[f"cpu of a round: {case}: fedtune / by hand"] = seconds["fedtune"] / seconds["by hand"]
@@ -131,13 +132,13 @@ class _Stopwatch(Callback):
             self.weights = dict(state.server.weights)
 
 
-def _run(config: RunConfig, folder: Path) -> tuple[float, dict[str, Tensor]]:
+def _run(config: RunConfig, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     watch = _Stopwatch()
     run(config, folder, Silent(), callbacks=Callbacks([watch]))
-    return _shortest(watch.ends[1:-1]), watch.weights  # the model is scored in the last round
+    return _rounds(watch.ends[1:-1]), watch.weights  # the model is scored in the last round
 
 
-def _by_hand(config: RunConfig, here: Path) -> tuple[float, dict[str, Tensor]]:
+def _by_hand(config: RunConfig, here: Path) -> tuple[list[float], dict[str, Tensor]]:
     loaded = load_model(config.model.name, dtype="float32", initial="pretrained", seed=0, base=here)
     examples = load_examples(str(here / "train.jsonl"), fields={}, base=here)
     items = encode_causal(
@@ -165,12 +166,12 @@ def _by_hand(config: RunConfig, here: Path) -> tuple[float, dict[str, Tensor]]:
         for name, change in total.items():
             weights[name].add_(change)
         ends.append(time.process_time())
-    return _shortest(ends), weights
+    return _rounds(ends), weights
 
 
-def _shortest(ends: Sequence[float]) -> float:
-    """Seconds between two ends of rounds, the first of which warmed what there is to warm."""
-    return min(end - start for start, end in itertools.pairwise(ends))
+def _rounds(ends: Sequence[float]) -> list[float]:
+    """Seconds between the ends of rounds, the first of which warmed what there is to warm."""
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _pass(update: dict[str, Tensor]) -> tuple[float, int]:

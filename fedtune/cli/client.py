@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Plugin
+from fedtune.cli.display import Log, LogFormat, Plugin, shown_as
 from fedtune.errors import InputError
 
 
@@ -35,6 +35,7 @@ def client(
     state: Annotated[
         Path | None, typer.Option(help="Folder of what must outlive this process; default KEYS/state.")
     ] = None,
+    log_format: LogFormat = Log.text,
     plugin: Plugin = None,
 ) -> None:
     """Take part in a federation with examples that stay here.
@@ -43,6 +44,7 @@ def client(
 
     Example: fedtune client --server fed.example.org:443 --keys north --data /srv/north.jsonl
     """
+    shown_as(False, log_format)
     named: dict[str, str | None] = {}
     for pair in field or []:
         ours, equals, theirs = pair.partition("=")

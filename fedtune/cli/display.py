@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from click import Context, HelpFormatter
@@ -25,6 +25,41 @@ def _load_plugins(files: list[Path] | None) -> list[Path] | None:
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
+
+
+Workers = Annotated[
+    int, typer.Option(min=1, help="So many runs at the same time, each in a process; the same result.")
+]
+
+
+class Log(StrEnum):
+    """How what happens is written on stderr."""
+
+    text = "text"
+    json = "json"
+
+
+LogFormat = Annotated[
+    Log, typer.Option("--log-format", help="On stderr: text for people, or json, one object a line.")
+]
+
+
+def shown_as(quiet: bool, log_format: Log) -> bool | Literal["json"]:
+    """What `progress` is for two options; from then on warnings are of that form too.
+
+    Raises:
+        InputError: One leaves out what the other is for.
+    """
+    from fedtune.errors import InputError
+    from fedtune.report.json_log import log_as_json
+
+    if log_format is Log.text:
+        return not quiet
+    if quiet:
+        raise InputError("--quiet leaves out what --log-format json writes; give one of them")
+    log_as_json()
+    return "json"
+
 
 # The files are imported while the command line is read, so that a command finds their parts like any other.
 Plugin = Annotated[
@@ -83,6 +118,7 @@ def seeds_of(text: str) -> list[int] | None:
 def show_run(run: Run, *, as_json: bool) -> None:
     """A run's summary: as JSON, or as tables and where it is. Last, on stderr, whose data are not in it."""
     from fedtune.federation.left_out import said
+    from fedtune.report.json_log import say_or_print
 
     if as_json:
         print_json(run.summary)
@@ -92,4 +128,4 @@ def show_run(run: Run, *, as_json: bool) -> None:
         print_whole(summary_tables(run.summary))
         print(f"Run folder: {run.path}", flush=True)
     if sentence := said(run.summary):
-        print(f"fedtune: {sentence}", file=sys.stderr)
+        say_or_print("note", f"fedtune: {sentence}", f"fedtune: {sentence}")

@@ -17,7 +17,19 @@ from fedtune.cli.answer import chat, generate
 from fedtune.cli.client import client
 from fedtune.cli.data import data
 from fedtune.cli.diagnose import diagnose
-from fedtune.cli.display import Json, PlainHelp, Plugin, begun_configs, print_json, seeds_of, show_run
+from fedtune.cli.display import (
+    Json,
+    Log,
+    LogFormat,
+    PlainHelp,
+    Plugin,
+    Workers,
+    begun_configs,
+    print_json,
+    seeds_of,
+    show_run,
+    shown_as,
+)
 from fedtune.cli.keys import keys
 from fedtune.cli.plan import plan
 from fedtune.cli.push import Format, push
@@ -25,10 +37,12 @@ from fedtune.cli.report import report
 from fedtune.cli.serve import serve
 from fedtune.cli.server import server
 from fedtune.cli.start import cp, init
+from fedtune.cli.status import status
 from fedtune.cli.stopping import stoppable
 from fedtune.cli.sweep import sweep
 from fedtune.cli.validate import validate
 from fedtune.errors import FedtuneError, InputError, ProgramError
+from fedtune.report.json_log import say_or_print
 from fedtune.version import __version__
 
 app = typer.Typer(
@@ -73,7 +87,8 @@ def main() -> None:
         status = _status(arguments, debug)
     if status == 130:  # of typer, and of a shell, for Ctrl-C
         status = stopped.status
-        print(f"fedtune: interrupted by {stopped.by.name}; a run continues with --resume", file=sys.stderr)
+        said = f"fedtune: interrupted by {stopped.by.name}; a run continues with --resume"
+        say_or_print("interrupted", said, said)
     if status:
         raise SystemExit(status)
 
@@ -109,7 +124,7 @@ def _fail(error: FedtuneError, debug: bool) -> NoReturn:
     text = f"fedtune: {error}"
     if isinstance(error, ProgramError) and not debug:
         text += f" The same command with {DEBUG} shows the traceback."
-    print(text, file=sys.stderr)
+    say_or_print("error", text, text)
     raise SystemExit(error.exit_status) from None
 
 
@@ -148,6 +163,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    log_format: LogFormat = Log.text,
     plugin: Plugin = None,
 ) -> None:
     """Run one federation.
@@ -165,7 +181,8 @@ def run(
             raise InputError(f"{resume}: not a run folder: it has no config.yaml")
     if config is None:
         raise InputError("a run needs a settings file: fedtune run CONFIG, or --resume FOLDER")
-    done = fedtune.run(config, *settings, out=resume or out, resume=resume is not None, progress=not quiet)
+    progress = shown_as(quiet, log_format)
+    done = fedtune.run(config, *settings, out=resume or out, resume=resume is not None, progress=progress)
     show_run(done, as_json=as_json)
 
 
@@ -183,6 +200,7 @@ def compare(
         Path | None, typer.Option(help="Folder of the runs; what is done there is taken over.")
     ] = None,
     references: Annotated[bool, typer.Option(help="Add zero-shot, stand-alone and centralised rows.")] = True,
+    workers: Workers = 1,
     as_json: Json = False,
     quiet: Quiet = False,
     plugin: Plugin = None,
@@ -198,6 +216,7 @@ def compare(
         out=out,
         references=references,
         progress=not quiet,
+        workers=workers,
     )
     if as_json:
         print_json(found.document)
@@ -208,6 +227,7 @@ def compare(
     print(f"Runs, compare.json and table.md: {found.path}")
 
 
+command()(status)
 command()(sweep)
 command()(validate)
 command()(data)

@@ -28,7 +28,10 @@ def plan(
         str | None,
         typer.Option(help="Instead of CONFIG: rank all methods on this model."),
     ] = None,
-    client_memory: Annotated[str | None, typer.Option(help="Of a client, as in 8GB.")] = None,
+    client_memory: Annotated[
+        str | None,
+        typer.Option(help="Of a client, as in 8GB; with CONFIG of several, as in 8GB,2GB: their LoRA ranks."),
+    ] = None,
     uplink: Annotated[str | None, typer.Option(help="Of a client, as in 5Mbps.")] = None,
     downlink: Annotated[str | None, typer.Option(help="Of a client, as in 50Mbps.")] = None,
     model_private: Annotated[
@@ -61,7 +64,7 @@ def plan(
             raise InputError(
                 "fedtune plan needs a CONFIG, or --model with --client-memory, --uplink and --downlink"
             )
-        document = fedtune.plan(*given)
+        document = fedtune.plan(*given, client_memory=client_memory.split(",") if client_memory else ())
         tables = _plan_tables
     else:
         configs = [argument for argument in given if "=" not in argument]
@@ -75,8 +78,15 @@ def plan(
     from fedtune.report.tables import print_whole
 
     print_whole(tables(document))
-    for line in document["notes"] if model is None else _conclusion(document):
+    for line in _said(document) if model is None else _conclusion(document):
         print(line)
+
+
+def _said(document: Mapping[str, Any]) -> list[str]:
+    from fedtune.planning.by_memory import said
+
+    ranks = document.get("client_ranks")
+    return [*document["notes"], *(said(ranks) if ranks else [])]
 
 
 def _ranked(
@@ -99,7 +109,7 @@ def _ranked(
 
 
 def _refuse_figures(figures: Mapping[str, Any], private: bool) -> None:
-    given = [name for name, value in figures.items() if value is not None]
+    given = [name for name, value in figures.items() if value is not None and name != "--client-memory"]
     given += ["--model-private"] if private else []
     if given:
         raise InputError(f"{', '.join(given)}: only together with --model, which ranks all methods")

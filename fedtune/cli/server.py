@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, begun_configs, show_run
+from fedtune.cli.display import Json, Log, LogFormat, Plugin, begun_configs, show_run, shown_as
 from fedtune.errors import InputError
 
 
@@ -27,6 +27,13 @@ def server(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
+    log_format: LogFormat = Log.text,
+    health_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Say how the run stands at /health and /status, on this loopback."
+        ),
+    ] = None,
     plugin: Plugin = None,
 ) -> None:
     """Run one federation with clients on other machines.
@@ -42,6 +49,7 @@ def server(
         port=port,
         out=resume or out,
         resume=resume is not None,
-        progress=not quiet,
+        progress=shown_as(quiet, log_format),
+        health_port=health_port,
     )
     show_run(done, as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedtune
-from fedtune.cli.display import Json, Plugin, begun_configs, print_json, seeds_of
+from fedtune.cli.display import Json, Plugin, Workers, begun_configs, print_json, seeds_of
 
 
 def sweep(
@@ -38,6 +38,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; what is done there is taken over.")
     ] = None,
+    workers: Workers = 1,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only warnings.")] = False,
     plugin: Plugin = None,
@@ -56,6 +57,7 @@ def sweep(
         metric=metric,
         out=out,
         progress=not quiet,
+        workers=workers,
     )
     if as_json:
         print_json(found.document)

@@ -37,6 +37,7 @@ def validate(
 
     Example: fedtune validate mine.yaml --data
     """
+    from fedtune.config.tracking import require_trackers
     from fedtune.federation.room import known_room, shortening
 
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
@@ -47,6 +48,7 @@ def validate(
     for path in configs:
         try:
             config = fedtune.load(path, *overrides)
+            require_trackers(config.tracking)
             room = known_room(config)
             notes = shortening(config, room) if room and not look else []  # else it is among the checks
             if modules:

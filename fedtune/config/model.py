@@ -13,9 +13,10 @@ from fedtune.core.settings import Settings
 
 CARD = r"^cuda:\d{1,3}$"
 ONE_GPU = (
-    "A model lies on one GPU: dividing one over several (device_map, FSDP) is not there. What is too large "
-    "fits with model.quantization: nf4, method.gradient_checkpointing: full, method.offload_params: disk "
-    "or method.name: fedkseed, and fedtune plan says which"
+    "A model lies on one GPU: dividing one over several (device_map, FSDP) is not there. Several train as "
+    "many clients at a time (model.device: [cuda:0, cuda:1] with transport.workers: auto). What is too large "
+    "for one fits with model.quantization: nf4, method.gradient_checkpointing: full, "
+    "method.offload_params: disk or method.name: fedkseed, and fedtune plan says which"
 )
 
 
@@ -37,7 +38,7 @@ class ModelSettings(Settings):
     @classmethod
     def _not_divided(cls, values: object) -> object:
         """Refuses the settings by which accelerate divides a model, with what there is in their place."""
-        for name in ("max_memory", "device_map"):
+        for name in ("max_memory", "device_map", "fsdp", "fsdp_config"):
             if isinstance(values, dict) and name in values:
                 raise ValueError(
                     f"{name} is how accelerate divides a model over devices; leave it out. {ONE_GPU} "

@@ -90,9 +90,9 @@ def _places(document: dict[str, Any]) -> dict[str, str]:
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration but for where inputs, caches and simulated clients are."""
+    """The resolved configuration but for where inputs, caches and simulated clients are, and who is told."""
     document = located(config).resolved()
-    del document["data"]["cache"], document["model"]["revision"]
+    del document["data"]["cache"], document["model"]["revision"], document["tracking"]
     if config.transport.name != "flower":
         del document["transport"]
     for setting in _places(document):

@@ -20,6 +20,7 @@ from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.picture_rules import refusal as picture_refusal
+from fedtune.config.tracking import Tracker
 from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
 from fedtune.core.settings import Settings
@@ -115,6 +116,7 @@ class RunConfig(Settings):
     transport: Transport = Transport()
     checkpoints: Checkpoints = Checkpoints()
     run: Computing = Computing()
+    tracking: list[Tracker] = Field([])  # who else is told of each round: settings, scores, bytes
 
     @model_validator(mode="wrap")
     @classmethod
@@ -218,6 +220,17 @@ class RunConfig(Settings):
             check_scale(
                 self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
             )
+        if getattr(self.method, "buffer", None) is not None:
+            if self.federation.clients_per_round is not None:
+                raise ValueError(
+                    "federation.clients_per_round does not go with method.buffer, whose size says how many "
+                    "updates a step has; all clients train all the time. Leave it out"
+                )
+            if self.transport.name == "flower":
+                raise ValueError(
+                    "method.buffer has clients whose speeds are simulated; over a network a round waits for "
+                    "those that it asked. Leave it out, or take another transport"
+                )
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         for task in certain(self.evaluation.tasks):
@@ -244,6 +257,12 @@ class RunConfig(Settings):
             check_replies(robust, quorum_of(len(cohort.clients), self.federation.quorum))
         except InputError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> Self:
+        if len(set(self.tracking)) < len(self.tracking):
+            raise ValueError(f"tracking names one twice: {', '.join(self.tracking)}")
+        return self
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
@@ -312,7 +331,9 @@ class RunConfig(Settings):
         """How records are to be read; a new one each time, in which a source says what it took them for."""
         classifies = self.model.task == "classification"
         form = "instruction" if classifies else self.data.format
-        return Reading(form, self.data.trees, self.data.bad_rows == "skip", pairs=self.of_pairs)
+        judged = isinstance(self.method, Preferring) and self.method.objective.name == "kto"
+        skip = self.data.bad_rows == "skip"
+        return Reading(form, self.data.trees, skip, pairs=self.of_pairs, judged=judged)
 
     @property
     def of_pairs(self) -> bool:

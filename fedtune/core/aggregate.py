@@ -25,7 +25,7 @@ class WeightedSum:
     """Σ n_i·x_i over the updates so far, as integers, and Σ n_i.
 
     Memory: 8 bytes a parameter, whatever the number of clients; beside them 16 of each number of a tensor
-    that has fewer than `one_pass.PIECE`.
+    that has fewer than `one_pass.SMALLEST`.
 
     Attributes:
         total: Σ n_i over all clients that may come; fixes the scale before the first one does.

@@ -6,7 +6,7 @@ clients in turn, across a network for the one client of a machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,7 @@ from fedtune.core.types import (
     Method,
     Payload,
     Scalar,
+    untold,
 )
 from fedtune.core.wire import Content, FrameError, decode, encode, lay_out
 from fedtune.data.batching import RANDOM, Batching
@@ -82,7 +83,9 @@ class ClientRunner:
         self._method, self._data, self._batching = method, data, batching
         self.use(model)
         self._pad_id, self._seed, self._device = pad_id, seed, device
+        self._peaks: dict[int, Sequence[int]] = {}  # of steps that were followed, for those like them
         self.states: dict[int, Payload] = {}  # what each client keeps between its rounds
+        self.on_step: Callable[[int, int, int], None] | None = None  # client, steps done, of how many
 
     def use(self, model: nn.Module) -> None:
         """Replaces the model, once what the method trains is attached to it."""
@@ -146,7 +149,12 @@ class ClientRunner:
             )
             self.states[client] = _joined(state, secrets, SECURE)
             return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
-        meter = MemoryMeter(self._device, [errors.tensors] if errors else [])
+        meter = MemoryMeter(
+            self._device,
+            [errors.tensors] if errors else [],
+            known=self._peaks,
+            about=(_form(job), _form(state)),
+        )
         seed = derive_seed(self._seed, "client", client, round)
         env = ClientEnv(
             client=client,
@@ -160,6 +168,7 @@ class ClientRunner:
             device=self._device,
             store=self.store,
             batching=self._batching,
+            stepped=partial(self.on_step, client) if self.on_step else untold,
         )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -171,7 +180,7 @@ class ClientRunner:
             return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
         payload, kept = result.payload, dict[str, Tensor]()
         if self._compression is not None:
-            with meter.whole([self._model, dict(payload.tensors)]):
+            with meter.whole([self._model, dict(payload.tensors)], like="compression"):
                 tensors, kept = self._compression.compress(
                     payload.tensors, errors.tensors if errors else {}, partial(env.generator, "compression")
                 )
@@ -225,6 +234,14 @@ def _split(payload: Payload | None, prefix: str) -> tuple[Payload | None, Payloa
     ]
     plain, prefixed = (part if part.tensors or part.scalars else None for part in parts)
     return plain, prefixed
+
+
+def _form(payload: Payload | None) -> Hashable:
+    """What memory can depend on of a payload: everything but numbers."""
+    if payload is None:
+        return None
+    tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in payload.tensors.items())
+    return tensors, tuple(value for value in payload.scalars.values() if isinstance(value, str))
 
 
 class _Sent(dict[str, V]):

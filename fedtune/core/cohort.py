@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.core.watch import Seen
 
 TRAINED_TOKENS = "trained_tokens"  # metric of a client: what its `train_loss` is the mean over
+MOST_NAMED = 5  # clients, and reasons, in one sentence
 COMPUTED_TOKENS, PADDING_TOKENS = "computed_tokens", "padding_tokens"  # of its batches; padding is of both
 
 
@@ -92,20 +93,24 @@ def weights_of(
     return {client: min([count, *bounds]) for client, count in examples.items()}
 
 
-def sample_cohort(
-    examples: Mapping[int, int], per_round: float | int | None, *, seed: int, round: int
-) -> Cohort:
+PerRound = float | int | tuple[int, ...] | None  # a fraction, a count, who they are, or everyone
+
+
+def sample_cohort(examples: Mapping[int, int], per_round: PerRound, *, seed: int, round: int) -> Cohort:
     """Draws a round's clients without replacement, in ascending order.
 
     Args:
         examples: Examples of every client.
-        per_round: How many: an integer is a count, a float a fraction (at least one client), None all.
+        per_round: How many: an integer is a count, a float a fraction (at least one client), None all; or
+            who they are.
         seed: The run's seed.
         round: The round, counted from 1.
     """
     everyone = sorted(examples)
     if per_round is None:
         chosen = everyone
+    elif isinstance(per_round, tuple):
+        chosen = sorted(per_round)
     else:
         wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
         rng = numpy_generator(seed, "cohort", round)
@@ -116,6 +121,22 @@ def sample_cohort(
 def quorum_of(cohort: int, quorum: float | int) -> int:
     """Replies a round needs: an integer is a count, a float the fraction of the cohort, rounded up."""
     return max(1, quorum if isinstance(quorum, int) else math.ceil(quorum * cohort - 1e-9))
+
+
+def replies_needed(asked: int, quorum: float | int, *, drawn: bool, sends: bool) -> int:
+    """Replies that a round needs of those that it asks.
+
+    Args:
+        asked: How many clients it asks.
+        quorum: As of `quorum_of`.
+        drawn: Chance says how many are asked: one, or nobody. It is rounded down then, so that such a round
+            has its noise.
+        sends: The method's clients send something. Of reference rows it is a count that is meant for the
+            methods beside them.
+    """
+    if drawn:
+        return min(asked, quorum if isinstance(quorum, int) else int(quorum * asked))
+    return quorum_of(asked, quorum) if sends else min(quorum_of(asked, quorum), asked)
 
 
 def trimmed(trim: float, clients: int) -> int:
@@ -137,12 +158,22 @@ def hold_quorum(outcome: RoundOutcome, quorum: int) -> None:
     """Raises QuorumError, which names who was left out, if fewer clients are in the outcome."""
     if len(outcome.clients) >= quorum:
         return
-    reasons = "; ".join(
-        f"client {client}: {reason}" for client, reason in sorted(outcome.left_out.items())[:5]
-    )
-    more = len(outcome.left_out) - 5
     raise QuorumError(
         f"round {outcome.round}: {len(outcome.clients)} of {len(outcome.asked)} clients gave a usable "
-        f"reply, the quorum is {quorum}. Left out: {reasons}{f'; and {more} more' if more > 0 else ''}. "
-        "Bring them back and continue with --resume, or start a new run with a lower federation.quorum."
+        f"reply, the quorum is {quorum}. Left out: {who_and_why(outcome.left_out)}. See to that and continue "
+        "with --resume; other settings, such as a lower federation.quorum, need a new run."
     )
+
+
+def who_and_why(left_out: Mapping[int, str]) -> str:
+    """Clients by reason, at most five of each: `clients 0, 3: timed out; client 1: no examples`."""
+    clients: dict[str, list[int]] = {}
+    for client, reason in sorted(left_out.items()):
+        clients.setdefault(reason, []).append(client)
+    parts = []
+    for reason, those in list(clients.items())[:MOST_NAMED]:
+        names = ", ".join(map(str, those[:MOST_NAMED]))
+        more = f" and {len(those) - MOST_NAMED} more" if len(those) > MOST_NAMED else ""
+        parts.append(f"client{'s' * (len(those) > 1)} {names}{more}: {reason}")
+    rest = sum(len(those) for those in list(clients.values())[MOST_NAMED:])
+    return "; ".join(parts) + (f"; and {rest} more" if rest else "")

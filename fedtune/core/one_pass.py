@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fedtune.zeroth.fast import run
 from fedtune.zeroth.reference import F32
 
-PIECE = 1 << 20  # numbers that a thread takes at a time; for fewer there is no kernel to compile
+PIECE = 1 << 20  # numbers that a thread takes at a time
+SMALLEST = 1 << 17  # for fewer there is no kernel to compile; PyTorch's temporaries then stay in the cache
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
@@ -29,7 +30,7 @@ def extremes(tensor: Tensor) -> tuple[float, float]:
 def large(tensor: Tensor) -> bool:
     """Whether kernels serve it: there is enough of it, and they can read it."""
     return (
-        tensor.numel() >= PIECE
+        tensor.numel() >= SMALLEST
         and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and tensor.device.type == "cpu"
         and tensor.is_contiguous()

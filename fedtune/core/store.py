@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedtune.core.permissions import as_the_umask_says
 from fedtune.core.types import ClientError, Payload, Scalar
+from fedtune.models.mapped import unread
 
 T = TypeVar("T")
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -102,6 +103,14 @@ class Store:
             self._built[key] = build()
         found: T = self._built[key]
         return found
+
+    def unread(self, key: str) -> None:
+        """Takes what is mapped of a payload out of memory until it is used, by a model built of it too.
+
+        Nothing of it may have been changed since; what is in memory alone stays there.
+        """
+        if self._folder is not None and key in self._payloads:
+            unread(self._payloads[key].tensors.values())
 
     @property
     def on_disk(self) -> bool:

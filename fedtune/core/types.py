@@ -125,6 +125,13 @@ class ContentStore(Protocol):
     def built(self, key: str, build: Callable[[], B]) -> B:
         """What `build` makes, once for each key."""
 
+    def unread(self, key: str) -> None:
+        """What was put under this digest is on disk alone until it is used; it must not have been changed."""
+
+
+def untold(done: int, total: int) -> None:
+    """Nobody watches a client's steps."""
+
 
 @dataclass(frozen=True)
 class ClientEnv:
@@ -141,6 +148,7 @@ class ClientEnv:
     device: torch.device
     store: ContentStore  # what it was sent to hold, by digest
     batching: Batching = RANDOM
+    stepped: Callable[[int, int], None] = untold  # is told of each step: how many are done, of how many
 
     @cached_property
     def rows(self) -> Sequence[Encoded]:

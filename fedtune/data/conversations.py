@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fedtune.data.examples import ASSISTANT, DOCUMENT, SYSTEM, USER, Example, Turn
+from fedtune.data.examples import ASSISTANT, BAD, DOCUMENT, GOOD, SYSTEM, USER, Example, Turn
 from fedtune.data.trees import Trees, is_node, is_tree, of_nodes, ways
 from fedtune.data.turns import category_of, example_of, is_turns, kind_of, turns_of, unicode_text
 from fedtune.errors import InputError
@@ -30,16 +30,22 @@ class Form:
         why: What of the records says so; empty where a setting does.
         fields: Our field names to the records' keys, that follow from it.
         pairs: Of preferences: whether the rejected answers are read too.
+        judged: Of preferences: whether answers that were judged alone are read too.
     """
 
     name: str
     why: str = ""
     fields: Mapping[str, str | None] = field(default_factory=dict)
     pairs: bool = False
+    judged: bool = False
 
     @property
     def said(self) -> str:
         """One line for people; empty where there is nothing to say."""
+        if self.judged:
+            return (
+                "data.format: preference: answers that were judged, or pairs of a chosen and a rejected one"
+            )
         if self.pairs:
             return "data.format: preference: pairs of a chosen and a rejected answer"
         if self.name == "preference":
@@ -51,7 +57,12 @@ class Form:
 
 
 def form_of(
-    format: Format, row: Mapping[str, Any], fields: Mapping[str, str | None], place: str, pairs: bool = False
+    format: Format,
+    row: Mapping[str, Any],
+    fields: Mapping[str, str | None],
+    place: str,
+    pairs: bool = False,
+    judged: bool = False,
 ) -> Form:
     """How records are read, by the first of them.
 
@@ -61,13 +72,14 @@ def form_of(
         fields: As in `load_examples`; one for `instruction` or `output` makes records instructions.
         place: Of the record.
         pairs: Whether pairs of answers are trained on.
+        judged: Whether answers that were judged alone are, too.
 
     Raises:
         InputError: They are pairs of answers of which one is preferred, and no setting says what of them is
             trained on.
     """
     if pairs:
-        return Form("preference", pairs=True)
+        return Form("preference", pairs=True, judged=judged)
     if format != "auto":
         return Form(format)
     if "instruction" in fields or "output" in fields:
@@ -127,7 +139,10 @@ def conversations(
         if form.name == "text":
             yield document(row, place, about)
         elif form.name == "preference":
-            yield _preferred(row, place, about, pairs=form.pairs)
+            if form.judged and "label" in row and not {"chosen", "rejected"} & row.keys():
+                yield _judged(row, place, about)
+            else:
+                yield _preferred(row, place, about, pairs=form.pairs)
         elif is_node(row):
             nodes.append((place, row))
         elif is_tree(row):
@@ -165,6 +180,26 @@ def _conversation(row: dict[str, Any], place: str, category: str, form: Form) ->
             "data.format."
         )
     return example_of(_with_system(row, turns, place), row.get("tools"), place, category)
+
+
+def _judged(row: dict[str, Any], place: str, category: str) -> Example:
+    """A conversation whose last answer was judged: "prompt", "completion" and "label"."""
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        keys = ", ".join(f'"{key}"' for key in row)
+        raise InputError(
+            f'{place}: an answer that was judged has "prompt", "completion" and "label", and there is no key '
+            f'"{missing[0]}"; the keys here are: {keys}.'
+        )
+    if not isinstance(row["label"], bool):
+        raise InputError(
+            f'{place}: "label" says whether the answer is a good one, true or false, got {row["label"]!r}.'
+        )
+    turns = [*_part(row, "prompt", USER, place), *_part(row, "completion", ASSISTANT, place)]
+    if not turns or turns[-1].role != ASSISTANT:
+        raise InputError(f'{place}: "completion" must be or end with an answer.')
+    example = example_of(_with_system(row, turns, place), row.get("tools"), place, category)
+    return replace(example, judged=GOOD if row["label"] else BAD)
 
 
 def _preferred(row: dict[str, Any], place: str, category: str, *, pairs: bool) -> Example:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.data.control import pair_tokens, tokens
 from fedtune.data.encoded import IGNORED, Counts, Encoded, EncodedRows, EncodedSet
-from fedtune.data.examples import ASSISTANT, Example, Turn
+from fedtune.data.examples import ASSISTANT, BAD, Example, Turn
 from fedtune.data.marked import Marked
 from fedtune.data.prompts import Prompts, last_answer, prompts
 from fedtune.data.spelled import (
@@ -152,10 +152,11 @@ def encode_pairs(
 ) -> EncodedSet:
     """Encodes each example with its chosen answer, and behind that with its rejected one; see `split_pair`.
 
-    Loss is on the last answer alone, and each of the two is cut as `encode_causal` does it.
+    Loss is on the last answer alone, and each of the two is cut as `encode_causal` does it. An answer that
+    was judged alone is there alone, and behind a bad one a token without loss; see `split_judged`.
 
     Args:
-        examples: Conversations that have a rejected answer beside the last one.
+        examples: Conversations that have a rejected answer beside the last one, or a judgement of that.
         tokenizer: A Hugging Face tokenizer.
         template: As `data.template`.
         max_length: The most tokens of each answer with its prompt.
@@ -168,15 +169,18 @@ def encode_pairs(
     became: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
     chosen, rejected = (
         _encode(each, tokenizer, template, "last", max_length, too_long, told.append)
-        for each, told in zip((examples, list(map(_rejected, examples))), became, strict=True)
+        for each, told in zip((examples, [_rejected(e) for e in examples if e.rejected]), became, strict=True)
     )
-    into = EncodedRows()
-    for one, other in zip(chosen.items, rejected.items, strict=True):
-        first, second = _answered(one), _answered(other)
-        into.add([*first.input_ids, *_masked(second)], first.labels.count(IGNORED))
-    seen: Counter[str] = Counter()
-    for one_became, other_became in zip(*became, strict=True):
-        seen.update(one_became | other_became)  # of a pair what became of either answer
+    into, seen, others = EncodedRows(), Counter[str](), iter(zip(rejected.items, became[1], strict=True))
+    for example, one, here in zip(examples, chosen.items, became[0], strict=True):
+        first, behind = _answered(one), list[int]()
+        if example.rejected:
+            other, its = next(others)
+            behind, here = _masked(_answered(other)), here | its  # of a pair what became of either answer
+        elif example.judged == BAD:
+            behind = [-1 - first.input_ids[-1]]
+        into.add([*first.input_ids, *behind], first.labels.count(IGNORED))
+        seen.update(here)
     counts = Counts(examples=len(examples), duplicates=duplicates(examples), **seen)
     return EncodedSet(into.all(classes=False), counts)
 
@@ -357,7 +361,7 @@ def _row(example: Example) -> list[str]:
 def duplicates(examples: Sequence[Example]) -> int:
     """How many are equal to an earlier one in instruction, input and answers, or in all turns and tools."""
     return len(examples) - len(
-        {(e.instruction, e.input, e.output, e.rejected, e.turns, e.tools) for e in examples}
+        {(e.instruction, e.input, e.output, e.rejected, e.judged, e.turns, e.tools) for e in examples}
     )
 
 

@@ -44,6 +44,22 @@ def split_pair(item: Encoded) -> tuple[Encoded, Encoded]:
     return Encoded(item.input_ids[:at], labels[:at]), Encoded(item.input_ids[at:], labels[at:])
 
 
+def split_judged(item: Encoded) -> list[tuple[Encoded, bool]]:
+    """The answers that `encode_pairs` made one example, each with its prompt and whether it is a good one.
+
+    Of a pair both; of an answer that was judged alone that one, a bad one without the token behind it that
+    says so.
+    """
+    labels = item.labels
+    at = next((i for i in range(1, len(labels)) if labels[i] == IGNORED != labels[i - 1]), None)
+    if at is None:
+        return [(item, True)]
+    if at == len(labels) - 1:
+        return [(Encoded(item.input_ids[:at], labels[:at]), False)]
+    chosen, rejected = split_pair(item)
+    return [(chosen, True), (rejected, False)]
+
+
 class EncodedList(Sequence[Encoded]):
     """Encoded examples as three arrays: 4 bytes a token and 16 an example. An item is made when asked for.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SYSTEM, USER, ASSISTANT, TOOL = ROLES = ("system", "user", "assistant", "tool")
+GOOD, BAD = "good", "bad"  # of an answer that was judged
 DOCUMENT = "document"  # the role of the one turn of a plain text
 
 
@@ -42,6 +43,7 @@ class Example:
         picture: Of a picture with a caption where its file is; the instruction is the caption, and the output
             identifies the picture. Empty of a text.
         rejected: Of a pair of answers the one that the output is preferred to; else empty.
+        judged: Of an answer that was judged alone, good or bad; else empty.
     """
 
     instruction: str
@@ -53,6 +55,7 @@ class Example:
     choices: int = 0
     picture: str = ""
     rejected: str = ""
+    judged: str = ""
 
     @property
     def form(self) -> str:
@@ -65,7 +68,7 @@ class Example:
 
     def said(self) -> list[str]:
         """What identifies an example beside instruction, input, output and category: turns and tools."""
-        pair = [self.rejected] if self.rejected else []
+        pair = [more for more in (self.rejected, self.judged) if more]
         turns = (part for turn in self.turns for part in (turn.role, turn.content, turn.more))
         return [self.tools, *turns, *pair]
 
@@ -73,8 +76,9 @@ class Example:
         """As JSON has it, without what is empty of an instruction."""
         document = asdict(self)
         plain = _PLAIN if self.choices == 0 else (*_PLAIN, "choices")
-        if not self.rejected:
-            del document["rejected"]
+        for rare in ("rejected", "judged"):
+            if not document[rare]:
+                del document[rare]
         return document if self.turns else {key: document[key] for key in plain}
 
     @staticmethod

@@ -29,6 +29,7 @@ class Reading:
         kinds: Rows by format.
         skipped: Place and reason of each row that was skipped.
         pairs: Whether records are pairs of answers, which are trained on as such.
+        judged: Whether they may also be answers that were judged one at a time.
     """
 
     format: Format = "auto"
@@ -41,10 +42,11 @@ class Reading:
     kinds: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     pairs: bool = False
+    judged: bool = False
 
     def another(self) -> Reading:
         """An empty account of what is read in the same way."""
-        return Reading(self.format, self.trees, self.skip, pairs=self.pairs)
+        return Reading(self.format, self.trees, self.skip, pairs=self.pairs, judged=self.judged)
 
     def add(self, other: Reading) -> None:
         """Takes over all of another account but its lines."""

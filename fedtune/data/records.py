@@ -17,10 +17,7 @@ from fedtune.errors import InputError, nearest
 
 FIELDS = ("instruction", "input", "output", "category")
 CHOICES = "choices"  # a list that is joined into the question
-LETTERS = (
-    "multiple choice: choices stand below their question, and its answer is a letter; "
-    "the task multiple-choice scores that"
-)
+LETTERS = "multiple choice: choices stand below their question, and its answer is a letter"
 _NAMES = (*FIELDS, CHOICES)
 _OPTIONAL = ("input", "category", CHOICES)
 _LABELS = ("output", "category")  # true and false are no words to ask something with
@@ -102,7 +99,8 @@ def examples_from(
         if isinstance(row[1], dict):
             break
     place, first = begun[-1] if begun else ("", None)
-    form = form_of(account.format, first if isinstance(first, dict) else {}, fields, place, account.pairs)
+    top = first if isinstance(first, dict) else {}
+    form = form_of(account.format, top, fields, place, account.pairs, account.judged)
     fields = {**form.fields, **fields}
     if begun and form.said and form.said not in account.said:
         account.said.append(form.said)

@@ -9,7 +9,6 @@ import logging
 import re
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from fedtune.federation.client import join, local_records
 from fedtune.federation.consent import Consent
 from fedtune.federation.process import torch_kept
 from fedtune.federation.spending import Record
+from fedtune.report.json_log import say_or_print
 from fedtune.transport.acceptance import Acceptance, check_data, check_server, read_acceptance
 from fedtune.transport.messages import Message, connect, listening, receive, send
 from fedtune.transport.programs import supernode_command
@@ -123,7 +123,7 @@ def run_client(setup: ClientSetup) -> None:
 
 def log_line(text: str) -> None:
     """One line for whoever watches or keeps the log of this client."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    say_or_print("note", text, f"{time.strftime('%H:%M:%S')} {text}")
 
 
 class Node:

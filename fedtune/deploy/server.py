@@ -8,6 +8,7 @@ in this process, as they do without a network.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import threading
 import time
@@ -23,9 +24,12 @@ from fedtune.core.cohort import QuorumError, quorum_of
 from fedtune.core.permissions import make_private
 from fedtune.core.types import Frame, Transport
 from fedtune.deploy import processes
+from fedtune.deploy.health import answering
 from fedtune.deploy.keys import check_server, expected_examples, read_clients
+from fedtune.deploy.supervised import RESTARTS, Supervised
 from fedtune.errors import FederationError, InputError
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.standing import now
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.transport.flower import Control
@@ -38,9 +42,7 @@ from fedtune.transport.remote import Remote, Unreachable
 
 START_S = 180.0  # for Flower's processes to come up, on a busy machine
 BACK_S = 90.0  # for the clients of a resumed run to come back: Flower takes 60 s to notice that one is gone
-LOOK_S = 1.0  # between looking whether Flower's processes are alive
-QUICK_S = 20.0  # a process of Flower's that ends sooner than this after its start has failed
-RESTARTS = 3  # of a process that fails again and again, and of the server app in a run
+AGAIN_S = 30.0  # after which it is asked again who is connected, while answers are waited for
 
 
 class Server:
@@ -51,13 +53,22 @@ class Server:
         keys: The folder `server` that `fedtune keys` made; Flower's state and logs are kept in it too.
         port: Of this machine's loopback.
         log_line: Gets a line for everything that a person wants to see.
+        health: Port of the loopback that answers how the run stands (health.py); None: nothing does.
 
     Raises:
         InputError: The keys are not usable, or too few for the clients of the configuration, or the method
             is none for a network.
     """
 
-    def __init__(self, config: RunConfig, keys: Path, port: int, log_line: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        keys: Path,
+        port: int,
+        log_line: Callable[[str], None],
+        *,
+        health: int | None = None,
+    ) -> None:
         method = registry.build(config.method, config.seed)
         if not method.uses_wire or method.pools_data:
             raise InputError(
@@ -83,9 +94,14 @@ class Server:
         self._channel: ServerChannel | None = None
         self._invitation: Invitation | None = None
         self._examples: dict[int, int] = {}
+        self._health = health
         self.reply_limit: Callable[[int], int] = lambda client: 0
+        self.standing: Callable[[], Mapping[str, Any]] = dict
 
     def __enter__(self) -> Self:
+        if self._health is not None:
+            url = self._stack.enter_context(answering(self._health, lambda: self.standing()))
+            self._log_line(f"how the run stands is at {url}/health and {url}/status")
         return self
 
     def __exit__(
@@ -108,6 +124,7 @@ class Server:
         document = self._config.resolved()
         document["data"]["max_length"] = assembly.room.tokens  # clients may not have the model to ask
         document["data"]["template"] = assembly.template_told
+        del document["tracking"]  # the server's own affair
         config = json.dumps(document, separators=(",", ":"))
         loaded = assembly.loaded
         self._invitation = Invitation(
@@ -149,6 +166,14 @@ class Server:
             for client, examples in sorted(self._examples.items())
         ]
         return {"run": self._invitation.run, "clients": clients}
+
+    def there(self) -> dict[int, dict[str, Any]]:
+        """Each client's name, whether it was connected when last looked, and when it was last heard of."""
+        seen, here = (self._channel.seen, self._channel.here) if self._channel else ({}, frozenset())
+        return {
+            client: {"name": name, "here": client in here, "seen": seen.get(client)}
+            for client, name in self._names.items()
+        }
 
     def transport(self, assembly: Assembly, clock: Clock) -> Transport:
         """The way to the clients that have joined."""
@@ -214,54 +239,6 @@ class Server:
         return channel
 
 
-class Supervised:
-    """A program of Flower's that is started again when it ends by itself; a few times if it fails at once."""
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        log: Path,
-        over: threading.Event,
-        ended: Callable[[], None],
-    ) -> None:
-        self._command, self._environment, self.log = command, environment, log
-        self._over, self._ended = over, ended
-        self._process = processes.start(command, environment, log)
-        self._failed = False
-        self._lock = threading.Lock()
-        threading.Thread(target=self._keep, name=command[0], daemon=True).start()
-
-    def require(self, end: float) -> None:
-        """Raises FederationError if the program fails again and again, or `end` has passed."""
-        if self._failed or time.monotonic() > end:
-            raise FederationError(
-                f"{self._command[0]} does not come up; the end of {self.log} says:\n"
-                f"{processes.last_lines(self.log)}"
-            )
-
-    def stop(self) -> None:
-        """Ends it for good."""
-        self._over.set()
-        with self._lock:
-            processes.stop(self._process)
-
-    def _keep(self) -> None:
-        began, quick = time.monotonic(), 0
-        while not self._over.wait(LOOK_S):
-            with self._lock:
-                if self._over.is_set() or self._process.poll() is None:
-                    continue
-                quick = quick + 1 if time.monotonic() - began < QUICK_S else 0
-                if quick > RESTARTS:
-                    self._failed = True  # it cannot start at all: `require` says so
-                    return
-                self._ended()
-                self._process = processes.start(self._command, self._environment, self.log)
-                began = time.monotonic()
-        # the thread must not end before the program that it started: on Linux that would end it
-
-
 def _accept(listener: Listener, control: Control, address: str, superexec: Supervised) -> Connection:
     """The connection of the server app, which Flower starts; more than once if it does not come.
 
@@ -306,6 +283,10 @@ class ServerChannel:
     ) -> None:
         self._start, self._public, self._log, self._log_line = start, public, log, log_line
         self._nodes: dict[int, int] = {}
+        self._sent: dict[str, int] = {}  # whose each message is that has no answer
+        self._looked = -math.inf
+        self.here = frozenset[int]()  # who was connected when that was asked last
+        self.seen: dict[int, str] = {}  # when each client was last heard of
         self._apps = 1  # so far; stands in front of each id
         self._connection = start()
 
@@ -321,6 +302,8 @@ class ServerChannel:
             for node, public in json.loads(answer.text("nodes"))
             if public in self._public
         }
+        self._looked, self.here = time.monotonic(), frozenset(self._nodes)
+        self.seen = {**self.seen, **dict.fromkeys(self._nodes, now())}
         return set(self._nodes)
 
     def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
@@ -333,10 +316,14 @@ class ServerChannel:
         if not answer.text("id"):
             self._nodes.pop(client, None)
             raise Unreachable("it is not connected any more")
-        return f"{self._apps} {answer.text('id')}"
+        name = f"{self._apps} {answer.text('id')}"
+        self._sent[name] = client
+        return name
 
     def pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
         """The answers that are there."""
+        if time.monotonic() - self._looked > AGAIN_S:
+            self.online()
         app = f"{self._apps} "
         own = [name.removeprefix(app) for name in ids if name.startswith(app)]
         ask = {"ask": "collect", "ids": json.dumps(own)}
@@ -345,11 +332,15 @@ class ServerChannel:
             answers = []
         for name in ids:
             if not name.startswith(f"{self._apps} "):
+                self._sent.pop(name, None)
                 yield name, Message({"fault": "it was lost with Flower's server app", "lost": True})
         for answer in answers:
             fields = json.loads(answer.text("letter"))
+            client = self._sent.pop(app + answer.text("id"), None)
             if fields.get("lost"):
                 self._nodes.clear()  # who is connected is asked anew before the next message
+            elif client is not None:
+                self.seen = {**self.seen, client: now()}
             yield app + answer.text("id"), Message(fields, answer.body)
 
     def _ask(

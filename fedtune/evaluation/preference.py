@@ -21,7 +21,7 @@ def _preference(env: EvalEnv) -> Outcome:
     if any(not example.rejected for example in env.examples):
         raise InputError(
             "task preference needs held-out pairs of a chosen and a rejected answer, which are read with "
-            "method.objective dpo or orpo"
+            "method.objective dpo, orpo or kto"
         )
     found = encode_pairs(
         env.examples, env.tokenizer, template=env.settings.template, max_length=env.max_length

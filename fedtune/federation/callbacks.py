@@ -104,9 +104,9 @@ class Callbacks:
         self._callbacks = list(callbacks)
         self._reported: set[int] = set()
 
-    def behind(self, first: Any) -> Callbacks:
-        """The same, with another one called before them."""
-        return Callbacks([first, *self._callbacks])
+    def behind(self, *first: Any) -> Callbacks:
+        """The same, with others called before them."""
+        return Callbacks([*first, *self._callbacks])
 
     def clients(self, outcome: RoundOutcome) -> None:
         """Reports those clients of a round that are new in its outcome."""

@@ -55,13 +55,32 @@ def claimed(out: Path | None, base: Path) -> Iterator[Path]:
         _unlock(held)
 
 
+def is_claimed(path: Path) -> bool | None:
+    """Whether a process of this machine writes a folder; None where no lock of it is to be seen here."""
+    try:
+        opened = os.open(_file(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(opened)
+    return False
+
+
 Held = tuple[int, Path] | None  # the open file and its path; None where there are no locks
+
+
+def _file(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"{PREFIX}{name}.lock"
 
 
 def _lock(path: Path) -> Held | str:
     """The lock of a folder; or, as text, the process that holds it."""
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
-    file = Path(tempfile.gettempdir()) / f"{PREFIX}{name}.lock"
+    file = _file(path)
     while True:
         try:
             opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

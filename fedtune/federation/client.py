@@ -7,10 +7,8 @@ of the run, in one of several processes that each hold the model once.
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +40,7 @@ from fedtune.federation.consent import Consent
 from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import describe, encode_for
 from fedtune.federation.plugins import load_again
-from fedtune.federation.process import set_torch
+from fedtune.federation.process import listened, set_torch
 from fedtune.federation.room import Room, batching_of, example_room, picture_frame
 from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
@@ -58,8 +56,6 @@ from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from fedtune.protection.identity import Identity
-
-log = logging.getLogger("fedtune")
 
 
 def local_records(data: Path) -> int:
@@ -255,29 +251,17 @@ def simulated(message: Message, *, of: OfRun) -> Message:
     """
     said = list[str]()
     try:
-        with faults("a process of the simulation", passing=LEFT_OUT), _listened(said):
+        with faults("a process of the simulation", passing=LEFT_OUT), listened(said):
             runner, client = _runner(of), message.number("client")
             runner.states = {client: decode(message.state).payload} if message.state else {}
             frame = runner.handle(client, message.body)
     except LEFT_OUT as error:
-        return fault(f"it failed: {type(error).__name__}: {error}")
+        return fault(str(error))
     except FedtuneError as error:  # it would be the same with every other client
         return broken(str(error), whole_traceback(error))
     state = runner.states.get(client)
     kept = encode(Content(state)) if state is not None else b""
     return Message({"said": json.dumps(said)} if said else {}, frame, kept)
-
-
-@contextmanager
-def _listened(said: list[str]) -> Iterator[None]:
-    """Inside, warnings go to the end of `said`: where the run is shown nobody sees this process's own."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
 
 
 @cache

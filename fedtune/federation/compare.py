@@ -12,13 +12,13 @@ from typing import Any
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.data.objects import ObjectData
-from fedtune.errors import InputError
+from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.bootstrap import metrics_of
 from fedtune.evaluation.registry import possible
 from fedtune.federation.data import prepare_data
 from fedtune.federation.files import disk_errors, write_json
-from fedtune.federation.progress import Named, Progress
-from fedtune.federation.run import run
+from fedtune.federation.progress import Progress
+from fedtune.federation.several import Planned, run_all
 from fedtune.methods.objective import Preferring
 from fedtune.methods.settings import Training
 from fedtune.methods.tuning import Tuning
@@ -44,6 +44,7 @@ def compare(
     *,
     references: bool = True,
     objects: ObjectData | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Runs every candidate with every seed and gathers the results.
 
@@ -57,6 +58,7 @@ def compare(
         progress: Told what happens.
         references: Add zero-shot, stand-alone and centralised rows for each model among the candidates.
         objects: The examples of all of them, with `data.train: objects`.
+        workers: Runs at the same time.
 
     Returns:
         `rows`: one a run, with the fields of summary.json; `table`: means and spreads by row.
@@ -72,13 +74,17 @@ def compare(
             raise InputError(
                 f"{reference.label} is the name of a reference row too; give that configuration another name"
             )
+    both = [(candidate, seed) for candidate in everyone for seed in seeds]
+    planned = [
+        Planned(f"{one.label}, seed {seed}", one.with_seed(seed), out / f"{one.label}-seed{seed}")
+        for one, seed in both
+    ]
     rows: list[dict[str, Any]] = []
-    for candidate in everyone:
-        for seed in seeds:
-            path = out / f"{candidate.label}-seed{seed}"
-            named = Named(progress, f"{candidate.label}, seed {seed}")
-            summary = run(candidate.with_seed(seed), path, named, resume=path.exists(), objects=objects)
-            rows.append({"config": candidate.label, **summary})
+    for (candidate, _), summary in zip(
+        both, run_all(planned, progress, workers=workers, objects=objects), strict=True
+    ):
+        assert not isinstance(summary, FederationError)  # it was raised
+        rows.append({"config": candidate.label, **summary})
     if references:
         rows += _zero_shot(candidates, rows)
     document = {"rows": rows, "table": table(rows)}

@@ -40,12 +40,16 @@ class Deployment(Protocol):
     """A federation over a network, as a run needs it."""
 
     reply_limit: Callable[[int], int]  # bytes that a client's reply may have; set by the run
+    standing: Callable[[], Mapping[str, Any]]  # how the run stands; set by who runs it
 
     def join(self, assembly: Assembly, known: Mapping[str, Any] | None) -> dict[int, int]:
         """Examples of each client, once they are there; `known` is partition.json of a resumed run."""
 
     def partition(self) -> dict[str, Any]:
         """What partition.json says of the clients."""
+
+    def there(self) -> Mapping[int, Mapping[str, Any]]:
+        """What is known of each client now: `name`, `here`, `seen`."""
 
     def transport(self, assembly: Assembly, clock: Clock) -> Transport:
         """The way to the clients."""
@@ -140,7 +144,8 @@ def check_transport(config: RunConfig, deployment: Deployment | None) -> None:
             f"transport.name is {name}, and Flower is not installed; pip install 'fedtune[flower]'"
         )
     if name == "flower-simulation" or (name == "in-process" and config.transport.workers != 1):
-        refuse_this_process(config)
+        because = f"transport.name is {name} with workers: {config.transport.workers}, so clients run in"
+        refuse_this_process(config, f"{because} processes of their own")
     if (name == "flower") != (deployment is not None):
         raise InputError(
             f"transport.name is {name}: a federation over a network (flower) is started with fedtune server, "

@@ -31,6 +31,12 @@ def of_model(config: RunConfig, loaded: Loaded, split: Split) -> list[str]:
     said = [*([held] if held else []), *split.reading.said, *skipped_notes(split.reading.skipped)]
     if CHOICES_TASK in (tasks := taken_tasks(config, split)):
         said.append(f"evaluation.tasks: {tasks}")
+    elif (
+        split.reading.choices
+        and config.model.task == "causal-lm"
+        and not {AUTO_TASKS, CHOICES_TASK} & set(config.evaluation.tasks)
+    ):
+        said.append(f"evaluation.tasks: none of them scores choices; {CHOICES_TASK} does")
     template = used_template(config, split.examples)
     if template is not None:
         if template == AUTO and prompts(AUTO, loaded.tokenizer).name == CHAT:

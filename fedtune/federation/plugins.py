@@ -56,16 +56,18 @@ def require_plugins(run: Path | None, *, unchanged: bool = False) -> None:
             )
 
 
-def refuse_this_process(config: RunConfig) -> None:
-    """Refuses parts that other processes of this machine cannot know. Raises InputError."""
+def refuse_this_process(config: RunConfig, because: str) -> None:
+    """Refuses parts that other processes of this machine cannot know, `because` of which they would have to.
+
+    Raises:
+        InputError: Names the first such part.
+    """
     for part in _foreign(config):
         if part.origin == HERE:
             raise InputError(
-                f"transport.name is {config.transport.name} with workers: {config.transport.workers}, so "
-                "clients run in processes of their own, "
-                f"and the {part.kind} {part.name} was registered in this process alone; put it in a file "
-                "and pass that as a plugin (--plugin FILE), or make it a package with an entry point "
-                "(docs/plugins.md)"
+                f"{because}, and the {part.kind} {part.name} was registered in this process alone; put it "
+                "in a file and pass that as a plugin (--plugin FILE), or make it a package with an entry "
+                "point (docs/plugins.md)"
             )
 
 

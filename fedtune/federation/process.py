@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -15,6 +16,8 @@ import torch
 
 from fedtune.config.computing import Computing
 from fedtune.errors import InputError
+
+log = logging.getLogger("fedtune")
 
 
 @contextmanager
@@ -161,3 +164,15 @@ def _old_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return "highest" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"
+
+
+@contextmanager
+def listened(said: list[str]) -> Iterator[None]:
+    """Inside, warnings go to the end of `said`: where the run is shown nobody sees this process's own."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

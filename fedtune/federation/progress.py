@@ -28,6 +28,9 @@ class Progress(Protocol):
     def client(self, done: int) -> None:
         """So many of the round's clients have replied or are left out."""
 
+    def step(self, client: int, done: int, total: int) -> None:
+        """A client of this process has done so many of its local steps; told before each."""
+
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """A round ended with these scores (empty if it was not evaluated)."""
 
@@ -51,6 +54,9 @@ class Silent:
         """Ignored."""
 
     def client(self, done: int) -> None:
+        """Ignored."""
+
+    def step(self, client: int, done: int, total: int) -> None:
         """Ignored."""
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
@@ -99,6 +105,10 @@ class Named:
     def client(self, done: int) -> None:
         """As it is."""
         self._progress.client(done)
+
+    def step(self, client: int, done: int, total: int) -> None:
+        """As it is."""
+        self._progress.step(client, done, total)
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """As they are."""

@@ -15,11 +15,13 @@ from torch import nn
 
 from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
-from fedtune.core.cohort import QuorumError, RoundOutcome, quorum_of, sample_cohort
+from fedtune.config.tracking import require_trackers
+from fedtune.core.asking import asked
+from fedtune.core.cohort import PerRound, QuorumError, RoundOutcome, replies_needed, sample_cohort
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
-from fedtune.core.personal import for_all, result_models
+from fedtune.core.personal import result_models
 from fedtune.core.state import from_payload, to_payload
 from fedtune.core.store import Store
 from fedtune.core.types import Transport
@@ -46,6 +48,7 @@ from fedtune.federation.saving import save_models
 from fedtune.federation.scoring import Evaluated, Scoring
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
+from fedtune.federation.tracking import Tracking
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry
 from fedtune.models.tuning import count_parameters
@@ -84,6 +87,7 @@ def run(
     """
     config = located(config)
     check_transport(config, deployment)
+    require_trackers(config.tracking)
     back_to, identity = config.checkpoints.rollback, config.sha256()
     if resume:
         folder = reopen(config, path)
@@ -112,10 +116,11 @@ def run(
             assembly.train_as_begun(path)
             if back_to is not None:
                 rollback.roll_back(path, back_to)
-        told = (callbacks or Callbacks()).behind(RoundTable(path))
+        told = (callbacks or Callbacks()).behind(RoundTable(path), Tracking(config, path, progress.note))
         federation = _Federation(config, identity, RunFolder(path), assembly, clock, progress, told)
         with faults("preparing the model"):
             federation.prepare()
+        assembly.runner.on_step = progress.step
         if deployment is not None:
             progress.stage("waiting for clients")
             assembly.client_examples = deployment.join(
@@ -175,8 +180,7 @@ class _Federation:
         self._earlier: dict[str, float] = {}  # seconds before a resume
         self._keeping = Keeping(config, identity, folder.path / "checkpoints", assembly.runner)
         self._rounds: list[dict[str, Any]] = []
-        self._trainable = 0
-        self._total_parameters = assembly.base_parameters
+        self._trainable, self._total_parameters = 0, assembly.base_parameters
         self._model: nn.Module = assembly.loaded.model
         self._start: checkpoint.Checkpoint | None = None
         self._account: PrivacyAccount | None = None
@@ -213,7 +217,7 @@ class _Federation:
             self._account = PrivacyAccount(
                 privacy,
                 self._folder.path,
-                per_round=self._per_round(),
+                per_round=self._config.federation.clients_per_round,
                 population=len(self._assembly.client_examples),
                 secure=self._config.federation.secure_aggregation is not None,
                 done=self._start.round if self._start else 0,
@@ -271,9 +275,8 @@ class _Federation:
     def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:
         config, before = self._config, self._clock.total
         cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
-        drawn, weights = cohort is not None, self._assembly.weights
-        if cohort is None:
-            cohort = sample_cohort(weights, self._per_round(round), seed=config.seed, round=round)
+        drawn, whom = cohort is not None, self._per_round(round)
+        cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
 
@@ -285,10 +288,11 @@ class _Federation:
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        quorum = self._quorum(len(cohort.clients), drawn=drawn)
+        count, sends = len(cohort.clients), self._assembly.method.uses_wire
+        quorum = replies_needed(count, config.federation.quorum, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
-        every = config.evaluation.every
-        due = round == self._assembly.method.rounds or (every > 0 and round % every == 0)
+        every, rounds = config.evaluation.every, self._assembly.method.rounds
+        due = round == rounds or (every > 0 and round % every == 0)
 
         def once(without: Mapping[int, str]) -> tuple[Any, RoundOutcome]:
             arrivals.clear()
@@ -317,14 +321,6 @@ class _Federation:
         entry |= {"arrivals": arrivals} if arrivals else {}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state
-
-    def _quorum(self, asked: int, *, drawn: bool) -> int:
-        wanted = self._config.federation.quorum
-        if drawn:  # chance may ask one client, or nobody: rounded down, so that such a round has its noise
-            return min(asked, wanted if isinstance(wanted, int) else int(wanted * asked))
-        quorum = quorum_of(asked, wanted)
-        # of reference rows it is a count that is meant for the methods beside them
-        return quorum if self._assembly.method.uses_wire else min(quorum, asked)
 
     def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
         self._progress.stage("evaluating")
@@ -370,9 +366,10 @@ class _Federation:
             tokenizer, merge = self._assembly.exported_tokenizer, self._assembly.method.saves_merged
             save_models(models, tokenizer, self._folder.path / "final", merge=merge, what="the result")
 
-    def _per_round(self, round: int = 1) -> float | int | None:
+    def _per_round(self, round: int = 1) -> PerRound:
         """Reference rows always ask everyone: they stand for no communication pattern."""
-        return None if for_all(self._assembly.method, round) else self._config.federation.clients_per_round
+        often, everyone = self._config.federation.clients_per_round, self._assembly.client_examples
+        return asked(self._assembly.method, round, everyone, often)
 
     def _seconds(self) -> dict[str, float]:
         parts = dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)

@@ -21,8 +21,8 @@ from fedtune.errors import FederationError, InputError
 from fedtune.evaluation.better import better
 from fedtune.federation.compare import Candidate, main_metrics, table
 from fedtune.federation.files import disk_errors, write_json
-from fedtune.federation.progress import Named, Progress
-from fedtune.federation.run import run
+from fedtune.federation.progress import Progress
+from fedtune.federation.several import Planned, run_all
 
 MOST = 1000  # points; more are a slip of the hand
 
@@ -119,6 +119,7 @@ def sweep(
     *,
     metric: str | None = None,
     objects: ObjectData | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Runs every point with every seed. What is done is taken over, and what was interrupted goes on.
 
@@ -132,6 +133,7 @@ def sweep(
         progress: Told what happens.
         metric: By which the best is found, as `task.metric`; None: the first task's main metric.
         objects: The examples, with `data.train: objects`.
+        workers: Runs at the same time.
 
     Returns:
         `points`, in order: `name`, `settings`, and what `compare.table` says of it, or `error`; `rows`, one a
@@ -142,17 +144,20 @@ def sweep(
     """
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    for point, config in candidates:
-        for seed in seeds:
-            path = out / f"{point.name}-seed{seed}"
-            named = Named(progress, f"{point.name}, seed {seed}")
-            try:
-                own = Candidate(point.name, config).with_seed(seed)
-                summary = run(own, path, named, resume=path.exists(), objects=objects)
-            except FederationError as error:
-                failed.setdefault(point.name, f"seed {seed}: {error}")
-                named.note(str(error))
-                continue
+    both = [(point, config, seed) for point, config in candidates for seed in seeds]
+    planned = [
+        Planned(
+            f"{point.name}, seed {seed}",
+            Candidate(point.name, config).with_seed(seed),
+            out / f"{point.name}-seed{seed}",
+        )
+        for point, config, seed in both
+    ]
+    summaries = run_all(planned, progress, workers=workers, objects=objects, go_on=True)
+    for (point, _, seed), summary in zip(both, summaries, strict=True):
+        if isinstance(summary, FederationError):
+            failed.setdefault(point.name, f"seed {seed}: {summary}")
+        else:
             rows.append({"config": point.name, **summary})
     document = _document(candidates, rows, failed, metric)
     with disk_errors("sweep.json"):

@@ -18,6 +18,7 @@ from fedtune.core.types import ClientEnv, ClientError, Payload
 from fedtune.data.batches import endless_batches, epoch_batches
 from fedtune.errors import InputError
 from fedtune.measure.memory import Resident
+from fedtune.methods.kto import add_judged_gradient, drawn_judged
 from fedtune.methods.objective import Objective
 from fedtune.methods.preference import add_pair_gradient, drawn_pairs
 from fedtune.methods.settings import Training
@@ -104,6 +105,7 @@ def train(
     if keeps and env.state is not None:
         stepper.go_on(env.state)
     objective = getattr(settings, "objective", Objective())
+    judged = objective.name == "kto"
     total_steps = settings.steps(len(env.rows))
     loss, rate_sum = TokenMean(), 0.0
     env.model.train()
@@ -115,13 +117,20 @@ def train(
         for step, group in enumerate(step_batches(env, settings)):
             if step == total_steps:
                 break
+            env.stepped(step, total_steps)
             rate = settings.rate(step, total_steps, env.round)
             rate_sum += rate
-            batches = drawn_pairs(env, group) if objective.of_pairs else drawn(env, group, step)
-            with env.memory.step(batches.size, resident=[env.model, *stepper.resident(), *beside]):
+            if objective.of_pairs:
+                batches = (drawn_judged if judged else drawn_pairs)(env, group)
+            else:
+                batches = drawn(env, group, step)
+            held = [env.model, *stepper.resident(), *beside]
+            like = None if objective.of_pairs else batches.form
+            with env.memory.step(batches.size, held, like=like):
                 with stepper.arriving(rate):
                     if objective.of_pairs:
-                        loss.join(add_pair_gradient(env.model, batches, env.device, objective))
+                        add = add_judged_gradient if judged else add_pair_gradient
+                        loss.join(add(env.model, batches, env.device, objective))
                     else:
                         loss.join(add_gradient(env.model, batches, env.device))
                 if not math.isfinite(loss.total):

@@ -1,6 +1,6 @@
-"""What local training makes smaller: the loss on answers, or on which of two answers is preferred.
+"""What local training makes smaller: the loss on answers, or on which of them are preferred.
 
-What the latter two are stands in preference.py.
+What the latter are stands in preference.py (dpo, orpo) and kto.py.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from fedtune.core.settings import Settings
 class Objective(Settings):
     """The objective of a client's steps."""
 
-    name: Literal["sft", "dpo", "orpo"] = "sft"  # loss on answers, or on pairs of which one is preferred
-    beta: float = Field(0.1, gt=0)  # dpo: β; orpo: λ of the odds ratio
+    name: Literal["sft", "dpo", "orpo", "kto"] = "sft"  # loss on answers, on pairs, on judged answers
+    beta: float = Field(0.1, gt=0)  # dpo, kto: β; orpo: λ of the odds ratio
+    desirable: float = Field(1.0, gt=0)  # kto: λ_D, what a good answer weighs
+    undesirable: float = Field(1.0, gt=0)  # kto: λ_U, what a bad answer weighs
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.name == "sft" and self.beta != 0.1:
-            raise ValueError("beta has no effect with name: sft; it belongs to dpo and orpo")
+            raise ValueError("beta has no effect with name: sft; it belongs to dpo, orpo and kto")
+        for weight in ("desirable", "undesirable"):
+            if self.name != "kto" and getattr(self, weight) != 1.0:
+                raise ValueError(f"{weight} has no effect with name: {self.name}; it belongs to kto")
         return self
 
     @property
     def of_pairs(self) -> bool:
-        """Whether it takes pairs of answers, one of which is preferred."""
+        """Whether it takes pairs of answers, one of which is preferred; kto also answers that were judged."""
         return self.name != "sft"
 
 
@@ -37,23 +42,29 @@ class Preferring(Settings):
 
     @model_validator(mode="after")
     def _reference(self) -> Self:
-        if self.objective.name != "dpo":
+        name = self.objective.name
+        if name not in ("dpo", "kto"):
             return self
+        if name == "kto" and getattr(self, "batch_size", 2) == 1:
+            raise ValueError(
+                "objective: kto measures by a batch's other answers how far the model has gone from its "
+                "reference; set batch_size to 2 or more"
+            )
         trains, lora = getattr(self, "trainable", ""), getattr(self, "lora", None)
         if trains != "lora":
             raise ValueError(
-                "objective: dpo has as its reference the model with the adapter switched off; take "
+                f"objective: {name} has as its reference the model with the adapter switched off; take "
                 f"trainable: lora, got {trains}, or objective: orpo, which has none"
             )
         if lora is not None and (lora.bias != "none" or lora.modules_to_save):
             raise ValueError(
-                "objective: dpo has as its reference the model with the adapter switched off, in which "
+                f"objective: {name} has as its reference the model with the adapter switched off, in which "
                 "biases and whole modules that were trained would be left; leave lora.bias and "
                 "lora.modules_to_save out"
             )
         if (how := getattr(self, "aggregation", "mean")) in ("stack", "residual"):
             raise ValueError(
-                "objective: dpo has as its reference the model with the adapter switched off, and "
+                f"objective: {name} has as its reference the model with the adapter switched off, and "
                 f"aggregation: {how} changes that in each round; take mean, svd, refine or freeze-a"
             )
         return self

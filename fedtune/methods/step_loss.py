@@ -8,7 +8,7 @@ loss; of a classifier it is an example. What a model adds to its loss that belon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,17 @@ class StepBatches:
     def size(self) -> int:
         """Elements of the largest, padding included, for the account of memory."""
         return max((batch["input_ids"].numel() for batch in self.batches), default=0)
+
+    @property
+    def form(self) -> Hashable:
+        """What a step's memory depends on of them: shapes, trained tokens, and whether there is padding."""
+        return tuple(map(form_of, self.batches, self.tokens))
+
+
+def form_of(batch: Batch, tokens: int) -> Hashable:
+    """What memory depends on of one batch with so many trained tokens."""
+    shapes = tuple((name, tensor.shape) for name, tensor in batch.items())
+    return shapes, tokens, bool(batch["attention_mask"].all())
 
 
 def drawn(env: ClientEnv, group: Iterable[Sequence[int]], step: int) -> StepBatches:

@@ -2,18 +2,24 @@
 
 A safetensors file whose dtype is the wanted one is mapped by whoever loads it. Weights that are converted, or
 drawn from a seed, are in memory; they are written to a file once, and mapped from there.
+
+What is read of a map stays in the process's memory until the system needs it, or `unread` lets go of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.errors import InputError, system_error
 from fedtune.models.folders import WEIGHTS
@@ -86,16 +92,48 @@ def adopt(model: nn.Module, folder: Path) -> None:
                 parameter.data = file.get_tensor(name)
 
 
+def unread(tensors: Iterable[Tensor]) -> None:
+    """Takes pages of tensors that are mapped from files out of this process's memory, until they are used.
+
+    What was written to such a tensor since it was mapped is lost. Of tensors that are in memory, or where the
+    system does not say what is mapped, nothing changes.
+
+    Args:
+        tensors: On any device, and wherever they lie.
+    """
+    areas = _areas()
+    if not areas or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    libc = ctypes.CDLL(None)
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not _inside(at := tensor.data_ptr(), areas):
+            continue
+        if tensor.is_contiguous():  # whole pages: others may hold something else too
+            start = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (at + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
 def _mapped(model: nn.Module) -> bool:
     """Whether most of a model's bytes are mapped from files; where the system does not say, they are not."""
+    areas, sizes = _areas(), {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[_inside(parameter.data_ptr(), areas)] += parameter.nbytes
+    return sizes[True] > 9 * sizes[False]
+
+
+def _areas() -> list[tuple[int, int]]:
+    """Addresses at which weights are mapped from files, as first and one behind the last."""
+    if sys.platform != "linux":
+        return []
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return False
+        return []
     found = (re.match(r"([0-9a-f]+)-([0-9a-f]+) .*\.safetensors$", line) for line in lines)
-    areas = [(int(match[1], 16), int(match[2], 16)) for match in found if match]
-    sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        at = parameter.data_ptr()
-        sizes[any(start <= at < end for start, end in areas)] += parameter.nbytes
-    return sizes[True] > 9 * sizes[False]
+    return [(int(match[1], 16), int(match[2], 16)) for match in found if match]
+
+
+def _inside(address: int, areas: list[tuple[int, int]]) -> bool:
+    return any(start <= address < end for start, end in areas)

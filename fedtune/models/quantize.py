@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import InputError
 from fedtune.models.blocks import find_blocks
+from fedtune.models.mapped import unread
 
 BLOCK, NESTED = 64, 256  # weights with a scale, and scales with one
 PIECE = 1 << 20  # weights of 8 bits that are widened at a time where the result is narrower than float32
@@ -121,8 +122,8 @@ class _Product(torch.autograd.Function):
 def quantize(model: nn.Module, kind: str, name: str) -> None:
     """Quantises the linear layers of a model's blocks, in place; on torch's meta device their shapes alone.
 
-    A weight goes as soon as its bits are there, and what stays whole is copied first, so that each file that
-    the model is mapped from goes with the last weight of it.
+    A weight goes as soon as its bits are there, and its pages with it where it is mapped from a file. What
+    stays whole is copied first, so that each such file goes with the last weight of it.
 
     Args:
         model: On the CPU or the meta device, as it was loaded.
@@ -146,10 +147,13 @@ def quantize(model: nn.Module, kind: str, name: str) -> None:
     weights = {id(module.weight) for module in linear.values()}
     for parameter in model.parameters():
         if id(parameter) not in weights:
-            parameter.data = parameter.data.clone()
+            copy = parameter.data.clone()
+            unread([parameter.data])
+            parameter.data = copy
     made: dict[int, QuantizedLinear] = {}
     for key, module in linear.items():
         made[key] = _quantized(module, kind)
+        unread([cast(Tensor, module.weight)])
         module.register_parameter("weight", None)
     put(model, made)
 

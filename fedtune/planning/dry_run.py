@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fedtune.core.asking import asked
 from fedtune.core.cohort import Cohort
 from fedtune.core.compression import Compression
 from fedtune.core.gathered import InMemory
@@ -223,7 +224,7 @@ def server_steps(
     robust: RobustMean | None = None,
     compression: Compression | None = None,
 ) -> PartsMeter:
-    """The server's first two steps, for its optimizer has its state from the second on.
+    """The server's first two steps, for its optimizer has its state from the second on; with a buffer all.
 
     Two replies each, one after the other, or all of them where it holds a cohort's together. A method whose
     server trains (alignment) takes two steps of that.
@@ -252,16 +253,22 @@ def server_steps(
             with meter.whole(_resident(state)):  # replaying needs noise, and noise weights with content
                 _ = [weight.clone() for weight in state.weights.values()]
             return meter
-        for round in range(1, min(STEPS, method.rounds * (enough if single else 1)) + 1):
-            orders = list(probe.plan(state, 1 if single else round, cohort))[: 1 if single else enough]
+        count = method.rounds * (enough if single else 1)
+        if getattr(config, "buffer", None) is None:  # else a step holds as many versions as it does
+            count = min(STEPS, count)
+        for round in range(1, count + 1):
+            there = _chosen(method, round, cohort)
+            orders = list(probe.plan(state, 1 if single else round, there))[: 1 if single else enough]
             if method.arrival == "one-by-one":
                 orders = orders if round == 1 else list(probe.plan(state, 1, cohort))[1:2]
 
-            def replies(orders: Sequence[Order] = orders, round: int = round) -> Iterator[Reply]:
+            def replies(
+                orders: Sequence[Order] = orders, round: int = round, there: Cohort = there
+            ) -> Iterator[Reply]:
                 for order in orders:
                     with meter.paused():
-                        asked = as_restored(order, compression)
-                        reply = reply_to(probe, asked, cohort, fakes, round=round, seed=seed)
+                        wanted = as_restored(order, compression)
+                        reply = reply_to(probe, wanted, there, fakes, round=round, seed=seed)
                     alone[:] = [reply] if single else []
                     yield reply
 
@@ -331,6 +338,14 @@ def _cases(config: Any, blocks: int, cohort: Cohort, together: int, most: int | 
         cases.append(_Case(ascending, last, last))
     cases += [_Case(single, blocks + place) for place in range(len(config.extra_blocks))]
     return [*cases, _Case(single, blocks - 1)]
+
+
+def _chosen(method: Any, round: int, cohort: Cohort) -> Cohort:
+    """A round's cohort where the method names it, else the one that is given."""
+    named = asked(method, round, range(cohort.population), None)
+    if not isinstance(named, tuple):
+        return cohort
+    return Cohort(named, dict.fromkeys(named, 1), cohort.population)
 
 
 def _resident(state: Any) -> list[Resident]:

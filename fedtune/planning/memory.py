@@ -13,7 +13,7 @@ measures; but it also knows what each storage is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ class PartsMeter(MemoryMeter):
             self.peak_bytes, self.parts = other.peak_bytes, other.parts
 
     @contextmanager
-    def whole(self, resident: Iterable[Resident] = ()) -> Iterator[None]:
+    def whole(self, resident: Iterable[Resident] = (), *, like: Hashable = None) -> Iterator[None]:
         """Follows everything inside. A resident mapping whose keys are parts says what is in it."""
         self._open = scope = _Scope([*self.beside, *resident], self._made, self._held)
         try:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fedtune.config.schema import RunConfig
+from fedtune.core.asking import asked
 from fedtune.core.cohort import sample_cohort
 from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
@@ -84,7 +85,7 @@ def plan(
     if method.uses_wire and isinstance(config.federation.clients_per_round, int):
         _check_count(config.federation.clients_per_round, len(clients))
     per_round = config.federation.clients_per_round if method.uses_wire else None
-    cohort = sample_cohort(clients, per_round, seed=config.seed, round=1)
+    cohort = sample_cohort(clients, asked(method, 1, clients, per_round), seed=config.seed, round=1)
 
     base: Any = drawn or fakes.model(
         config.model.place,

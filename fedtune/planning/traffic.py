@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.asking import asked
 from fedtune.core.cohort import Cohort, sample_cohort
 from fedtune.core.compression import Compression
-from fedtune.core.personal import for_all
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
@@ -91,8 +91,8 @@ def simulate(
     with values():
         state = first_state(method, model)
         for round in range(1, method.rounds + 1):
-            asked = None if for_all(method, round) else per_round
-            cohort = sample_cohort(clients, asked, seed=seed, round=round)
+            whom = asked(method, round, clients, per_round)
+            cohort = sample_cohort(clients, whom, seed=seed, round=round)
             for _ in cohort.clients if method.arrival == "in-turn" else [0]:
                 replies = []
                 for order in method.plan(state, round, cohort):
@@ -136,7 +136,7 @@ def reply_to(method: Any, order: Order, cohort: Cohort, fakes: Fakes, *, round: 
         return Reply(order.client, Payload(_drawn(method, order, round, seed)), {}, cohort)
     up = {}
     for name, spec in order.expects.items():
-        shape = tuple(n for n in spec.shape if n is not None)
+        shape = _whole(spec)
         small = method.config.name == "infinite-pool"  # whose state is of real numbers
         up[name] = torch.zeros(shape, dtype=spec.dtype) if small else fakes.empty(shape, spec.dtype)
     return Reply(order.client, Payload(up), {}, cohort)
@@ -168,7 +168,12 @@ def _drawn(method: Any, order: Order, round: int, seed: int) -> Mapping[str, Ten
     seeds = method.draw(order.payload, torch_generator(own, "seeds"))
     scalars = torch.randn(len(seeds), generator=torch_generator(own, "planned scalars")).tolist()
     tensors: Mapping[str, Tensor] = method.reply(seeds, scalars).tensors
-    return tensors
+    lacking = {n: spec for n, spec in order.expects.items() if n not in tensors}  # without a server
+    return {**tensors, **{n: torch.zeros(_whole(spec), dtype=spec.dtype) for n, spec in lacking.items()}}
+
+
+def _whole(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(n for n in spec.shape if n is not None)
 
 
 def _advance(method: Any, robust: RobustMean | None) -> Callable[[Any, list[Reply]], Any]:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum
+from fedtune.core.cohort import QuorumError, RoundOutcome, hold_quorum, who_and_why
 from fedtune.core.types import SECURE, Order, Payload, Reply, Scalar, TensorSpec
 from fedtune.protection import masking
 from fedtune.protection.identity import SIGNATURE
@@ -263,14 +263,12 @@ class SecureRound:
     def _hold(self, there: int, phase: str) -> None:
         if there >= self._threshold:
             return
-        left_out = "; ".join(
-            f"client {c}: {reason}" for c, reason in sorted(self._outcome.left_out.items())[:5]
-        )
+        left_out = who_and_why(self._outcome.left_out)
         raise QuorumError(
             f"round {self._outcome.round}: {there} of {len(self._outcome.asked)} clients were there after "
             f"phase {phase} of secure aggregation, whose threshold is {self._threshold}. Nothing was "
-            f"unmasked. Left out: {left_out or 'nobody else'}. Bring them back and continue with --resume, "
-            "or start a new run with a lower federation.secure_aggregation.threshold."
+            f"unmasked. Left out: {left_out or 'nobody else'}. See to that and continue with --resume; "
+            "other settings, such as a lower federation.secure_aggregation.threshold, need a new run."
         )
 
 

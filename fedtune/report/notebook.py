@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from html import escape
@@ -30,7 +31,8 @@ class NotebookDisplay:
 
     def __init__(self) -> None:
         self._label, self._doing, self._lines = "", "starting", list[str]()
-        self._rounds, self._before, self._done, self._of = 0, 0, 0, 0
+        self._rounds, self._round, self._before, self._done, self._of = 0, 0, 0, 0, 0
+        self._drawn = 0.0  # when, by a clock that only goes forward
         self._ended = False
         self._handle: Any = None
 
@@ -80,13 +82,18 @@ class NotebookDisplay:
 
     def round(self, round: int, clients: int) -> None:
         """A round begins; the bar counts client steps over all rounds."""
-        self._before, self._done, self._of = (round - 1) * clients, 0, clients
+        self._round, self._before, self._done, self._of = round, (round - 1) * clients, 0, clients
         self.stage(f"round {round} of {self._rounds}")
 
     def client(self, done: int) -> None:
         """So many of the round's clients are done."""
         self._done = done
         self._redraw()
+
+    def step(self, client: int, done: int, total: int) -> None:
+        """A client's steps, drawn at most twice a second."""
+        if time.monotonic() - self._drawn >= 0.5:
+            self.stage(f"round {self._round} of {self._rounds}, client {client}: step {done} of {total}")
 
     def scores(self, round: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """One line a round that was evaluated."""
@@ -96,5 +103,6 @@ class NotebookDisplay:
             self.note(f"{self._label}{line}")
 
     def _redraw(self) -> None:
+        self._drawn = time.monotonic()
         if self._handle is not None:
             self._handle.update(self)

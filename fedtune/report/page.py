@@ -1,126 +1,40 @@
 """`fedtune report`: one HTML page of one or several runs, with nothing to load from elsewhere.
 
-What it shows is what the run folders hold: scores, curves against rounds and against bytes, memory, who was
-left out, and the configuration. Runs that are still going, or were stopped, are shown as far as they came.
+What it shows is what the run folders hold: scores, curves against rounds, bytes and seconds, clients, memory,
+who was left out, and the configuration. Runs that are still going, or were stopped, are shown as far as they
+came.
 """
 
 from __future__ import annotations
 
 import base64
-import io
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
-from fedtune.federation.files import disk_errors, read_json, write_text
-from fedtune.federation.folder import EVALUATIONS, RunFolder
+from fedtune.federation.files import disk_errors, write_text
+from fedtune.report import figures
+from fedtune.report.figures import WHERE
+from fedtune.report.folders import RunData, differences, read_runs
 from fedtune.report.tables import interval, number, size
 from fedtune.version import __version__
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-log = logging.getLogger("fedtune")
-WHERE = ("client", "server", "evaluation")
+_WINDOW = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+MOST_CLIENTS = 100  # rows of a table of clients
 _STYLE = """
+:root { color-scheme: light dark; --line: #8884; --block: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, .left td { text-align: left; } .wide { overflow-x: auto; }
-img { max-width: 100%; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; vertical-align: top; }
+th, td { text-align: right; }
+th:first-child, td:first-child, .left td, .left th { text-align: left; } .wide { overflow-x: auto; }
+img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+pre { background: var(--block); padding: .8rem; overflow-x: auto; }
 """
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a report shows of one run: its settings as text, and its logs."""
-
-    name: str
-    config: str
-    method: str
-    rounds: Sequence[Mapping[str, Any]]
-    payload: Mapping[int, Mapping[str, int]]  # by round and direction
-    peaks: Mapping[str, int]  # by client and server
-    summary: Mapping[str, Any]  # empty while the run goes on
-    taken: Mapping[str, str] = field(default_factory=dict)  # what settings that are auto stood for
-    changed: Sequence[str] = ()  # which of its inputs are not any more what it had
-    evaluations: Sequence[Mapping[str, Any]] = ()  # lines of evaluations.jsonl
-    pictures: Mapping[str, bytes] = field(default_factory=dict)  # PNG files of what it drew, by their names
-
-    def curve(self, task: str, metric: str) -> dict[int, float]:
-        """A score by round, of the rounds that were evaluated."""
-        found = {entry["round"]: entry["eval"].get(task, {}).get(metric) for entry in self.rounds}
-        return {round: value for round, value in found.items() if value is not None}
-
-    def sent(self) -> dict[int, int]:
-        """Payload bytes until the end of each round, down and up together."""
-        total, sums = 0, {}
-        for entry in self.rounds:
-            total += sum(self.payload.get(entry["round"], {}).values())
-            sums[entry["round"]] = total
-        return sums
-
-
-def read_run(path: Path, name: str) -> RunData:
-    """A run's folder as a report needs it.
-
-    Raises:
-        InputError: It is not a run folder, or nothing has been recorded in it yet.
-    """
-    folder = RunFolder.open(path)
-    rounds = list(folder.entries("rounds.jsonl"))
-    if not rounds:
-        raise InputError(f"{path} has no round yet; a report needs at least the scores before the first one")
-    payload: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for message in folder.entries("wire.jsonl"):
-        payload[message["round"]][message["direction"]] += message["payload_bytes"]
-    peaks: dict[str, int] = {}
-    for scope in folder.entries("memory.jsonl"):
-        peaks[scope["where"]] = max(peaks.get(scope["where"], 0), scope["peak_bytes"])
-    text = (path / "config.yaml").read_text(encoding="utf-8")
-    from fedtune.federation.recorded import changed_inputs  # it imports what loads models
-
-    config = folder.config()
-    changed = changed_inputs(path, config)
-    for sentence in changed:
-        log.warning("%s", sentence)
-    return RunData(
-        name,
-        text,
-        config.method_name,
-        rounds,
-        payload,
-        peaks,
-        folder.summary() or {},
-        read_json(path / "environment.json").get("taken", {}),
-        tuple(changed),
-        list(folder.entries(EVALUATIONS)),
-        {file.stem: file.read_bytes() for file in sorted((path / "pictures").glob("*.png"))},
-    )
-
-
-def read_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Several runs, under names that tell them apart: the folder's, with its parents' where two are equal.
-
-    Raises:
-        InputError: As `read_run`, or a folder is named twice.
-    """
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        raise InputError("a run is named twice; name each folder once")
-    depth = 1
-    while len({path.parts[-depth:] for path in resolved}) < len(resolved):
-        depth += 1
-    named = zip(paths, resolved, strict=True)
-    return [read_run(path, "/".join(whole.parts[-depth:])) for path, whole in named]
 
 
 def report(runs: Sequence[RunData]) -> str:
@@ -140,13 +54,19 @@ def report(runs: Sequence[RunData]) -> str:
         *_scores(runs),
         _evaluated(runs),
         "<h2>On the way</h2>",
-        *_curves(runs),
+        *figures.scores(runs),
+        *figures.arrivals(runs),
+        figures.privacy(runs),
+        figures.memory(runs),
     ]
     if any(run.pictures for run in runs):
         parts += ["<h2>Pictures</h2>", "<p>A row a prompt, a column a seed.</p>", *_pictures(runs)]
+    clients = [*figures.split(runs), *figures.clients(runs), *_clients(runs)]
+    if clients:
+        parts += ["<h2>Clients</h2>", *clients]
     updates = _updates(runs)
     if updates:
-        parts += ["<h2>Clients' updates</h2>", updates]
+        parts += ["<h2>Clients' updates</h2>", figures.updates(runs), updates]
     left_out = _left_out(runs)
     if left_out:
         parts += ["<h2>Who was left out</h2>", left_out]
@@ -155,11 +75,15 @@ def report(runs: Sequence[RunData]) -> str:
     if settings:
         rows = [[setting, *(run.taken.get(setting, "") for run in runs)] for setting in settings]
         parts.append(_table("What auto stood for", ["setting", *(run.name for run in runs)], rows))
+    unlike = differences(runs) if len(runs) > 1 else {}
+    if unlike:
+        rows = [[setting, *said] for setting, said in unlike.items()]
+        parts.append(_table("Where they differ", ["setting", *(run.name for run in runs)], rows, left=True))
     parts += [
         f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.config)}</pre></details>"
         for run in runs
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8">{_WINDOW}<title>{escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join([*parts, f"<p>fedtune {escape(__version__)}</p>"])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
@@ -219,67 +143,28 @@ def _evaluated(runs: Sequence[RunData]) -> str:
     return _table("Evaluated since", header, rows) if rows else ""
 
 
-def _curves(runs: Sequence[RunData]) -> Iterator[str]:
-    mains = {
-        task: metrics_of(entry["eval"][task])[0]
-        for run in runs
-        for entry in run.rounds
-        for task in entry["eval"]
-        if entry["eval"][task]
-    }
-    for task, metric in mains.items():
-        curves = {run.name: run.curve(task, metric) for run in runs}
-        if all(len(curve) < 2 for curve in curves.values()):
+def _clients(runs: Sequence[RunData]) -> Iterator[str]:
+    """A table a run that scores its clients: their examples and each task's main score."""
+    for run in runs:
+        scored = {
+            f"{task}: {metric}": run.clients(task, metric)
+            for task, found in (run.rounds[-1].get("per_client") or {}).items()
+            for metric in list(found)[:1]
+        }
+        if not scored:
             continue
-
-        def by_round(axis: Axes, curves: Mapping[str, Mapping[int, float]] = curves) -> None:
-            for name, curve in curves.items():
-                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=_drawn(name))
-            axis.set_xlabel("round")
-
-        def by_bytes(axis: Axes, curves: Mapping[str, Mapping[int, float]] = curves) -> None:
-            for run in runs:
-                sent, curve = run.sent(), curves[run.name]
-                # in megabytes; before the first message nothing was sent, which a logarithm cannot show
-                after = [round for round in curve if sent[round]]
-                axis.plot([sent[r] / 1e6 for r in after], [curve[r] for r in after], marker="o", markersize=3)
-            if any(run.sent()[run.rounds[-1]["round"]] for run in runs):
-                axis.set_xscale("log")
-            axis.set_xlabel("MB sent by then, all clients, down and up")
-
-        yield _figure(f"{task}: {metric}", [by_round, by_bytes])
-    losses = {
-        run.name: {e["round"]: e["train_loss"] for e in run.rounds if e["train_loss"] is not None}
-        for run in runs
-    }
-    if any(len(curve) > 1 for curve in losses.values()):
-
-        def training(axis: Axes) -> None:
-            for name, curve in losses.items():
-                axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=_drawn(name))
-            axis.set_xlabel("round")
-
-        yield _figure("training loss, mean over the clients of a round", [training])
-
-
-def _figure(title: str, draws: Sequence[Callable[[Axes], None]]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot: no state of the process is touched
-
-    figure = Figure(figsize=(5.5 * len(draws), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(draws), squeeze=False)[0]
-    for axis, draw in zip(axes, draws, strict=True):
-        draw(axis)
-        axis.grid(alpha=0.3)
-    axes[0].set_title(_drawn(title), fontsize=10, loc="left")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-    svg = io.BytesIO()
-    with rc_context({"svg.hashsalt": "fedtune"}):  # the same page for the same runs
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    text = base64.b64encode(svg.getvalue()).decode()
-    return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{text}">'
+        examples = {client["client"]: client["examples"] for client in run.split}
+        order = sorted({client for found in scored.values() for client in found})
+        rows = [
+            [
+                f"client {client}",
+                str(examples.get(client, "")),
+                *(number(found[client]) if client in found else "" for found in scored.values()),
+            ]
+            for client in order[:MOST_CLIENTS]
+        ]
+        rest = f", the first {MOST_CLIENTS} of {len(order)}" if len(order) > MOST_CLIENTS else ""
+        yield _table(f"{run.name}: each client{rest}", ["client", "examples", *scored], rows)
 
 
 def _pictures(runs: Sequence[RunData]) -> Iterator[str]:
@@ -291,12 +176,6 @@ def _pictures(runs: Sequence[RunData]) -> Iterator[str]:
                 f"<figure><figcaption>{escape(said)}</figcaption>"
                 f'<img alt="{escape(said)}" src="data:image/png;base64,{text}"></figure>'
             )
-
-
-def _drawn(name: str) -> str:
-    """A name as text in a figure: without mathematics, and with a legend's entry if it begins with _."""
-    plain = name.replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
 
 
 def _updates(runs: Sequence[RunData]) -> str:
@@ -331,6 +210,9 @@ def _left_out(runs: Sequence[RunData]) -> str:
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """Without columns that are empty in all rows."""
+    shown = [place for place in range(len(header)) if place == 0 or any(row[place] for row in rows)]
+    header, rows = [header[place] for place in shown], [[row[place] for place in shown] for row in rows]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     kind = ' class="left"' if left else ""

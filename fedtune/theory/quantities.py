@@ -126,6 +126,11 @@ def schemes(config: Settings) -> tuple[Config, Config]:
             f"the one-shot theory is about one global model, and method.{name} gives clients others; leave "
             "it out"
         )
+    if config.buffer is not None:
+        raise InputError(
+            "the one-shot theory has rounds that all clients take from the same weights, and method.buffer "
+            "steps after a few of them; leave it out"
+        )
     if config.control_variates:
         raise InputError(
             "the one-shot theory has plain local steps (Eq. 3), and control variates correct them; "

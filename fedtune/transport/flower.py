@@ -10,6 +10,7 @@ imported where it is used, and torch nowhere here: every message would wait for 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import queue
 import signal
@@ -23,6 +24,7 @@ from typing import Any
 
 from fedtune.errors import FederationError, foreign
 from fedtune.transport.messages import Message, checked, connect, fault, receive, send
+from fedtune.transport.programs import gpu_share
 from fedtune.transport.quiet import quiet_environment, quiet_logs
 
 with quiet_environment():  # read when it is imported
@@ -32,6 +34,7 @@ with quiet_environment():  # read when it is imported
     from flwr.serverapp import Grid, ServerApp
 
 KIND = "train"  # Flower knows three kinds of messages; ours says itself what it is about
+NODE_LOOP = "flwr.supernode.start_client_internal"
 
 
 class GridChannel:
@@ -177,17 +180,6 @@ def simulation(
             thread.join(60)
 
 
-def gpu_share(workers: int, gpus: int) -> float:
-    """The part of a GPU that a process gets, such that all find a place; a client never takes more than one.
-
-    Ray places no process on parts of two GPUs, and counts in ten-thousandths.
-    """
-    if not gpus:
-        return 0.0
-    on_one = -(-workers // gpus)  # processes of the GPU that has most
-    return (10_000 // on_one) / 10_000
-
-
 def _own_signals() -> None:
     """Ray puts a handler below Python's, which prints a stack trace and aborts the process 3 s later."""
     if threading.current_thread() is threading.main_thread():
@@ -219,6 +211,25 @@ def _client_app(answer: Callable[[Message], Message]) -> ClientApp:
 
 
 # --- in a deployment ---
+
+
+def run_node(rests: object) -> None:
+    """Flower's node in this process, with the command line's arguments. Its loop sleeps by `rests`."""
+    from flwr.supernode.cli import flower_supernode
+
+    rest_by(rests)
+    flower_supernode()
+
+
+def rest_by(rests: object) -> None:
+    """Lets the loop of Flower's node sleep by `rests`. Raises FederationError if it sleeps by no `time`."""
+    loop = importlib.import_module(NODE_LOOP)
+    if not hasattr(loop, "time"):
+        raise FederationError(
+            f"{NODE_LOOP} sleeps by no module `time`; install a Flower that fedtune knows: "
+            'pip install "flwr[simulation]>=1.41,<1.43"'
+        )
+    vars(loop)["time"] = rests
 
 
 def _to_worker(carrier: FlowerMessage, context: Context) -> FlowerMessage:

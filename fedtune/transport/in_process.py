@@ -106,4 +106,4 @@ class InProcess:
                 return Arrival(client, self._runner.handle(client, frame))
         except LEFT_OUT as error:
             log.debug("client %d failed", client, exc_info=True)
-            return Arrival(client, fault=f"it failed: {type(error).__name__}: {error}")
+            return Arrival(client, fault=str(error))

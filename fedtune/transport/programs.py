@@ -1,7 +1,8 @@
-"""Flower's own programs, and how they are called; what is said to them is in `flower.py`."""
+"""Flower's own programs, and what they and its simulation are started with; the rest is in `flower.py`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 
@@ -24,7 +25,7 @@ def superexec_command(keys: Path, port: int) -> list[str]:
 
 
 def supernode_command(keys: Path, server: str, port: int, worker: str) -> list[str]:
-    """A client's node.
+    """A client's node: Flower's program, started by `node.py`.
 
     Args:
         keys: The client's folder of keys.
@@ -33,7 +34,19 @@ def supernode_command(keys: Path, server: str, port: int, worker: str) -> list[s
         worker: The address of the worker's local socket; stays on this machine.
     """
     return [
-        *("flower-supernode", "--superlink", server, "--root-certificates", str(keys / "ca.crt")),
+        *(Path(sys.executable).name, "-P", "-m", "fedtune.transport.node", "--superlink", server),
+        *("--root-certificates", str(keys / "ca.crt")),
         *("--auth-supernode-private-key", str(keys / "client.key")),
         *("--node-config", f'worker="{worker}"', "--host", "127.0.0.1", "--port", str(port)),
     ]
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """The part of a GPU that a process gets, such that all find a place; a client never takes more than one.
+
+    Ray places no process on parts of two GPUs, and counts in ten-thousandths.
+    """
+    if not gpus:
+        return 0.0
+    on_one = -(-workers // gpus)  # processes of the GPU that has most
+    return (10_000 // on_one) / 10_000

@@ -29,6 +29,7 @@ from fedtune.errors import InputError, ProgramError
 from fedtune.transport.acceptance import Acceptance, NotAccepted, check_bytes
 from fedtune.transport.messages import HERE, PART_BYTES, Field, Message, fault, is_whole, of_part
 
+EVERY_S = 60.0  # between two lines of an order's steps
 KEPT_ROUNDS = 3  # of what the method keeps: the newest is the server's, or its checkpoint's one before
 
 
@@ -92,6 +93,7 @@ class Worker:
         self.joined: JoinedRun | None = None
         self._incoming: _Incoming | None = None
         self._done: _Done | None = None
+        self._told = 0.0  # when its log had a line of its steps
 
     def answer(self, message: Message) -> Message:
         """The answer to a message. Whatever goes wrong becomes an answer that says so.
@@ -197,7 +199,8 @@ class Worker:
             runner.states = {client: before} if before is not None else {}
             self._done = None
             self._log_line(f"round {round}: order of {len(frame):,} bytes")
-            began = time.monotonic()
+            began = self._told = time.monotonic()
+            runner.on_step = self._stepped
             reply = runner.handle(client, frame)
             check_bytes(self._acceptance, len(reply), "reply")
             now = runner.states.get(client)
@@ -209,6 +212,12 @@ class Worker:
             took = time.monotonic() - began
             self._log_line(f"round {round}: reply of {len(reply):,} bytes after {took:.2f} s")
         return self._answer(done)
+
+    def _stepped(self, client: int, done: int, total: int) -> None:
+        """Says how far an order's training is, a line a minute."""
+        if time.monotonic() - self._told >= EVERY_S:
+            self._told = time.monotonic()
+            self._log_line(f"step {done} of {total}")
 
     def _answer(self, done: _Done) -> Message:
         fields: dict[str, Field] = {"bytes": len(done.reply), "state": done.state}

@@ -2,10 +2,10 @@
 
 `pool.py` says what noise is a function of, `reference.py` defines every kind of it in plain NumPy,
 `kernels.py`, `vector.py` and `fast.py` compute the same bits quickly, `gpu.py` and `triton_kernels.py` do so
-on GPUs, and `tensors.py` applies them to weights by name.
+on GPUs, `subspace.py` has kinds of low rank, and `tensors.py` applies them to weights by name.
 """
 
-from fedtune.zeroth.pool import KINDS, MAX_SEEDS, NOISE_VERSION, SeedPool, canonical_name, tensor_id
+from fedtune.zeroth.pool import KINDS, MAX_SEEDS, NOISE_VERSION, SHAPED, SeedPool, canonical_name, tensor_id
 from fedtune.zeroth.reference import delta, z
 from fedtune.zeroth.tensors import (
     Prepared,
@@ -22,6 +22,7 @@ __all__ = [
     "KINDS",
     "MAX_SEEDS",
     "NOISE_VERSION",
+    "SHAPED",
     "Prepared",
     "SeedPool",
     "canonical_name",

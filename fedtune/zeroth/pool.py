@@ -17,8 +17,9 @@ from fedtune.errors import InputError, nearest
 NOISE_VERSION = 2
 """Belongs into every file and frame that names a pool. It changes whenever any bit of any noise does."""
 
-Noise = Literal["gaussian", "rademacher", "binomial32", "hadamard4"]
-KINDS: tuple[str, ...] = get_args(Noise)
+Noise = Literal["gaussian", "rademacher", "binomial32", "hadamard4", "subzero", "lozo"]
+KINDS: tuple[str, ...] = get_args(Noise)[:4]
+SHAPED: tuple[str, ...] = get_args(Noise)[4:]  # a matrix's noise depends on its shape too: subspace.py
 
 MAX_SEEDS = 65_536  # a seed index travels as 16 bits
 MAX_ELEMENTS = 2**34  # of one tensor: its Philox calls are counted in 32 bits
@@ -34,7 +35,8 @@ class SeedPool:
         key: Names the pool; pools of other keys are independent. In [0, 2^64).
         size: K, the number of seeds, in [1, 65536]: a seed's index has 16 bits on the wire.
         noise: `hadamard4` (a rebuild costs one pass whatever K is), `rademacher` (±1), `gaussian` (65,536
-            values, kurtosis 3) or `binomial32` (32 coin flips). All have mean 0 and variance 1.
+            values, kurtosis 3) or `binomial32` (32 coin flips); `subzero` and `lozo` (of low rank). All have
+            mean 0 and variance 1.
 
     Raises:
         InputError: A value is outside its limits.
@@ -53,10 +55,11 @@ class SeedPool:
             )
         if not _is_integer(self.key) or not 0 <= self.key < 2**64:
             raise InputError(f"a seed pool's key must be an integer in [0, 2^64), got {self.key!r}")
-        if self.noise not in KINDS:
+        known = KINDS + SHAPED
+        if self.noise not in known:
             raise InputError(
-                f"noise must be one of {', '.join(KINDS)}, got {self.noise!r}."
-                + nearest(str(self.noise), KINDS)
+                f"noise must be one of {', '.join(known)}, got {self.noise!r}."
+                + nearest(str(self.noise), known)
             )
 
     @property

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from fedtune.errors import InputError
-from fedtune.zeroth import fast, gpu, reference
+from fedtune.zeroth import fast, gpu, reference, subspace
 from fedtune.zeroth.fast import Weights
-from fedtune.zeroth.pool import SeedPool, canonical_name
+from fedtune.zeroth.pool import SHAPED, SeedPool, canonical_name
 
 
 class Prepared:
@@ -75,6 +75,11 @@ class Prepared:
                     f"{name}: w and w0 must be on one device, got {_device(w)} and {_device(w0)}"
                 )
             if on_gpu(w) and on_gpu(w0):
+                if self.pool.noise in SHAPED:
+                    raise InputError(
+                        f"{name} is on {_device(w)}, and {self.pool.noise} noise is made on a CPU: take "
+                        "noise hadamard4, or keep the weights on the CPU (model.device=cpu)"
+                    )
                 with self._lock:
                     launches += self._gpu.jobs(w, w0, name, first=first)  # uploads, once to each device
             else:
@@ -87,8 +92,9 @@ class Prepared:
             launch()
 
     @cached_property
-    def _cpu(self) -> fast.Update:
-        return fast.Update(self.pool, self._a)
+    def _cpu(self) -> fast.Update | subspace.Update:
+        kind = subspace.Update if self.pool.noise in SHAPED else fast.Update
+        return kind(self.pool, self._a)
 
     @cached_property
     def _gpu(self) -> gpu.Update:

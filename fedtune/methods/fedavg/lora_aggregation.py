@@ -151,8 +151,12 @@ def scaled(update: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
 
 @contextmanager
 def folded(model: nn.Module, product: Mapping[str, Tensor]) -> Iterator[None]:
-    """Adds a stacked product to the base weights inside the block and puts the same bits back after it."""
-    saved: list[tuple[Tensor, Tensor]] = []
+    """Adds a stacked product to the base weights inside the block and puts the same bits back after it.
+
+    Where weights are offloaded meanwhile, a parameter has other memory after it, and what is on disk is known
+    by the parameter's version: so it is changed through the parameter, and not through its `.data` of before.
+    """
+    saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for module, layer in lora_layers(model).items():
             if module + DENSE in product:
@@ -161,12 +165,12 @@ def folded(model: nn.Module, product: Mapping[str, Tensor]) -> Iterator[None]:
                 update = product[module + B] @ product[module + A]
             else:
                 continue
-            weight = cast(nn.Module, layer).get_parameter("base_layer.weight").data
-            saved.append((weight, weight.clone()))
+            weight = cast(nn.Module, layer).get_parameter("base_layer.weight")
+            saved.append((weight, weight.detach().clone()))
             transposed = getattr(layer, "fan_in_fan_out", False)  # GPT-2 keeps its weights (in x out)
             update = (update.T if transposed else update).to(weight.device)
-            weight.copy_(weight.to(torch.float32) + update)
+            weight.detach().copy_(weight.detach().to(torch.float32) + update)
         yield
     finally:
         for weight, before in saved:
-            weight.copy_(before)
+            weight.detach().copy_(before)

@@ -8,8 +8,9 @@ round of T·k local epochs instead of T rounds of k, synchronous or asynchronous
 
 Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), DiLoCo (Douillard et al. 2023: that
 of Nesterov, and `keep_optimizer`), SCAFFOLD (`control_variates`, Karimireddy et al. 2020, option II), LoRA
-factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py and
+factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py,
 rolora.py and hetlora.py have it. Clients' own parts and models: own_parts.py, ditto.py and fine_tuning.py.
+Steps after k updates in place of rounds (`buffer`): fedbuff.py.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -47,7 +48,7 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.measure.memory import Resident
-from fedtune.methods.fedavg import from_factors, own_parts, personal, robust, rolora
+from fedtune.methods.fedavg import fedbuff, from_factors, own_parts, personal, robust, rolora
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.hetlora import SelfPruning
 from fedtune.methods.fedavg.settings import FACTORED, FROM_FACTORS, Config
@@ -123,13 +124,14 @@ class FedAvg:
             payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
             if self.config.aggregation == "alternate":
                 weights = rolora.moving(weights, round)
+        began = fedbuff.sent(state, ranks) if self.config.buffer else {}
         for client in cohort.clients:
             rank = ranks[client]
             up = (lora.cut(weights, rank) if rank else weights) | {
                 CONTROL + name: c for name, c in state.control.items()
             }
             expects = {name: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for name, t in up.items()}
-            yield Order(client, payloads[rank], {} if tuning else expects)
+            yield Order(client, began.get(client, payloads[rank]), {} if tuning else expects)
 
     def asks_all(self, round: int) -> bool:
         """Of the round of fine-tuning, which is of every client's model."""
@@ -197,6 +199,7 @@ class FedAvg:
             return from_factors.advanced(state, replies, self.config)
         total, tuned = cast(WeightedSum | None, None), False
         control: WeightedSum | None = None
+        asked: Cohort | None = None
         for reply in replies:
             if not reply.payload.tensors:
                 tuned = True
@@ -206,6 +209,10 @@ class FedAvg:
                 control = WeightedSum.empty(reply.cohort.population)
             assert control is not None
             update = {n: t for n, t in reply.payload.tensors.items() if not n.startswith(CONTROL)}
+            if self.config.buffer:
+                stale = state.steps - fedbuff.begun(state, reply.client)
+                update = fedbuff.weighed(update, stale, self.config.buffer.staleness)
+                asked = reply.cohort
             total = total.add(lora.pad(update, state.weights), reply.examples)
             control = control.add(
                 {
@@ -219,7 +226,16 @@ class FedAvg:
             return state
         if total is None or control is None:
             raise ValueError("no client replied: there is nothing to average")
-        return self._advance(state, total, control)
+        new = self._advance(state, total, control)
+        if asked is None:
+            return new
+        begun, versions = fedbuff.stepped(state, asked.clients, asked.population)
+        return replace(new, steps=state.steps + 1, begun=begun, versions=versions)
+
+    def chooses(self, round: int, clients: Sequence[int]) -> tuple[int, ...] | None:
+        """Those whose updates fill the buffer; None: a round is of whoever is asked."""
+        buffer = self.config.buffer
+        return fedbuff.arrivals(clients, buffer.seconds, buffer.size, round)[0] if buffer else None
 
     def sum_refusal(self, *, privacy: bool) -> str | None:
         """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
@@ -227,6 +243,8 @@ class FedAvg:
             return f"aggregation: {self.config.aggregation} needs each client's factors"
         if self.config.aggregation == "alternate":
             return "aggregation: alternate has another sum in odd rounds than in even ones; take freeze-a"
+        if self.config.buffer:
+            return "buffer weighs each update by how old it is; leave it out"
         if self.config.fine_tune:
             return "fine_tune has a round in which nothing is sent, and so nothing summed; take ditto"
         if privacy and self.config.control_variates:
@@ -237,6 +255,8 @@ class FedAvg:
         """See robust.py."""
         if self.config.fine_tune and mean != "weighted":
             return robust.FINE_TUNE
+        if self.config.buffer and mean != "weighted":
+            return "buffer holds updates of unlike age, which are not compared; leave it out"
         config, ranks = self.config, self.config.lora and self.config.lora.client_ranks
         return robust.mean_refusal(
             mean,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,17 @@ class FineTune(Settings):
         return self
 
 
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Buffer(Settings):
+    """The server's steps come after so many updates, from clients of unlike speed; see fedbuff.py."""
+
+    size: int = Field(3, ge=1)  # k, updates a step
+    staleness: float = Field(0.5, ge=0)  # a: an update that is s steps old counts (1 + s)^-a
+    seconds: list[Seconds] = Field([1.0], min_length=1)  # a client's training takes, virtual; in turn
+
+
 class Config(Tuning, Preferring, Training):
     """Settings of `method.name: fedavg`."""
 
@@ -48,6 +59,7 @@ class Config(Tuning, Preferring, Training):
     aggregation: Aggregation = "mean"
     ridge: float = Field(0.01, gt=0)  # aggregation: refine: λ of ‖ΔB‖²
     prune: Prune | None = None  # aggregation: sparsity: clients give up ranks (HetLoRA)
+    buffer: Buffer | None = None  # the server steps after so many updates, not after a round (FedBuff)
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
@@ -115,6 +127,26 @@ class Config(Tuning, Preferring, Training):
                 f"keep_optimizer is of weights that go on; with aggregation: {self.aggregation} a round "
                 "begins with other factors. Take mean or freeze-a"
             )
+
+    @model_validator(mode="after")
+    def _buffered(self) -> Self:
+        if self.buffer is None:
+            return self
+        if self.aggregation not in ("mean", "freeze-a"):
+            raise ValueError(
+                f"buffer adds updates of several versions of the model, and aggregation: {self.aggregation} "
+                "is of one; take mean or freeze-a"
+            )
+        if self.arrival == "asynchronous" or self.control_variates or self.personal:
+            other = (
+                "arrival: asynchronous"
+                if self.arrival == "asynchronous"
+                else "control_variates"
+                if self.control_variates
+                else "own, ditto or fine_tune"
+            )
+            raise ValueError(f"buffer has no rounds that all clients take part in, which {other} counts on")
+        return self
 
     @model_validator(mode="after")
     def _personal(self) -> Self:

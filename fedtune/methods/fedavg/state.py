@@ -20,6 +20,8 @@ class State:
         product: What is added to the base weights, stacked or dense: of all rounds so far the products
             Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
         ranks: Of clients that prune, the rank that each has left, by its number.
+        steps, begun: With a buffer: steps so far, and the step that each client began at, by its number.
+        versions: The weights of steps before, as long as a client has yet to come from them, by "step/name".
         start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
     """
 
@@ -33,3 +35,6 @@ class State:
     start: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     weight: int = 0
+    steps: int = 0
+    begun: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, Tensor] = field(default_factory=dict)

@@ -62,6 +62,7 @@ from fedtune.models.boundary import usable
 from fedtune.models.emulator import EMULATORS, Cut, build, cut, submodel, take
 from fedtune.models.heads import is_classifier
 from fedtune.models.lora import LoraForm, attach_lora
+from fedtune.models.memory_efficient import release_memory
 from fedtune.models.proximal import moved_squared
 from fedtune.models.pruning import find_mlp
 
@@ -180,7 +181,9 @@ class FedBiOT:
             raise ClientError("it does not have the emulator any more; it will be sent again")
         model = env.store.built(key, lambda: self._client(held))
         with at_work([model], env.device):  # it stays with the client, and leaves the device to the server
-            return self._trained(job, replace(env, model=model), key)
+            result = self._trained(job, replace(env, model=model), key)
+        env.store.unread(key)  # and memory too
+        return result
 
     def _trained(self, job: Payload, env: ClientEnv, key: str) -> ClientResult:
         """The client's step on its model, which is there."""
@@ -325,6 +328,7 @@ class FedBiOT:
         )
         part = f"alignment {'before round 1' if when == 'before' else f'after round {when}'}"
         models = [server.full, student, teacher.tail]
+        release_memory()
         with faults(part, lambda: alignment.batch(public)), at_work(models, env.device):
             loss = align(
                 student.eval(),

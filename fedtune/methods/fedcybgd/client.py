@@ -191,7 +191,7 @@ def _importance(
         ):
             # one by one, so that this needs less memory than training did
             batches = StepBatches.of(env.model, (collate([env.items[i]], env.pad_id) for i in drawn))
-            with env.memory.step(batches.size, resident=[env.model]):
+            with env.memory.step(batches.size, [env.model], like=batches.form):
                 add_gradient(env.model, batches, env.device)
         weights = {name: p.detach() for name, p in block.named_parameters()}
         gradients = {

@@ -69,6 +69,7 @@ def train_blocks(
             for step, group in enumerate(step_batches(env, settings)):
                 if step == total:
                     break
+                env.stepped(step, total)
                 if active is None or (interval is not None and step % interval == 0):
                     if active is not None:
                         others.close()
@@ -84,7 +85,8 @@ def train_blocks(
                 rate = settings.rate(step, total, env.round)
                 rate_sum += rate
                 batches = drawn(env, group, step)
-                with env.memory.step(batches.size, resident=[env.model, *active.resident(), *resident]):
+                held = [env.model, *active.resident(), *resident]
+                with env.memory.step(batches.size, held, like=batches.form):
                     with active.stepper.arriving(rate):
                         loss.join(add_gradient(env.model, batches, env.device))
                     if not math.isfinite(loss.total):

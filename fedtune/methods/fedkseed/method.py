@@ -21,7 +21,7 @@ Deviations: noise is a function of (pool key, parameter name, element, seed inde
 generator's draws (`zeroth/`), so that unlike devices rebuild the same bits; seeds are pool indices. ψ of a
 seed that was never drawn is the mean over those that were (the paper leaves it open). A client's weights are
 formed from w0 anew in every forward pass, but for other noise than `hadamard4` in float32 (step.py).
-Scalars can be clipped, and folded in by a robust mean, which the paper does not have.
+Scalars can be clipped, and folded in by a robust mean, unlike the paper's. Appendix B.2: gossip.py.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ from fedtune.methods.fedkseed.aggregation import (
     mean_of,
     units,
 )
+from fedtune.methods.fedkseed.gossip import LIMIT, Message, Relay, mixed, unpacked
 from fedtune.methods.fedkseed.order import Fingerprint, Origin, changes, checksum, with_changes
 from fedtune.methods.fedkseed.resolution import given, not_finite, scale_of, warn_where_rounded
-from fedtune.methods.fedkseed.settings import Config
+from fedtune.methods.fedkseed.settings import SUBSPACES, Config
 from fedtune.methods.fedkseed.state import State
-from fedtune.methods.fedkseed.step import coefficients, step_weights
-from fedtune.methods.step_loss import TokenMean, trained_tokens
+from fedtune.methods.fedkseed.step import coefficients, refuse_narrow, refuse_on_a_gpu, step_weights
+from fedtune.methods.step_loss import TokenMean, form_of, trained_tokens
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import train_all, trainable
 from fedtune.zeroth import NOISE_VERSION, SeedPool, rebuild_all_
@@ -95,7 +96,7 @@ class FedKSeed:
         self._drawn = config.local_steps * config.perturbations  # seeds that a client draws in a round
         # indices are signed on the wire; the paper takes 4 bytes for each
         self._index = torch.int16 if config.seeds <= 2**15 else torch.int32
-
+        self._relay = Relay(config, derive_seed(seed, "peers"), self._message) if config.graph else None
         self._seen = False  # whether slopes were looked at in this process
 
     def prepare(self, server: ServerEnv) -> None:
@@ -105,6 +106,9 @@ class FedKSeed:
     def client_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The whole model, all of it tuned; evaluation mode, no gradients are ever needed."""
         model = train_all(build())  # type: ignore[arg-type]
+        refuse_on_a_gpu(trainable(model), self.config.noise)
+        if self.config.noise in SUBSPACES:
+            refuse_narrow(trainable(model), f"noise: {self.config.noise}", "noise: hadamard4")
         return model.eval()
 
     def init(self, model: nn.Module) -> State:
@@ -119,9 +123,14 @@ class FedKSeed:
         fixed = {"origin": Origin(**state.origin).as_tensor()}  # type: ignore[arg-type]
         if self.pro:
             fixed["probability"] = self.probabilities(state)
-        scalars: dict[str, Scalar] = {"crc32": checksum(state.accumulator)}
-        if self.config.epsilon == "auto":
-            scalars["epsilon"] = state.epsilon
+        more: dict[str, Scalar] = {"epsilon": state.epsilon} if self.config.epsilon == "auto" else {}
+        if self._relay is not None:
+            for client, sent, own in self._relay.orders(state, cohort.clients):
+                yield Order(
+                    client, Payload({**fixed, **sent}, {"crc32": checksum(own), **more}), self._expects()
+                )
+            return
+        scalars: dict[str, Scalar] = {"crc32": checksum(state.accumulator), **more}
         whole = Payload({**fixed, "accumulator": state.accumulator}, scalars)
         changed = changes(state.before, state.accumulator)
         part = whole if changed is None else Payload({**fixed, **changed}, scalars)
@@ -144,14 +153,14 @@ class FedKSeed:
         scalars, loss = list[float](), TokenMean()
         with step_weights(env.model, pool, received, config.lr) as weights:  # line 12
             for step in range(config.local_steps):
+                env.stepped(step, config.local_steps)
                 batch = collate([env.rows[i] for i in next(batches)], env.pad_id)
                 tokens = trained_tokens(env.model, batch)
                 if not tokens:  # no loss to compare: the slope is 0
                     scalars += [0.0] * config.perturbations
                     continue
-                moved = on_device(batch, env.device)
-                estimates, around = [], 0.0
-                with env.memory.step(batch["input_ids"].numel(), resident=[env.model]):
+                moved, estimates, around = on_device(batch, env.device), [], 0.0
+                with env.memory.step(batch["input_ids"].numel(), [env.model], like=form_of(batch, tokens)):
                     for j in draws[step * config.perturbations : (step + 1) * config.perturbations]:
                         plus = weights.loss(moved, j, epsilon, batch["labels"])
                         minus = weights.loss(moved, j, -epsilon, batch["labels"])
@@ -166,10 +175,15 @@ class FedKSeed:
                 loss.add(around / config.perturbations, tokens, batch)
         metrics = {name: round(value, 6) for name, value in loss.metrics.items()}
         metrics |= {"steps": config.local_steps}
-        return ClientResult(self.reply(draws, scalars), metrics, state=Payload({"accumulator": received}))
+        reply, kept = self.reply(draws, scalars), {"accumulator": received}
+        if self._relay is not None:
+            reply = Payload({**kept, **reply.tensors})
+        return ClientResult(reply, metrics, state=reply if self._relay else Payload(kept))
 
     def server_step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adds the clients' scalars to the accumulator, seed by seed."""
+        if self._relay is not None:
+            return self._relay.stepped(state, replies)
         aggregator: Aggregator | None = None
         magnitude, draws, holders, clipped = state.magnitude.clone(), state.draws.clone(), {}, {}
         limit = self.config.clip
@@ -202,6 +216,8 @@ class FedKSeed:
         """Whatever looks at single scalars needs more than their sum."""
         if self.pro:
             return "it counts how often each seed was drawn and how large its scalars were; take fedkseed"
+        if self.config.graph:
+            return f"graph: {self.config.graph} has no server, and peers need each neighbour's scalars"
         for name in ("clip", "scalar_limit"):
             if getattr(self.config, name) is not None:
                 return f"{name} looks at each client's scalars"
@@ -213,14 +229,16 @@ class FedKSeed:
         """Its own robust means go by the clients that drew a seed; few draw the same."""
         if mean == "weighted":
             return None
+        if self.config.graph:
+            return f"graph: {self.config.graph} has no server that could take it"
         return (
             "clients draw seeds of their own, and what few of them drew has no other numbers beside it; "
             "method.aggregation has means that go by who drew a seed: trimmed-mean and median-of-means"
         )
 
     def bound_refusal(self, *, quantile: bool) -> str | None:
-        """A client's K sums have a norm like any other update."""
-        return None
+        """A client's K sums have a norm like any other update; without a server nobody bounds it."""
+        return f"graph: {self.config.graph} has no server that could hold it" if self.config.graph else None
 
     def updates(self) -> Updates:
         """The K sums of a client's scalars; the noise of two seeds is orthogonal but for chance."""
@@ -267,7 +285,7 @@ class FedKSeed:
         )
 
     def export(self, state: State, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The global model of Eq. 4, written into `model` for as long as it is looked at.
+        """The global model of Eq. 4, or with `graph` each peer's, in `model` for as long as it is looked at.
 
         Raises:
             InputError: The state belongs to other weights or another pool.
@@ -276,10 +294,12 @@ class FedKSeed:
         if refused:
             raise InputError(f"the run's state is for {refused}")
         pool, parameters = self._pool(), trainable(model)
-        with kept_on_disk(parameters):
-            weights = {name: parameter.data for name, parameter in parameters.items()}
-            rebuild_all_(weights, weights, pool, coefficients(state.accumulator, self.config.lr))
-            yield "global", model
+        peers = {f"client-{int(client):04d}": a for client, a in state.peers.items()}
+        for name, accumulator in sorted(peers.items()) or [("global", state.accumulator)]:
+            with kept_on_disk(parameters):
+                weights = {name: parameter.data for name, parameter in parameters.items()}
+                rebuild_all_(weights, weights, pool, coefficients(accumulator, self.config.lr))
+                yield name, model
 
     def probabilities(self, state: State) -> Tensor:
         """The p of Eq. 14, float32 (K); uniform until something was drawn or while ψ does not vary."""
@@ -305,6 +325,9 @@ class FedKSeed:
             received = job.tensors["accumulator"]
         elif env.state is None:
             raise ClientError("it was sent changes only, but holds no accumulator any more")
+        elif "shares" in job.tensors:
+            own, others = self._message(env.state.tensors), [self._message(m) for m in unpacked(job)]
+            received = mixed(own, others, job.tensors["shares"].tolist())
         else:
             received = with_changes(env.state.tensors["accumulator"], job.tensors)
         if received.shape != (self.config.seeds,) or checksum(received) != job.scalars["crc32"]:
@@ -335,9 +358,12 @@ class FedKSeed:
 
     def _expects(self) -> Mapping[str, TensorSpec]:
         count, limit = self._drawn, self.config.scalar_limit or SUM_LIMIT
+        size = (self.config.seeds,)
+        beside = {"accumulator": TensorSpec(torch.float32, size, LIMIT)} if self._relay else {}
         if not self._sends_pairs():
-            return {"sums": TensorSpec(torch.float32, (self.config.seeds,), min(limit * count, SUM_LIMIT))}
+            return {**beside, "sums": TensorSpec(torch.float32, size, min(limit * count, SUM_LIMIT))}
         return {
+            **beside,
             "seeds": TensorSpec(self._index, (count,), self.config.seeds, at_least=0),
             "scalars": TensorSpec(torch.float32, (count,), min(limit, SUM_LIMIT / count)),
         }
@@ -360,6 +386,10 @@ class FedKSeed:
         if "sums" in payload.tensors:  # a draw of each seed, as it were
             return torch.arange(self.config.seeds), payload.tensors["sums"].double()
         return payload.tensors["seeds"].long(), payload.tensors["scalars"].double()
+
+    def _message(self, tensors: Mapping[str, Tensor]) -> Message:
+        seeds, scalars = self._drawn_by(Payload(tensors))
+        return Message(tensors["accumulator"], seeds, scalars / self.config.perturbations)
 
     def _aggregator(self, cohort: Cohort) -> Aggregator:
         if self.config.aggregation == "trimmed-mean":

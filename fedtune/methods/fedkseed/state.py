@@ -21,6 +21,10 @@ class State:
         holders: Clients that replied in the last round, and so hold `before`.
         magnitude, draws: Σ |ĝ| and the number of draws of each seed (Pro).
         epsilon: ε, the same for all clients in all rounds.
+        peers: With `graph`, where there is no accumulator but each peer's, by client.
+        messages: What peers passed on in the last round, by "client/name".
+        examples: Of those that did.
+        steps: Rounds that peers have taken.
     """
 
     origin: Mapping[str, Scalar]
@@ -30,3 +34,7 @@ class State:
     draws: Tensor
     holders: Mapping[str, bool] = field(default_factory=dict)
     epsilon: float = 0.0  # in the checkpoints of older runs, which have a number in their settings
+    peers: Mapping[str, Tensor] = field(default_factory=dict)
+    messages: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    steps: int = 0

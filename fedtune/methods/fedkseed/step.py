@@ -18,11 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedtune.errors import InputError
 from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lean_loss import batch_loss
 from fedtune.models.on_disk import kept_on_disk
 from fedtune.models.tuning import trainable
-from fedtune.zeroth import SeedPool, perturb_all_, rebuild_all_
+from fedtune.zeroth import SHAPED, SeedPool, perturb_all_, rebuild_all_
 from fedtune.zeroth.pool import Noise
 from fedtune.zeroth.tensors import Prepared
 
@@ -35,6 +36,26 @@ class StepWeights(Protocol):
 
     def update(self, estimates: list[tuple[int, float]]) -> None:
         """W ← w − η Σ ĝ z_j over pairs (j, ĝ)."""
+
+
+def refuse_narrow(parameters: Mapping[str, nn.Parameter], what: str, other: str) -> None:
+    """Raises InputError unless all are float32; `other` is what to use where they are not."""
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"{what} moves weights step by step, which {parameter.dtype} ({name}) cannot hold; set "
+                f"model.dtype=float32, or use {other}"
+            )
+
+
+def refuse_on_a_gpu(parameters: Mapping[str, nn.Parameter], noise: Noise) -> None:
+    """Raises InputError for noise that is made on a CPU alone, of weights that are not there."""
+    elsewhere = [str(p.device) for p in parameters.values() if p.device.type == "cuda"]
+    if noise in SHAPED and elsewhere:
+        raise InputError(
+            f"noise: {noise} is made on a CPU, and the model is on {elsewhere[0]}; set model.device=cpu, or "
+            "noise: hadamard4"
+        )
 
 
 def coefficients(accumulator: Tensor, lr: float) -> Tensor:
