@@ -27,7 +27,7 @@ from fedtune.evaluation.pictures import load_clip
 from fedtune.evaluation.shapes import right
 from fedtune.models.names import bundled_clip, bundled_pipeline
 from fedtune.models.pipelines import Drawing, draw_pictures, load_pipeline
-from fedtune.models.text_to_image import Learning
+from fedtune.models.text_to_image import Learning, text_to_image
 
 MOST_BYTES = 8_000_000
 FEW = ["method.local_epochs=1", "evaluation.pictures={steps: 2, each: 1}"]
@@ -170,3 +170,18 @@ def test_a_finished_run_knows_whether_its_pipeline_was_replaced(tmp_path: Path) 
     )
     with pytest.raises(InputError, match=r"scheduler/scheduler_config\.json"):
         fedtune.run(config, out=tmp_path / "run", resume=True, progress=False)
+
+
+def test_the_pixel_check_reads_true_pictures_of_the_subjects_through_the_autoencoder() -> None:
+    """What no side of a comparison could reach says nothing of any of them."""
+    found = load_pipeline("bundled", dtype="float32", base=Path("."), learning=Learning())
+    vae = text_to_image(found.model).vae  # type: ignore[union-attr]
+    for number, subject in enumerate(SUBJECTS):
+        rng, colours = np.random.default_rng(number), shapes.backgrounds(subject)
+        figures = [subject.before(colour) for colour in colours * 2]
+        true = np.stack([shapes.picture(figure, rng) for figure in figures])
+        with torch.no_grad():
+            coded = vae.decode(vae.encode(torch.from_numpy(true)).latents).sample.clamp(-1, 1).numpy()
+        for pictures in (true, coded):
+            passed = [all(right(p, f).values()) for p, f in zip(pictures, figures, strict=True)]
+            assert sum(passed) >= len(passed) - 1, subject.name

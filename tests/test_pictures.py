@@ -285,7 +285,8 @@ def test_the_bundled_pictures() -> None:
     for subject in SUBJECTS:
         own = {colour for one, colour, _ in train if one == subject}
         kept = {colour for one, colour, _ in test if one == subject}
-        assert own | kept == set(backgrounds(subject)) <= set(COLOURS) and not own & kept
+        assert (own, kept) == ({*backgrounds(subject)[:5]}, {backgrounds(subject)[6]})
+        assert not own & kept and {*own, *kept} < {*COLOURS} - {subject.figure.colour}
     reading = Reading()
     examples = load_pictures("bundled", "train", None, reading)
     assert examples[0].instruction == f"a sks square on a {train[0][1]} background"
