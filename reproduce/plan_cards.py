@@ -175,12 +175,7 @@ def least_card(planned: Need) -> int:
 def cards() -> str:
     """The table."""
     torch.set_num_threads(1)
-    rows = [
-        row
-        for model in MODELS
-        for method in METHODS
-        for row in rows_of(model, method)
-    ]
+    rows = [row for model in MODELS for method in METHODS for row in rows_of(model, method)]
     header = ["model", "method", "settings that change", "on the card", "on the host", "largest role", "card"]
     return table(header, rows, numbers=False)
 
