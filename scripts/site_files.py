@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LOG.md", "SECURITY.md")
+ITEM = re.compile(r"(?:\d+\.|[*-]) ")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
 
@@ -37,4 +38,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         known = (there in BESIDE or there.startswith("docs/")) and files.get_file_from_path(name) is not None
         return f"[{text}]({name}{part or ''})" if known else text
 
-    return LINK.sub(turned, markdown)
+    return widened(LINK.sub(turned, markdown))
+
+
+def widened(markdown: str) -> str:
+    """What belongs to an item of a list, four columns in: the site's Markdown takes no less."""
+    lines, width = list[str](), 0  # of the item's mark; 0 outside of lists
+    for line in markdown.splitlines():
+        mark, text = ITEM.match(line), line.lstrip(" ")
+        if mark:
+            width = len(mark.group())
+        elif text and not line.startswith(" "):
+            width = 0
+        elif text and width and len(line) - len(text) >= width:
+            line = " " * (4 - width) + line
+        lines.append(line)
+    return "\n".join(lines)

@@ -188,3 +188,22 @@ def test_the_cost_says_how_many_clients_a_round_asked() -> None:
     assert said(3, 20, 8_000 / 5) == "3 x 1.67 of 20"  # five answered
     assert said(2, 1_200, 8_000 / 2_400) == "2 x 1200"
     assert said(0, 7, 0.0) == "0 x 7" and said(1, 7, 0.0) == "1 x 7"
+
+
+def test_grids_of_pictures_stand_beside_each_other(tmp_path: Path) -> None:
+    """Rows are prompts: before any training, and what each run came to; the rounds between are below."""
+    for name, rounds in {"one": 2, "many": 3}.items():
+        run = made(tmp_path / name, [2.0] * rounds)
+        (run / "pictures").mkdir()
+        for round in range(rounds):
+            (run / "pictures" / f"round-{round:04d}.png").write_bytes(f"{name} {round}".encode())
+    page = report(read_runs([tmp_path / "one", tmp_path / "many"]))
+    beside, below = re.findall(r'<div class="beside">(.*?)</div>', page)
+    captions = [re.findall("<figcaption>(.*?)</figcaption>", some) for some in (beside, below)]
+    assert captions[0] == ["one: round 0000", "one: round 0001", "many: round 0002"]
+    assert captions[1] == ["many: round 0000", "many: round 0001"]
+    assert [base64.b64decode(text) for text in re.findall('base64,([^"]*)', beside)] == [
+        b"one 0",
+        b"one 1",
+        b"many 2",
+    ]

@@ -49,6 +49,12 @@ def test_links_between_the_folders_are_turned(site: Path) -> None:
     assert "examples/clip_mean" not in re.findall(r'href="([^"]*)"', made)  # a folder: its name alone
 
 
+def test_what_belongs_to_an_item_of_a_list_stays_in_it(site: Path) -> None:
+    made = (site / "deployment.html").read_text(encoding="utf-8")
+    steps = made.partition("<ol>")[2].partition("</ol>")[0]
+    assert steps.count("<li>") == 6 and "fedtune client --server" in steps and "<pre>" in steps
+
+
 def test_search_finds_settings_and_commands(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
     assert "commands.html#fedtune-run" in index and "method.optimizer_in_backward" in index

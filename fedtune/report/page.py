@@ -33,6 +33,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; vertical-a
 th, td { text-align: right; }
 th:first-child, td:first-child, .left td, .left th { text-align: left; } .wide { overflow-x: auto; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
 pre { background: var(--block); padding: .8rem; overflow-x: auto; }
 """
 
@@ -168,14 +169,20 @@ def _clients(runs: Sequence[RunData]) -> Iterator[str]:
 
 
 def _pictures(runs: Sequence[RunData]) -> Iterator[str]:
-    """The grids before any training and after each round that was evaluated, of all runs."""
-    for run in runs:
-        for name, png in run.pictures.items():
-            said, text = f"{run.name}: {name.replace('-', ' ')}", base64.b64encode(png).decode()
-            yield (
-                f"<figure><figcaption>{escape(said)}</figcaption>"
-                f'<img alt="{escape(said)}" src="data:image/png;base64,{text}"></figure>'
-            )
+    """Grids of pictures: those before any training beside each run's last, and below them all others."""
+    drawn = [run for run in runs if run.pictures]
+    first = [(drawn[0], next(iter(drawn[0].pictures)))] if drawn else []
+    last = [(run, [*run.pictures][-1]) for run in drawn if len(run.pictures) > 1]
+    rest = [(run, name) for run in drawn for name in run.pictures if (run, name) not in (*first, *last)]
+    for some in (first + last, rest):
+        if some:
+            yield f'<div class="beside">{"".join(_grid(*one) for one in some)}</div>'
+
+
+def _grid(run: RunData, name: str) -> str:
+    said, text = f"{run.name}: {name.replace('-', ' ')}", base64.b64encode(run.pictures[name]).decode()
+    image = f'<img alt="{escape(said)}" src="data:image/png;base64,{text}">'
+    return f"<figure><figcaption>{escape(said)}</figcaption>{image}</figure>"
 
 
 def _updates(runs: Sequence[RunData]) -> str:
