@@ -218,14 +218,20 @@ CHANGES: dict[str, Any] = {
     "trim": 0.4,
     "groups": 2,
     "rounds": 2,
+    "graph": "ring",
+    "degree": 1,
 }
 
 
 @pytest.mark.parametrize("field", sorted(Config.model_fields.keys() - {"name"}))
 def test_every_setting_changes_something(field: str) -> None:
     # clients that draw the same seeds, for those settings that need it
-    needs = {"trim": "trimmed-mean", "groups": "median-of-means"}
-    clients = 3 if field in (*needs, "aggregation") else 1
+    needs = {
+        "trim": {"aggregation": "trimmed-mean"},
+        "groups": {"aggregation": "median-of-means"},
+        "degree": {"graph": "random"},
+    }
+    clients = 3 if field in (*needs, "aggregation", "graph") else 1
 
     def outcome(**change: Any) -> Any:
         values: dict[str, Any] = {
@@ -235,8 +241,7 @@ def test_every_setting_changes_something(field: str) -> None:
             "epsilon": 0.01,
             "rounds": 1,
         }
-        if field in needs:
-            values["aggregation"] = needs[field]
+        values |= needs.get(field, {})
         b = Bench(FedKSeed(Config(**{**values, **change}), seed=0), tiny(), text(clients))
         try:
             for round in range(1, b.method.rounds + 1):
