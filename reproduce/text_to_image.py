@@ -2,7 +2,7 @@
 
 Table:   Figure 4, text to image; docs/claims.md, block text-to-image
 Command: python reproduce/text_to_image.py text-to-image
-Time:    eight CPU minutes, in two processes
+Time:    six minutes of two cores, in two processes
 Needs:   diffusers, PIL
 Result:  CLIP score of one round against five: dealt at random -0.0848 (-0.0979 to -0.0717), one subject a
          client -0.0655 (-0.1367 to +0.0057)
