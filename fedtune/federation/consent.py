@@ -18,7 +18,6 @@ from fedtune.core.types import ClientError, Payload
 from fedtune.errors import InputError, foreign
 from fedtune.federation.asked import Asked
 from fedtune.federation.spending import Record
-from fedtune.protection.terms import Terms
 from fedtune.transport.acceptance import Acceptance, NotAccepted
 
 
@@ -161,6 +160,8 @@ class Consent:
         """Holds an order to what is accepted. Raises ClientError if it asks for more."""
         accepted = self.acceptance
         if phase == "shares" and accepted.needs_masks:
+            from fedtune.protection.terms import Terms  # cryptography only where it is used
+
             terms = Terms.of(order)
             if accepted.min_clients is not None and len(terms.clients) < accepted.min_clients:
                 raise ClientError(
