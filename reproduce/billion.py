@@ -6,9 +6,8 @@ Command: python reproduce/billion.py billion
 Time:    half an hour alone on the machine
 Needs:   9 GB of free memory, 18 for the row of all weights, which is else left out; 16 GB of disk
 Result:  the ledger is 0.993 to 1.041 of the plan; beyond all accounts of a simulation the process has
-         499.73 MB with LoRA, 654.09 MB with FedCyBGD, 1.14 GB with NF4 and LoRA, 2.82 GB with FedBiOT;
-         FedKSeed and all weights were not run, and NF4 and FedBiOT were before what they held without need
-         left memory
+         492.62 MB with LoRA, 583.81 MB with NF4 and LoRA, 654.09 MB with FedCyBGD, 782.78 MB with FedKSeed,
+         831.06 MB with FedBiOT; all weights were not run
 """
 
 from __future__ import annotations
