@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from command import fedtune, lines, outcome, write_config
 
 from fedtune.config.file import parse_config
+from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import Cohort
 from fedtune.core.types import SECURE, Payload, Reply
 from fedtune.core.wire import decode, meta_of
@@ -22,11 +25,19 @@ from fedtune.evaluation import federated as module
 from fedtune.evaluation.federated import UNIT, FederatedEvaluation, State
 from fedtune.federation import run as runs
 from fedtune.federation.asked import Asked
+from fedtune.federation.client import join
+from fedtune.federation.consent import Consent
 from fedtune.federation.data import prepare_data
 from fedtune.federation.progress import Silent
 from fedtune.methods import registry
 from fedtune.planning.plan import plan
+from fedtune.transport import network, remote
+from fedtune.transport.acceptance import Acceptance
 from fedtune.transport.in_process import InProcess
+from fedtune.transport.messages import Message
+from fedtune.transport.network import Invitation, RoundExchange, invite_clients
+from fedtune.transport.remote import Remote
+from fedtune.transport.worker import Worker
 
 LORA = {"name": "fedavg", "rounds": 2, "batch_size": 4, "lr": 0.01, "lora": {"rank": 2}}
 DATA = {"clients": 3, "max_examples": 24, "max_length": 64, "holdout": {"client_fraction": 0.25}}
@@ -215,6 +226,103 @@ def test_in_processes_of_their_own_clients_give_the_same_bits(way: str, tmp_path
     assert there["rounds"] == here["rounds"] and there["final"] == here["final"] == masked["final"]
     assert [r["eval"] for r in masked["rounds"]] == [r["eval"] for r in here["rounds"]]
     assert lines(tmp_path / "there/memory.jsonl") == lines(tmp_path / "here/memory.jsonl")
+
+
+class Post:
+    """A channel to clients of a network that are in this process; each is started anew after some messages.
+
+    Args:
+        start: Makes a client, by its number.
+        every: Messages between two starts.
+    """
+
+    def __init__(self, start: Callable[[int], Worker], *, every: int) -> None:
+        self.start, self.every = start, every
+        self.workers = {client: start(client) for client in range(3)}
+        self.messages: list[tuple[int, Message]] = []
+
+    def online(self) -> set[int]:
+        return set(self.workers)
+
+    def push(self, client: int, message: Message, *, lifetime_s: float) -> str:
+        self.messages.append((client, message))
+        if len(self.messages) % self.every == 0:
+            self.workers[client] = self.start(client)
+        return str(len(self.messages) - 1)
+
+    def pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message]]:
+        for name in ids:
+            client, message = self.messages[int(name)]
+            yield name, self.workers[client].answer(message)
+
+
+class Elsewhere:
+    """What `fedtune server` is for a run, without Flower in between."""
+
+    def __init__(self, config: RunConfig, post: Post) -> None:
+        self.config, self.post = config, post
+        self.reply_limit: Callable[[int], int] = lambda client: 0
+
+    def join(self, assembly: Any, known: Any) -> dict[int, int]:
+        document = self.config.resolved()
+        document["data"] |= {"max_length": assembly.room.tokens, "template": assembly.template_told}
+        loaded = assembly.loaded
+        self.invitation = Invitation(
+            "ab12",
+            json.dumps(document),
+            loaded.weights_sha256,
+            loaded.quantization,
+            loaded.quantized_sha256,
+        )
+        names = dict.fromkeys(range(3), "")
+        self.joined = invite_clients(self.post, self.invitation, names, wait_s=60, log_line=lambda line: None)
+        return dict(self.joined)
+
+    def partition(self) -> dict[str, Any]:
+        each = [{"client": client, "examples": count} for client, count in sorted(self.joined.items())]
+        return {"run": "ab12", "clients": each}
+
+    def transport(self, assembly: Any, clock: Any) -> Remote:
+        states, limit = assembly.runner.states, lambda client: self.reply_limit(client)
+        exchange = RoundExchange(self.invitation, self.joined, states, limit=limit)
+        return Remote(self.post, exchange, window=None, deadline_s=None, clock=clock)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_clients_with_files_of_their_own_give_the_same_bits(
+    secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each splits its file as one process would; every fifth message meets a client that was started anew."""
+    if secure:
+        pytest.importorskip("Crypto", reason="secure aggregation is not installed (the extra `privacy`)")
+    federation: dict[str, Any] = {"secure_aggregation": {"threshold": 0.6}} if secure else {}
+    here = ran(tmp_path / "here", federation=federation)
+    whole = parse_config(
+        document(data={**DATA, "holdout": {"source": "bundled"}}, evaluation={"where": "server"}), ""
+    )
+    for client, examples in prepare_data(whole, pooled=False).clients.items():
+        rows = "".join(json.dumps(asdict(example)) + "\n" for example in examples)
+        (tmp_path / f"{client}.jsonl").write_text(rows)
+    monkeypatch.setattr(network, "LOOK_S", 0.001)
+    monkeypatch.setattr(remote, "POLL_S", 0.001)
+
+    def start(client: int) -> Worker:
+        def joins(invitation: Any) -> Any:
+            data = tmp_path / f"{client}.jsonl"
+            return join(invitation, data=data, fields={}, model=None, device="cpu", consent=Consent())
+
+        return Worker(joins, Acceptance(), tmp_path / f"state-{client}", lambda line: None)
+
+    data = {"train": "clients", "clients": 3, "max_length": 64, "holdout": DATA["holdout"]}
+    config = parse_config(document(data=data, federation=federation, transport={"name": "flower"}), "test")
+    monkeypatch.setattr(runs, "check_transport", lambda config, deployment: None)
+    there = runs.run(config, tmp_path / "there", Silent(), deployment=Elsewhere(config, Post(start, every=5)))
+    for key in ("zero_shot", "evaluation", "scored", "per_client", "payload_bytes", "evaluation_bytes"):
+        assert there[key] == here[key], key
+    assert outcome(tmp_path / "there")["final"] == outcome(tmp_path / "here")["final"]
+    assert (there["per_client"] == {}) == secure
+    partition = json.loads((tmp_path / "there/partition.json").read_text())
+    assert (partition["held_out"], [c["examples"] for c in partition["clients"]]) == (0, [6, 6, 6])
 
 
 # Faults
