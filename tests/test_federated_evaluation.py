@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from command import fedtune, lines, outcome, write_config
 from fedtune.config.file import parse_config
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import Cohort
-from fedtune.core.types import SECURE, Payload, Reply
+from fedtune.core.types import SECURE, ClientError, Payload, Reply
 from fedtune.core.wire import decode, meta_of
 from fedtune.data.holdout import own_part, scored_part
 from fedtune.errors import FederationError, InputError
@@ -30,6 +31,7 @@ from fedtune.federation.consent import Consent
 from fedtune.federation.data import prepare_data
 from fedtune.federation.progress import Silent
 from fedtune.methods import registry
+from fedtune.methods.references import Nothing
 from fedtune.planning.plan import plan
 from fedtune.transport import network, remote
 from fedtune.transport.acceptance import Acceptance
@@ -345,6 +347,38 @@ def test_who_cannot_score_is_left_out_and_said(tmp_path: Path, monkeypatch: pyte
     assert summary["scored"] == {"clients": [0, 2], "left_out": {"1": why}}
     assert summary["per_client"]["loss"]["loss"]["clients"] == {c: own[c] for c in ("0", "2")}
     assert summary["evaluation"]["loss"]["examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [("global", "cannot be scored"), ("client-0000", "makes no global")]
+)
+def test_a_model_is_left_as_it_was_whatever_comes(
+    made: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that cannot be scored, and a method of one's own that makes none for all clients."""
+    left = []
+
+    def export(state: Any, model: Any) -> Iterator[Any]:
+        try:
+            yield made, model
+        finally:
+            left.append(model)
+
+    def score(*given: Any) -> Any:
+        raise InputError("no token carries loss")
+
+    monkeypatch.setattr(module, "score", score)
+    method: Any = SimpleNamespace(config=SimpleNamespace(name="mine"), export=export)
+    scorer: Any = SimpleNamespace(tokenizer=None, settings=None, examples={0: ["one"]})
+    of = FederatedEvaluation(method, Nothing, ["loss"], classifier=False, scorer=scorer)
+    model = torch.nn.Linear(1, 1)
+    env: Any = SimpleNamespace(client=0, device=torch.device("cpu"), memory=None, model=model)
+    with pytest.raises(ClientError, match=said):
+        of.client_step(Payload(), env)
+    assert left == [model]
+    env.client = 1
+    with pytest.raises(ClientError, match="it has no held-out examples"):
+        of.client_step(Payload(), env)
 
 
 def test_without_enough_scores_the_run_stops_and_goes_on_later(

@@ -97,9 +97,10 @@ def serves(folder: Path) -> None:
                 "messages": [{"role": "user", "content": "Add 2 and 3."}],
                 "max_tokens": 4,
             }
-            asking.request("POST", "/v1/chat/completions", json.dumps(body))
+            header = {"Content-Type": "application/json"}
+            asking.request("POST", "/v1/chat/completions", json.dumps(body), header)
             answer = json.loads(asking.getresponse().read())
-            assert answer["choices"][0]["message"]["role"] == "assistant"
+            assert answer["choices"][0]["message"]["role"] == "assistant", answer
         finally:
             server.send_signal(signal.SIGTERM)
     assert server.returncode == 0

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 
 V = TypeVar("V")
+LOWER = "Lower evaluation.memory, evaluation.batch_size or data.max_length."  # for too little memory
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class ClientRunner:
         scores = bool(meta.get(SCORES))
         doing = "evaluation by" if scores else "training of"
         part = f"{doing} client {client} in round {meta.get('round')}"
-        with faults(part, lambda: self._memory(client), passing=LEFT_OUT):
+        lower = (lambda: LOWER) if scores else (lambda: self._memory(client))
+        with faults(part, lower, passing=LEFT_OUT):
             reply = (self._score if scores else self._handle)(client, meta, *parts)
             if self._gate is not None:
                 self._gate.sending(int(meta["round"]), str(meta.get("phase", "")))

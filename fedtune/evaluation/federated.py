@@ -162,13 +162,18 @@ class FederatedEvaluation:
         except ValueError as error:
             raise ClientError(str(error)) from None
         outcomes: dict[str, Outcome] = {}
+        models = self._method.export(state, env.model)
         try:
-            for name, model in self._method.export(state, env.model):
+            for name, model in models:
                 if name == "global":
                     outcomes = self._scored(model, examples, peaks)
         except InputError as error:  # what it says may be of the examples, which stay here
             log.warning("client %d cannot score its held-out examples: %s", env.client, error)
             raise ClientError("its held-out examples cannot be scored; its own log says why") from None
+        finally:  # whatever came: the model is as it was
+            getattr(models, "close", lambda: None)()
+        if not outcomes:
+            raise ClientError(f"{self.config.name} makes no global model that it could score")  # type: ignore[attr-defined]
         return ClientResult(self._sums(outcomes, len(examples)), {})
 
     def _scored(self, model: nn.Module, examples: Sequence[Example], peaks: Peaks) -> dict[str, Outcome]:

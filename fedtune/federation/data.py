@@ -24,7 +24,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import refuse_unsuited, suited
+from fedtune.evaluation.registry import certain, refuse_unsuited, suited
 from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
@@ -148,7 +148,9 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
 
 
 def scored_tasks(config: RunConfig, split: Split) -> list[str]:
-    """The tasks that a run's held-out examples are scored by."""
+    """The tasks that a run's held-out examples are scored by; by clients those that need no look at them."""
+    if config.evaluation.where == "clients":
+        return certain(config.evaluation.tasks)
     return suited(config.evaluation.tasks, split.evaluation, classes=bool(split.labels))
 
 
