@@ -123,6 +123,8 @@ def _scores(runs: Sequence[RunData]) -> Iterator[str]:
                 continue
             before, after = run.rounds[0]["eval"].get(task, {}), evaluated[-1]
             for metric in metrics_of(after["eval"][task]):
+                if metric == "tokens":  # what the loss rests on, and no score
+                    continue
                 value = number(after["eval"][task][metric]) + interval(after["eval"][task], metric)
                 first = number(before[metric]) if metric in before else ""
                 worst = after.get("per_client", {}).get(task, {}).get(metric)
