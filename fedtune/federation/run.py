@@ -279,17 +279,19 @@ class _Federation:
         cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
+        last: tuple[Any, Evaluated] = (None, Evaluated())  # of arrivals: its state may be the round's
 
         def on_arrival(now: Any, outcome: RoundOutcome) -> None:
             self._progress.client(len(outcome.clients) + len(outcome.left_out))
             self._callbacks.clients(outcome)
             if config.evaluation.arrivals:
-                scores = self._evaluate((now, model))
+                nonlocal last
+                last = (now, scores := self._evaluate((now, model)))
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        count, sends = len(cohort.clients), self._assembly.method.uses_wire
-        quorum = replies_needed(count, config.federation.quorum, drawn=drawn, sends=sends)
+        sends, least = self._assembly.method.uses_wire, config.federation.quorum
+        quorum = replies_needed(len(cohort.clients), least, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
         every, rounds = config.evaluation.every, self._assembly.method.rounds
         due = round == rounds or (every > 0 and round % every == 0)
@@ -305,7 +307,8 @@ class _Federation:
             return done
 
         def scored(now: Any) -> Evaluated:
-            return self._evaluate((now, model)) if due else Evaluated()
+            found = last[1] if last[0] is now else None
+            return (found or self._evaluate((now, model))) if due else Evaluated()
 
         guard = Guard(config.federation, self._assembly.method)
         settled = guard.settle(once, scored, loss=last_loss(self._rounds))
