@@ -26,7 +26,8 @@ from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
 from fedtune.data.objects import ObjectData
 from fedtune.data.opening import check_ordinary
-from fedtune.data.pictures import load_pictures, picture_files
+from fedtune.data.picture_folders import picture_files
+from fedtune.data.pictures import load_pictures
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
