@@ -93,8 +93,26 @@ def test_a_picture_by_the_command_line(done: fedtune.Run, tmp_path: Path) -> Non
         done.generate(PROMPTS)
 
 
+def test_a_long_prompt_is_cut_without_a_word_of_the_libraries(
+    done: fedtune.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`fedtune generate` says it in one line (test_text_to_image_input.py); theirs repeats the prompt."""
+    done.draw_to("word " * 200, tmp_path / "long.png")
+    assert "truncated" not in "".join(capfd.readouterr()) and (tmp_path / "long.png").is_file()
+
+
+def test_pictures_have_no_gguf(done: fedtune.Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"format gguf is for language models.*take merged"):
+        done.export(tmp_path / "gguf", format="gguf")
+    with pytest.raises(InputError, match="format gguf is for language models"):
+        done.push(f"{tmp_path}/pushed", format="gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_results_are_scored_again_and_reported(done: fedtune.Run, tmp_path: Path) -> None:
     found = fedtune.evaluate(str(done.path), ["denoising-loss"])
     assert found["scores"]["global"] == done.scores
+    with pytest.raises(InputError, match="task loss is not for pictures; take denoising-loss"):
+        fedtune.evaluate(str(done.path), ["loss"])
     page = done.report(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "denoising" in page and "<h2>Pictures</h2>" not in page
