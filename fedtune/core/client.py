@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.asking import LOSS
 from fedtune.core.compression import Compression
 from fedtune.core.faults import LEFT_OUT, faults
 from fedtune.core.seeds import derive_seed
@@ -59,6 +60,7 @@ class ClientRunner:
         batching: How examples become batches.
         compression: How updates travel; None: as they are.
         laid_out: Replies are not joined: what sends them does so before the model is used again.
+        tells: The loss of an order's model, where `federation.selection` has clients say it; else None.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class ClientRunner:
         batching: Batching = RANDOM,
         compression: Compression | None = None,
         laid_out: bool = False,
+        tells: Callable[[Payload, ClientEnv], float] | None = None,
     ) -> None:
-        self.store = store or Store()
+        self.store, self._tells = store or Store(), tells
         self._protection, self._gate, self._compression = protection, gate, compression
         self._encode = lay_out if laid_out else encode
         self._method, self._data, self._batching = method, data, batching
@@ -127,7 +130,11 @@ class ClientRunner:
                 "them; look at data.max_length and at the answers in its data"
             )
         phase = str(about.get("phase", ""))
-        if bool(phase) != (self._protection is not None):
+        if phase == LOSS and self._tells is None:
+            raise ClientError(
+                "it was asked for its loss, and its configuration has no federation.selection by losses asked"
+            )
+        if bool(phase) != (self._protection is not None) and phase != LOSS:
             raise ClientError(
                 "it was asked for a plain update, and its configuration has federation.secure_aggregation"
                 if self._protection
@@ -173,6 +180,9 @@ class ClientRunner:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(seed, "dropout"))
+            if phase == LOSS and self._tells is not None:
+                loss = {LOSS: torch.tensor([self._tells(job or Payload(), env)])}
+                return self._encode(Content(Payload(loss), {"round": round, "client": client}))
             result = self._method.client_step(job or Payload(), env)
         if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
             reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)

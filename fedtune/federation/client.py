@@ -32,7 +32,7 @@ from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.federation.asked import Asked, settings_digest
-from fedtune.federation.assembly import Assembly, client_protection
+from fedtune.federation.assembly import Assembly, client_protection, teller
 from fedtune.federation.base_model import load_base
 from fedtune.federation.class_pictures import beside_class
 from fedtune.federation.client_data import cache_of
@@ -188,6 +188,7 @@ def join(
         batching=batching_of(config, room),
         compression=config.federation.wire.compression(method),
         laid_out=True,  # worker.py sends it in parts
+        tells=teller(config, method),
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))

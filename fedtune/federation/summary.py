@@ -72,6 +72,7 @@ def of_run(
         **skipped,
         "payload_bytes": dict(ledger.payload_bytes),
         "framed_bytes": dict(ledger.framed_bytes),
+        **({"regions_payload_bytes": dict(ledger.regions_bytes)} if ledger.regions_bytes.total() else {}),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,
         **({"peak_by_device": ledger.peaks_by_device} if any(ledger.peaks_by_device.values()) else {}),

@@ -1,8 +1,8 @@
-"""Ranks by memory: which LoRA rank each client of unlike memory can train, from plans of all of them."""
+"""What clients of unlike memory can do, from plans: which LoRA rank, how many blocks, which method."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtune.config.file import parse_config
@@ -12,50 +12,102 @@ from fedtune.errors import InputError
 from fedtune.planning.plan import plan
 from fedtune.report.tables import size
 
+MANY = "blocks_per_client"
+LESS: list[tuple[str, dict[str, Any]]] = [  # other methods, from those that train most of the model
+    ("fedcybgd", {}),
+    ("fedavg", {"trainable": "lora", "lora": {"rank": 1}}),
+    ("fedkseed", {}),
+]
 
-def ranks_by_memory(
+
+def by_memory(
     config: RunConfig, memories: Sequence[int], objects: ObjectData | None = None
 ) -> dict[str, Any]:
-    """The highest of the configuration's rank and its halves that fits each memory.
+    """What fits each memory of the configured method, and where not all clients are served, of other methods.
 
     Args:
-        config: Of LoRA in FedAvg; its rank is the highest.
+        config: Of LoRA in FedAvg its rank is the highest, of FedCyBGD its `blocks_per_client` the most; any
+            other method fits a client or does not.
         memories: Bytes of each client; with more clients they come in turn, as `lora.client_ranks` does.
         objects: As of `plan`.
 
     Returns:
-        `ranks`, a `rank` and its `client_peak_memory_bytes` each; `clients`, a `memory_bytes` and its `rank`
-        each, None where none fits; `setting`, which gives clients these ranks, None where some have none.
+        `client_ranks` or `client_blocks`, or neither: `ranks` or `blocks`, each a `rank` or number of them
+        and its `client_peak_memory_bytes`; `clients`, each a `memory_bytes` and its `rank` or `blocks`, None
+        where none fits; `setting`, which gives clients these, None where some have none. `client_methods`
+        unless that serves all, the configured one first: each a `method`, its `settings`, its
+        `client_peak_memory_bytes` and how many `clients` it fits.
 
     Raises:
-        InputError: There are no ranks to give, or not in this method's mean.
+        InputError: Clients of these ranks have no mean with this aggregation.
     """
+    found, served = dict[str, Any](), False
+    for key, word, most, change in _levels(config):
+        peaks = {level: _peak(config, change(level), objects) for level in halves(most)}
+        levels = assigned(peaks, memories)
+        setting = None
+        if None not in levels:
+            ranks, least = list(levels), min(level for level in levels if level is not None)
+            setting = f"method.lora.client_ranks={ranks}" if word == "rank" else f"method.{MANY}={least}"
+            document = config.resolved()
+            if word == "rank":
+                document["method"]["lora"]["client_ranks"] = ranks
+            parse_config(document, setting)  # raises where the aggregation is of one rank
+        served = setting is not None
+        found[key] = {
+            f"{word}s" if word == "rank" else word: [
+                {word: level, "client_peak_memory_bytes": peak} for level, peak in peaks.items()
+            ],
+            "clients": [
+                {"memory_bytes": memory, word: level} for memory, level in zip(memories, levels, strict=True)
+            ],
+            "setting": setting,
+        }
+    if not served:
+        found["client_methods"] = _methods(config, memories, objects)
+    return found
+
+
+def _levels(config: RunConfig) -> Iterator[tuple[str, str, int, Callable[[int], Mapping[str, Any]]]]:
+    """What of the method there can be less of: key and word of the document, the most, and how it is set."""
     lora = getattr(config.method, "lora", None)
-    if config.method_name != "fedavg" or lora is None:
-        raise InputError(
-            f"client memories give clients their LoRA rank, and {config.method_name} as it is set trains "
-            "none; set method.name=fedavg method.trainable=lora, or rank all methods with --model"
+    if config.method_name == "fedavg" and lora is not None:
+        yield "client_ranks", "rank", lora.rank, lambda n: {"lora": {"rank": n, "client_ranks": None}}
+    elif hasattr(config.method, MANY):
+        yield "client_blocks", "blocks", getattr(config.method, MANY), lambda n: {MANY: n}
+
+
+def _peak(config: RunConfig, change: Mapping[str, Any], objects: ObjectData | None) -> int:
+    """Bytes of a client's peak with some of the method's settings changed."""
+    document = config.resolved()
+    for name, value in change.items():
+        own = document["method"][name]
+        document["method"][name] = own | value if isinstance(value, dict) else value
+    planned = plan(parse_config(document, f"{config.method_name} {dict(change)}"), objects=objects).document
+    return int(planned["client_peak_memory_bytes"]["total"])
+
+
+def _methods(config: RunConfig, memories: Sequence[int], objects: ObjectData | None) -> list[dict[str, Any]]:
+    """Peaks of the configured method and of some others; what does not go with the rest is left out."""
+    batch = getattr(config.method, "batch_size", 1)
+    others = [{"name": name, "batch_size": batch, **more} for name, more in LESS]
+    found: list[dict[str, Any]] = [
+        {"method": config.method_name, "settings": "", "client_peak_memory_bytes": _peak(config, {}, objects)}
+    ]
+    for method in others:
+        document = {**config.resolved(), "method": method}
+        try:
+            peak = _peak(parse_config(document, str(method["name"])), {}, objects)
+        except InputError:  # of a classifier, pictures or pairs, which not all methods train on
+            continue
+        settings = " ".join(
+            f"method.{key}.rank={value['rank']}" if isinstance(value, dict) else f"method.{key}={value}"
+            for key, value in method.items()
         )
-    found = {}
-    for rank in halves(lora.rank):
-        document = config.resolved()
-        document["method"]["lora"] |= {"rank": rank, "client_ranks": None}
-        planned = plan(parse_config(document, f"rank {rank}"), objects=objects).document
-        found[rank] = int(planned["client_peak_memory_bytes"]["total"])
-    ranks = assigned(found, memories)
-    setting = None
-    if None not in ranks:
-        setting = f"method.lora.client_ranks={list(ranks)}"
-        document = config.resolved()
-        document["method"]["lora"]["client_ranks"] = ranks
-        parse_config(document, setting)  # raises where the aggregation is of one rank
-    return {
-        "ranks": [{"rank": rank, "client_peak_memory_bytes": peak} for rank, peak in found.items()],
-        "clients": [
-            {"memory_bytes": memory, "rank": rank} for memory, rank in zip(memories, ranks, strict=True)
-        ],
-        "setting": setting,
-    }
+        found.append({"method": method["name"], "settings": settings, "client_peak_memory_bytes": peak})
+    for row in found:
+        row["clients"] = sum(row["client_peak_memory_bytes"] <= memory for memory in memories)
+    return found
 
 
 def halves(rank: int) -> list[int]:
@@ -77,18 +129,29 @@ def assigned(peaks: Mapping[int, int], memories: Sequence[int]) -> list[int | No
 
 
 def said(found: Mapping[str, Any]) -> list[str]:
-    """Lines for people, of what `ranks_by_memory` gave."""
-    needs = ", ".join(f"{row['rank']} {size(row['client_peak_memory_bytes'])}" for row in found["ranks"])
-    lines = [f"A client's peak memory by rank: {needs}."]
-    for row in found["clients"]:
-        rank = f"rank {row['rank']}" if row["rank"] is not None else "no rank fits"
-        lines.append(f"A client of {size(row['memory_bytes'])}: {rank}.")
-    if found["setting"] is None:
-        least = min(row["client_peak_memory_bytes"] for row in found["ranks"])
-        return [
-            *lines,
-            f"The least is {size(least)}: lower method.batch_size or data.max_length, set "
-            "method.offload_params=disk or method.gradient_checkpointing=full, or look for another method "
-            "with fedtune plan --model.",
-        ]
-    return [*lines, f"Set {found['setting']}."]
+    """Lines for people, of what `by_memory` gave."""
+    lines = list[str]()
+    for key, word in (("client_ranks", "rank"), ("client_blocks", "blocks")):
+        if key not in found:
+            continue
+        levels = found[key]["ranks" if word == "rank" else word]
+        needs = ", ".join(f"{row[word]} {size(row['client_peak_memory_bytes'])}" for row in levels)
+        lines.append(f"A client's peak memory by {word}: {needs}.")
+        for row in found[key]["clients"]:
+            fits = f"{word} {row[word]}" if row[word] is not None else f"no {word} fits"
+            lines.append(f"A client of {size(row['memory_bytes'])}: {fits}.")
+        if found[key]["setting"] is not None:
+            return [*lines, f"Set {found[key]['setting']}."]
+    rows = found["client_methods"]
+    for row in rows:
+        peak, one = size(row["client_peak_memory_bytes"]), "client" if row["clients"] == 1 else "clients"
+        lines.append(f"{row['method']} takes {peak}, which {row['clients']} {one} of these have.")
+    best = max(rows, key=lambda row: row["clients"])
+    if best["settings"] and best["clients"] > rows[0]["clients"]:
+        lines.append(f"{best['method']} fits more of them: {best['settings']}.")
+    elif best["clients"] == 0:
+        lines.append(
+            "None fits any: lower method.batch_size or data.max_length, set method.offload_params=disk or "
+            "method.gradient_checkpointing=full, or look for another method with fedtune plan --model."
+        )
+    return lines
