@@ -233,11 +233,14 @@ def climbed(loss: Callable[[float], float], start: float) -> float:
     """The learning rate whose loss is lower than that of both its neighbours on a grid (1, 3, 10, 30, …).
 
     A search on a fixed grid says nothing where the best rate is at its edge; this one goes on from there,
-    for ten steps at most, and says nothing either where all that it tries is infinite.
+    for ten steps at most.
 
     Args:
         loss: Of a rate; infinite where training ends without a result.
         start: A rate of the grid.
+
+    Raises:
+        ValueError: After ten steps there is still a better one beside it, or all that was tried is infinite.
     """
     at = 2 * math.floor(math.log10(start) + 1e-9) + (f"{start:e}"[0] == "3")
     found = dict[int, float]()
@@ -249,9 +252,9 @@ def climbed(loss: Callable[[float], float], start: float) -> float:
 
     for _ in range(10):
         best = min((at, at - 1, at + 1), key=of)
-        if best == at:
+        if best == at and math.isfinite(of(at)):
             return on_grid(at)
-        at = best
+        at = best if math.isfinite(of(best)) else at - 1
     raise ValueError(f"no best rate between {on_grid(min(found))} and {on_grid(max(found))}: {found}")
 
 

@@ -21,7 +21,7 @@ def test_ranks_by_hand() -> None:
 def settings(**method: Any) -> dict[str, Any]:
     return {
         "data": {"train": "bundled", "clients": 4, "max_examples": 40},
-        "method": {"name": "fedavg", "batch_size": 2, "lora": {"rank": 64}, **method},
+        "method": {"name": "fedavg", "batch_size": 2, "lora": {"rank": 8}, **method},
     }
 
 
@@ -30,18 +30,18 @@ def test_each_client_gets_what_fits_and_the_setting_is_what_gives_it() -> None:
     document = fedtune.plan(settings(), client_memory=["1GB", "1kB"])
     planned = document["client_ranks"]
     peaks = {row["rank"]: row["client_peak_memory_bytes"] for row in planned["ranks"]}
-    assert list(peaks) == [64, 32, 16, 8, 4, 2, 1]
-    assert peaks[64] == alone["client_peak_memory_bytes"]["total"]
-    assert list(peaks.values()) == sorted(peaks.values(), reverse=True) and peaks[64] > peaks[1]
-    assert [row["rank"] for row in planned["clients"]] == [64, None] and planned["setting"] is None
+    assert list(peaks) == [8, 4, 2, 1]
+    assert peaks[8] == alone["client_peak_memory_bytes"]["total"]
+    assert list(peaks.values()) == sorted(peaks.values(), reverse=True) and peaks[8] > peaks[1]
+    assert [row["rank"] for row in planned["clients"]] == [8, None] and planned["setting"] is None
     assert any("no rank fits" in line for line in said(document))
-    memory = f"{peaks[16]}B"  # exactly what rank 16 takes
+    memory = f"{peaks[2]}B"  # exactly what rank 2 takes
     document = fedtune.plan(settings(), client_memory=["1GB", memory])
-    assert document["client_ranks"]["setting"] == "method.lora.client_ranks=[64, 16]"
+    assert document["client_ranks"]["setting"] == "method.lora.client_ranks=[8, 2]"
     assert "client_methods" not in document
     assert said(document)[-1] == f"Set {document['client_ranks']['setting']}."
-    both = fedtune.plan(settings(lora={"rank": 64, "client_ranks": [64, 16]}))
-    assert both["client_peak_memory_bytes"]["total"] == peaks[64]
+    both = fedtune.plan(settings(lora={"rank": 8, "client_ranks": [8, 2]}))
+    assert both["client_peak_memory_bytes"]["total"] == peaks[8]
 
 
 def test_where_no_rank_fits_another_method_may() -> None:
