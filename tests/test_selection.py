@@ -163,7 +163,7 @@ THERE = {"name": "availability", "chances": [0.9, 0.4], "prefer": "least-asked"}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and 30 examples."""
     folder = tmp_path_factory.mktemp("tiny")
-    save_folder(folder / "model")
+    save_folder(folder / "model", blocks=4)
     rows = [{"instruction": f"w{4 + i} w{5 + i}", "output": f"w{20 + i % 5} w30"} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -307,7 +307,7 @@ def test_other_methods_ask_them_too(name: str, selection: Any, tmp_path: Path) -
     if name == "fedkseed":
         document["method"] |= {"local_steps": 2, "seeds": 16, "lr": 1e-5}
     if name == "fedbiot":
-        document["method"]["alignment"] = {"steps_before": 0, "steps": 0}
+        document["method"] |= {"alignment": {"steps_before": 0, "steps": 0}, "adapter_layers": 1}
     config = parse_config(document, "here")
     done, planned = run(config, tmp_path / "run", Silent()), plan(config).document["payload_bytes"]
     assert {way: planned[way] for way in ("down", "up")} == done["payload_bytes"]
