@@ -1,4 +1,4 @@
-"""`fedtune plan --client-memory` of several: the rank, the blocks or the method that fits each client."""
+"""`fedtune plan --client-memory` of several: the rank or the method that fits each client."""
 
 from __future__ import annotations
 
@@ -58,21 +58,10 @@ def test_where_no_rank_fits_another_method_may() -> None:
     assert said(planned)[-1].startswith("fedkseed fits more of them: method.name=fedkseed")
 
 
-def test_blocks_by_memory() -> None:
-    document = settings()
-    document["method"] = {"name": "fedcybgd", "batch_size": 2, "blocks_per_client": 2}
-    planned = fedtune.plan(document, client_memory=["1GB", "1kB"])["client_blocks"]
-    peaks = {row["blocks"]: row["client_peak_memory_bytes"] for row in planned["blocks"]}
-    assert list(peaks) == [2, 1] and peaks[2] > peaks[1]
-    assert [row["blocks"] for row in planned["clients"]] == [2, None]
-    planned = fedtune.plan(document, client_memory=["1GB", f"{peaks[1]}B"])
-    assert planned["client_blocks"]["setting"] == "method.blocks_per_client=1"  # one for all of them
-
-
 def test_a_method_with_nothing_to_lower_fits_or_not() -> None:
     document = settings(trainable="full", lora=None)
     planned = fedtune.plan(document, client_memory=["1GB", "1kB"])
-    assert "client_ranks" not in planned and "client_blocks" not in planned
+    assert "client_ranks" not in planned
     assert planned["client_methods"][0]["method"] == "fedavg" and planned["client_methods"][0]["clients"] == 1
     planned = fedtune.plan(document, client_memory=["1kB"])
     assert said(planned)[-1].startswith("None fits any: lower method.batch_size")

@@ -27,13 +27,13 @@ def plan(
         overrides: As of `load`.
         data: As of `run`.
         client_memory: Of clients of unlike memory, with units: ["8GB", "2GB"]; each gets the highest LoRA
-            rank that fits, up to `lora.rank`, or the most blocks of FedCyBGD, and where a client has none
-            it is said which other method fits more of them.
+            rank that fits, up to `lora.rank`, and where a client has none it is said which other method
+            fits more of them.
 
     Returns:
         The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
         `evaluation_peak_memory_bytes`, `flops_per_token` and so on, in bytes and operations; and with
-        `client_memory` `client_ranks` or `client_blocks`, and `client_methods` where not all are served.
+        `client_memory` `client_ranks`, and `client_methods` where those do not serve all.
 
     Raises:
         InputError: As the run would raise it, or a memory has no unit.

@@ -85,7 +85,7 @@ def plan(
 def _said(document: Mapping[str, Any]) -> list[str]:
     from fedtune.planning.by_memory import said
 
-    asked = {"client_ranks", "client_blocks", "client_methods"} & document.keys()
+    asked = {"client_ranks", "client_methods"} & document.keys()
     return [*document["notes"], *(said(document) if asked else [])]
 
 
@@ -156,6 +156,8 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
     cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
     if regions := payload.get("regions"):
         cost.add_row("of it regions down, up", f"{size(regions['down'])}, {size(regions['up'])}")
+    if asked := payload.get("evaluation"):
+        cost.add_row("of that for clients' scores", f"{size(asked['down'])}, {size(asked['up'])}")
     unit, times = ("picture", batch["longest"]) if pixels else ("token", 1)
     for direction, count in document["flops_per_token"].items():
         cost.add_row(f"GFLOP a {unit}, {direction}", f"{count * times / 1e9:,.4g}")

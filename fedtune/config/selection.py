@@ -84,16 +84,16 @@ def simulated_refusal(settings: Any, per_round: PerRound, *, network: bool) -> s
     return None
 
 
-def selection_refusal(
-    selection: SelectionSettings,
-    method: Any,
-    per_round: PerRound,
-    *,
-    secure: bool,
-    privacy: bool,
-    network: bool,
-) -> str | None:
-    """Why clients cannot be chosen so; None if they can."""
+def selection_refusal(federation: Any, method: Any, *, network: bool) -> str | None:
+    """Why clients cannot be chosen so; None if they can.
+
+    Args:
+        federation: The settings of that name.
+        method: The run's.
+        network: Whether clients are elsewhere.
+    """
+    selection, per_round = federation.selection, federation.clients_per_round
+    secure, privacy = federation.secure_aggregation is not None, federation.privacy is not None
     if isinstance(selection, AtRandom) or not method.uses_wire:  # references ask everyone
         return None
     name = method.config.name

@@ -20,12 +20,13 @@ from fedtune.core.asking import LOSS
 from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.compression import Compression
 from fedtune.core.faults import faults
-from fedtune.core.ledger import Ledger
-from fedtune.core.relaying import Relayed, RelayingMethod
+from fedtune.core.ledger import EVALUATED, Ledger
+from fedtune.core.relaying import RelayingMethod, enter
 from fedtune.core.reported import PEAK_BYTES, reported
 from fedtune.core.robust import UpdateMethod, Updates
 from fedtune.core.types import (
     MODEL,
+    SCORES,
     SECURE,
     Arrival,
     Frame,
@@ -33,6 +34,7 @@ from fedtune.core.types import (
     Order,
     Payload,
     Reply,
+    Scalar,
     ServerProtection,
     TensorSpec,
     Transport,
@@ -45,7 +47,6 @@ from fedtune.core.wire import (
     check,
     decode,
     encode,
-    frame_bytes,
     lay_out,
     manifest_bytes,
     some,
@@ -77,8 +78,10 @@ class RoundLoop:
         robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
         compression: Compression | None = None,
         laid_out: bool = False,
+        scores: bool = False,
     ) -> None:
         self._method, self._ledger = method, ledger
+        self._scores = scores  # clients are asked to evaluate, and train nothing
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._robust = robust  # what becomes of replies before the method's step
@@ -155,21 +158,8 @@ class RoundLoop:
             return self._fold(state, watched, round, step), outcome
         new = self._fold(state, self._looked(watched, outcome), round)
         if isinstance(self._method, RelayingMethod) and not self._without:
-            self._relay(self._method.relayed(state, cohort, outcome.clients), round)
+            enter(self._ledger, self._method.relayed(state, cohort, outcome.clients), round)
         return new, outcome
-
-    def _relay(self, messages: Iterable[Relayed], round: int) -> None:
-        """Enters what servers of regions, which are simulated, would get and send."""
-        for message in messages:
-            self._ledger.message(
-                round=round,
-                client=None,
-                direction=message.direction,
-                kind="train",
-                payload_bytes=message.payload.nbytes,
-                framed_bytes=frame_bytes(Content(message.payload, {"round": round})),
-                region=message.region,
-            )
 
     def losses(self, state: S, cohort: Cohort, round: int) -> tuple[dict[int, float], dict[int, str]]:
         """Asks clients for the loss of what a round would send them, before it: theirs, and who gave none.
@@ -198,7 +188,7 @@ class RoundLoop:
             state = (step or self._method.server_step)(state, received)
         self._ledger.memory(
             round=round,
-            where="server",
+            where="evaluation" if self._scores else "server",
             client=None,
             peak_bytes=meter.peak_bytes,
             how=meter.how,
@@ -302,7 +292,8 @@ class RoundLoop:
         for order in orders:
             if order.payload is not payload:  # one payload for all is encoded once
                 with self._clock.part("wire"):
-                    meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
+                    meta: dict[str, Scalar] = {"round": round, **({SCORES: True} if self._scores else {})}
+                    meta |= {"phase": order.phase} if order.phase else {}
                     payload, frame = order.payload, self._encode(Content(order.payload, meta))
             expects[order.client], sent[order.client] = order, (order, len(frame))
             yield order.client, frame
@@ -335,7 +326,7 @@ class RoundLoop:
         if not asked.phase and not self._without:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
-                where="client",
+                where="evaluation" if self._scores else "client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop(PEAK_BYTES, 0)),
                 how=how,
@@ -361,17 +352,20 @@ class RoundLoop:
         )
         if direction == "up":
             secure -= order.plain_bytes
+        own = EVALUATED if self._scores else "train"
         parts = {
             "model": (held, held),
             "secure-aggregation": (secure, secure),
-            "train": (payload.nbytes - held - secure, framed - held - secure),
+            own: (payload.nbytes - held - secure, framed - held - secure),
         }
         if order.phase == LOSS:
             parts = {"selection": (payload.nbytes, framed)}
         elif order.phase and order.phase != "masked":
             parts = {"secure-aggregation": (payload.nbytes, framed)}
+        if self._scores:  # all of it: none of its bytes are of training
+            parts = {own: (payload.nbytes, framed)}
         for kind, (payload_bytes, framed_bytes) in parts.items():
-            if kind == "train" or framed_bytes:
+            if kind == own or framed_bytes:
                 self._ledger.message(
                     round=round,
                     client=order.client,

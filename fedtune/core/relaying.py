@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from fedtune.core.cohort import Cohort
+from fedtune.core.ledger import Ledger
 from fedtune.core.types import Payload
+from fedtune.core.wire import Content, frame_bytes
 
 S = TypeVar("S", contravariant=True)
 
@@ -39,3 +41,17 @@ class RelayingMethod(Protocol[S]):
             cohort: The round's.
             replied: The clients who answered.
         """
+
+
+def enter(ledger: Ledger, messages: Iterable[Relayed], round: int) -> None:
+    """Enters what servers of regions, which are simulated, would get and send in a round."""
+    for message in messages:
+        ledger.message(
+            round=round,
+            client=None,
+            direction=message.direction,
+            kind="train",
+            payload_bytes=message.payload.nbytes,
+            framed_bytes=frame_bytes(Content(message.payload, {"round": round})),
+            region=message.region,
+        )

@@ -38,6 +38,7 @@ class Asked:
         delta: The run's own δ.
         everyone: Whether all clients are asked in every round.
         tells_loss: Whether it may be asked for its loss before a round.
+        scored: Of the data file's examples, those that this client does not train on and scores itself.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Asked:
     delta: float | None
     everyone: bool
     tells_loss: bool = False
+    scored: int = 0
 
     @staticmethod
     def of(
@@ -66,6 +68,7 @@ class Asked:
         *,
         weights: str,
         signed: bool,
+        scored: int = 0,
     ) -> Asked:
         """What a configuration asks.
 
@@ -76,6 +79,7 @@ class Asked:
             fields: Our field names to the file's.
             weights: SHA-256 of the model's weights, as the server says.
             signed: Whether this client knows the other clients' keys.
+            scored: How many others of its examples it scores the model on.
         """
         federation, settings = config.federation, config.method
         secure, privacy = federation.secure_aggregation, federation.privacy
@@ -102,6 +106,7 @@ class Asked:
             delta=privacy.delta if privacy else None,
             everyone=federation.clients_per_round in (None, 1.0),
             tells_loss=tells_loss(config),
+            scored=scored,
         )
 
     @property
@@ -123,6 +128,12 @@ class Asked:
             lines.append(
                 "before a round it may be asked for the model's loss on its examples, one number, by which "
                 "the server chooses who takes part"
+            )
+        if self.scored:
+            whose = "their sums over all clients" if self.masked else "this client's own"
+            lines.append(
+                f"it scores the model on {self.scored:,} more of your examples, which are not trained on; "
+                f"the server gets sums of scores and counts, {whose}"
             )
         if not self.masked:
             lines.append("the server sees this client's update as it is")

@@ -1,8 +1,8 @@
-"""What clients of unlike memory can do, from plans: which LoRA rank, how many blocks, which method."""
+"""What clients of unlike memory can do, from plans: which LoRA rank, and which method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.config.file import parse_config
@@ -12,7 +12,6 @@ from fedtune.errors import InputError
 from fedtune.planning.plan import plan
 from fedtune.report.tables import size
 
-MANY = "blocks_per_client"
 LESS: list[tuple[str, dict[str, Any]]] = [  # other methods, from those that train most of the model
     ("fedcybgd", {}),
     ("fedavg", {"trainable": "lora", "lora": {"rank": 1}}),
@@ -26,55 +25,46 @@ def by_memory(
     """What fits each memory of the configured method, and where not all clients are served, of other methods.
 
     Args:
-        config: Of LoRA in FedAvg its rank is the highest, of FedCyBGD its `blocks_per_client` the most; any
-            other method fits a client or does not.
+        config: Of LoRA in FedAvg its rank is the highest; any other method fits a client or does not.
         memories: Bytes of each client; with more clients they come in turn, as `lora.client_ranks` does.
         objects: As of `plan`.
 
     Returns:
-        `client_ranks` or `client_blocks`, or neither: `ranks` or `blocks`, each a `rank` or number of them
-        and its `client_peak_memory_bytes`; `clients`, each a `memory_bytes` and its `rank` or `blocks`, None
-        where none fits; `setting`, which gives clients these, None where some have none. `client_methods`
-        unless that serves all, the configured one first: each a `method`, its `settings`, its
-        `client_peak_memory_bytes` and how many `clients` it fits.
+        `client_ranks` of LoRA in FedAvg: `ranks`, a `rank` and its `client_peak_memory_bytes` each; `clients`, a
+        `memory_bytes` and its `rank` each, None where none fits; `setting`, which gives clients these ranks,
+        None where some have none. `client_methods` unless that serves all, the configured one first: each a
+        `method`, its `settings`, its `client_peak_memory_bytes` and how many `clients` it fits.
 
     Raises:
         InputError: Clients of these ranks have no mean with this aggregation.
     """
-    found, served = dict[str, Any](), False
-    for key, word, most, change in _levels(config):
-        peaks = {level: _peak(config, change(level), objects) for level in halves(most)}
-        levels = assigned(peaks, memories)
-        setting = None
-        if None not in levels:
-            ranks, least = list(levels), min(level for level in levels if level is not None)
-            setting = f"method.lora.client_ranks={ranks}" if word == "rank" else f"method.{MANY}={least}"
-            document = config.resolved()
-            if word == "rank":
-                document["method"]["lora"]["client_ranks"] = ranks
-            parse_config(document, setting)  # raises where the aggregation is of one rank
-        served = setting is not None
-        found[key] = {
-            f"{word}s" if word == "rank" else word: [
-                {word: level, "client_peak_memory_bytes": peak} for level, peak in peaks.items()
-            ],
-            "clients": [
-                {"memory_bytes": memory, word: level} for memory, level in zip(memories, levels, strict=True)
-            ],
-            "setting": setting,
-        }
-    if not served:
-        found["client_methods"] = _methods(config, memories, objects)
+    found, lora = dict[str, Any](), getattr(config.method, "lora", None)
+    if config.method_name == "fedavg" and lora is not None:
+        found["client_ranks"] = _ranks(config, memories, objects)
+        if found["client_ranks"]["setting"] is not None:
+            return found
+    found["client_methods"] = _methods(config, memories, objects)
     return found
 
 
-def _levels(config: RunConfig) -> Iterator[tuple[str, str, int, Callable[[int], Mapping[str, Any]]]]:
-    """What of the method there can be less of: key and word of the document, the most, and how it is set."""
-    lora = getattr(config.method, "lora", None)
-    if config.method_name == "fedavg" and lora is not None:
-        yield "client_ranks", "rank", lora.rank, lambda n: {"lora": {"rank": n, "client_ranks": None}}
-    elif hasattr(config.method, MANY):
-        yield "client_blocks", "blocks", getattr(config.method, MANY), lambda n: {MANY: n}
+def _ranks(config: RunConfig, memories: Sequence[int], objects: ObjectData | None) -> dict[str, Any]:
+    """The highest of the configuration's rank and its halves that fits each memory."""
+    most, peaks = config.method.lora.rank, dict[int, int]()  # type: ignore[attr-defined]
+    for rank in halves(most):
+        peaks[rank] = _peak(config, {"lora": {"rank": rank, "client_ranks": None}}, objects)
+    ranks, setting = assigned(peaks, memories), None
+    if None not in ranks:
+        setting = f"method.lora.client_ranks={list(ranks)}"
+        document = config.resolved()
+        document["method"]["lora"]["client_ranks"] = ranks
+        parse_config(document, setting)  # raises where the aggregation is of one rank
+    return {
+        "ranks": [{"rank": rank, "client_peak_memory_bytes": peak} for rank, peak in peaks.items()],
+        "clients": [
+            {"memory_bytes": memory, "rank": rank} for memory, rank in zip(memories, ranks, strict=True)
+        ],
+        "setting": setting,
+    }
 
 
 def _peak(config: RunConfig, change: Mapping[str, Any], objects: ObjectData | None) -> int:
@@ -131,17 +121,14 @@ def assigned(peaks: Mapping[int, int], memories: Sequence[int]) -> list[int | No
 def said(found: Mapping[str, Any]) -> list[str]:
     """Lines for people, of what `by_memory` gave."""
     lines = list[str]()
-    for key, word in (("client_ranks", "rank"), ("client_blocks", "blocks")):
-        if key not in found:
-            continue
-        levels = found[key]["ranks" if word == "rank" else word]
-        needs = ", ".join(f"{row[word]} {size(row['client_peak_memory_bytes'])}" for row in levels)
-        lines.append(f"A client's peak memory by {word}: {needs}.")
-        for row in found[key]["clients"]:
-            fits = f"{word} {row[word]}" if row[word] is not None else f"no {word} fits"
-            lines.append(f"A client of {size(row['memory_bytes'])}: {fits}.")
-        if found[key]["setting"] is not None:
-            return [*lines, f"Set {found[key]['setting']}."]
+    if ranks := found.get("client_ranks"):
+        needs = ", ".join(f"{row['rank']} {size(row['client_peak_memory_bytes'])}" for row in ranks["ranks"])
+        lines.append(f"A client's peak memory by rank: {needs}.")
+        for row in ranks["clients"]:
+            rank = f"rank {row['rank']}" if row["rank"] is not None else "no rank fits"
+            lines.append(f"A client of {size(row['memory_bytes'])}: {rank}.")
+        if ranks["setting"] is not None:
+            return [*lines, f"Set {ranks['setting']}."]
     rows = found["client_methods"]
     for row in rows:
         peak, one = size(row["client_peak_memory_bytes"]), "client" if row["clients"] == 1 else "clients"

@@ -23,6 +23,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import certain
 from fedtune.federation.base_model import refuse_quantized
+from fedtune.federation.evaluator import asks_clients, federated
 from fedtune.federation.selecting import planned
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
@@ -128,6 +129,8 @@ def plan(
         robust=robust,
         compression=compression,
         choose=choose,
+        evaluation=federated(config, method) if asks_clients(config, method) else None,
+        every=config.evaluation.every,
     )
     traffic.exact = traffic.exact and not _by_loss_unlike(config)
     client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
@@ -261,6 +264,9 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
         (later if exchange.client in seen else first).append(exchange)
         seen.add(exchange.client)
     count = max(len(traffic.exchanges), 1)
+    training = {way: sum(getattr(e, way) for e in traffic.exchanges) for way in ("down", "up")}
+
+    scored = {way: sum(getattr(e, way) for e in traffic.scores) for way in ("down", "up")}
 
     def means(exchanges: Sequence[Exchange]) -> dict[str, float | int] | None:
         if not exchanges:
@@ -271,14 +277,14 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
             "model_down": _whole(statistics.fmean(e.model for e in exchanges)),
         }
 
-    down, up = (sum(getattr(e, way) for e in traffic.exchanges) for way in ("down", "up"))
     return {
-        "down_per_client_round": _whole(down / count),
-        "up_per_client_round": _whole(up / count),
-        "per_client_round": _whole((down + up) / count),
+        "down_per_client_round": _whole(training["down"] / count),
+        "up_per_client_round": _whole(training["up"] / count),
+        "per_client_round": _whole(sum(training.values()) / count),
         "down": traffic.down,
         "up": traffic.up,
         "total": traffic.down + traffic.up,
+        **({"evaluation": scored} if traffic.scores else {}),
         "first_time": means(first),
         "later": means(later),
         "exact": traffic.exact,

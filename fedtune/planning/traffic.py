@@ -21,6 +21,7 @@ from fedtune.core.relaying import RelayingMethod
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
+from fedtune.evaluation.federated import FederatedEvaluation
 from fedtune.methods.fedavg.hierarchical import passed
 from fedtune.planning.block_turns import Turn, ordered
 from fedtune.planning.fake import Fakes, values
@@ -47,18 +48,21 @@ class Traffic:
 
     exchanges: list[Exchange] = field(default_factory=list)
     regions: dict[str, int] = field(default_factory=dict)  # bytes between the server and servers of regions
+    scores: list[Exchange] = field(default_factory=list)  # in which clients are asked for scores
     turns: list[Turn] = field(default_factory=list)  # of methods that train blocks in turn
     exact: bool = True  # False: what is sent depends on losses, and is what is to be expected
 
     @property
     def down(self) -> int:
         """Bytes to clients, and to servers of regions."""
-        return sum(exchange.down for exchange in self.exchanges) + self.regions.get("down", 0)
+        return sum(exchange.down for exchange in (*self.exchanges, *self.scores)) + self.regions.get(
+            "down", 0
+        )
 
     @property
     def up(self) -> int:
         """Bytes from clients, and from servers of regions."""
-        return sum(exchange.up for exchange in self.exchanges) + self.regions.get("up", 0)
+        return sum(exchange.up for exchange in (*self.exchanges, *self.scores)) + self.regions.get("up", 0)
 
 
 def simulate(
@@ -72,6 +76,8 @@ def simulate(
     robust: RobustMean | None = None,
     compression: Compression | None = None,
     choose: Callable[[int], tuple[Sequence[int], Cohort]] | None = None,
+    evaluation: FederatedEvaluation | None = None,
+    every: int = 1,
 ) -> Traffic:
     """The payloads of all rounds, if every client that is asked replies.
 
@@ -86,6 +92,8 @@ def simulate(
         compression: How updates travel; None: as they are.
         choose: Who is asked for a loss before a round, and the round's cohort; None: an even draw, or whom
             the method names.
+        evaluation: Where clients score the result.
+        every: As `evaluation.every`.
     """
     traffic = Traffic()
     if not method.uses_wire:
@@ -97,6 +105,9 @@ def simulate(
     advance = _advance(method, robust)
     with values():
         state = first_state(method, model)
+        everyone = sample_cohort(clients, None, seed=seed, round=0)
+        if evaluation is not None:
+            traffic.scores += _asked_for_scores(evaluation, state, 0, everyone)
         for round in range(1, method.rounds + 1):
             if choose is not None:
                 first, cohort = choose(round)
@@ -124,6 +135,8 @@ def simulate(
                     )
                 state = advance(state, replies)
             traffic.exchanges += [Exchange(round, client, *both, 0) for client, both in before.items()]
+            if evaluation is not None and (round == method.rounds or (every and round % every == 0)):
+                traffic.scores += _asked_for_scores(evaluation, state, round, everyone)
     return traffic
 
 
@@ -132,6 +145,12 @@ def _losses(method: Any, state: Any, round: int, cohort: Cohort) -> dict[int, tu
     if not cohort.clients:
         return {}
     return {order.client: (order.payload.nbytes, NUMBER) for order in method.plan(state, round, cohort)}
+
+
+def _asked_for_scores(
+    evaluation: FederatedEvaluation, state: Any, round: int, everyone: Cohort
+) -> Iterable[Exchange]:
+    return [_exchange(round, order, None) for order in evaluation.plan(evaluation.of(state), round, everyone)]
 
 
 def first_state(method: Any, model: nn.Module) -> Any:

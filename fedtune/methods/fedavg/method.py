@@ -124,7 +124,7 @@ class FedAvg:
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """Everyone in the cohort gets the global weights, cut to its rank."""
-        weights, tuning = _as_sent(state.weights, state.dtypes), self.asks_all(round)
+        weights, tuning = state.sent(), self.asks_all(round)
         ranks = {client: state.ranks.get(str(client), self._rank(client)) for client in cohort.clients}
         if self.config.aggregation == "stack":  # every client draws its own fresh factors
             down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
@@ -263,7 +263,7 @@ class FedAvg:
     def relayed(self, state: State, cohort: Cohort, replied: Sequence[int]) -> Iterator[Relayed]:
         """See hierarchical.py."""
         if self.config.regions and not self.asks_all(state.steps + 1):
-            sent = _as_sent(state.weights, state.dtypes)
+            sent = state.sent()
             yield from hierarchical.relayed(state, sent, self.config.regions, cohort, replied)
 
     def chooses(self, round: int, clients: Sequence[int]) -> tuple[int, ...] | None:
@@ -385,7 +385,3 @@ def _parts(job: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
         for prefix in (PRODUCT, CONTROL)
     )
     return {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}, product, control
-
-
-def _as_sent(weights: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
-    return {name: w.to(getattr(torch, dtypes[name])) for name, w in weights.items()}
