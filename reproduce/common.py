@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -226,6 +227,40 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean and, of several values, their sample standard deviation."""
     mean = f"{statistics.fmean(values):{sign}.4f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def climbed(loss: Callable[[float], float], start: float) -> float:
+    """The learning rate whose loss is lower than that of both its neighbours on a grid (1, 3, 10, 30, …).
+
+    A search on a fixed grid says nothing where the best rate is at its edge; this one goes on from there,
+    for ten steps at most.
+
+    Args:
+        loss: Of a rate; infinite where training ends without a result.
+        start: A rate of the grid.
+
+    Raises:
+        ValueError: After ten steps there is still a better one beside it, or all that was tried is infinite.
+    """
+    at = 2 * math.floor(math.log10(start) + 1e-9) + (f"{start:e}"[0] == "3")
+    found = dict[int, float]()
+
+    def of(place: int) -> float:
+        if place not in found:
+            found[place] = loss(on_grid(place))
+        return found[place]
+
+    for _ in range(10):
+        best = min((at, at - 1, at + 1), key=of)
+        if best == at and math.isfinite(of(at)):
+            return on_grid(at)
+        at = best if math.isfinite(of(best)) else at - 1
+    raise ValueError(f"no best rate between {on_grid(min(found))} and {on_grid(max(found))}: {found}")
+
+
+def on_grid(place: int) -> float:
+    """The rate at a place of 1, 3, 10, 30, …; 0 is 1."""
+    return float(f"{3 if place % 2 else 1}e{place // 2}")
 
 
 def insert(page: str, name: str, text: str) -> str:

@@ -1,63 +1,130 @@
-"""A few of the neighbours on a language model: LoRA of instruct-7m on Dolly, dealt at random and by category.
+"""The field's methods beside each other on a language model: instruct-7m on Dolly, at random and by category.
 
-Eight clients of twelve questions and answers, of which most are cut to 96 tokens, two rounds of an epoch,
-LoRA of rank 8, the same rate for all. A client's loss is that of its own held-out examples, with its own
-model where it has one: the mean over clients, and the worst. The loss of all held-out examples before
-training is in the first row. Three seeds; *against the first* is the mean of the differences at the same
-seed. Bytes are a client's in a round, memory is measured.
+Eight clients of twelve questions and answers, most of them cut to 64 tokens; three rounds of two local steps
+on batches of four, LoRA of rank 8 unless the row says otherwise. What needs no gradients takes three steps a
+round, so that all have the same passes (a backward pass counts as two). The learning rate of each row lies
+between two that are worse on a grid of 1, 3, 10, …: mean loss of the held-out examples of four clients on
+rows of Dolly that no run of the table sees, dealt at random. A client's loss is that of its own held-out
+examples, with its own model where it has one: the mean over clients, and the worst. Three seeds; *against the
+first* is the mean of the differences at the same seed. Bytes are a client's in a round, memory is measured.
 
-Table:   loss, worst client, bytes and memory by method; docs/neighbours.md, block neighbours-text
+Table:   loss, worst client, bytes, memory and lines by method; docs/neighbours.md, block neighbours-text
 Command: python reproduce/neighbours_text.py neighbours-text
 Time:    some six minutes (250 CPU seconds)
 Needs:   ../shared
-Result:  mean loss of a client, alike and by category: FedIT 4.1276 and 3.9899, FlexLoRA 4.1340 and 3.9901,
-         FedSA-LoRA 4.1522 and 4.0038 with half the bytes; before 4.4065 and 4.2671
+Result:  mean loss of a client, alike and by category: FedIT 4.1276 and 3.9899
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import DOLLY, MODELS, RESULTS, ROOT, Entry, Prepared, main, spread, table
-from neighbours import PLACE
+from common import DOLLY, MODELS, RESULTS, ROOT, Entry, Prepared, climbed, main, spread, table
 
 import fedtune
+from fedtune.errors import FederationError
 from fedtune.report.tables import size
 
 HERE, MADE = RESULTS / "neighbours-text", RESULTS / "neighbours-text.json"
-SEEDS = (0, 1, 2)
+ROWS = {"shown": RESULTS / "neighbours-text-shown.jsonl", "searched": RESULTS / "neighbours-text-rates.jsonl"}
+SEEDS, SEARCHED, APART = (
+    (0, 1, 2),
+    9,
+    3000,
+)  # the last so many rows of Dolly are those that rates are chosen on
 SPLITS: dict[str, dict[str, Any]] = {
     "alike": {"clients": 8, "partition": {"name": "iid"}},
     "by category": {"clients": None, "partition": {"name": "by-field"}},
 }
-# by name: the method's settings, and the files that are its own
-FORMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "FedIT (`mean`)": ({}, ()),
-    "FlexLoRA (`svd`)": ({"aggregation": "svd"}, ("flexlora.py",)),
-    "FedSA-LoRA (`own: [lora_B]`)": ({"own": ["lora_B"]}, ("own_parts.py",)),
+LORA: dict[str, Any] = {"name": "fedavg", "rounds": 3, "local_steps": 2, "batch_size": 4, "lora": {"rank": 8}}
+FULL: dict[str, Any] = {**{k: v for k, v in LORA.items() if k != "lora"}, "trainable": "full"}
+KSEED: dict[str, Any] = {
+    "name": "fedkseed",
+    "rounds": 3,
+    "local_steps": 3,
+    "batch_size": 4,
+    "seeds": 1024,
+    "epsilon": 1e-3,
+}
+ENDLESS: dict[str, Any] = {k: v for k, v in KSEED.items() if k != "seeds"} | {"name": "infinite-pool"}
+UNLIKE: dict[str, Any] = {"lora": {"rank": 8, "client_ranks": [2, 4, 8]}}
+NESTEROV = {"name": "nesterov", "lr": 0.7, "momentum": 0.9}
+FEW: dict[str, Any] = {"wire": {"dtype": "int4", "error_feedback": True}}
+TENTH: dict[str, Any] = {"wire": {"top_k": 0.1, "error_feedback": True}}
+AVG, SEED = "methods/fedavg/", "methods/fedkseed/"
+# by name: the method's settings, the federation's, where its rates begin, and the files that are its own
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], float, Sequence[str]]] = {
+    "FedIT (`mean`)": (LORA, {}, 1e-2, ()),
+    "FFA-LoRA (`freeze-a`)": ({**LORA, "aggregation": "freeze-a"}, {}, 1e-2, ()),
+    "RoLoRA (`alternate`)": ({**LORA, "aggregation": "alternate"}, {}, 1e-2, (AVG + "rolora.py",)),
+    "LoRA-FAIR (`refine`)": ({**LORA, "aggregation": "refine"}, {}, 1e-2, (AVG + "lora_fair.py",)),
+    "FlexLoRA (`svd`)": ({**LORA, "aggregation": "svd"}, {}, 1e-2, (AVG + "flexlora.py",)),
+    "FedEx-LoRA (`residual`)": ({**LORA, "aggregation": "residual"}, {}, 1e-2, (AVG + "fedex_lora.py",)),
+    "FLoRA (`stack`)": ({**LORA, "aggregation": "stack"}, {}, 1e-2, (AVG + "lora_aggregation.py",)),
+    "FedSA-LoRA (`own: [lora_B]`)": ({**LORA, "own": ["lora_B"]}, {}, 1e-2, (AVG + "own_parts.py",)),
+    "FedPer (`own`: the last two layers)": (
+        {**LORA, "own": ["layers.6", "layers.7"]},
+        {},
+        1e-2,
+        (AVG + "own_parts.py",),
+    ),
+    "FedKSeed": (KSEED, {}, 1e-4, ()),
+    "DeComFL": ({**ENDLESS, "download": "means"}, {}, 1e-4, (SEED + "decomfl.py",)),
+    "one-shot": ({**LORA, "rounds": 1, "local_steps": 6}, {}, 1e-2, ()),
+    "Ditto, λ = 0.1": ({**LORA, "ditto": 0.1}, {}, 1e-2, (AVG + "ditto.py",)),
+    "FedIT, then two steps each (`fine_tune`)": (
+        {**LORA, "fine_tune": {"local_steps": 2}},
+        {},
+        1e-2,
+        (AVG + "fine_tuning.py",),
+    ),
+    "FedIT, int4, errors kept": (LORA, FEW, 1e-2, ("core/compression.py",)),
+    "HetLoRA, ranks 2, 4, 8": (
+        {**LORA, **UNLIKE, "aggregation": "sparsity"},
+        {},
+        1e-2,
+        (AVG + "hetlora.py",),
+    ),
+    "FlexLoRA, ranks 2, 4, 8": ({**LORA, **UNLIKE, "aggregation": "svd"}, {}, 1e-2, (AVG + "flexlora.py",)),
+    "averaged, ranks 2, 4, 8": ({**LORA, **UNLIKE}, {}, 1e-2, ()),
+    "FedAvg, all weights": (FULL, {}, 1e-3, ()),
+    "DiLoCo": ({**LORA, "keep_optimizer": True, "server_optimizer": NESTEROV}, {}, 1e-2, ()),
+    "FedBuff, a buffer of 4": (
+        {**LORA, "rounds": 6, "buffer": {"size": 4, "seconds": [1, 1, 1, 2, 2, 2, 4, 4]}},
+        {},
+        1e-2,
+        (AVG + "fedbuff.py",),
+    ),
+    "FedIT, a tenth, errors kept": (LORA, TENTH, 1e-2, ("core/compression.py",)),
+    "FedKSeed, LOZO's noise": ({**KSEED, "noise": "lozo"}, {}, 1e-4, ("zeroth/subspace.py",)),
+    "FedKSeed, ring without a server": ({**KSEED, "graph": "ring"}, {}, 1e-4, (SEED + "gossip.py",)),
 }
 
 
-def federate(name: str, how: str, seed: int) -> dict[str, float]:
-    """One federation's losses, bytes and peaks."""
+def federate(name: str, how: str, seed: int, lr: float, rows: str = "shown") -> dict[str, float]:
+    """One federation's losses, bytes and peaks; of half of the clients on rows that rates are chosen on."""
+    method, federation, _, _ = FORMS[name]
     config = {
         "seed": seed,
         "model": {"name": str(MODELS / "instruct-7m"), "dtype": "float32"},
         "data": {
-            "train": str(DOLLY),
+            "train": str(ROWS[rows]),
             "fields": {"input": "context", "output": "response"},
-            "max_length": 96,
+            "max_length": 64,
             "max_examples": 120,
             "holdout": {"client_fraction": 0.2},
             **SPLITS[how],
+            **({} if rows == "shown" else {"max_examples": 60, "clients": 4}),
         },
-        "method": {"name": "fedavg", "rounds": 2, "batch_size": 8, "lr": 5e-3, "lora": {"rank": 8}}
-        | FORMS[name][0],
+        "method": {**method, "lr": lr},
+        "federation": federation,
         "evaluation": {"tasks": ["loss"], "every": 0, "bootstrap": 0},
     }
-    label = "".join(letter if letter.isalnum() else "-" for letter in f"{how}-{name}-{seed}")
+    label = "".join(letter if letter.isalnum() else "-" for letter in f"{rows}-{how}-{name}-{seed}-{lr:g}")
     done = fedtune.run(config, out=HERE / label, resume=True, progress=False)
     summary = done.summary
     scored = summary["per_client"]["loss"]["loss"]
@@ -65,45 +132,70 @@ def federate(name: str, how: str, seed: int) -> dict[str, float]:
     return {
         "mean": scored["mean"],
         "worst": scored["worst"],
-        "before": summary["zero_shot"]["loss"]["loss"],
+        "before": summary["zero_shot_per_client"]["loss"]["loss"]["mean"],
         **{way: summary["payload_bytes"][way] / exchanged for way in ("down", "up")},
         **{where: summary["peak_memory_bytes"][where] for where in ("client", "server")},
     }
 
 
+def searched(name: str) -> Callable[[float], float]:
+    """The loss by rate, on rows of nobody's; infinite where training ended."""
+
+    def loss(lr: float) -> float:
+        try:
+            return federate(name, "alike", SEARCHED, lr, "searched")["mean"]
+        except FederationError:
+            return math.inf
+
+    return loss
+
+
+def parted(path: Path) -> None:
+    """Dolly in two: rows of the table, and rows that rates are chosen on."""
+    lines = (ROOT / DOLLY).read_text(encoding="utf-8").splitlines(keepends=True)
+    (ROOT / ROWS["searched"]).write_text("".join(lines[-APART:]), encoding="utf-8")
+    (ROOT / path).write_text("".join(lines[:-APART]), encoding="utf-8")
+
+
 def measure(path: Path) -> None:
-    """All cells."""
-    found = {
-        f"{how}/{name}": [federate(name, how, seed) for seed in SEEDS] for name in FORMS for how in SPLITS
-    }
-    (ROOT / path).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    """All cells; what is there of an interrupted measurement is kept."""
+    part = (ROOT / path).with_suffix(".part")
+    found: dict[str, Any] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+    for name, (_, _, start, _) in FORMS.items():
+        if name in found:
+            continue
+        best = climbed(searched(name), start)
+        runs = {how: [federate(name, how, seed, best) for seed in SEEDS] for how in SPLITS}
+        found[name] = {"rate": best, **runs}
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    part.replace(ROOT / path)
 
 
 def rows() -> str:
     """A row for each form, below one of the untrained model."""
     found, first = json.loads((ROOT / MADE).read_text(encoding="utf-8")), next(iter(FORMS))
-    before = [["before"]]
+    before = ["before", ""]
     for how in SPLITS:
-        before[0] += [spread([run["before"] for run in found[f"{how}/{first}"]]), "", ""]
-    lines = [[*before[0], *[""] * 5]]
-    for name, (_, files) in FORMS.items():
-        cells = []
+        before += [spread([run["before"] for run in found[first][how]]), "", ""]
+    lines = [[*before, *[""] * 5]]
+    for name, (_, _, _, files) in FORMS.items():
+        cells = [f"{found[name]['rate']:.0e}".replace("e-0", "e-")]
         for how in SPLITS:
-            runs, others = found[f"{how}/{name}"], found[f"{how}/{first}"]
+            runs, others = found[name][how], found[first][how]
             off = [run["mean"] - other["mean"] for run, other in zip(runs, others, strict=True)]
             cells += [spread([run["mean"] for run in runs]), "" if name == first else spread(off, "+")]
             cells += [spread([run["worst"] for run in runs])]
-        one = found[f"alike/{name}"][0]
-        own = sum(len((ROOT / PLACE / file).read_text(encoding="utf-8").splitlines()) for file in files)
+        one = found[name]["alike"][0]
+        own = sum(len((ROOT / "fedtune" / file).read_text(encoding="utf-8").splitlines()) for file in files)
         sizes = [size(one[key]) for key in ("down", "up", "client", "server")]
         lines.append([name, *cells, *sizes, str(own) if own else ""])
-    header = ["method"]
+    header = ["method", "rate"]
     for how in SPLITS:
         header += [f"loss, {how}", "against the first", "worst client"]
     return table([*header, "down", "up", "client memory", "server memory", "lines of its own"], lines)
 
 
-STEPS = [Prepared("federations", MADE, measure)]
+STEPS = [Prepared("rows of Dolly", ROWS["shown"], parted), Prepared("federations", MADE, measure)]
 ENTRIES = {"neighbours-text": Entry(rows, STEPS, [DOLLY, MODELS / "instruct-7m"])}
 
 if __name__ == "__main__":

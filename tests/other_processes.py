@@ -39,6 +39,11 @@ TRIED += [
     ("fedavg", "own-b-fine-tune-classifier"),
     ("fedavg", "ditto"),
     ("fedavg", "prune"),
+    ("fedavg", "regions"),
+    ("fedkseed", "ring"),
+    ("fedkseed", "subzero"),
+    ("fedkseed", "lozo-classifier"),
+    ("infinite-pool", "means"),
 ]
 
 

@@ -21,7 +21,7 @@ from fedtune.errors import InputError
 from fedtune.federation.progress import Silent
 from fedtune.federation.run import run
 from fedtune.measure.clock import Clock
-from fedtune.methods.fedavg.fedbuff import arrivals, together
+from fedtune.methods.fedavg.fedbuff import arrivals
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
 from fedtune.planning.plan import plan
@@ -36,7 +36,6 @@ def test_who_fills_the_buffer_by_hand() -> None:
     assert found == [((0, 1), 2.0), ((0, 1), 4.0), ((0, 2), 5.0), ((0, 1), 6.0), ((0, 1), 8.0)]
     assert arrivals([0, 1, 2], [3.0], 9, 2) == ((0, 1, 2), 6.0)
     assert arrivals([0, 1, 2, 3], [1.0, 4.0], 2, 1) == ((0, 2), 1.0)  # seconds in turn over clients
-    assert together([0, 1, 2], [1.0, 2.0, 5.0], 3) == 15.0
 
 
 class Federation:

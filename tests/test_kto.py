@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_families import build
 from torch.testing import assert_close
+from trl_oracle import loss_of_trl
 
 from fedtune.config.file import parse_config
 from fedtune.data.batches import collate
@@ -27,7 +28,7 @@ from fedtune.methods.objective import Objective
 from fedtune.methods.preference import answer_likelihoods
 from fedtune.methods.step_loss import StepBatches
 from fedtune.models.adapter_off import adapter_off
-from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.load import load_tokenizer
 from fedtune.models.lora import attach_lora
 from fedtune.models.tuning import trainable
 from fedtune.planning.plan import plan
@@ -252,34 +253,8 @@ def test_a_steps_gradient_is_that_of_its_batches_and_weights_change_it() -> None
 
 
 def test_the_loss_of_a_batch_is_that_of_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    from datasets import Dataset
-
-    loaded = load_model("bundled", dtype="float32", initial="pretrained", seed=0, base=Path("."))
-    model = attach_lora(loaded.model, rank=2, alpha=4.0, dropout=0.0, targets="auto", seed=0)
-    arguments = trl.KTOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        desirable_weight=1.5,
-        undesirable_weight=0.75,
-        use_cpu=True,
-        report_to=[],
-        per_device_train_batch_size=8,
-        bf16=False,
-    )
-    trainer = trl.KTOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(ROWS[:8]),
-        processing_class=loaded.tokenizer,
-    )
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():  # TRL has a copy of the adapter as it began, B = 0
-        if ".lora_B.default." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.eval()
-    wanted = trainer.compute_loss(model, dict(batch))
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.75}
+    model, batch, wanted = loss_of_trl("KTO", ROWS, tmp_path, beta=0.3, **weights)
     answers = [
         Encoded(
             tuple(ids[mask == 1].tolist()),
@@ -300,4 +275,4 @@ def test_the_loss_of_a_batch_is_that_of_trl(tmp_path: Path) -> None:
     objective = Objective(name="kto", beta=0.3, desirable=1.5, undesirable=0.75)
     loss = add_judged_gradient(model, StepBatches([ours], [len(answers)]), torch.device("cpu"), objective)
     assert loss.value is not None and abs(loss.value - 0.5 * (1.5 + 0.75) / 2) > 1e-3
-    assert loss.value == pytest.approx(float(wanted), abs=1e-5)
+    assert loss.value == pytest.approx(wanted, abs=1e-5)

@@ -12,6 +12,7 @@ import torch
 from model_families import build
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from trl_oracle import loss_of_trl
 
 from fedtune.config.file import parse_config
 from fedtune.data.encode import encode_causal, encode_pairs
@@ -33,7 +34,7 @@ from fedtune.methods.preference import (
 )
 from fedtune.methods.step_loss import StepBatches
 from fedtune.models.adapter_off import adapter_off
-from fedtune.models.load import load_model, load_tokenizer
+from fedtune.models.load import load_tokenizer
 from fedtune.models.lora import attach_lora
 from fedtune.models.tuning import trainable
 from fedtune.planning.plan import plan
@@ -324,7 +325,7 @@ def test_preferences_go_with_what_any_other_loss_goes_with(name: str, pairs: Pat
             assert_close(one[key], other[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_clients_in_processes_of_their_own_have_the_same_bits(objective: str, pairs: Path) -> None:
     found = []
     for workers in (1, 2):
@@ -337,32 +338,7 @@ def test_clients_in_processes_of_their_own_have_the_same_bits(objective: str, pa
 
 
 def test_the_loss_of_a_batch_is_that_of_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    from datasets import Dataset
-
-    loaded = load_model("bundled", dtype="float32", initial="pretrained", seed=0, base=Path("."))
-    model = attach_lora(loaded.model, rank=2, alpha=4.0, dropout=0.0, targets="auto", seed=0)
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        use_cpu=True,
-        report_to=[],
-        per_device_train_batch_size=8,
-        bf16=False,
-    )
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(ROWS[:8]),
-        processing_class=loaded.tokenizer,
-    )
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():  # TRL has a copy of the adapter as it began, B = 0
-        if ".lora_B.default." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.eval()
-    wanted = trainer.compute_loss(model, dict(batch))
+    model, batch, wanted = loss_of_trl("DPO", ROWS, tmp_path, beta=0.3)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     ours = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
     with torch.no_grad():
@@ -370,7 +346,7 @@ def test_the_loss_of_a_batch_is_that_of_trl(tmp_path: Path) -> None:
             reference = answer_likelihoods(model, ours)
         found = dpo(answer_likelihoods(model, ours), reference, 0.3)
     assert abs(float(found) - math.log(2)) > 1e-3
-    assert float(found) == pytest.approx(float(wanted), abs=1e-5)
+    assert float(found) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_rows_as_objects_are_pairs_too() -> None:

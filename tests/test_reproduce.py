@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_commands_that_are_named_elsewhere_exist() -> None:
     assert len(commands) > len(EVERY)
     for stem, words in commands:
         assert set(words.split()) - {"all"} <= HEADS[stem].keys()
+
+
+def test_rates_are_searched_until_both_neighbours_are_worse() -> None:
+    def away(rate: float) -> float:
+        return math.inf if rate > 0.05 else abs(math.log(rate / 7e-3))
+
+    assert [common.on_grid(place) for place in (-3, -2, -1, 0, 1)] == [0.03, 0.1, 0.3, 1.0, 3.0]
+    for start in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3):
+        assert common.climbed(away, start) == 1e-2
+    for endless in (lambda rate: rate, lambda rate: math.inf):
+        with pytest.raises(ValueError, match="no best rate between"):
+            common.climbed(endless, 1e-2)
 
 
 GOOD = """A story.

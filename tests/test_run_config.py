@@ -126,6 +126,8 @@ FIELDS: Table = {
     "method.buffer.size": (2, {"method.buffer": {"size": 1}, **TWO}),
     "method.buffer.staleness": (2.0, {"method.buffer": {"size": 1, "seconds": [1.0, 1.5]}, **TWO}),
     "method.buffer.seconds": ([2.0, 1.0], {"method.buffer": {"size": 1, "seconds": [1.0, 1.5]}, **TWO}),
+    "method.regions.of": ([1, 0, 0], {"method.regions": {"of": [0, 1], "rounds": 2}, **TWO}),
+    "method.regions.rounds": (1, {"method.regions": {"of": [0, 1], "rounds": 2}, **TWO}),
     "method.proximal": (5.0, {}),
     "method.control_variates": (True, SGD),
     "method.keep_optimizer": (True, TWO),
@@ -245,6 +247,10 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     *(f"federation.secure_aggregation.{name}" for name in SecureAggregation.model_fields),
     *("federation.max_loss_jump", "federation.max_norm_ratio"),  # test_guard.py
     *(f"federation.robust.{name}" for name in Robust.model_fields),  # test_robust.py, test_robust_runs.py
+    "federation.selection.name",  # test_selection.py: more clients than these two
+    *(f"loss:federation.selection.{name}" for name in ("candidates", "losses", "examples")),
+    *("speed:federation.selection.seconds", "speed:federation.selection.tiers"),
+    *("availability:federation.selection.chances", "availability:federation.selection.prefer"),
     *(f"federation.privacy.{name}" for name in Privacy.model_fields),  # test_privacy.py
     *(f"evaluation.{name}" for name in ("samples", "temperature", "top_p")),  # test_code_evaluation.py
     *(f"evaluation.code.{name}" for name in CodeSettings.model_fields),  # test_code_evaluation.py

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.client import ClientRunner
-from fedtune.core.cohort import RoundOutcome, quorum_of, sample_cohort
+from fedtune.core.cohort import PerRound, RoundOutcome, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
 from fedtune.core.types import ServerEnv
@@ -64,9 +64,7 @@ class Bench:
         self.state = method.init(self.model)
         self.states_on_the_way: list[Any] = []
 
-    def round(
-        self, round: int, quorum: float | int = 1.0, per_round: float | int | None = None
-    ) -> RoundOutcome:
+    def round(self, round: int, quorum: float | int = 1.0, per_round: PerRound = None) -> RoundOutcome:
         sizes = {client: len(examples) for client, examples in self.data.items()}
         cohort = sample_cohort(sizes, per_round, seed=0, round=round)
         self.state, outcome = self.loop.run(

@@ -27,15 +27,16 @@ def plan(
         overrides: As of `load`.
         data: As of `run`.
         client_memory: Of clients of unlike memory, with units: ["8GB", "2GB"]; each gets the highest LoRA
-            rank that fits, up to `lora.rank`.
+            rank that fits, up to `lora.rank`, and where a client has none it is said which other method
+            fits more of them.
 
     Returns:
         The document of `fedtune plan --json`: `payload_bytes`, `client_peak_memory_bytes`,
         `evaluation_peak_memory_bytes`, `flops_per_token` and so on, in bytes and operations; and with
-        `client_memory` `client_ranks`.
+        `client_memory` `client_ranks`, and `client_methods` where those do not serve all.
 
     Raises:
-        InputError: As the run would raise it, a memory has no unit, or there are no ranks to give.
+        InputError: As the run would raise it, or a memory has no unit.
     """
     from fedtune.measure.quantities import BYTES, quantity
     from fedtune.planning.plan import plan as plan_one
@@ -44,9 +45,9 @@ def plan(
     memories = [quantity(one, BYTES, "client_memory") for one in client_memory]
     document = plan_one(settings, objects=objects).document
     if memories:
-        from fedtune.planning.by_memory import ranks_by_memory
+        from fedtune.planning.by_memory import by_memory
 
-        document["client_ranks"] = ranks_by_memory(settings, list(map(int, memories)), objects)
+        document |= by_memory(settings, list(map(int, memories)), objects)
     return document
 
 

@@ -85,8 +85,8 @@ def plan(
 def _said(document: Mapping[str, Any]) -> list[str]:
     from fedtune.planning.by_memory import said
 
-    ranks = document.get("client_ranks")
-    return [*document["notes"], *(said(ranks) if ranks else [])]
+    asked = {"client_ranks", "client_methods"} & document.keys()
+    return [*document["notes"], *(said(document) if asked else [])]
 
 
 def _ranked(
@@ -154,6 +154,8 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
         if payload[key] is not None:
             cost.add_row(label, f"{size(payload[key]['down'])}, {size(payload[key]['up'])}")
     cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
+    if regions := payload.get("regions"):
+        cost.add_row("of it regions down, up", f"{size(regions['down'])}, {size(regions['up'])}")
     if asked := payload.get("evaluation"):
         cost.add_row("of that for clients' scores", f"{size(asked['down'])}, {size(asked['up'])}")
     unit, times = ("picture", batch["longest"]) if pixels else ("token", 1)

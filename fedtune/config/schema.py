@@ -22,6 +22,14 @@ from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
 from fedtune.config.peers import refusal as peers_refusal
 from fedtune.config.picture_rules import refusal as picture_refusal
+from fedtune.config.selection import (
+    AtRandom,
+    Count,
+    SelectionSettings,
+    Share,
+    selection_refusal,
+    simulated_refusal,
+)
 from fedtune.config.tracking import Tracker
 from fedtune.config.wire import Wire
 from fedtune.core.cohort import quorum_of, sample_cohort
@@ -44,16 +52,15 @@ class Simulate(Settings):
     delay_s: float = Field(0.0, ge=0)
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
 Jump = Annotated[float, Field(gt=0)] | Literal["auto"] | None
 LOSS_JUMP = 3.0  # nats; honest rounds add up to 0.23 (docs/poisoning.md)
-Count = Annotated[int, Field(ge=1)]
 
 
 class Federation(Settings):
     """Who is asked in a round, and what a round may do without."""
 
     clients_per_round: Count | Share | None = None  # a count, a fraction, or everyone
+    selection: SelectionSettings = AtRandom()  # who they are
     quorum: Count | Share = 0.5  # replies a round needs: a count, or a fraction of those asked
     deadline_s: float | None = Field(None, gt=0)
     simulate: Simulate = Simulate()
@@ -215,23 +222,17 @@ class RunConfig(Settings):
             )
             if reason:
                 raise ValueError(f"federation.wire: {reason}")
+        network, method = self.transport.name == "flower", registry.build(self.method, self.seed)
+        if reason := selection_refusal(self.federation, method, network=network):
+            raise ValueError(f"federation.selection: {reason}")
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
         if self.federation.privacy is not None:
             check_scale(
                 self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
             )
-        if getattr(self.method, "buffer", None) is not None:
-            if self.federation.clients_per_round is not None:
-                raise ValueError(
-                    "federation.clients_per_round does not go with method.buffer, whose size says how many "
-                    "updates a step has; all clients train all the time. Leave it out"
-                )
-            if self.transport.name == "flower":
-                raise ValueError(
-                    "method.buffer has clients whose speeds are simulated; over a network a round waits for "
-                    "those that it asked. Leave it out, or take another transport"
-                )
+        if reason := simulated_refusal(self.method, self.federation.clients_per_round, network=network):
+            raise ValueError(reason)
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         for task in certain(self.evaluation.tasks):

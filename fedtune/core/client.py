@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.asking import LOSS
 from fedtune.core.compression import Compression
 from fedtune.core.faults import LEFT_OUT, faults
 from fedtune.core.seeds import derive_seed
@@ -77,6 +78,7 @@ class ClientRunner:
         batching: How examples become batches.
         compression: How updates travel; None: as they are.
         laid_out: Replies are not joined: what sends them does so before the model is used again.
+        tells: The loss of an order's model, where `federation.selection` has clients say it; else None.
         evaluator: Answers orders for scores; None: they are refused.
     """
 
@@ -95,9 +97,10 @@ class ClientRunner:
         batching: Batching = RANDOM,
         compression: Compression | None = None,
         laid_out: bool = False,
+        tells: Callable[[Payload, ClientEnv], float] | None = None,
         evaluator: Evaluator | None = None,
     ) -> None:
-        self._evaluator = evaluator
+        self._evaluator, self._tells = evaluator, tells
         self.store = store or Store()
         self._protection, self._gate, self._compression = protection, gate, compression
         self._encode = lay_out if laid_out else encode
@@ -151,7 +154,11 @@ class ClientRunner:
                 "them; look at data.max_length and at the answers in its data"
             )
         phase = str(about.get("phase", ""))
-        if bool(phase) != (self._protection is not None):
+        if phase == LOSS and self._tells is None:
+            raise ClientError(
+                "it was asked for its loss, and its configuration has no federation.selection by losses asked"
+            )
+        if bool(phase) != (self._protection is not None) and phase != LOSS:
             raise ClientError(
                 "it was asked for a plain update, and its configuration has federation.secure_aggregation"
                 if self._protection
@@ -183,6 +190,9 @@ class ClientRunner:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(env.seed, "dropout"))
+            if phase == LOSS and self._tells is not None:
+                loss = {LOSS: torch.tensor([self._tells(job or Payload(), env)])}
+                return self._encode(Content(Payload(loss), {"round": round, "client": client}))
             result = self._method.client_step(job or Payload(), env)
         if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
             reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)

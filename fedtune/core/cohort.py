@@ -112,10 +112,21 @@ def sample_cohort(examples: Mapping[int, int], per_round: PerRound, *, seed: int
     elif isinstance(per_round, tuple):
         chosen = sorted(per_round)
     else:
-        wanted = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * len(everyone)))
         rng = numpy_generator(seed, "cohort", round)
-        chosen = sorted(everyone[i] for i in rng.permutation(len(everyone))[: min(wanted, len(everyone))])
+        chosen = sorted(
+            everyone[i] for i in rng.permutation(len(everyone))[: wanted_of(per_round, len(everyone))]
+        )
     return Cohort(tuple(chosen), {client: examples[client] for client in chosen}, len(everyone))
+
+
+def wanted_of(per_round: PerRound, clients: int) -> int:
+    """How many of so many clients a round asks."""
+    if per_round is None:
+        return clients
+    if isinstance(per_round, tuple):
+        return len(per_round)
+    count = per_round if isinstance(per_round, int) else max(1, round_half_up(per_round * clients))
+    return min(count, clients)
 
 
 def quorum_of(cohort: int, quorum: float | int) -> int:

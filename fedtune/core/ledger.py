@@ -26,6 +26,7 @@ class Ledger:
         self.evaluation_bytes = Counter(down=0, up=0)  # payload that asks for scores: a part of the above
         self.peak_memory_bytes = {"client": 0, "server": 0, "evaluation": 0}
         self.peaks_by_device: dict[str, dict[str, int]] = {where: {} for where in self.peak_memory_bytes}
+        self.regions_bytes = Counter(down=0, up=0)  # payload between the server and servers of regions
         self._client_rounds: set[tuple[int, int]] = set()
 
     def restore(self, wire: Iterable[dict[str, Any]], memory: Iterable[dict[str, Any]]) -> None:
@@ -36,9 +37,27 @@ class Ledger:
             self._count_memory(entry)
 
     def message(
-        self, *, round: int, client: int, direction: str, kind: str, payload_bytes: int, framed_bytes: int
+        self,
+        *,
+        round: int,
+        client: int | None,
+        direction: str,
+        kind: str,
+        payload_bytes: int,
+        framed_bytes: int,
+        region: int | None = None,
     ) -> None:
-        """Enters one message. `direction` is `down` (to the client) or `up`."""
+        """Enters one message. `direction` is `down` (to the client) or `up`.
+
+        Args:
+            round: Of the run.
+            client: The other end; None where that is the server of a region.
+            direction: As above.
+            kind: What it is for.
+            payload_bytes: Its content.
+            framed_bytes: With its frame.
+            region: The region whose server is the other end.
+        """
         entry = {
             "round": round,
             "client": client,
@@ -46,6 +65,7 @@ class Ledger:
             "kind": kind,
             "payload_bytes": payload_bytes,
             "framed_bytes": framed_bytes,
+            **({} if region is None else {"region": region}),
         }
         self._count_message(entry)
         self._write_wire(entry)
@@ -78,9 +98,11 @@ class Ledger:
     def payload_bytes_per_client_round(self) -> float:
         """Mean payload, down and up together, of a client in a round; 0 where nothing was sent.
 
-        Without what clients are sent for scores, which they are on other occasions.
+        Without what clients are sent for scores, which they are on other occasions, and without what servers
+        of regions get and send.
         """
-        training = self.payload_bytes.total() - self.evaluation_bytes.total()
+        others = self.evaluation_bytes.total() + self.regions_bytes.total()
+        training = self.payload_bytes.total() - others
         return training / len(self._client_rounds) if self._client_rounds else 0.0
 
     def _count_message(self, entry: dict[str, Any]) -> None:
@@ -88,8 +110,10 @@ class Ledger:
         self.framed_bytes[entry["direction"]] += entry["framed_bytes"]
         if entry["kind"] == EVALUATED:
             self.evaluation_bytes[entry["direction"]] += entry["payload_bytes"]
-            return
-        self._client_rounds.add((entry["round"], entry["client"]))
+        elif "region" in entry:
+            self.regions_bytes[entry["direction"]] += entry["payload_bytes"]
+        else:
+            self._client_rounds.add((entry["round"], entry["client"]))
 
     def _count_memory(self, entry: dict[str, Any]) -> None:
         where = entry["where"]

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fedtune.core.asking import LOSS
 from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.compression import Compression
 from fedtune.core.faults import faults
 from fedtune.core.ledger import EVALUATED, Ledger
+from fedtune.core.relaying import RelayingMethod, enter
 from fedtune.core.reported import PEAK_BYTES, reported
 from fedtune.core.robust import UpdateMethod, Updates
 from fedtune.core.types import (
@@ -154,7 +156,27 @@ class RoundLoop:
         if self._protection is not None:
             step = partial(self._protection.step, cohort=cohort, outcome=outcome)
             return self._fold(state, watched, round, step), outcome
-        return self._fold(state, self._looked(watched, outcome), round), outcome
+        new = self._fold(state, self._looked(watched, outcome), round)
+        if isinstance(self._method, RelayingMethod) and not self._without:
+            enter(self._ledger, self._method.relayed(state, cohort, outcome.clients), round)
+        return new, outcome
+
+    def losses(self, state: S, cohort: Cohort, round: int) -> tuple[dict[int, float], dict[int, str]]:
+        """Asks clients for the loss of what a round would send them, before it: theirs, and who gave none.
+
+        Args:
+            state: The server's state before the round.
+            cohort: Whom to ask.
+            round: The round, counted from 1.
+        """
+        outcome, self._without = RoundOutcome(round, cohort.clients), {}
+        spec, plan = {LOSS: TensorSpec(torch.float32, (1,))}, self._method.plan(state, round, cohort)
+        orders = (Order(order.client, order.payload, spec, LOSS) for order in plan)
+        found = {
+            reply.client: float(reply.payload.tensors[LOSS])
+            for reply in self._replies(orders, cohort, outcome)
+        }
+        return found, outcome.left_out
 
     def _fold(self, state: S, received: Iterable[Any], round: int, step: Callable[..., S] | None = None) -> S:
         if step is None and self._robust is not None:
@@ -277,7 +299,8 @@ class RoundLoop:
             yield order.client, frame
 
     def _wire_specs(self, order: Order) -> Mapping[str, TensorSpec]:
-        return self._compression.expects(order.expects) if self._compression else order.expects
+        compressed = self._compression is not None and order.phase != LOSS
+        return self._compression.expects(order.expects) if self._compression and compressed else order.expects
 
     def _reply(self, arrival: Arrival, asked: Order, cohort: Cohort, round: int) -> Reply:
         specs = self._wire_specs(asked)
@@ -312,7 +335,7 @@ class RoundLoop:
         return Reply(arrival.client, payload, metrics, cohort)
 
     def _restored(self, payload: Payload, asked: Order) -> Payload:
-        if self._compression is None:
+        if self._compression is None or asked.phase == LOSS:
             return payload
         payload = replace(payload, tensors=self._compression.restore(payload.tensors, asked.expects))
         check(payload, self._compression.restored(asked.expects))
@@ -335,7 +358,9 @@ class RoundLoop:
             "secure-aggregation": (secure, secure),
             own: (payload.nbytes - held - secure, framed - held - secure),
         }
-        if order.phase and order.phase != "masked":
+        if order.phase == LOSS:
+            parts = {"selection": (payload.nbytes, framed)}
+        elif order.phase and order.phase != "masked":
             parts = {"secure-aggregation": (payload.nbytes, framed)}
         if self._scores:  # all of it: none of its bytes are of training
             parts = {own: (payload.nbytes, framed)}

@@ -87,6 +87,26 @@ def lay_out(content: Content) -> LaidFrame:
     Raises:
         TypeError: As `encode`.
     """
+    names, flags, head, length = _planned(content)
+    data = [content.payload.tensors[name] for name in names]
+    crc = crc32(head, crc32(_COVERED.pack(flags, len(head), length)))
+    for piece in LaidFrame(b"", data).pieces(0, length):
+        crc = crc32(piece, crc)
+    return LaidFrame(HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc) + head, data)
+
+
+def frame_bytes(content: Content) -> int:
+    """How long its frame is; tensors need no numbers.
+
+    Raises:
+        TypeError: As `encode`.
+    """
+    _, _, head, length = _planned(content)
+    return HEADER.size + len(head) + length
+
+
+def _planned(content: Content) -> tuple[list[str], int, bytes, int]:
+    """The tensors' names in order, the flags, what stands before the tensors, and the bytes of these."""
     tensors = content.payload.tensors
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in names:
@@ -102,16 +122,11 @@ def lay_out(content: Content) -> LaidFrame:
         },
         separators=(",", ":"),
     ).encode()
-    data = [tensors[name] for name in names]
-    length = sum(tensor.nbytes for tensor in data)
+    length = sum(tensor.nbytes for tensor in tensors.values())
     deflated = zlib.compress(manifest, 9)
     fits = len(manifest) <= _manifest_limit(HEADER.size + len(deflated) + length)
     flags = _DEFLATED if len(deflated) < len(manifest) and fits else 0
-    head = deflated if flags else manifest
-    crc = crc32(head, crc32(_COVERED.pack(flags, len(head), length)))
-    for piece in LaidFrame(b"", data).pieces(0, length):
-        crc = crc32(piece, crc)
-    return LaidFrame(HEADER.pack(MAGIC, VERSION, flags, len(head), length, crc) + head, data)
+    return names, flags, deflated if flags else manifest, length
 
 
 def decode(frame: Frame, *, max_bytes: int | None = None, max_manifest: int = MANIFEST_LIMIT) -> Content:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.config.schema import RunConfig
+from fedtune.config.selection import ByLoss
 from fedtune.core.types import Method
 from fedtune.data.examples import Example
 from fedtune.data.keys import names_in
@@ -36,6 +37,7 @@ class Asked:
         noise: With privacy: the noise multiplier; else None.
         delta: The run's own δ.
         everyone: Whether all clients are asked in every round.
+        tells_loss: Whether it may be asked for its loss before a round.
         scored: Of the data file's examples, those that this client does not train on and scores itself.
     """
 
@@ -54,6 +56,7 @@ class Asked:
     noise: float | None
     delta: float | None
     everyone: bool
+    tells_loss: bool = False
     scored: int = 0
 
     @staticmethod
@@ -102,6 +105,7 @@ class Asked:
             noise=privacy.noise_multiplier if privacy else None,
             delta=privacy.delta if privacy else None,
             everyone=federation.clients_per_round in (None, 1.0),
+            tells_loss=tells_loss(config),
             scored=scored,
         )
 
@@ -120,6 +124,11 @@ class Asked:
             f"what is trained goes to {server or 'the server'} after every round; what is done with it there "
             "this machine cannot see",
         ]
+        if self.tells_loss:
+            lines.append(
+                "before a round it may be asked for the model's loss on its examples, one number, by which "
+                "the server chooses who takes part"
+            )
         if self.scored:
             whose = "their sums over all clients" if self.masked else "this client's own"
             lines.append(
@@ -150,6 +159,12 @@ class Asked:
                 f"{whose}: clip {self.clip:g}, noise {self.noise:g} clips, δ of the run {self.delta:g}"
             )
         return lines
+
+
+def tells_loss(config: RunConfig) -> bool:
+    """Whether clients may be asked for their loss before a round."""
+    selection = config.federation.selection
+    return isinstance(selection, ByLoss) and selection.losses == "asked"
 
 
 def local_steps(config: RunConfig, examples: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,10 +12,12 @@ import torch
 from fedtune.config.data import CLIENTS
 from fedtune.config.peers import refusal as peers_refusal
 from fedtune.config.schema import RunConfig
+from fedtune.config.selection import ByLoss, check_selection
+from fedtune.core.asking import LossMethod
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
 from fedtune.core.robust import MeanMethod
-from fedtune.core.types import ClientProtection, Method, ServerEnv, SumMethod
+from fedtune.core.types import ClientEnv, ClientProtection, Method, Payload, ServerEnv, SumMethod
 from fedtune.data.batching import Batching
 from fedtune.data.encoded import Counts, EncodedSet
 from fedtune.data.examples import Example
@@ -167,6 +169,7 @@ class Assembly:
             batching=batching,
             compression=config.federation.wire.compression(method),
             laid_out=True,
+            tells=teller(config, method),
             evaluator=evaluator_of(config, method, loaded.tokenizer, split.labels, split.own),
         )
         about = environment() | {
@@ -359,6 +362,14 @@ def client_protection(
     )
 
 
+def teller(config: RunConfig, method: Any) -> Callable[[Payload, ClientEnv], float] | None:
+    """How a client tells its loss before a round; None where the configuration does not ask for it."""
+    selection = config.federation.selection
+    if not isinstance(selection, ByLoss) or selection.losses != "asked" or not method.uses_wire:
+        return None
+    return lambda job, env: cast(LossMethod, method).client_loss(job, env, selection.examples)
+
+
 def check_counts(config: RunConfig, clients: int) -> None:
     """Refuses counts of clients that no round could have."""
     federation = config.federation
@@ -373,6 +384,8 @@ def check_counts(config: RunConfig, clients: int) -> None:
             f"federation.quorum is {federation.quorum}, but a round asks {len(cohort)} clients; "
             "no round could reach it"
         )
+    if reason := check_selection(federation.selection, clients, asked):
+        raise InputError(reason)
     if federation.robust is not None:
         check_replies(federation.robust, quorum_of(len(cohort), federation.quorum))
     require_packages(federation.secure_aggregation, federation.privacy)

@@ -37,7 +37,7 @@ from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
 from fedtune.evaluation.registry import refuse_unsuited
 from fedtune.federation.asked import Asked, settings_digest
-from fedtune.federation.assembly import Assembly, client_protection
+from fedtune.federation.assembly import Assembly, client_protection, teller
 from fedtune.federation.base_model import load_base
 from fedtune.federation.class_pictures import beside_class
 from fedtune.federation.client_data import cache_of
@@ -200,6 +200,7 @@ def join(
         batching=batching_of(config, room),
         compression=config.federation.wire.compression(method),
         laid_out=True,  # worker.py sends it in parts
+        tells=teller(config, method),
         evaluator=evaluator_of(config, method, tokenizer, labels, {client: own}, identity, agreed),
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]

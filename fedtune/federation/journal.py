@@ -109,9 +109,16 @@ class Journal:
             del arrival  # whoever takes it decides how long its frame is in memory
             yield given.pop()
 
-    def again(self, round: int) -> None:
-        """Lets a round be run once more from the replies that are kept, or by who gave them."""
+    def again(self, round: int, behind: int = 0) -> None:
+        """Lets a round be run once more from the replies that are kept, or by who gave them.
+
+        Args:
+            round: Which.
+            behind: Exchanges that went before it and are not made again.
+        """
         del self._exchanges[round]
+        if behind:
+            self._exchanges[round] = behind
         self._states.clear()
         self._states.update(self._before)
 

@@ -28,7 +28,7 @@ class Rows(list[dict[str, Any]]):
         return pandas.DataFrame([flat(row) for row in self])
 
 
-_CLIENTS = ("left_out", "updates", "stands_out")
+_CLIENTS = ("asked_losses", "client_losses", "gave_no_loss", "left_out", "updates", "stands_out")
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from torch import nn
 from fedtune.config.places import located
 from fedtune.config.schema import RunConfig
 from fedtune.config.tracking import require_trackers
-from fedtune.core.asking import asked
-from fedtune.core.cohort import PerRound, QuorumError, RoundOutcome, replies_needed, sample_cohort
+from fedtune.core.cohort import QuorumError, RoundOutcome, replies_needed
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.loop import RoundLoop
@@ -47,6 +46,7 @@ from fedtune.federation.round_table import RoundTable
 from fedtune.federation.saving import save_models
 from fedtune.federation.scored import Evaluated
 from fedtune.federation.scoring import Scoring
+from fedtune.federation.selecting import choose, remembered
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.federation.tracking import Tracking
@@ -276,10 +276,10 @@ class _Federation:
         return self.summarize("done")
 
     def _round(self, loop: RoundLoop, journal: Journal, state: Any, model: nn.Module, round: int) -> Any:
-        config, before = self._config, self._clock.total
-        cohort = self._account.cohort(self._assembly.client_examples) if self._account else None
-        drawn, whom = cohort is not None, self._per_round(round)
-        cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
+        config, assembly, before = self._config, self._assembly, self._clock.total
+        drawn = self._account.cohort(self._assembly.client_examples) if self._account else None
+        chosen = choose(loop, state, round, assembly, self._rounds, drawn)
+        cohort = chosen.cohort
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
         last: tuple[Any, Evaluated] = (None, Evaluated())  # of arrivals: its state may be the round's
@@ -293,16 +293,16 @@ class _Federation:
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        sends, least = self._assembly.method.uses_wire, config.federation.quorum
-        quorum = replies_needed(len(cohort.clients), least, drawn=drawn, sends=sends)
+        sends, least = assembly.method.uses_wire, config.federation.quorum
+        quorum = replies_needed(chosen.wanted, least, drawn=drawn is not None, sends=sends)
         privacy: dict[str, Any] = {}
-        every, rounds = config.evaluation.every, self._assembly.method.rounds
+        every, rounds = config.evaluation.every, assembly.method.rounds
         due = round == rounds or (every > 0 and round % every == 0)
 
         def once(without: Mapping[int, str]) -> tuple[Any, RoundOutcome]:
             arrivals.clear()
             if without:
-                journal.again(round)
+                journal.again(round, behind=chosen.exchanges)
             done = loop.run(state, cohort, round, quorum=quorum, on_arrival=on_arrival, without=without)
             if self._account is not None:  # before anything that was made from the sum is shown or sent
                 with disk_errors("privacy.jsonl"):
@@ -313,7 +313,7 @@ class _Federation:
             found = last[1] if last[0] is now else None
             return (found or self._evaluate((now, model), round)) if due else Evaluated()
 
-        guard = Guard(config.federation, self._assembly.method)
+        guard = Guard(config.federation, assembly.method)
         settled = guard.settle(once, scored, loss=last_loss(self._rounds))
         outcome = settled.outcome
         self._callbacks.clients(outcome)  # those left out after the last arrival
@@ -321,7 +321,9 @@ class _Federation:
             "round": round,
             "clients": sorted(outcome.clients),
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
-            **of_training(outcome, self._assembly.method, settled.state),
+            **of_training(outcome, assembly.method, settled.state),
+            **chosen.entry,
+            **remembered(config, outcome),
         }
         entry |= settled.entry | ({"privacy": privacy} if privacy else {})
         entry |= {"arrivals": arrivals} if arrivals else {}
@@ -370,11 +372,6 @@ class _Federation:
         with self._clock.part("checkpoint"):
             tokenizer, merge = self._assembly.exported_tokenizer, self._assembly.method.saves_merged
             save_models(models, tokenizer, self._folder.path / "final", merge=merge, what="the result")
-
-    def _per_round(self, round: int = 1) -> PerRound:
-        """Reference rows always ask everyone: they stand for no communication pattern."""
-        often, everyone = self._config.federation.clients_per_round, self._assembly.client_examples
-        return asked(self._assembly.method, round, everyone, often)
 
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""

@@ -78,6 +78,7 @@ def of_run(
         **skipped,
         "payload_bytes": dict(ledger.payload_bytes),
         "framed_bytes": dict(ledger.framed_bytes),
+        **({"regions_payload_bytes": dict(ledger.regions_bytes)} if ledger.regions_bytes.total() else {}),
         **({"evaluation_bytes": dict(ledger.evaluation_bytes)} if ledger.evaluation_bytes.total() else {}),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,

@@ -1,4 +1,4 @@
-"""Ranks by memory: which LoRA rank each client of unlike memory can train, from plans of all of them."""
+"""What clients of unlike memory can do, from plans: which LoRA rank, and which method."""
 
 from __future__ import annotations
 
@@ -12,50 +12,93 @@ from fedtune.errors import InputError
 from fedtune.planning.plan import plan
 from fedtune.report.tables import size
 
+LESS: list[tuple[str, dict[str, Any]]] = [  # other methods, from those that train most of the model
+    ("fedcybgd", {}),
+    ("fedavg", {"trainable": "lora", "lora": {"rank": 1}}),
+    ("fedkseed", {}),
+]
 
-def ranks_by_memory(
+
+def by_memory(
     config: RunConfig, memories: Sequence[int], objects: ObjectData | None = None
 ) -> dict[str, Any]:
-    """The highest of the configuration's rank and its halves that fits each memory.
+    """What fits each memory of the configured method, and where not all clients are served, of other methods.
 
     Args:
-        config: Of LoRA in FedAvg; its rank is the highest.
+        config: Of LoRA in FedAvg its rank is the highest; any other method fits a client or does not.
         memories: Bytes of each client; with more clients they come in turn, as `lora.client_ranks` does.
         objects: As of `plan`.
 
     Returns:
-        `ranks`, a `rank` and its `client_peak_memory_bytes` each; `clients`, a `memory_bytes` and its `rank`
-        each, None where none fits; `setting`, which gives clients these ranks, None where some have none.
+        `client_ranks` of LoRA in FedAvg: `ranks`, a `rank` and its `client_peak_memory_bytes` each;
+        `clients`, a `memory_bytes` and its `rank` each, None where none fits; `setting`, which gives clients
+        these ranks, None where some have none. `client_methods` unless that serves all, the configured one
+        first: each a
+        `method`, its `settings`, its `client_peak_memory_bytes` and how many `clients` it fits.
 
     Raises:
-        InputError: There are no ranks to give, or not in this method's mean.
+        InputError: Clients of these ranks have no mean with this aggregation.
     """
-    lora = getattr(config.method, "lora", None)
-    if config.method_name != "fedavg" or lora is None:
-        raise InputError(
-            f"client memories give clients their LoRA rank, and {config.method_name} as it is set trains "
-            "none; set method.name=fedavg method.trainable=lora, or rank all methods with --model"
-        )
-    found = {}
-    for rank in halves(lora.rank):
-        document = config.resolved()
-        document["method"]["lora"] |= {"rank": rank, "client_ranks": None}
-        planned = plan(parse_config(document, f"rank {rank}"), objects=objects).document
-        found[rank] = int(planned["client_peak_memory_bytes"]["total"])
-    ranks = assigned(found, memories)
-    setting = None
+    found, lora = dict[str, Any](), getattr(config.method, "lora", None)
+    if config.method_name == "fedavg" and lora is not None:
+        found["client_ranks"] = _ranks(config, memories, objects)
+        if found["client_ranks"]["setting"] is not None:
+            return found
+    found["client_methods"] = _methods(config, memories, objects)
+    return found
+
+
+def _ranks(config: RunConfig, memories: Sequence[int], objects: ObjectData | None) -> dict[str, Any]:
+    """The highest of the configuration's rank and its halves that fits each memory."""
+    most, peaks = config.method.lora.rank, dict[int, int]()  # type: ignore[attr-defined]
+    for rank in halves(most):
+        peaks[rank] = _peak(config, {"lora": {"rank": rank, "client_ranks": None}}, objects)
+    ranks, setting = assigned(peaks, memories), None
     if None not in ranks:
         setting = f"method.lora.client_ranks={list(ranks)}"
         document = config.resolved()
         document["method"]["lora"]["client_ranks"] = ranks
         parse_config(document, setting)  # raises where the aggregation is of one rank
     return {
-        "ranks": [{"rank": rank, "client_peak_memory_bytes": peak} for rank, peak in found.items()],
+        "ranks": [{"rank": rank, "client_peak_memory_bytes": peak} for rank, peak in peaks.items()],
         "clients": [
             {"memory_bytes": memory, "rank": rank} for memory, rank in zip(memories, ranks, strict=True)
         ],
         "setting": setting,
     }
+
+
+def _peak(config: RunConfig, change: Mapping[str, Any], objects: ObjectData | None) -> int:
+    """Bytes of a client's peak with some of the method's settings changed."""
+    document = config.resolved()
+    for name, value in change.items():
+        own = document["method"][name]
+        document["method"][name] = own | value if isinstance(value, dict) else value
+    planned = plan(parse_config(document, f"{config.method_name} {dict(change)}"), objects=objects).document
+    return int(planned["client_peak_memory_bytes"]["total"])
+
+
+def _methods(config: RunConfig, memories: Sequence[int], objects: ObjectData | None) -> list[dict[str, Any]]:
+    """Peaks of the configured method and of some others; what does not go with the rest is left out."""
+    batch = getattr(config.method, "batch_size", 1)
+    others = [{"name": name, "batch_size": batch, **more} for name, more in LESS]
+    found: list[dict[str, Any]] = [
+        {"method": config.method_name, "settings": "", "client_peak_memory_bytes": _peak(config, {}, objects)}
+    ]
+    for method in others:
+        document = {**config.resolved(), "method": method}
+        try:
+            peak = _peak(parse_config(document, str(method["name"])), {}, objects)
+        except InputError:  # of a classifier, pictures or pairs, which not all methods train on
+            continue
+        settings = " ".join(
+            f"method.{key}.rank={value['rank']}" if isinstance(value, dict) else f"method.{key}={value}"
+            for key, value in method.items()
+        )
+        found.append({"method": method["name"], "settings": settings, "client_peak_memory_bytes": peak})
+    for row in found:
+        row["clients"] = sum(row["client_peak_memory_bytes"] <= memory for memory in memories)
+    return found
 
 
 def halves(rank: int) -> list[int]:
@@ -77,18 +120,26 @@ def assigned(peaks: Mapping[int, int], memories: Sequence[int]) -> list[int | No
 
 
 def said(found: Mapping[str, Any]) -> list[str]:
-    """Lines for people, of what `ranks_by_memory` gave."""
-    needs = ", ".join(f"{row['rank']} {size(row['client_peak_memory_bytes'])}" for row in found["ranks"])
-    lines = [f"A client's peak memory by rank: {needs}."]
-    for row in found["clients"]:
-        rank = f"rank {row['rank']}" if row["rank"] is not None else "no rank fits"
-        lines.append(f"A client of {size(row['memory_bytes'])}: {rank}.")
-    if found["setting"] is None:
-        least = min(row["client_peak_memory_bytes"] for row in found["ranks"])
-        return [
-            *lines,
-            f"The least is {size(least)}: lower method.batch_size or data.max_length, set "
-            "method.offload_params=disk or method.gradient_checkpointing=full, or look for another method "
-            "with fedtune plan --model.",
-        ]
-    return [*lines, f"Set {found['setting']}."]
+    """Lines for people, of what `by_memory` gave."""
+    lines = list[str]()
+    if ranks := found.get("client_ranks"):
+        needs = ", ".join(f"{row['rank']} {size(row['client_peak_memory_bytes'])}" for row in ranks["ranks"])
+        lines.append(f"A client's peak memory by rank: {needs}.")
+        for row in ranks["clients"]:
+            rank = f"rank {row['rank']}" if row["rank"] is not None else "no rank fits"
+            lines.append(f"A client of {size(row['memory_bytes'])}: {rank}.")
+        if ranks["setting"] is not None:
+            return [*lines, f"Set {ranks['setting']}."]
+    rows = found["client_methods"]
+    for row in rows:
+        peak, one = size(row["client_peak_memory_bytes"]), "client" if row["clients"] == 1 else "clients"
+        lines.append(f"{row['method']} takes {peak}, which {row['clients']} {one} of these have.")
+    best = max(rows, key=lambda row: row["clients"])
+    if best["settings"] and best["clients"] > rows[0]["clients"]:
+        lines.append(f"{best['method']} fits more of them: {best['settings']}.")
+    elif best["clients"] == 0:
+        lines.append(
+            "None fits any: lower method.batch_size or data.max_length, set method.offload_params=disk or "
+            "method.gradient_checkpointing=full, or look for another method with fedtune plan --model."
+        )
+    return lines

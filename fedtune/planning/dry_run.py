@@ -244,6 +244,7 @@ def server_steps(
     probe = _sooner_aligned(method)
     single = method.arrival in ("one-by-one", "in-turn")
     unlike = config.name == "fedavg" and config.lora is not None and config.lora.client_ranks is not None
+    unlike = unlike or getattr(config, "regions", None) is not None  # one sum for each that is there
     together = method.arrival == "plan-order" or unlike or (robust is not None and robust.gathers)
     enough = len(cohort.clients) if together else 2
     alone: list[Reply] = []  # what the round loop holds until its step is over, if it is one alone
@@ -254,8 +255,9 @@ def server_steps(
                 _ = [weight.clone() for weight in state.weights.values()]
             return meter
         count = method.rounds * (enough if single else 1)
+        regions = getattr(config, "regions", None)
         if getattr(config, "buffer", None) is None:  # else a step holds as many versions as it does
-            count = min(STEPS, count)
+            count = min(STEPS * (regions.rounds if regions else 1), count)
         for round in range(1, count + 1):
             there = _chosen(method, round, cohort)
             orders = list(probe.plan(state, 1 if single else round, there))[: 1 if single else enough]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fedtune.config.schema import RunConfig
-from fedtune.core.asking import asked
-from fedtune.core.cohort import sample_cohort
+from fedtune.config.selection import ByLoss, check_selection
 from fedtune.core.types import ServerEnv
 from fedtune.data.encoded import Encoded
 from fedtune.data.objects import ObjectData
@@ -24,6 +24,7 @@ from fedtune.errors import InputError
 from fedtune.evaluation.registry import certain
 from fedtune.federation.base_model import refuse_quantized
 from fedtune.federation.evaluator import asks_clients, federated
+from fedtune.federation.selecting import planned
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
 from fedtune.models.lora_targets import tuned_modules
@@ -86,7 +87,10 @@ def plan(
     if method.uses_wire and isinstance(config.federation.clients_per_round, int):
         _check_count(config.federation.clients_per_round, len(clients))
     per_round = config.federation.clients_per_round if method.uses_wire else None
-    cohort = sample_cohort(clients, asked(method, 1, clients, per_round), seed=config.seed, round=1)
+    if method.uses_wire and (reason := check_selection(config.federation.selection, len(clients), per_round)):
+        raise InputError(reason)
+    choose = partial(planned, config, method, clients)
+    cohort = choose(1)[1]
 
     base: Any = drawn or fakes.model(
         config.model.place,
@@ -124,9 +128,11 @@ def plan(
         seed=config.seed,
         robust=robust,
         compression=compression,
+        choose=choose,
         evaluation=federated(config, method) if asks_clients(config, method) else None,
         every=config.evaluation.every,
     )
+    traffic.exact = traffic.exact and not _by_loss_unlike(config)
     client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
     if steps:
         whole: Iterable[nn.Module] = [model] if base_model(model) is base else [base, model]
@@ -282,6 +288,7 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
         "first_time": means(first),
         "later": means(later),
         "exact": traffic.exact,
+        **({"regions": traffic.regions} if traffic.regions else {}),
     }
 
 
@@ -303,6 +310,12 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
         notes.append(
             "with federation.privacy chance decides how many clients a round asks; planned as without"
         )
+    selection = config.federation.selection
+    if isinstance(selection, ByLoss) and selection.losses == "asked" and method.uses_wire:
+        notes.append(
+            "before each round its candidates are sent what it sends, for their loss; these bytes are in it, "
+            "the forward passes are not"
+        )
     robust = config.federation.robust
     if robust is not None and robust.gathers and traffic.exchanges:
         first = sum(e.up for e in traffic.exchanges if e.round == 1)
@@ -314,6 +327,11 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
         notes.append("planned as if every client that is asked replied")
     if getattr(config.method, "prune", None) is not None:
         notes.append("clients that give up ranks (method.prune) send fewer bytes: these are the most")
+    elif _by_loss_unlike(config):
+        notes.append(
+            "losses decide which clients a round asks, and what each is sent differs: these bytes are of the "
+            "candidates of lowest number"
+        )
     elif not traffic.exact:
         notes.append(
             "what a client is sent from the third round on depends on which seeds matter, and so on losses: "
@@ -328,6 +346,14 @@ def _notes(config: RunConfig, method: Any, traffic: Traffic) -> list[str]:
     if config.model.device == "cuda" or config.model.cards:
         notes.append("memory is that of tensors; a GPU's allocator adds what it rounds up and keeps")
     return notes
+
+
+def _by_loss_unlike(config: RunConfig) -> bool:
+    """Whether losses decide who is asked, and it matters for what is sent."""
+    lora, regions = (getattr(config.method, name, None) for name in ("lora", "regions"))
+    alike = config.method_name == "fedavg" and not (lora and lora.client_ranks) and regions is None
+    sends = registry.build(config.method, config.seed).uses_wire
+    return isinstance(config.federation.selection, ByLoss) and not alike and sends
 
 
 def _check_count(asked: int, clients: int) -> None:

@@ -6,7 +6,7 @@ the methods that draw seeds, whose next order depends on them, they are drawn as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from fedtune.core.asking import asked
 from fedtune.core.cohort import Cohort, sample_cohort
 from fedtune.core.compression import Compression
+from fedtune.core.relaying import RelayingMethod
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
 from fedtune.evaluation.federated import FederatedEvaluation
+from fedtune.methods.fedavg.hierarchical import passed
 from fedtune.planning.block_turns import Turn, ordered
 from fedtune.planning.fake import Fakes, values
 
 CPU = torch.device("cpu")
+NUMBER = 4  # bytes of a loss
 DRAWING = ("fedkseed", "fedkseed-pro")  # the next order depends on the seeds that clients drew
 
 
@@ -44,19 +47,22 @@ class Traffic:
     """All messages of a run."""
 
     exchanges: list[Exchange] = field(default_factory=list)
+    regions: dict[str, int] = field(default_factory=dict)  # bytes between the server and servers of regions
     scores: list[Exchange] = field(default_factory=list)  # in which clients are asked for scores
     turns: list[Turn] = field(default_factory=list)  # of methods that train blocks in turn
     exact: bool = True  # False: what is sent depends on losses, and is what is to be expected
 
     @property
     def down(self) -> int:
-        """Bytes to clients."""
-        return sum(exchange.down for exchange in (*self.exchanges, *self.scores))
+        """Bytes to clients, and to servers of regions."""
+        return sum(exchange.down for exchange in (*self.exchanges, *self.scores)) + self.regions.get(
+            "down", 0
+        )
 
     @property
     def up(self) -> int:
-        """Bytes from clients."""
-        return sum(exchange.up for exchange in (*self.exchanges, *self.scores))
+        """Bytes from clients, and from servers of regions."""
+        return sum(exchange.up for exchange in (*self.exchanges, *self.scores)) + self.regions.get("up", 0)
 
 
 def simulate(
@@ -69,6 +75,7 @@ def simulate(
     seed: int,
     robust: RobustMean | None = None,
     compression: Compression | None = None,
+    choose: Callable[[int], tuple[Sequence[int], Cohort]] | None = None,
     evaluation: FederatedEvaluation | None = None,
     every: int = 1,
 ) -> Traffic:
@@ -83,6 +90,8 @@ def simulate(
         seed: The run's.
         robust: What becomes of replies before the server's step.
         compression: How updates travel; None: as they are.
+        choose: Who is asked for a loss before a round, and the round's cohort; None: an even draw, or whom
+            the method names.
         evaluation: Where clients score the result.
         every: As `evaluation.every`.
     """
@@ -100,12 +109,24 @@ def simulate(
         if evaluation is not None:
             traffic.scores += _asked_for_scores(evaluation, state, 0, everyone)
         for round in range(1, method.rounds + 1):
-            whom = asked(method, round, clients, per_round)
-            cohort = sample_cohort(clients, whom, seed=seed, round=round)
+            if choose is not None:
+                first, cohort = choose(round)
+            else:
+                whom = asked(method, round, clients, per_round)
+                first, cohort = (), sample_cohort(clients, whom, seed=seed, round=round)
+            before = _losses(
+                method, state, round, sample_cohort(clients, tuple(first), seed=seed, round=round)
+            )
+            if isinstance(method, RelayingMethod):
+                for message in method.relayed(state, cohort, cohort.clients):
+                    way = message.direction
+                    traffic.regions[way] = traffic.regions.get(way, 0) + message.payload.nbytes
             for _ in cohort.clients if method.arrival == "in-turn" else [0]:
                 replies = []
                 for order in method.plan(state, round, cohort):
-                    traffic.exchanges.append(_exchange(round, order, compression))
+                    down, up = before.pop(order.client, (0, 0))
+                    one = _exchange(round, order, compression)
+                    traffic.exchanges.append(replace(one, down=one.down + down, up=one.up + up))
                     traffic.turns += ordered(order.payload.scalars)
                     replies.append(
                         reply_to(
@@ -113,9 +134,17 @@ def simulate(
                         )
                     )
                 state = advance(state, replies)
+            traffic.exchanges += [Exchange(round, client, *both, 0) for client, both in before.items()]
             if evaluation is not None and (round == method.rounds or (every and round % every == 0)):
                 traffic.scores += _asked_for_scores(evaluation, state, round, everyone)
     return traffic
+
+
+def _losses(method: Any, state: Any, round: int, cohort: Cohort) -> dict[int, tuple[int, int]]:
+    """Bytes down and up, by client, of asking a cohort for its loss before a round."""
+    if not cohort.clients:
+        return {}
+    return {order.client: (order.payload.nbytes, NUMBER) for order in method.plan(state, round, cohort)}
 
 
 def _asked_for_scores(
@@ -196,6 +225,8 @@ def _whole(spec: TensorSpec) -> tuple[int, ...]:
 def _advance(method: Any, robust: RobustMean | None) -> Callable[[Any, list[Reply]], Any]:
     """How the server's state goes on, as far as the next orders' sizes depend on it."""
     config, server = method.config, method
+    if config.name == "fedavg" and config.regions:  # whose messages depend on how many rounds were
+        return lambda state, replies: passed(state, config.regions, [reply.client for reply in replies])
     if config.name == "fedavg" and config.aggregation not in ("stack", "residual"):
         return lambda state, replies: state  # the same tensors every round
     if config.name == "infinite-pool" and config.download == "model":

@@ -66,6 +66,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         share = tokens["padding"] / tokens["computed"] if tokens["computed"] else 0.0
         cost.add_row("tokens computed, of them padding", f"{tokens['computed']:,}, {share:.1%}")
     cost.add_row("payload down, up", f"{size(payload['down'])}, {size(payload['up'])}")
+    if regions := _regions(summary):
+        cost.add_row("of it regions down, up", f"{size(regions['down'])}, {size(regions['up'])}")
     cost.add_row("on the wire down, up", f"{size(framed['down'])}, {size(framed['up'])}")
     cost.add_row("payload a client and round", size(summary["payload_bytes_per_client_round"]))
     cost.add_row("peak memory client, server", f"{size(peak['client'])}, {size(peak['server'])}")
@@ -95,9 +97,16 @@ def rounds_and_clients(summary: Mapping[str, Any]) -> str:
     rounds, clients, each = summary["rounds"], summary["clients"], summary["payload_bytes_per_client_round"]
     if not rounds or not each:  # nothing was sent, so no count follows from what was
         return f"{rounds} x {clients}"
-    training = sum(summary["payload_bytes"].values()) - sum(summary.get("evaluation_bytes", {}).values())
+    others = (summary.get("evaluation_bytes", {}), _regions(summary))
+    training = sum(summary["payload_bytes"].values()) - sum(sum(each.values()) for each in others)
     asked = round(training / each / rounds, 2)
     return f"{rounds} x {asked:g}" + ("" if asked == clients else f" of {clients}")
+
+
+def _regions(summary: Mapping[str, Any]) -> Mapping[str, int]:
+    """Payload between the server and servers of regions, where there are any."""
+    found: Mapping[str, int] = summary.get("regions_payload_bytes", {})
+    return found
 
 
 def compare_rows(document: Mapping[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -131,6 +131,11 @@ def schemes(config: Settings) -> tuple[Config, Config]:
             "the one-shot theory has rounds that all clients take from the same weights, and method.buffer "
             "steps after a few of them; leave it out"
         )
+    if config.regions is not None:
+        raise InputError(
+            "the one-shot theory has rounds that all clients take from the same weights, and clients of "
+            "method.regions take them from their region's; leave it out"
+        )
     if config.control_variates:
         raise InputError(
             "the one-shot theory has plain local steps (Eq. 3), and control variates correct them; "

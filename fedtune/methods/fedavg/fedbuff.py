@@ -48,26 +48,22 @@ def arrivals(
     return tuple(sorted(first)), now
 
 
-def together(clients: Sequence[int], seconds: Sequence[float], round: int) -> float:
-    """When a step of all these clients is made, who all wait for the slowest."""
-    return round * max(seconds[client % len(seconds)] for client in clients)
-
-
 def begun(state: State, client: int) -> int:
     """The version that a client began with."""
     return state.begun.get(str(client), 0)
 
 
-def sent(state: State, ranks: Mapping[int, int]) -> dict[int, Payload]:
-    """The version that each client began with, as it is sent; one payload for those who are sent the same.
+def sent(state: State, keys: Mapping[int, int], ranks: Mapping[int, int]) -> dict[int, Payload]:
+    """The version that each client gets, as it is sent; one payload for those who are sent the same.
 
     Args:
         state: The server's.
+        keys: By client, which of `state.versions` it gets; where that is not there, the newest weights.
         ranks: The LoRA rank of each client that is asked; 0 where all have one.
     """
     made, found = dict[tuple[int, int], Payload](), dict[int, Payload]()
     for client, rank in ranks.items():
-        key = begun(state, client), rank
+        key = keys[client], rank
         if key not in made:
             prefix = f"{key[0]}/"
             old = {n.removeprefix(prefix): t for n, t in state.versions.items() if n.startswith(prefix)}

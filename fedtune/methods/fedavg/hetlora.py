@@ -13,7 +13,8 @@ All norms are Frobenius's; γ r_k is rounded down, to 1 at least. ‖B A‖² = 
 product is formed. A client that pruned sends what it trained with zeros in the ranks that it left, which
 tells the server so; from the next round on it is sent fewer.
 
-What has no factors (a head) is averaged by examples, as elsewhere.
+What has no factors (a head) is averaged by examples, as elsewhere. The defaults of γ and λ (0.99 and 5e-3)
+were not checked: of the paper's text no part that names its values could be read.
 """
 
 from __future__ import annotations

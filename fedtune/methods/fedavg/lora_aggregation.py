@@ -38,6 +38,18 @@ def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     }
 
 
+def fresh(parameters: Mapping[str, nn.Parameter], generator: torch.Generator) -> dict[str, Tensor]:
+    """Factors as LoRA begins with them: A uniform in ±1/√in, B zero."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if name.endswith(A):
+            bound = parameter.shape[1] ** -0.5
+            found[name] = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        elif name.endswith(B):
+            found[name] = torch.zeros(parameter.shape)
+    return found
+
+
 def cut_like(whole: Tensor, received: Tensor) -> Tensor:
     """The part of a tensor that has another's shape, from its beginning."""
     return whole[tuple(slice(n) for n in received.shape)] if whole.ndim else whole

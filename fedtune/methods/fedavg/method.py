@@ -10,7 +10,7 @@ Settings: FedProx (`proximal`), FedAvgM and FedAdam (`server_optimizer`), DiLoCo
 of Nesterov, and `keep_optimizer`), SCAFFOLD (`control_variates`, Karimireddy et al. 2020, option II), LoRA
 factors averaged, stacked or with A frozen (`aggregation`), or as flexlora.py, fedex_lora.py, lora_fair.py,
 rolora.py and hetlora.py have it. Clients' own parts and models: own_parts.py, ditto.py and fine_tuning.py.
-Steps after k updates in place of rounds (`buffer`): fedbuff.py.
+Steps after k updates in place of rounds (`buffer`): fedbuff.py. Servers of regions: hierarchical.py.
 
 Asynchronous one-shot folds each arrival in at once: after m' of m arrivals the model is
 w + Σ p_i Δ_i over those m', and after all m it has the bits of the synchronous mean, because the sum is
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from fedtune.core.aggregate import FRACTION_BITS, LIMIT, WeightedSum
 from fedtune.core.cohort import Cohort
+from fedtune.core.relaying import Relayed
 from fedtune.core.robust import MeanName, Updates
 from fedtune.core.seeds import derive_seed
 from fedtune.core.types import (
@@ -48,10 +49,21 @@ from fedtune.core.types import (
     TensorSpec,
 )
 from fedtune.measure.memory import Resident
-from fedtune.methods.fedavg import fedbuff, from_factors, own_parts, personal, robust, rolora
+from fedtune.methods.fedavg import (
+    fedbuff,
+    from_factors,
+    hierarchical,
+    own_parts,
+    personal,
+    refusals,
+    robust,
+    rolora,
+    telling,
+)
 from fedtune.methods.fedavg import lora_aggregation as lora
 from fedtune.methods.fedavg.hetlora import SelfPruning
-from fedtune.methods.fedavg.settings import FACTORED, FROM_FACTORS, Config
+from fedtune.methods.fedavg.hierarchical import region_of
+from fedtune.methods.fedavg.settings import FROM_FACTORS, Config
 from fedtune.methods.fedavg.state import State
 from fedtune.methods.loading import load
 from fedtune.methods.local_training import Trained, train
@@ -124,25 +136,38 @@ class FedAvg:
             payloads = {rank: Payload(lora.cut(down, rank) if rank else down) for rank in set(ranks.values())}
             if self.config.aggregation == "alternate":
                 weights = rolora.moving(weights, round)
-        began = fedbuff.sent(state, ranks) if self.config.buffer else {}
+        own = dict[int, Payload]()  # where not all get the newest weights
+        if self.config.buffer:
+            own = fedbuff.sent(state, {client: fedbuff.begun(state, client) for client in ranks}, ranks)
+        elif self.config.regions:
+            regions = self.config.regions
+            own = fedbuff.sent(state, {client: region_of(client, regions) for client in ranks}, ranks)
         for client in cohort.clients:
             rank = ranks[client]
             up = (lora.cut(weights, rank) if rank else weights) | {
                 CONTROL + name: c for name, c in state.control.items()
             }
             expects = {name: TensorSpec(t.dtype, tuple(t.shape), LIMIT) for name, t in up.items()}
-            yield Order(client, began.get(client, payloads[rank]), {} if tuning else expects)
+            yield Order(client, own.get(client, payloads[rank]), {} if tuning else expects)
 
     def asks_all(self, round: int) -> bool:
         """Of the round of fine-tuning, which is of every client's model."""
         return round > self.config.rounds
 
+    def loss_refusal(self) -> str | None:
+        """See telling.py."""
+        return telling.refusal(self.config)
+
+    def client_loss(self, job: Payload, env: ClientEnv, examples: int | None) -> float:
+        """See telling.py."""
+        weights, product, _ = _parts(job)
+        return telling.loss_of(env, self.config, weights, product, examples)
+
     def client_step(self, job: Payload, env: ClientEnv) -> ClientResult:
         """Local training from the received weights; returns the update (or the trained factors to stack)."""
         if not self.personal:
             return self._step(job, env)[0]
-        received = {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}
-        received = lora.pad(received, trainable(env.model))
+        received = lora.pad(_parts(job)[0], trainable(env.model))
         shared = partial(self._step, job)
         return personal.step(env, self.config, received, shared, tunes=self.asks_all(env.round))
 
@@ -150,11 +175,10 @@ class FedAvg:
         self, job: Payload, env: ClientEnv, beside: Sequence[Resident] = ()
     ) -> tuple[ClientResult, Trained]:
         parameters = trainable(env.model)
-        weights = {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}
-        product = {n.removeprefix(PRODUCT): t for n, t in job.tensors.items() if n.startswith(PRODUCT)}
-        control = {n.removeprefix(CONTROL): t for n, t in job.tensors.items() if n.startswith(CONTROL)}
+        weights, product, control = _parts(job)
         if self.config.aggregation == "stack":
-            weights |= self._fresh_factors(parameters, env)
+            fresh = lora.fresh(parameters, env.generator("factors"))
+            weights |= lora.cut(fresh, self._rank(env.client)) if self._rank(env.client) else fresh
         start = lora.pad(weights, parameters)
         load(parameters, start)
         own = dict(env.state.tensors) if env.state else {n: torch.zeros_like(c) for n, c in control.items()}
@@ -197,6 +221,10 @@ class FedAvg:
         """Folds the replies in; memory is one sum of 8 bytes a parameter, whatever the number of replies."""
         if self.config.aggregation in FROM_FACTORS:
             return from_factors.advanced(state, replies, self.config)
+        if self.config.regions:
+            nothing = WeightedSum(1, 0, {})
+            advance = partial(self._advance, control=nothing)
+            return hierarchical.advanced(state, replies, self.config.regions, advance)
         total, tuned = cast(WeightedSum | None, None), False
         control: WeightedSum | None = None
         asked: Cohort | None = None
@@ -232,47 +260,28 @@ class FedAvg:
         begun, versions = fedbuff.stepped(state, asked.clients, asked.population)
         return replace(new, steps=state.steps + 1, begun=begun, versions=versions)
 
+    def relayed(self, state: State, cohort: Cohort, replied: Sequence[int]) -> Iterator[Relayed]:
+        """See hierarchical.py."""
+        if self.config.regions and not self.asks_all(state.steps + 1):
+            sent = state.sent()
+            yield from hierarchical.relayed(state, sent, self.config.regions, cohort, replied)
+
     def chooses(self, round: int, clients: Sequence[int]) -> tuple[int, ...] | None:
         """Those whose updates fill the buffer; None: a round is of whoever is asked."""
         buffer = self.config.buffer
         return fedbuff.arrivals(clients, buffer.seconds, buffer.size, round)[0] if buffer else None
 
     def sum_refusal(self, *, privacy: bool) -> str | None:
-        """Stacking needs each client's own factors; SCAFFOLD's two updates have no common norm to clip."""
-        if self.config.aggregation in FROM_FACTORS:
-            return f"aggregation: {self.config.aggregation} needs each client's factors"
-        if self.config.aggregation == "alternate":
-            return "aggregation: alternate has another sum in odd rounds than in even ones; take freeze-a"
-        if self.config.buffer:
-            return "buffer weighs each update by how old it is; leave it out"
-        if self.config.fine_tune:
-            return "fine_tune has a round in which nothing is sent, and so nothing summed; take ditto"
-        if privacy and self.config.control_variates:
-            return "control_variates are a second update beside the first, on another scale"
-        return None
+        """See refusals.py."""
+        return refusals.of_sums(self.config, privacy=privacy)
 
     def mean_refusal(self, mean: MeanName) -> str | None:
-        """See robust.py."""
-        if self.config.fine_tune and mean != "weighted":
-            return robust.FINE_TUNE
-        if self.config.buffer and mean != "weighted":
-            return "buffer holds updates of unlike age, which are not compared; leave it out"
-        config, ranks = self.config, self.config.lora and self.config.lora.client_ranks
-        return robust.mean_refusal(
-            mean,
-            asynchronous=self.arrival == "one-by-one",
-            stacked=config.aggregation == "stack",
-            factored=config.aggregation if config.aggregation in FACTORED else "",
-            unlike_ranks=bool(ranks),
-            control=config.control_variates,
-        )
+        """See refusals.py."""
+        return refusals.of_means(self.config, mean)
 
     def bound_refusal(self, *, quantile: bool) -> str | None:
-        """See robust.py."""
-        if self.config.fine_tune:
-            return robust.FINE_TUNE
-        alone, control = self.arrival == "one-by-one", self.config.control_variates
-        return robust.bound_refusal(quantile=quantile, asynchronous=alone, control=control)
+        """See refusals.py."""
+        return refusals.of_bounds(self.config, quantile=quantile)
 
     def updates(self) -> Updates:
         """See robust.py."""
@@ -280,15 +289,8 @@ class FedAvg:
         return robust.updates(self.config.lora, stacked=stacked, control=CONTROL)
 
     def compression_refusal(self, *, sparse: bool, feedback: bool) -> str | None:
-        """Factors that a client draws anew are no change of what was there: all of them count, once."""
-        if self.config.prune:
-            return "prune tells of ranks that went by numbers that are exactly 0; leave one of the two out"
-        if self.config.aggregation == "stack" and (sparse or feedback):
-            return (
-                f"aggregation: stack has clients send factors of their own, whole; leave out "
-                f"{'top_k' if sparse else 'error_feedback'}, or take aggregation: mean or freeze-a"
-            )
-        return None
+        """See refusals.py."""
+        return refusals.of_compression(self.config, sparse=sparse, feedback=feedback)
 
     def sum_shapes(self, state: State) -> dict[str, tuple[int, ...]]:
         """The global weights', and the control variates'."""
@@ -375,14 +377,11 @@ class FedAvg:
         ranks = self.config.lora.client_ranks if self.config.lora else None
         return ranks[client % len(ranks)] if ranks else 0
 
-    def _fresh_factors(self, parameters: Mapping[str, nn.Parameter], env: ClientEnv) -> dict[str, Tensor]:
-        """A uniform in ±1/√in (LoRA's initialisation), B zero, cut to this client's rank."""
-        generator = env.generator("factors")
-        fresh = {}
-        for name, parameter in parameters.items():
-            if name.endswith(lora.A):
-                bound = parameter.shape[1] ** -0.5
-                fresh[name] = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            elif name.endswith(lora.B):
-                fresh[name] = torch.zeros(parameter.shape)
-        return lora.cut(fresh, self._rank(env.client)) if self._rank(env.client) else fresh
+
+def _parts(job: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What an order has: weights, what is added to the base weights, and SCAFFOLD's c."""
+    product, control = (
+        {n.removeprefix(prefix): t for n, t in job.tensors.items() if n.startswith(prefix)}
+        for prefix in (PRODUCT, CONTROL)
+    )
+    return {n: t for n, t in job.tensors.items() if not n.startswith((CONTROL, PRODUCT))}, product, control

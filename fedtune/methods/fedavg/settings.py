@@ -50,6 +50,19 @@ class Buffer(Settings):
     seconds: list[Seconds] = Field([1.0], min_length=1)  # a client's training takes, virtual; in turn
 
 
+class Regions(Settings):
+    """Clients send to servers of regions, and these to the server; see hierarchical.py."""
+
+    of: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # the region of each client; in turn
+    rounds: int = Field(1, ge=1)  # κ, of a region between two means of all
+
+    @model_validator(mode="after")
+    def _several(self) -> Self:
+        if len(set(self.of)) == 1:
+            raise ValueError("regions.of puts all clients into one region; name two or more, or leave it out")
+        return self
+
+
 class Config(Tuning, Preferring, Training):
     """Settings of `method.name: fedavg`."""
 
@@ -60,6 +73,7 @@ class Config(Tuning, Preferring, Training):
     ridge: float = Field(0.01, gt=0)  # aggregation: refine: λ of ‖ΔB‖²
     prune: Prune | None = None  # aggregation: sparsity: clients give up ranks (HetLoRA)
     buffer: Buffer | None = None  # the server steps after so many updates, not after a round (FedBuff)
+    regions: Regions | None = None  # clients send to servers of regions (hierarchical FedAvg)
     server_optimizer: ServerOptimizer = ServerOptimizer()
     proximal: float = Field(0.0, ge=0)
     control_variates: bool = False
@@ -146,6 +160,27 @@ class Config(Tuning, Preferring, Training):
                 else "own, ditto or fine_tune"
             )
             raise ValueError(f"buffer has no rounds that all clients take part in, which {other} counts on")
+        return self
+
+    @model_validator(mode="after")
+    def _regional(self) -> Self:
+        if self.regions is None:
+            return self
+        if self.aggregation not in ("mean", "freeze-a"):
+            raise ValueError(
+                f"regions send on means of updates, and aggregation: {self.aggregation} is none; take mean "
+                "or freeze-a"
+            )
+        for other in ("buffer", "control_variates"):
+            if getattr(self, other):
+                raise ValueError(f"regions have rounds of their own, which {other} does not; leave one out")
+        if self.arrival == "asynchronous":
+            raise ValueError("regions wait for their clients; take arrival: synchronous")
+        if self.rounds % self.regions.rounds:
+            raise ValueError(
+                f"regions.rounds is {self.regions.rounds} and rounds {self.rounds}: the last rounds of the "
+                "regions would reach nobody; take a multiple"
+            )
         return self
 
     @model_validator(mode="after")

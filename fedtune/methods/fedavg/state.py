@@ -21,8 +21,11 @@ class State:
         product: What is added to the base weights, stacked or dense: of all rounds so far the products
             Σ p_i B_i A_i (aggregation: stack), or what they are beside their factors' (residual).
         ranks: Of clients that prune, the rank that each has left, by its number.
-        steps, begun: With a buffer: steps so far, and the step that each client began at, by its number.
-        versions: The weights of steps before, as long as a client has yet to come from them, by "step/name".
+        steps, begun: With a buffer: steps so far, and the step that each client began at, by its number. With
+            regions: rounds of theirs so far.
+        versions: The weights of steps before, as long as a client has yet to come from them, by "step/name";
+            or those of regions between two means of all, by "region/name".
+        taken: Of regions, the weights of the updates that each has taken in since then, by its number.
         start, sums, weight: Asynchronous: the weights that clients started from and Σ n_i Δ_i, Σ n_i so far.
     """
 
@@ -39,6 +42,7 @@ class State:
     steps: int = 0
     begun: dict[str, int] = field(default_factory=dict)
     versions: dict[str, Tensor] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
 
     def sent(self) -> dict[str, Tensor]:
         """The weights in the dtypes in which they are held and sent."""
