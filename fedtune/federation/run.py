@@ -373,9 +373,6 @@ class _Federation:
             tokenizer, merge = self._assembly.exported_tokenizer, self._assembly.method.saves_merged
             save_models(models, tokenizer, self._folder.path / "final", merge=merge, what="the result")
 
-        sends, least = assembly.method.uses_wire, config.federation.quorum
-        quorum = replies_needed(chosen.wanted, least, drawn=drawn is not None, sends=sends)
-
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
         summary = {
