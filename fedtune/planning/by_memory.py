@@ -30,11 +30,10 @@ def by_memory(
         objects: As of `plan`.
 
     Returns:
-        `client_ranks` of LoRA in FedAvg: `ranks`, a `rank` and its `client_peak_memory_bytes` each;
-        `clients`, a `memory_bytes` and its `rank` each, None where none fits; `setting`, which gives clients
+        `client_ranks` of LoRA in FedAvg: `ranks`, each a `rank` and its `client_peak_memory_bytes`;
+        `clients`, each a `memory_bytes` and its `rank`, None where none fits; `setting`, which gives clients
         these ranks, None where some have none. `client_methods` unless that serves all, the configured one
-        first: each a
-        `method`, its `settings`, its `client_peak_memory_bytes` and how many `clients` it fits.
+        first: each a `method`, its `settings`, its `client_peak_memory_bytes` and how many `clients` it fits.
 
     Raises:
         InputError: Clients of these ranks have no mean with this aggregation.
