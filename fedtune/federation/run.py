@@ -45,7 +45,8 @@ from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.reopening import reopen
 from fedtune.federation.round_table import RoundTable
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import Evaluated, Scoring
+from fedtune.federation.scored import Evaluated
+from fedtune.federation.scoring import Scoring
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.federation.tracking import Tracking
@@ -228,11 +229,13 @@ class _Federation:
         method, model, start = self._assembly.method, self._model, self._start
         checkpoints = self._folder.path / "checkpoints"
         self._restore(start)
-        if start is None:  # round 0 is the model before any training
-            self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
-            self._report(None)
         kind = registry.state_class(self._config.method_name)
         state = from_payload(kind, start.state) if start else method.init(model)
+        self._scoring.reach(transport, self._clock, deployment)
+        if start is None:  # round 0 is the model before any training
+            first = self._evaluate((state, model)) if self._scoring.by_clients else self._zero_shot
+            self._record({"round": 0, "clients": [], "train_loss": None}, first, 0.0)
+            self._report(None)
         federation = self._config.federation
         robust, secure, privacy = federation.robust, federation.secure_aggregation, federation.privacy
         journal = Journal(transport, checkpoints, self._assembly.runner.states, written(self._config))
@@ -278,7 +281,7 @@ class _Federation:
         drawn, whom = cohort is not None, self._per_round(round)
         cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
-        arrivals: list[dict[str, Any]] = []
+        arrivals, privacy = list[dict[str, Any]](), dict[str, Any]()
         last: tuple[Any, Evaluated] = (None, Evaluated())  # of arrivals: its state may be the round's
 
         def on_arrival(now: Any, outcome: RoundOutcome) -> None:
@@ -292,7 +295,6 @@ class _Federation:
 
         sends, least = self._assembly.method.uses_wire, config.federation.quorum
         quorum = replies_needed(len(cohort.clients), least, drawn=drawn, sends=sends)
-        privacy: dict[str, Any] = {}
         every, rounds = config.evaluation.every, self._assembly.method.rounds
         due = round == rounds or (every > 0 and round % every == 0)
 
@@ -307,28 +309,26 @@ class _Federation:
             return done
 
         def scored(now: Any) -> Evaluated:
-            found = last[1] if last[0] is now else None
-            return (found or self._evaluate((now, model))) if due else Evaluated()
+            return last[1] if last[0] is now else self._evaluate((now, model), round)
 
         guard = Guard(config.federation, self._assembly.method)
-        settled = guard.settle(once, scored, loss=last_loss(self._rounds))
+        settled = guard.settle(once, scored if due else lambda now: Evaluated(), loss=last_loss(self._rounds))
         outcome = settled.outcome
         self._callbacks.clients(outcome)  # those left out after the last arrival
         entry: dict[str, Any] = {
             "round": round,
             "clients": sorted(outcome.clients),
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
-            **of_training(outcome),
+            **of_training(outcome, self._assembly.method, settled.state),
         }
-        entry |= settled.entry | ({"privacy": privacy} if privacy else {})
-        entry |= {"arrivals": arrivals} if arrivals else {}
+        entry |= settled.entry | {k: v for k, v in (("privacy", privacy), ("arrivals", arrivals)) if v}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state
 
-    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None, round: int = 0) -> Evaluated:
         self._progress.stage("evaluating")
         with self._clock.part("evaluation"):
-            return self._scoring(trained)
+            return self._scoring(trained, round)
 
     def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3), **scores.more}
