@@ -33,6 +33,16 @@ def test_the_exponent_of_a_power_law() -> None:
     assert theorem.slope(points) == pytest.approx(-0.5)
 
 
+def test_the_gradient_is_taken_where_training_has_come_to() -> None:
+    if not (theorem.ROOT / theorem.MNIST).exists():
+        pytest.skip(f"needs {theorem.MNIST}")
+    still, moved = (theorem.smallest(4, 1, 0, lr) for lr in (1e-9, 1e-2))
+    assert abs(moved - still) > 0.01 * still
+    rows = theorem.numpy_generator(0, "split").permutation(10_000)[:1000]
+    first = theorem.squared_gradient(theorem.Network(4, 0), torch.tensor(rows)[:, None])
+    assert still == pytest.approx(first, rel=1e-4)
+
+
 def test_weights_of_a_network() -> None:
     # 196 inputs to 4, 4 to 10, and biases
     assert theorem.weights(4) == 196 * 4 + 4 + 4 * 10 + 10
