@@ -2,9 +2,9 @@
 
 Table:   Table 1, two data sets over twenty clients; docs/claims.md, block two-sets
 Command: python reproduce/one_shot_sets.py two-sets
-Time:    not measured
+Time:    10 CPU minutes
 Needs:   ../shared/models/instruct-7m, ../shared/data/glue, ../shared/data/agnews
-Result:  1
+Result:  one round against three -0.2067 (-0.2538 to -0.1595) in accuracy
 
 Table:   Figure 1, the second try of MiniLM, AG News; docs/claims.md, block figure1-agnews
 Command: python reproduce/one_shot_sets.py figure1-agnews

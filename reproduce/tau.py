@@ -6,9 +6,10 @@ eight or ten clients alike, three rounds of one epoch, at the rates of docs/theo
 
 Table:   τ by what is counted, and T·k as the paper counts it; docs/theory.md, block tau
 Command: python reproduce/tau.py tau
-Time:    not measured
+Time:    4 CPU minutes
 Needs:   for the last two rows ../shared/models/instruct-7m, ../shared/data/dolly15k
-Result:  1
+Result:  of the bundled model LoRA's factors move by 0.157 of their norm, what they add is 0.00669 of the model's;
+         all weights move by 0.0233
 """
 
 from __future__ import annotations
