@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,29 +75,45 @@ def squared_gradient(model: nn.Module, rows: Tensor) -> float:
     return float(sum(g.double().square().sum() for g in gradients))
 
 
-def smallest(width: int, rounds: int, seed: int, lr: float) -> float:
-    """The smallest ‖∇f‖² after any round; infinite where slopes grew beyond all bounds."""
-    model = Network(width, seed)
-    rows = numpy_generator(seed, "split").permutation(len(model.right))[: CLIENTS * EXAMPLES].tolist()
-    everyone = torch.tensor(rows)[:, None]
+def federate(network: Network, config: Config, seed: int, look: Callable[[nn.Module, Tensor], None]) -> bool:
+    """One federation; `look` is shown the model after each round, and the clients' rows.
+
+    Returns:
+        Whether it came to its end: slopes can grow beyond all bounds.
+    """
+    rows = order(network, seed)[: CLIENTS * EXAMPLES]
     data = {
         client: [Encoded((row,), (0,)) for row in rows[client * EXAMPLES : (client + 1) * EXAMPLES]]
         for client in range(CLIENTS)
     }
-    config = Config(rounds=rounds, seeds=POOL, epsilon=1e-3, lr=lr, local_steps=STEPS, batch_size=1)
     method = FedKSeed(config, seed)
-    client_model = method.client_model(lambda: model)
-    found: list[float] = []
+    client_model = method.client_model(lambda: network)
 
-    def look(round: int, state: Any) -> None:
+    def after(round: int, state: Any) -> None:
         for _, tuned in method.export(state, client_model):  # the weights are there for this long
-            found.append(squared_gradient(tuned, everyone))
+            look(tuned, torch.tensor(rows)[:, None])
 
     try:
-        federated(method, client_model, data, rounds, seed, after=look)
+        federated(method, client_model, data, config.rounds, seed, after=after)
     except QuorumError:
-        return math.inf
-    return min(found)
+        return False
+    return True
+
+
+def order(network: Network, seed: int) -> list[int]:
+    """Numbers of all pictures as a seed orders them: the clients' come first."""
+    found: list[int] = numpy_generator(seed, "split").permutation(len(network.right)).tolist()
+    return found
+
+
+def smallest(width: int, rounds: int, seed: int, lr: float) -> float:
+    """The smallest ‖∇f‖² after any round; infinite where slopes grew beyond all bounds."""
+    config = Config(rounds=rounds, seeds=POOL, epsilon=1e-3, lr=lr, local_steps=STEPS, batch_size=1)
+    found: list[float] = []
+    ended = federate(
+        Network(width, seed), config, seed, lambda model, rows: found.append(squared_gradient(model, rows))
+    )
+    return min(found) if ended else math.inf
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -8,8 +8,8 @@ Table:   τ by what is counted, and T·k as the paper counts it; docs/theory.md,
 Command: python reproduce/tau.py tau
 Time:    4 CPU minutes
 Needs:   for the last two rows ../shared/models/instruct-7m, ../shared/data/dolly15k
-Result:  of the bundled model LoRA's factors move by 0.157 of their norm, what they add is 0.00669 of the model's;
-         all weights move by 0.0233
+Result:  of the bundled model LoRA's factors move by 0.157 of their norm, what they add is 0.00669 of the
+         model's; all weights move by 0.0233
 """
 
 from __future__ import annotations
