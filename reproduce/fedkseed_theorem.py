@@ -7,9 +7,9 @@ another seed.
 
 Table:   Theorem 1, the rate; docs/claims.md, block fedkseed-theorem
 Command: python reproduce/fedkseed_theorem.py fedkseed-theorem
-Time:    not measured
+Time:    3 CPU minutes
 Needs:   ../shared/data/mnist-t10k, matplotlib (extra `report`)
-Result:  1
+Result:  exponent in steps -0.4141 (-0.5297 to -0.2986), in weights +0.8394 (+0.7355 to +0.9434)
 """
 
 from __future__ import annotations
