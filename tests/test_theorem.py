@@ -63,3 +63,24 @@ def test_both_exponents_decide(
     assert found == pytest.approx([steps] * 3) and of_size == pytest.approx([sizes] * 3)
     assert not any(math.isnan(value) for value in found)
     assert claims.Verdict(verdict) == theorem.theorem_outcome().verdict
+
+
+@pytest.mark.parametrize(
+    ("high", "wide", "verdict"), [(10.0, 3.0, "Seen"), (0.4, 3.0, "Not seen"), (10.0, 0.4, "Not seen")]
+)
+def test_both_too_high_decide(
+    high: float, wide: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure5 = load("fedkseed_figure5")
+
+    def some(value: float) -> list[float]:
+        return [value, value + 0.01, value - 0.01]
+
+    rates = {factor: some(high if factor == 10 else 0.5) for factor in figure5.FACTORS}
+    scales = {scale: some(wide if scale == 1 else 0.5) for scale in figure5.SCALES}
+    for losses in (rates[10.0], scales[1.0]):
+        losses[1] += 0.005  # so that differences by seed are not all the same
+    monkeypatch.setattr(figure5, "made", lambda: (1e-2, rates, scales))
+    assert figure5.figure5_outcome().verdict == claims.Verdict(verdict)
+    lines = figure5.figure5_table().splitlines()
+    assert len(lines) == 2 + 5 + 4 and lines[3].startswith("| 1e-2 | 1e-3 | 0.5000 ± 0.0100 |  |")
