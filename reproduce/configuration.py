@@ -27,6 +27,7 @@ from common import Entry, main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedtune.config.file import parse_config
 from fedtune.config.partitions import PARTITIONS
 from fedtune.config.schema import RunConfig
 from fedtune.core.settings import Settings
@@ -44,6 +45,7 @@ On the command line `key=value` changes a setting, with dots into the blocks:
 without weights or data, and each run folder holds the whole resolved configuration in `config.yaml`.
 """
 
+DEFAULT_METHOD = parse_config({}, "defaults").method.name  # the parser sets it, no class does
 # Where the class has no comment, because the name says it to a reader of the code.
 MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "RunConfig.seed": "every random choice of the run is drawn from it",
@@ -172,7 +174,8 @@ def _body(
             meaning = MEANINGS.get(key)
         if meaning is None:
             raise ValueError(f"{key} has neither a comment in its class nor an entry in MEANINGS")
-        rows.append((f"`{dotted}`", _type(field.annotation, field.metadata), _default(field), meaning))
+        default = f"`{{name: {DEFAULT_METHOD}}}`" if dotted == "method" else _default(field)
+        rows.append((f"`{dotted}`", _type(field.annotation, field.metadata), default, meaning))
     if rows:
         yield _table(rows)
     for dotted, block, several in inner:
@@ -243,8 +246,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():  # of the method, parse_config has a default
-        return "needed" if field.annotation is str else "`{name: fedavg}`"
+    if field.is_required():
+        return "needed"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         given = value.model_dump(exclude_none=True)

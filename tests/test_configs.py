@@ -104,6 +104,16 @@ def test_fedkseed_on_sst2_beats_the_untrained_model(shared_data: Path, tmp_path:
     assert after < before - 0.5
 
 
+def test_the_configuration_page_says_which_settings_are_needed() -> None:
+    """A setting without a default is needed, whatever its type; only the method has one from the parser."""
+    rows = load("configuration").page().splitlines()
+    said = {row.split("`")[1]: row.split(" | ")[2] for row in rows if row.startswith("| `")}
+    assert said["federation.privacy.clip"] == said["federation.privacy.noise_multiplier"] == "needed"
+    assert said["evaluation.judge.url"] == "needed"
+    assert said["federation.privacy.delta"] == "`1e-05`"
+    assert [setting for setting, default in said.items() if "fedavg" in default] == ["method"]
+
+
 def test_the_configuration_page_is_current() -> None:
     page = load("configuration").page()
     now = (PROJECT / "docs/configuration.md").read_text(encoding="utf-8")
