@@ -1,7 +1,7 @@
 """Whether the gap of Figure 1 follows L·τ·T·k, and what `fedtune diagnose` says of it from a probe.
 
 The quantities are of Figure 1's own runs (`one_shot_claims.py`) with seed 0: both schemes side by side on the
-same mini-batches, at the rate that was found there. A probe has eight of the ten clients and eight steps a
+same mini-batches, at the rate that was found there. A probe has four of the ten clients and eight steps a
 round.
 
 Table:   Figures 1 to 3, the gap beside L·τ·T·k; docs/claims.md, block figure1-theory
@@ -41,7 +41,7 @@ from fedtune.evaluation.correlation import spearman
 from fedtune.federation.diagnose import STEPS_A_ROUND
 from fedtune.theory.prediction import predict
 
-THEORY, PROBED = OUT / "figure1-theory", 8  # clients of a probe
+THEORY, PROBED = OUT / "figure1-theory", 4  # clients of a probe
 LOSSES = "evaluation={tasks: [loss], every: 0, max_examples: 256, batch_size: 64, bootstrap: 0}"
 LEARN = {name: trials for name, trials in TEXT.items() if name.startswith(tuple(LARGE))}
 

@@ -39,7 +39,7 @@ def test_a_diagnosis_is_of_the_side_with_several_rounds_at_its_rate(tmp_path: Pa
     words = asked.step("3e-4").command
     assert words[:3] == ("fedtune", "diagnose", "configs/sst2/fed_full.yaml")
     assert {"method.rounds=3", "method.local_epochs=1", "method.lr=3e-4", "seed=0"} <= set(words)
-    assert words[-3:] == ("--clients", "8", "--json") and "method.lr=BEST" in str(asked)
+    assert words[-3:] == ("--clients", "4", "--json") and "method.lr=BEST" in str(asked)
 
 
 @pytest.mark.parametrize(
