@@ -9,7 +9,6 @@ import pytest
 from reproduced import load
 
 claims, theory, sets = load("claims"), load("one_shot_theory"), load("one_shot_sets")
-glue = load("fedcybgd_glue")
 SEEN, NOT_SEEN, OPEN = claims.Verdict.SEEN, claims.Verdict.NOT_SEEN, claims.Verdict.OPEN
 
 
@@ -42,22 +41,6 @@ def test_a_diagnosis_is_of_the_side_with_several_rounds_at_its_rate(tmp_path: Pa
     assert words[-3:] == ("--clients", "4", "--json") and "method.lr=BEST" in str(asked)
 
 
-@pytest.mark.parametrize(
-    ("zero", "multi", "one", "verdict"),
-    [
-        ([0.30, 0.30, 0.30], [0.40, 0.41, 0.42], [0.40, 0.41, 0.41], SEEN),
-        ([0.30, 0.30, 0.30], [0.40, 0.41, 0.42], [0.30, 0.31, 0.31], NOT_SEEN),
-        ([0.30, 0.30, 0.30], [0.30, 0.29, 0.31], [0.30, 0.29, 0.31], OPEN),  # nothing was gained
-    ],
-)
-def test_where_training_gains_nothing_arc_decides_nothing(
-    zero: list[float], multi: list[float], one: list[float], verdict: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = {("multi", "zero_shot"): zero, ("multi", "evaluation"): multi, ("one", "evaluation"): one}
-    monkeypatch.setattr(sets, "of_arc", lambda side, task, which="evaluation": scores[side, which])
-    assert sets.arc_outcome().verdict == verdict
-
-
 def test_both_sets_are_written_with_their_names(shared_data: Path) -> None:
     found = list(sets.mixed("train", 3))
     assert [row["set"] for row in found] == ["SST-2"] * 3 + ["AG News"] * 3
@@ -67,17 +50,3 @@ def test_both_sets_are_written_with_their_names(shared_data: Path) -> None:
         "label": "Science or Technology",
         "set": "AG News",
     }
-
-
-@pytest.mark.parametrize(("full", "verdict"), [(0.80, SEEN), (0.70, OPEN)])
-def test_a_task_that_all_weights_do_not_learn_decides_nothing(
-    full: float, verdict: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Made:
-        def scores(self, side: str, metric: str) -> list[float]:
-            return [full, full, full]
-
-    monkeypatch.setattr(glue, "trials", lambda task: Made())
-    monkeypatch.setattr(glue, "common_class", lambda task: 0.69)
-    monkeypatch.setattr(glue, "of_others", lambda trials: claims.Outcome(SEEN, "It was."))
-    assert glue.task_outcome("cola").verdict == verdict
