@@ -94,15 +94,15 @@ OTHERS = {kind: OUT / "figure1" / f"{kind.lower()}.json" for kind in KINDS}
 NAMED = {"ResNet": "ResNet on MNIST, 0.1 M, from scratch", "LSTM": "LSTM on characters, 0.1 M, from scratch"}
 
 
-def by_model(metric: str = "accuracy") -> dict[str, tuple[list[float], list[float], str]]:
-    """Of each model: several rounds' and one round's scores by seed, and the rate."""
+def accuracies() -> dict[str, tuple[list[float], list[float], str]]:
+    """Of each model: several rounds' and one round's accuracies by seed, and the rate."""
     found = {}
     for kind, file in OTHERS.items():
         made = json.loads((ROOT / file).read_text(encoding="utf-8"))
-        multi, one = ([run[metric] for run in made[name]] for name in ("multi", "one"))
+        multi, one = ([run["accuracy"] for run in made[name]] for name in ("multi", "one"))
         found[NAMED[kind]] = multi, one, f"{made['rate']:.0e}"
     for name, trials in TEXT.items():
-        multi, one = trials.scores("multi", metric), trials.scores("one", metric)
+        multi, one = trials.scores("multi", "accuracy"), trials.scores("one", "accuracy")
         found[name] = multi, one, f"{trials.rate(trials.sides[0]):.0e}"
     return found
 
@@ -118,7 +118,7 @@ def figure1_table() -> str:
     """A row a model."""
     rows = [
         [name, rate.replace("e-0", "e-"), spread(multi), spread(one), said(less(one, multi))]
-        for name, (multi, one, rate) in by_model().items()
+        for name, (multi, one, rate) in accuracies().items()
     ]
     header = ["model", "rate", "accuracy of three rounds", "of one round", "one round against three"]
     return table(header, rows)
@@ -127,7 +127,7 @@ def figure1_table() -> str:
 def figure1_outcome() -> Outcome:
     """By FIGURE1's rule."""
     chance, parts, told = common_class(), [], []
-    for name, (multi, one, _) in by_model().items():
+    for name, (multi, one, _) in accuracies().items():
         off = less(one, multi)
         if name.endswith("pre-trained"):
             if name.startswith(tuple(LARGE)):
@@ -145,7 +145,7 @@ def figure1_plot() -> bytes:
     """One round's accuracy over several rounds'."""
 
     def draw(axes: Any) -> None:
-        for name, (multi, one, _) in by_model().items():
+        for name, (multi, one, _) in accuracies().items():
             axes.errorbar(
                 statistics.fmean(multi),
                 statistics.fmean(one),

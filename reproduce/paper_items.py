@@ -101,14 +101,14 @@ ONE_SHOT = (
     Item(
         "Figure 2",
         "L, τ and the norm of the weights by model",
-        ("quantities", "tau", "figure1-theory"),
+        ("quantities", "tau"),
         full=tuple(diagnosed(model, name) for model, name in MODELS.items()),
         no_full="ResNet-18 and BERT are left out",
     ),
     Item(
         "Figure 3",
         "the bound's logarithm by model",
-        ("quantities", "figure1-theory"),
+        ("quantities",),
         no_full="the commands of Figure 2",
     ),
     Item(

@@ -10,7 +10,6 @@ import gzip
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +25,6 @@ from fedtune.core.seeds import numpy_generator, torch_generator
 from fedtune.data.encoded import Encoded
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config
-from fedtune.theory.one_shot import measure
-from fedtune.theory.quantities import Measured
 
 MNIST, STORIES = DATA / "mnist-t10k", DATA / "tinystories/stories.jsonl"
 HELD_OUT, WINDOW = 1000, 64  # examples a part; characters
@@ -108,24 +105,15 @@ def started(kind: str, seed: int) -> nn.Module:
         return KINDS[kind]()
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model, what clients have, the settings, and the examples that are scored."""
-
-    model: nn.Module
-    data: Mapping[int, Sequence[Encoded]]
-    config: Config
-    rows: Tensor  # (examples, 1)
-
-    def scored(self, model: nn.Module) -> dict[str, float]:
-        """Loss and accuracy of a model on what no client has."""
-        with torch.no_grad():
-            found = model(self.rows, self.rows, self.rows[:, 0])
-        return {"loss": float(found.loss), "accuracy": float(found.hits.mean())}
-
-
-def task(kind: str, clients: int, examples: int, settings: Mapping[str, Any], seed: int, part: str) -> Task:
-    """A federation of a small model that is scored on the `validation` or the `test` part.
+def scores(
+    kind: str,
+    clients: int,
+    examples: int,
+    settings: Mapping[str, Any],
+    seed: int,
+    part: str,
+) -> dict[str, float]:
+    """Loss and accuracy of a federation on the `validation` or the `test` part, which no client has.
 
     Args:
         kind: Of KINDS.
@@ -145,38 +133,14 @@ def task(kind: str, clients: int, examples: int, settings: Mapping[str, Any], se
         for client in range(clients)
     }
     config = Config.model_validate({"trainable": "full", "batch_size": 16, **settings})
-    return Task(model, data, config, torch.tensor(parts[part])[:, None])
-
-
-def scores(
-    kind: str,
-    clients: int,
-    examples: int,
-    settings: Mapping[str, Any],
-    seed: int,
-    part: str,
-) -> dict[str, float]:
-    """Loss and accuracy after a federation; arguments are those of `task`."""
-    on = task(kind, clients, examples, settings, seed, part)
-    method = FedAvg(on.config, seed)
-    client_model = method.client_model(lambda: on.model)
-    state, *_ = federated(method, client_model, on.data, on.config.rounds, seed)
-    (_, tuned), *_ = method.export(state, on.model)
-    return on.scored(tuned)
-
-
-def diagnosed(kind: str, clients: int, examples: int, settings: Mapping[str, Any], seed: int) -> Measured:
-    """Both schemes side by side, step by step, as `fedtune diagnose` runs them; losses of the test part."""
-    on = task(kind, clients, examples, settings, seed, "test")
-    return measure(
-        on.config,
-        on.model,
-        on.data,
-        pad_id=0,
-        seed=seed,
-        device=torch.device("cpu"),
-        watch=lambda model: (on.scored(model)["loss"],),
-    )
+    method = FedAvg(config, seed)
+    client_model = method.client_model(lambda: model)
+    state, *_ = federated(method, client_model, data, config.rounds, seed)
+    (_, tuned), *_ = method.export(state, model)
+    rows = torch.tensor(parts[part])[:, None]
+    with torch.no_grad():
+        found = tuned(rows, rows, rows[:, 0])
+    return {"loss": float(found.loss), "accuracy": float(found.hits.mean())}
 
 
 def both(kind: str, clients: int, examples: int, epochs: int, seeds: Sequence[int], path: Path) -> None:
