@@ -45,7 +45,7 @@ On the command line `key=value` changes a setting, with dots into the blocks:
 without weights or data, and each run folder holds the whole resolved configuration in `config.yaml`.
 """
 
-DEFAULT_METHOD = parse_config({}, "defaults").method.name  # the parser sets it, no class does
+DEFAULT_METHOD = parse_config({}, "defaults").method_name  # the parser sets it, no class does
 # Where the class has no comment, because the name says it to a reader of the code.
 MEANINGS = {  # by class or, for a method's own settings, by the method's name
     "RunConfig.seed": "every random choice of the run is drawn from it",

@@ -50,7 +50,7 @@ from fedtune.core.types import Arrival, Frame, Transport
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.encoded import Encoded
 from fedtune.federation.guard import Guard, RoundRefused
-from fedtune.federation.scoring import Evaluated
+from fedtune.federation.scored import Evaluated
 from fedtune.measure.clock import Clock
 from fedtune.methods.fedavg.method import FedAvg
 from fedtune.methods.fedavg.settings import Config

@@ -449,6 +449,7 @@ def test_compare_gives_the_table(tmp_path: Path) -> None:
     [
         ([], None, "compare needs at least one configuration"),
         (["a.yaml", "b/a.yaml"], None, "need different names, got a, a; rename one of the files"),
+        (["demo", "data.clients=2", "data.seed=1"], None, "data.clients=2 is a setting, .* --set data.cli"),
         ("a.yaml", None, r"compare takes a list of configurations, as in \['a.yaml'\]"),
         (CONFIG, None, "compare takes several configurations"),
         ([CONFIG], [], "seeds must be different whole numbers"),

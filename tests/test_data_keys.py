@@ -10,6 +10,7 @@ import pytest
 
 from fedtune.config.file import load_config, parse_config
 from fedtune.data.examples import Example
+from fedtune.data.keys import likely
 from fedtune.data.objects import ObjectData
 from fedtune.data.sources import load_examples
 from fedtune.errors import InputError
@@ -173,3 +174,29 @@ def test_real_multiple_choice(shared_data: Path) -> None:
             gold = row.get("gold", row.get("answer"))
             assert example.output == (gold if isinstance(gold, str) else "ABCDE"[gold])
             assert example.instruction.endswith(f"\n{'ABCDE'[len(row['choices']) - 1]}. {row['choices'][-1]}")
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        (
+            {"instruction": "a", "context": "", "response": "b", "category": "c"},
+            "output",
+            "response",
+        ),  # Dolly's
+        ({"prompt": "a", "completion": "b"}, "instruction", "prompt"),
+        ({"title": "a", "Question": "b", "output": "c"}, "instruction", "Question"),  # the likelier one
+        ({"instruction": "a", "outputs": "b"}, "output", "outputs"),  # no usual name: the nearest
+    ],
+)
+def test_a_field_that_is_missing_is_looked_for_under_its_usual_names(
+    row: dict[str, str], field: str, said: str
+) -> None:
+    assert likely(field, field, row) == f' Did you mean "{said}"?'
+    message = refused(row, {})
+    assert f'no key "{field}" for {field}; ' in message and f'Did you mean "{said}"?' in message
+
+
+def test_a_key_that_somebody_named_is_held_against_the_keys_that_are_there() -> None:
+    assert likely("answr", "output", {"response": "a", "answer": "b"}) == ' Did you mean "answer"?'
+    assert likely("zzz", "output", {"response": "a"}) == ""

@@ -40,10 +40,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedcybgd": {"name": "fedcybgd", "rounds": 1, "local_epochs": 1, "batch_size": 4, "lr": 1e-3},
 }
 METHODS["secure"] = METHODS["fewer-bytes"] = METHODS["fedavg-lora"]
+METHODS["scored"] = METHODS["scored-secure"] = METHODS["fedavg-lora"]
 METHODS["own-and-tuned"] = METHODS["fedavg-lora"] | {"own": ["lora_B"], "fine_tune": {"local_steps": 1}}
 METHODS["residual"] = METHODS["fedavg-lora"] | {"aggregation": "residual"}
 FEDERATIONS = {
     "secure": {"secure_aggregation": {"threshold": 0.6}},
+    "scored-secure": {"secure_aggregation": {"threshold": 0.6}},
     "fewer-bytes": {"wire": {"dtype": "int4", "top_k": 0.3, "error_feedback": True}},
 }
 HERE = {"train": "bundled", "clients": 3, "max_examples": 24, "max_length": 64}
@@ -54,11 +56,14 @@ PUBLIC = {"source": "bundled", "max_examples": 20}
 def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
     """One of the methods above, with data here or with the clients."""
     public = {"public": PUBLIC} if name == "fedbiot" else {}
+    evaluation: dict[str, Any] = {"tasks": ["loss"], "max_examples": 8, "every": 0}
+    if name.startswith("scored"):  # the server has no example of its own
+        public, evaluation = {"holdout": {"client_fraction": 0.25}}, {"tasks": ["loss"], "where": "clients"}
     return {
         "data": {**data, **public},
         "method": METHODS[name],
         "model": {"device": "cpu"},
-        "evaluation": {"tasks": ["loss"], "max_examples": 8, "every": 0},
+        "evaluation": evaluation,
         "federation": FEDERATIONS.get(name, {}),
     }
 
@@ -71,11 +76,12 @@ def config(name: str, data: dict[str, Any]) -> dict[str, Any]:
         ["fedkseed", "fedbiot", "fedcybgd"],
         ["secure", "fewer-bytes", "residual"],
         ["own-and-tuned"],
+        ["scored", "scored-secure"],
     ],
 )
 def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str], tmp_path: Path) -> None:
     with Site(tmp_path, "north,south,west", seconds=900) as site, ExitStack() as closing:
-        site.split(config(names[0], HERE))
+        site.split(config("fedavg-lora" if names[0] == "scored" else names[0], HERE))
         behind = None
         if shutil.which("nginx"):  # one client comes through the reverse proxy of the docs
             proxy, behind = reverse_proxy("nginx", tmp_path, tmp_path / "keys", site.port)
@@ -97,6 +103,12 @@ def test_three_clients_over_tls_end_with_the_bits_of_one_process(names: list[str
             else:
                 assert found["final"] == wanted["final"], name
                 assert found["summary"]["evaluation"] == wanted["summary"]["evaluation"]
+            if name.startswith("scored"):
+                assert [r["eval"] for r in found["rounds"]] == [r["eval"] for r in wanted["rounds"]]
+                assert found["summary"]["scored"] == {"clients": [0, 1, 2], "left_out": {}}
+                assert found["summary"]["evaluation_bytes"] == wanted["summary"]["evaluation_bytes"]
+                assert found["summary"]["per_client"] == wanted["summary"]["per_client"]
+                assert (found["summary"]["per_client"] == {}) == (name == "scored-secure")
             assert found["summary"]["payload_bytes"] == wanted["summary"]["payload_bytes"]
             assert [r["clients"] for r in found["rounds"]] == [r["clients"] for r in wanted["rounds"]]
         servers = [path for path in site.server_files(f"{names[0]}-there") if b"data-" in path.read_bytes()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedtune.core.types import Payload, Reply
 from fedtune.methods.fedkseed.aggregation import Aggregator, Mean, MedianOfMeans, TrimmedMean
 from fedtune.methods.fedkseed.method import FedKSeed
 from fedtune.methods.fedkseed.settings import Config, ProConfig
+from fedtune.methods.fedkseed.state import State
 
 
 def cohort(examples: dict[int, int]) -> Cohort:
@@ -181,3 +183,25 @@ def test_ten_thousand_replies_take_memory_for_one() -> None:
 
     # vectors of 4,096 numbers of 8 bytes
     assert peak(500) == peak(5) <= 9 * 8 * 4096
+
+
+def test_how_probabilities_are_spread_is_told_by_round() -> None:
+    """ψ is 2, 2, none and 0: the unseen seed has the mean of the others, and p is the softmax of ψ / 2."""
+    state = State(
+        {},
+        torch.zeros(4),
+        torch.zeros(4),
+        torch.tensor([4.0, 2.0, 0.0, 0.0], dtype=torch.float64),
+        torch.tensor([2, 1, 0, 1]),
+    )
+    raised = [math.e, math.e, math.exp(4 / 3 / 2), 1.0]
+    wanted = [4 * value / sum(raised) for value in raised]
+    spread = state.spread()
+    assert spread["drawn"] == 3 and list(spread["probability"]) == [str(at) for at in range(0, 101, 5)]
+    found = spread["probability"]
+    assert [found[at] for at in ("0", "35", "65", "100")] == pytest.approx(wanted, abs=1e-5)
+    none = torch.zeros(4)
+    even = State({}, none, none, none.double(), none.long())
+    assert even.spread()["drawn"] == 0 and set(even.spread()["probability"].values()) == {1.0}
+    method = FedKSeed(ProConfig(seeds=4), 0)
+    assert method.told(state) == {"seeds": spread} and FedKSeed(Config(seeds=4), 0).told(state) == {}

@@ -11,6 +11,7 @@ from fedkseed_bench import text, tiny, toy
 from pydantic import ValidationError
 from toy import Bench, items
 
+from fedtune.config.file import parse_config
 from fedtune.errors import InputError
 from fedtune.methods.fedkseed.gossip import Graph, Message, mixed, neighbours, shares
 from fedtune.methods.fedkseed.method import FedKSeed
@@ -32,6 +33,22 @@ def test_graphs_by_hand() -> None:
         assert all(len(others) >= 2 and client not in others for client, others in graph_.items())
         assert all(client in graph_[other] for client, others in graph_.items() for other in others)
     assert neighbours("random", range(3), 9, 0, 1) == neighbours("full", range(3), 9, 0, 1)
+
+
+@pytest.mark.parametrize("graph", ["ring", "full", "random"])
+@pytest.mark.parametrize(("often", "clients"), [(0.3, 4), (1, 10), (None, 1)])
+def test_a_round_of_one_client_is_refused(graph: Graph, often: float | int | None, clients: int) -> None:
+    """A third of four clients is one: nobody else is there to pass sums on to."""
+    document = {
+        "data": {"clients": clients},
+        "method": {"name": "fedkseed", "graph": graph},
+        "federation": {"clients_per_round": often},
+    }
+    with pytest.raises(InputError, match=f"graph: {graph} has each client .* nobody would hear of anybody"):
+        parse_config(document, "test")
+    parse_config({**document, "method": {"name": "fedkseed"}}, "test")
+    two = {"data": {"clients": 10}, "federation": {"clients_per_round": 2}}
+    parse_config({**document, **two}, "test")
 
 
 def test_weights_by_hand() -> None:

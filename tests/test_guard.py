@@ -19,7 +19,7 @@ from fedtune.config.schema import Federation
 from fedtune.core.cohort import RoundOutcome
 from fedtune.core.watch import sketch
 from fedtune.federation.guard import Guard, RoundRefused, last_loss
-from fedtune.federation.scoring import Evaluated
+from fedtune.federation.scored import Evaluated
 
 HERE = Path(__file__).parent
 

@@ -24,6 +24,10 @@ SEEN = """<script>addEventListener("load", () => {
   document.body.append(Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify({
     wide: root.scrollWidth, window: root.clientWidth, text: style.color,
     images: [...document.images].map(image => image.naturalWidth),
+    boxes: [...document.querySelectorAll("h1, h2, table, img")].map(part => {
+      const box = part.getBoundingClientRect();
+      return [part.tagName, box.left, box.right, box.top, box.bottom];
+    }),
     dark: matchMedia("(prefers-color-scheme: dark)").matches})}));
 });</script>"""
 
@@ -62,3 +66,36 @@ def test_a_report_fits_its_window_and_its_colours(tmp_path: Path, width: int, da
     assert len(found["images"]) == 3 and all(found["images"])
     light = sum(map(int, re.findall(r"\d+", found["text"])[:3])) > 3 * 128
     assert light is dark  # the text against its ground
+
+
+# Which parts there are, in order, where each begins, and of figures their shape (width by height).
+# Heights of text are those of a machine's fonts; a figure's letters are outlines, the same everywhere.
+LEFT, RIGHT = "left", "beside the one before"
+PARTS = [
+    *(("H1", LEFT, 0), ("TABLE", LEFT, 0), ("TABLE", LEFT, 0), ("H2", LEFT, 0)),
+    *(("IMG", LEFT, 3.88), ("IMG", LEFT, 1.62), ("IMG", RIGHT, 2.04)),
+    *(("H2", LEFT, 0), ("TABLE", LEFT, 0), ("H2", LEFT, 0)),
+]
+
+
+@pytest.mark.parametrize(("width", "edge", "beside"), [(500, 16.0, False), (1300, 82.5, True)])
+def test_the_parts_of_a_report_lie_where_they_lay(
+    tmp_path: Path, width: int, edge: float, beside: bool
+) -> None:
+    runs = [made(tmp_path / name, [4.25, 3.0, 2.5]) for name in ("one", "a-name-that-is-rather-long", "c")]
+    page = tmp_path / "report.html"
+    page.write_text(report(read_runs(runs)), encoding="utf-8")
+    found = seen(page, width, dark=False)
+    assert [box[0] for box in found["boxes"]] == [tag for tag, _, _ in PARTS]
+    before = (0.0, 0.0, 0.0, 0.0)
+    for (tag, left, right, top, bottom), (_, where, shape) in zip(found["boxes"], PARTS, strict=True):
+        assert right > left and bottom > top
+        if where == RIGHT and beside:
+            assert left > before[1] and top < before[3]  # in one row, and not over each other
+        else:
+            assert left == pytest.approx(edge, abs=2) and top >= before[3]
+        if tag != "TABLE":  # a table that is wider scrolls in its own frame
+            assert right <= found["window"]
+        if shape:
+            assert (right - left) / (bottom - top) == pytest.approx(shape, rel=0.02)
+        before = (left, right, top, bottom)

@@ -129,3 +129,21 @@ def test_clients_split_arrivals_privacy_and_updates() -> None:
     empty = [figures.privacy([plain]), figures.updates([plain]), figures.memory([plain])]
     assert [*figures.clients([plain]), *figures.split([plain]), *figures.arrivals([plain])] == []
     assert empty == ["", "", ""]
+
+
+def test_probabilities_of_seeds_are_drawn_by_round() -> None:
+    """Of seven rounds the first, the third, the fifth and the last; nothing of a method without them."""
+    spread = {str(percent): 2.0 - percent / 50 for percent in range(0, 101, 5)}
+    entries = [{"round": 0, "eval": {}}] + [
+        {"round": round, "eval": {}, "seeds": {"drawn": 3, "probability": spread}} for round in range(1, 8)
+    ]
+    (image,) = figures.probabilities([run("pro", [], entries=entries), run("plain", [4.0, 3.0])])
+    said = texts(image)
+    assert [text for text in said if re.fullmatch(r"round \d", text)] == [
+        "round 1",
+        "round 3",
+        "round 5",
+        "round 7",
+    ]
+    assert {"probabilities of the seeds, pro", "times the uniform probability"} <= set(said)
+    assert [*figures.probabilities([run("plain", [4.0, 3.0])])] == []

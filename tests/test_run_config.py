@@ -226,6 +226,7 @@ ELSEWHERE = {  # these need compilers, a server or a method with data of its own
     "checkpoints.journal",  # test_journal.py
     "checkpoints.rollback",  # test_rollback.py
     *("evaluation.stop.metric", "evaluation.stop.patience"),  # test_best_round.py
+    "evaluation.where",  # test_federated_evaluation.py
     "data.cache",  # test_encoding_cache.py
     *(f"run.{name}" for name in Computing.model_fields),  # test_determinism.py: of a GPU
     "data.bad_rows",  # test_client_files.py

@@ -346,6 +346,11 @@ def _named(configs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for config in configs:
         of_file = isinstance(config, str | Path)
+        if of_file and "=" in str(config) and not Path(config).exists():
+            raise InputError(
+                f"{config} is a setting, and compare takes configurations here; on the command line a "
+                f"setting of all rows is --set {config}, in Python it comes after the list"
+            )
         stem = Path(config).stem if of_file else load(config).method_name
         if not of_file:
             same = sum(name.rpartition("-")[0] == stem or name == stem for name in named)

@@ -154,6 +154,8 @@ def _plan_tables(document: Mapping[str, Any]) -> list[Table]:
         if payload[key] is not None:
             cost.add_row(label, f"{size(payload[key]['down'])}, {size(payload[key]['up'])}")
     cost.add_row("payload of the run down, up", f"{size(payload['down'])}, {size(payload['up'])}")
+    if asked := payload.get("evaluation"):
+        cost.add_row("of that for clients' scores", f"{size(asked['down'])}, {size(asked['up'])}")
     unit, times = ("picture", batch["longest"]) if pixels else ("token", 1)
     for direction, count in document["flops_per_token"].items():
         cost.add_row(f"GFLOP a {unit}, {direction}", f"{count * times / 1e9:,.4g}")

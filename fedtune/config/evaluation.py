@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,7 @@ class Stop(Settings):
 class Evaluation(Settings):
     """What is measured, on which examples, and when."""
 
+    where: Literal["server", "clients"] = "server"  # clients: each scores its own held-out examples
     tasks: list[str] = Field([AUTO], min_length=1)
     every: int = Field(1, ge=0)  # rounds; 0: only at the end
     stop: Stop | None = None  # ends a run early

@@ -7,6 +7,8 @@ from fedtune.config.evaluation import Evaluation
 from fedtune.config.model import ModelSettings
 from fedtune.config.pictures import TASK
 from fedtune.core.settings import Settings
+from fedtune.evaluation.picture_settings import A_CLIP
+from fedtune.evaluation.registry import certain
 
 METHODS = ("fedavg", "standalone", "centralized", "zero-shot")
 
@@ -57,4 +59,10 @@ def refusal(model: ModelSettings, data: DataSettings, evaluation: Evaluation, me
             "weights; give a folder of such pictures in model.diffusion.prior.source, or take "
             "method.trainable: lora with method.aggregation: mean"
         )
+    makes = [task for task in certain(evaluation.tasks) if task in ("clip-score", "pixel-check")]
+    drawn = evaluation.pictures
+    if drawn is not None and makes and not drawn.prompts and data.train != "bundled":
+        return f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of"
+    if drawn is not None and "clip-score" in makes and drawn.clip is None:
+        return f"task clip-score needs evaluation.pictures.clip: {A_CLIP}"
     return None

@@ -17,8 +17,10 @@ from fedtune.config import pictures
 from fedtune.config.computing import Computing
 from fedtune.config.data import CLIENTS, OBJECTS, DataSettings
 from fedtune.config.evaluation import Evaluation
+from fedtune.config.federated_evaluation import refusal as federated_refusal
 from fedtune.config.model import ONE_GPU, ModelSettings
 from fedtune.config.partitions import Given, Iid
+from fedtune.config.peers import refusal as peers_refusal
 from fedtune.config.picture_rules import refusal as picture_refusal
 from fedtune.config.tracking import Tracker
 from fedtune.config.wire import Wire
@@ -28,7 +30,6 @@ from fedtune.core.types import SumMethod
 from fedtune.data.batching import batching_refusal
 from fedtune.data.reading import Reading
 from fedtune.errors import InputError
-from fedtune.evaluation.picture_settings import A_CLIP
 from fedtune.evaluation.registry import TASKS, certain, classifies, looks_at_pictures
 from fedtune.methods import registry
 from fedtune.methods.objective import Preferring, pairs_refusal
@@ -239,16 +240,10 @@ class RunConfig(Settings):
                 raise ValueError(f"task {task} is {other} model.task: {pictures.TASK}, got {self.model.task}")
             if self.model.task == "classification" and not classifies(task):
                 raise ValueError(f"task {task} needs generated text; model.task is classification")
-        self._some_prompts()
+        clients, often = self.data.clients, self.federation.clients_per_round
+        if isinstance(clients, int) and (reason := peers_refusal(self.method, often, clients)):
+            raise ValueError(reason)
         return self
-
-    def _some_prompts(self) -> None:
-        drawn = self.evaluation.pictures
-        makes = [task for task in certain(self.evaluation.tasks) if task in ("clip-score", "pixel-check")]
-        if drawn is not None and makes and not drawn.prompts and self.data.train != "bundled":
-            raise ValueError(f"task {makes[0]} needs evaluation.pictures.prompts: what pictures are made of")
-        if drawn is not None and "clip-score" in makes and drawn.clip is None:
-            raise ValueError(f"task clip-score needs evaluation.pictures.clip: {A_CLIP}")
 
     def _enough_replies(self, robust: Robust, clients: int) -> None:
         everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round
@@ -305,6 +300,12 @@ class RunConfig(Settings):
     def _where_data_are(self) -> Self:
         """Over a network the server has no training examples; on one machine nobody else has them."""
         data, network = self.data, self.transport.name == "flower"
+        method, private = registry.build(self.method, self.seed), self.federation.privacy is not None
+        best = self.checkpoints.best
+        if why := federated_refusal(
+            self.evaluation, data, method, task=self.model.task, private=private, best=best
+        ):
+            raise ValueError(f"evaluation.where: clients does not go with {why}")
         if (data.train == CLIENTS) != network:
             raise ValueError(
                 f"data.train is {data.train} and transport.name {self.transport.name}; over a network "
@@ -312,8 +313,11 @@ class RunConfig(Settings):
             )
         if not network:
             return self
-        if data.holdout.source is None:
-            raise ValueError("data.holdout.source is missing: the server evaluates on examples of its own")
+        if data.holdout.source is None and self.evaluation.where == "server":
+            raise ValueError(
+                "data.holdout.source is missing: the server evaluates on examples of its own. Else set "
+                "evaluation.where: clients and data.holdout.client_fraction"
+            )
         if data.holdout.validation is not None:
             raise ValueError(
                 "data.holdout.validation is a share of training examples, and the server has none"

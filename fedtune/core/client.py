@@ -7,6 +7,7 @@ clients in turn, across a network for the one client of a machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +20,13 @@ from fedtune.core.seeds import derive_seed
 from fedtune.core.store import Store
 from fedtune.core.types import (
     ERROR,
+    EVALUATION,
+    SCORES,
     SECURE,
     ClientEnv,
     ClientError,
     ClientProtection,
+    ClientResult,
     Frame,
     Gate,
     Method,
@@ -41,6 +45,20 @@ if TYPE_CHECKING:
 
 
 V = TypeVar("V")
+LOWER = "Lower evaluation.memory, evaluation.batch_size or data.max_length."  # for too little memory
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a client scores the global model on examples of its own.
+
+    Attributes:
+        method: Its `client_step` scores instead of training.
+        protection: With it the server learns the sums over all clients alone.
+    """
+
+    method: Method[Any]
+    protection: ClientProtection | None = None
 
 
 class ClientRunner:
@@ -59,6 +77,7 @@ class ClientRunner:
         batching: How examples become batches.
         compression: How updates travel; None: as they are.
         laid_out: Replies are not joined: what sends them does so before the model is used again.
+        evaluator: Answers orders for scores; None: they are refused.
     """
 
     def __init__(
@@ -76,7 +95,9 @@ class ClientRunner:
         batching: Batching = RANDOM,
         compression: Compression | None = None,
         laid_out: bool = False,
+        evaluator: Evaluator | None = None,
     ) -> None:
+        self._evaluator = evaluator
         self.store = store or Store()
         self._protection, self._gate, self._compression = protection, gate, compression
         self._encode = lay_out if laid_out else encode
@@ -108,9 +129,12 @@ class ClientRunner:
         order = decode(frame)
         meta, parts = order.meta, _split(order.payload, SECURE)
         del frame, order  # what came is the method's alone, which may let go of it
-        part = f"training of client {client} in round {meta.get('round')}"
-        with faults(part, lambda: self._memory(client), passing=LEFT_OUT):
-            reply = self._handle(client, meta, *parts)
+        scores = bool(meta.get(SCORES))
+        doing = "evaluation by" if scores else "training of"
+        part = f"{doing} client {client} in round {meta.get('round')}"
+        lower = (lambda: LOWER) if scores else (lambda: self._memory(client))
+        with faults(part, lower, passing=LEFT_OUT):
+            reply = (self._score if scores else self._handle)(client, meta, *parts)
             if self._gate is not None:
                 self._gate.sending(int(meta["round"]), str(meta.get("phase", "")))
             return reply
@@ -155,24 +179,10 @@ class ClientRunner:
             known=self._peaks,
             about=(_form(job), _form(state)),
         )
-        seed = derive_seed(self._seed, "client", client, round)
-        env = ClientEnv(
-            client=client,
-            round=round,
-            seed=seed,
-            model=self._model,
-            items=self._data[client],
-            pad_id=self._pad_id,
-            state=state,
-            memory=meter,
-            device=self._device,
-            store=self.store,
-            batching=self._batching,
-            stepped=partial(self.on_step, client) if self.on_step else untold,
-        )
+        env = self._env(client, round, self._data[client], state, meter)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(seed, "dropout"))
+            torch.manual_seed(derive_seed(env.seed, "dropout"))
             result = self._method.client_step(job or Payload(), env)
         if protection is not None:  # the reply reports nothing of its own: the loss is in the sum
             reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)
@@ -189,15 +199,56 @@ class ClientRunner:
             self.states[client] = _joined(result.state or state, Payload(kept), ERROR)
         elif result.state is not None:
             self.states[client] = result.state
-        meta: dict[str, Scalar] = {
-            **result.metrics,
-            "round": round,
-            "client": client,
-            "peak_bytes": meter.peak_bytes,
-            **meter.by_device,
-            "how": meter.how,
-        }
-        return self._encode(Content(payload, meta))
+        return self._encode(Content(payload, _about(result, client, round, meter)))
+
+    def _score(
+        self, client: int, about: Mapping[str, Scalar], job: Payload | None, added: Payload | None
+    ) -> Frame:
+        """The reply to an order for scores. What the method keeps is as before, whatever comes of it."""
+        round, phase, evaluator = int(about["round"]), str(about.get("phase", "")), self._evaluator
+        if evaluator is None:
+            raise ClientError("it was asked for scores, and its configuration has evaluation.where: server")
+        protection = evaluator.protection
+        if bool(phase) != (protection is not None):
+            raise ClientError(
+                f"it was asked for {'masked' if phase else 'plain'} scores, and its configuration has "
+                f"{'no ' if phase else ''}federation.secure_aggregation"
+            )
+        if self._gate is not None:
+            self._gate.before(round, phase, added or Payload())
+        kept, secrets = _split(self.states.get(client), EVALUATION)
+        if protection is not None and phase != "masked":
+            examples = len(self._data[client])
+            reply, secrets = protection.answer(
+                phase, added or Payload(), secrets, client=client, round=round, examples=examples
+            )
+            self.states[client] = _joined(kept, secrets, EVALUATION)
+            return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+        meter = MemoryMeter(self._device)
+        result = evaluator.method.client_step(job or Payload(), self._env(client, round, (), None, meter))
+        if protection is None:
+            return self._encode(Content(result.payload, _about(result, client, round, meter)))
+        reply, secrets = protection.mask(result, added or Payload(), secrets, client=client, round=round)
+        self.states[client] = _joined(kept, secrets, EVALUATION)
+        return self._encode(Content(_joined(None, reply, SECURE), {"round": round, "client": client}))
+
+    def _env(
+        self, client: int, round: int, items: Sequence[Encoded], state: Payload | None, meter: MemoryMeter
+    ) -> ClientEnv:
+        return ClientEnv(
+            client=client,
+            round=round,
+            seed=derive_seed(self._seed, "client", client, round),
+            model=self._model,
+            items=items,
+            pad_id=self._pad_id,
+            state=state,
+            memory=meter,
+            device=self._device,
+            store=self.store,
+            batching=self._batching,
+            stepped=partial(self.on_step, client) if self.on_step else untold,
+        )
 
     def _memory(self, client: int) -> str:
         """The batch that memory was not enough for, and what makes it smaller."""
@@ -222,6 +273,12 @@ class ClientRunner:
             f"Its batches have up to {min(batch, len(rows))} {what} x {longest} tokens: lower "
             f"{' or '.join(lower)}{', or set ' + ' or '.join(other) if other else ''}."
         )
+
+
+def _about(result: ClientResult, client: int, round: int, meter: MemoryMeter) -> dict[str, Scalar]:
+    """What a reply says beside its content."""
+    memory: dict[str, Scalar] = {"peak_bytes": meter.peak_bytes, **meter.by_device, "how": meter.how}
+    return {**result.metrics, "round": round, "client": client, **memory}
 
 
 def _split(payload: Payload | None, prefix: str) -> tuple[Payload | None, Payload | None]:

@@ -13,6 +13,7 @@ from typing import Any
 from fedtune.measure.memory import COLUMNS
 
 Write = Callable[[dict[str, Any]], None]
+EVALUATED = "evaluation"  # kind of messages in which clients are asked for scores
 
 
 class Ledger:
@@ -22,6 +23,7 @@ class Ledger:
         self._write_wire, self._write_memory = write_wire, write_memory
         self.payload_bytes = Counter(down=0, up=0)
         self.framed_bytes = Counter(down=0, up=0)
+        self.evaluation_bytes = Counter(down=0, up=0)  # payload that asks for scores: a part of the above
         self.peak_memory_bytes = {"client": 0, "server": 0, "evaluation": 0}
         self.peaks_by_device: dict[str, dict[str, int]] = {where: {} for where in self.peak_memory_bytes}
         self._client_rounds: set[tuple[int, int]] = set()
@@ -74,12 +76,19 @@ class Ledger:
         self._write_memory(entry)
 
     def payload_bytes_per_client_round(self) -> float:
-        """Mean payload, down and up together, of a client in a round; 0 where nothing was sent."""
-        return self.payload_bytes.total() / len(self._client_rounds) if self._client_rounds else 0.0
+        """Mean payload, down and up together, of a client in a round; 0 where nothing was sent.
+
+        Without what clients are sent for scores, which they are on other occasions.
+        """
+        training = self.payload_bytes.total() - self.evaluation_bytes.total()
+        return training / len(self._client_rounds) if self._client_rounds else 0.0
 
     def _count_message(self, entry: dict[str, Any]) -> None:
         self.payload_bytes[entry["direction"]] += entry["payload_bytes"]
         self.framed_bytes[entry["direction"]] += entry["framed_bytes"]
+        if entry["kind"] == EVALUATED:
+            self.evaluation_bytes[entry["direction"]] += entry["payload_bytes"]
+            return
         self._client_rounds.add((entry["round"], entry["client"]))
 
     def _count_memory(self, entry: dict[str, Any]) -> None:

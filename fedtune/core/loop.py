@@ -19,11 +19,12 @@ from torch import nn
 from fedtune.core.cohort import Cohort, RoundOutcome, hold_quorum
 from fedtune.core.compression import Compression
 from fedtune.core.faults import faults
-from fedtune.core.ledger import Ledger
+from fedtune.core.ledger import EVALUATED, Ledger
 from fedtune.core.reported import PEAK_BYTES, reported
 from fedtune.core.robust import UpdateMethod, Updates
 from fedtune.core.types import (
     MODEL,
+    SCORES,
     SECURE,
     Arrival,
     Frame,
@@ -31,6 +32,7 @@ from fedtune.core.types import (
     Order,
     Payload,
     Reply,
+    Scalar,
     ServerProtection,
     TensorSpec,
     Transport,
@@ -74,8 +76,10 @@ class RoundLoop:
         robust: Callable[[Iterable[Reply]], Iterable[Reply]] | None = None,
         compression: Compression | None = None,
         laid_out: bool = False,
+        scores: bool = False,
     ) -> None:
         self._method, self._ledger = method, ledger
+        self._scores = scores  # clients are asked to evaluate, and train nothing
         self.transport = transport  # may be another in the next round
         self._protection = protection  # where the server gets a sum, and no replies
         self._robust = robust  # what becomes of replies before the method's step
@@ -162,7 +166,7 @@ class RoundLoop:
             state = (step or self._method.server_step)(state, received)
         self._ledger.memory(
             round=round,
-            where="server",
+            where="evaluation" if self._scores else "server",
             client=None,
             peak_bytes=meter.peak_bytes,
             how=meter.how,
@@ -266,7 +270,8 @@ class RoundLoop:
         for order in orders:
             if order.payload is not payload:  # one payload for all is encoded once
                 with self._clock.part("wire"):
-                    meta = {"round": round} | ({"phase": order.phase} if order.phase else {})
+                    meta: dict[str, Scalar] = {"round": round, **({SCORES: True} if self._scores else {})}
+                    meta |= {"phase": order.phase} if order.phase else {}
                     payload, frame = order.payload, self._encode(Content(order.payload, meta))
             expects[order.client], sent[order.client] = order, (order, len(frame))
             yield order.client, frame
@@ -298,7 +303,7 @@ class RoundLoop:
         if not asked.phase and not self._without:  # under masks a client reports nothing of its own
             self._ledger.memory(
                 round=round,
-                where="client",
+                where="evaluation" if self._scores else "client",
                 client=arrival.client,
                 peak_bytes=int(metrics.pop(PEAK_BYTES, 0)),
                 how=how,
@@ -324,15 +329,18 @@ class RoundLoop:
         )
         if direction == "up":
             secure -= order.plain_bytes
+        own = EVALUATED if self._scores else "train"
         parts = {
             "model": (held, held),
             "secure-aggregation": (secure, secure),
-            "train": (payload.nbytes - held - secure, framed - held - secure),
+            own: (payload.nbytes - held - secure, framed - held - secure),
         }
         if order.phase and order.phase != "masked":
             parts = {"secure-aggregation": (payload.nbytes, framed)}
+        if self._scores:  # all of it: none of its bytes are of training
+            parts = {own: (payload.nbytes, framed)}
         for kind, (payload_bytes, framed_bytes) in parts.items():
-            if kind == "train" or framed_bytes:
+            if kind == own or framed_bytes:
                 self._ledger.message(
                     round=round,
                     client=order.client,

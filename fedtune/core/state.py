@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from fedtune.core.types import Payload, Scalar
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class ScoredState(Protocol):
+    """A state that holds more than `Method.export` reads of it."""
+
+    def for_scoring(self) -> Self:
+        """Without what the server needs for its own steps: what clients are sent to score the result."""
+
+
+@runtime_checkable
+class TellingMethod(Protocol):
+    """A method whose state says more of a round than its losses."""
+
+    def told(self, state: Any) -> dict[str, Any]:
+        """What the round's line in rounds.jsonl says of the state after it, as JSON."""
+
+
+def for_scoring(state: T) -> T:
+    """What `Method.export` needs of a state; all of one that does not say."""
+    return state.for_scoring() if isinstance(state, ScoredState) else state
 
 
 def to_payload(state: object) -> Payload:

@@ -33,6 +33,8 @@ Frame = bytes | bytearray | memoryview | mmap.mmap | LaidFrame  # a message as b
 MODEL = "model:"  # prefix of tensors that a client is sent to hold, once, and not of a round's own content
 SECURE = "secure:"  # prefix of what secure aggregation adds to a message and to what a client keeps
 ERROR = "error:"  # prefix of what a client keeps of updates that were compressed; see compression.py
+EVALUATION = "evaluation:"  # prefix of what a client keeps between the exchanges of a masked evaluation
+SCORES = "scores"  # in an order's bookkeeping: it asks for scores of held-out examples, not for training
 
 
 def scalar_bytes(value: Scalar) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.data.examples import Example
 from fedtune.errors import InputError, nearest
@@ -38,6 +39,39 @@ def split_holdout(
         held = set()
     train = [example for index, example in enumerate(examples) if index not in held]
     return train, [examples[index] for index in sorted(held)]
+
+
+Places = NDArray[np.int64]
+
+
+def own_part(n: int, fraction: float, rng: np.random.Generator, whose: str) -> tuple[Places, Places]:
+    """A client's examples in two, by place: those that it trains on, and those that it keeps for evaluation.
+
+    Args:
+        n: How many examples it has.
+        fraction: The part that it keeps; the count is rounded and at least 1.
+        rng: Of this client, so that on one machine and on its own the parts are the same.
+        whose: Names it in a message.
+
+    Returns:
+        Both ascending.
+
+    Raises:
+        InputError: None would be left to train on.
+    """
+    count = max(1, round(fraction * n))
+    if count >= n:
+        raise InputError(
+            f"data.holdout.client_fraction is {fraction}, but {whose} has {n} examples; "
+            "it must keep one to train on. Use fewer clients, or another partition"
+        )
+    shuffled = rng.permutation(n)
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def scored_part(held: Places, most: int | None, rng: np.random.Generator) -> Places:
+    """Of what a client keeps for evaluation, the examples that it scores: all, or `most` at random."""
+    return np.sort(held[rng.permutation(len(held))[:most]])
 
 
 def _in_category(examples: Sequence[Example], category: str) -> set[int]:

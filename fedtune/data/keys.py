@@ -16,7 +16,22 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from fedtune.errors import InputError
+from fedtune.errors import InputError, nearest
+
+OTHER_NAMES = {  # of our fields in data sets that many train on, the likeliest first
+    "instruction": ("question", "prompt", "query", "problem", "sentence", "text", "title"),
+    "output": (
+        "response",
+        "answer",
+        "completion",
+        "target",
+        "targets",
+        "label",
+        "solution",
+        "summary",
+        "chosen",
+    ),
+}
 
 _PARTS = re.compile(r'"((?:[^"]|"")*)"(?=\.|$)|([^.]*)')
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -66,6 +81,20 @@ def template_of(key: str) -> tuple[tuple[str, str], ...]:
 def names_in(key: str) -> tuple[str, ...]:
     """The keys and paths that are read for a field: of a template those in braces, else the key itself."""
     return tuple(name for _, name in template_of(key) if name) if "{" in key or "}" in key else (key,)
+
+
+def likely(key: str, field: str, row: Mapping[str, Any]) -> str:
+    """' Did you mean "x"?' for the key of a row that a field most likely stands under, or an empty string.
+
+    Args:
+        key: What was looked for.
+        field: The field's name; where `key` is that too, nobody said what it is called here.
+        row: What there is.
+    """
+    lower = {str(name).lower(): str(name) for name in reversed(list(row))}
+    usual = OTHER_NAMES.get(field, ()) if key == field else ()
+    known = next((lower[name] for name in usual if name in lower), None)
+    return f' Did you mean "{known}"?' if known else nearest(key, map(str, row))
 
 
 def reads(key: str, name: str, row: Mapping[str, Any] | None = None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.data.choices import Choices, NoChoice, choices_of, joined, letter_of
 from fedtune.data.conversations import Form, conversations, form_of
 from fedtune.data.examples import Example
-from fedtune.data.keys import names_in, parts_of, reads, template_of, text_of
+from fedtune.data.keys import likely, names_in, parts_of, reads, template_of, text_of
 from fedtune.data.reading import MOST, NONE_THERE, Reading
 from fedtune.data.trees import is_node
 from fedtune.data.turns import is_turns, kind_of
@@ -298,7 +298,7 @@ def _field(
 
 def _missing(row: dict[str, Any], key: str, field: str, place: str) -> str:
     keys = ", ".join(f'"{k}"' for k in row) or "none"
-    return f'{place}: no key "{key}" for {field}; the keys here are: {keys}.{nearest(key, map(str, row))}'
+    return f'{place}: no key "{key}" for {field}; the keys here are: {keys}.{likely(key, field, row)}'
 
 
 def _text(value: Any, key: str, field: str, place: str, *, labels: bool) -> str:

@@ -53,15 +53,21 @@ def spread(
                     continue  # none of its tokens carries loss
                 values[client] = part.value
             if values:
-                worst = (max if first.lower_is_better else min)(values, key=values.__getitem__)
-                result.setdefault(task, {})[metric] = {
-                    "mean": statistics.fmean(values.values()),
-                    "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
-                    "worst": values[worst],
-                    "worst_client": worst,
-                    "clients": {str(client): value for client, value in values.items()},
-                }
+                spread = spread_of(values, lower_is_better=first.lower_is_better)
+                result.setdefault(task, {})[metric] = spread
     return result
+
+
+def spread_of(values: Mapping[int, float], *, lower_is_better: bool) -> dict[str, Any]:
+    """What `spread` has of a metric: mean and sd of clients' values, each alike, the worst, and all."""
+    worst = (max if lower_is_better else min)(values, key=values.__getitem__)
+    return {
+        "mean": statistics.fmean(values.values()),
+        "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
+        "worst": values[worst],
+        "worst_client": worst,
+        "clients": {str(client): value for client, value in values.items()},
+    }
 
 
 def _of(scored: Scored, client: int, owners: Sequence[int]) -> Scored:

@@ -16,10 +16,11 @@ class Peaks:
 
     Args:
         device: Where the model is.
+        meter: Whose peak it is; None: one of its own.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._meter = MemoryMeter(device)
+    def __init__(self, device: torch.device, meter: MemoryMeter | None = None) -> None:
+        self._meter = meter or MemoryMeter(device)
         self._largest: dict[tuple[str, int], int] = {}
 
     @property

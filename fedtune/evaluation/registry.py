@@ -31,6 +31,7 @@ class Entry:
         classifier: Whether it can score a classifier, as the task itself says.
         asks: Whether it puts questions of its own into the run's template.
         pictures: Whether it is for text-to-image models, and for no others.
+        mean: The metric that is a mean over held-out examples; empty where there is none.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Entry:
     classifier: bool = False
     asks: bool = False
     pictures: bool = False
+    mean: str = ""
 
 
 CHOICES_TASK = "multiple-choice"
@@ -49,20 +51,34 @@ def _humaneval(language: str) -> Entry:
 
 
 OWN = {
-    "loss": Entry("basic", "mean cross-entropy a token in nats, and perplexity", classifier=True),
-    "accuracy": Entry("basic", "share of answers that are exactly right, also by category", classifier=True),
-    CHOICES_TASK: Entry(
-        "basic", "share of questions with choices whose right letter is the likeliest, also by category"
+    "loss": Entry(
+        "basic", "mean cross-entropy a token in nats, and perplexity", classifier=True, mean="loss"
     ),
-    "rouge-l": Entry("basic", "longest common subsequence of generated answer and reference, F1"),
+    "accuracy": Entry(
+        "basic", "share of answers that are exactly right, also by category", classifier=True, mean="accuracy"
+    ),
+    CHOICES_TASK: Entry(
+        "basic",
+        "share of questions with choices whose right letter is the likeliest, also by category",
+        mean="accuracy",
+    ),
+    "rouge-l": Entry(
+        "basic", "longest common subsequence of generated answer and reference, F1", mean="rouge_l"
+    ),
     "gsm8k-0shot": Entry(
         "answers", "GSM8K without solved examples: the number after ####, in the run's template", asks=True
     ),
     "gsm8k-cot-8shot": Entry("answers", "GSM8K after eight solved examples"),
     "squad": Entry("answers", "SQuAD answers in the run's template: exact match and token F1", asks=True),
-    "rouge-l-fedkseed": Entry("answers", "Rouge-L as in the FedKSeed paper: the scorer of the rouge package"),
+    "rouge-l-fedkseed": Entry(
+        "answers",
+        "Rouge-L as in the FedKSeed paper: the scorer of the rouge package",
+        mean="rouge_l_fedkseed",
+    ),
     "preference": Entry(
-        "preference", "pairs of answers: share and margin of higher rewards for the chosen one"
+        "preference",
+        "pairs of answers: share and margin of higher rewards for the chosen one",
+        mean="reward_accuracy",
     ),
     "matthews": Entry("correlation", "Matthews correlation of labels", classifier=True),
     "pearson": Entry("correlation", "Pearson and Spearman correlation of numbers", classifier=True),
@@ -106,6 +122,17 @@ def classifies(task: str) -> bool:
         return OWN[task].classifier
     found = TASKS.get(task)
     return found is not None and found.classifier
+
+
+def mean_of(task: str) -> str | None:
+    """The metric of a task, by its name, that is a mean over held-out examples; None: it has no such one.
+
+    Of a task of one's own it is the main one, which must turn out to be a mean where it is scored.
+    """
+    if task in OWN:
+        return OWN[task].mean or None
+    found = TASKS.get(task)
+    return found.metric if found is not None and found.examples else None
 
 
 def looks_at_pictures(task: str) -> bool:

@@ -17,7 +17,7 @@ from fedtune.data.turns import is_turns, turns_of
 from fedtune.errors import InputError
 from fedtune.evaluation.generation import evaluating, prompt_room
 from fedtune.evaluation.types import EvalEnv
-from fedtune.federation.scoring import eval_settings
+from fedtune.federation.evaluator import eval_settings
 from fedtune.models.load import Loaded
 
 NEW_TOKENS = 64  # of an answer, where nothing says otherwise; as in evaluation

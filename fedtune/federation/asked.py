@@ -36,6 +36,7 @@ class Asked:
         noise: With privacy: the noise multiplier; else None.
         delta: The run's own δ.
         everyone: Whether all clients are asked in every round.
+        scored: Of the data file's examples, those that this client does not train on and scores itself.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Asked:
     noise: float | None
     delta: float | None
     everyone: bool
+    scored: int = 0
 
     @staticmethod
     def of(
@@ -63,6 +65,7 @@ class Asked:
         *,
         weights: str,
         signed: bool,
+        scored: int = 0,
     ) -> Asked:
         """What a configuration asks.
 
@@ -73,6 +76,7 @@ class Asked:
             fields: Our field names to the file's.
             weights: SHA-256 of the model's weights, as the server says.
             signed: Whether this client knows the other clients' keys.
+            scored: How many others of its examples it scores the model on.
         """
         federation, settings = config.federation, config.method
         secure, privacy = federation.secure_aggregation, federation.privacy
@@ -98,6 +102,7 @@ class Asked:
             noise=privacy.noise_multiplier if privacy else None,
             delta=privacy.delta if privacy else None,
             everyone=federation.clients_per_round in (None, 1.0),
+            scored=scored,
         )
 
     @property
@@ -115,6 +120,12 @@ class Asked:
             f"what is trained goes to {server or 'the server'} after every round; what is done with it there "
             "this machine cannot see",
         ]
+        if self.scored:
+            whose = "their sums over all clients" if self.masked else "this client's own"
+            lines.append(
+                f"it scores the model on {self.scored:,} more of your examples, which are not trained on; "
+                f"the server gets sums of scores and counts, {whose}"
+            )
         if not self.masked:
             lines.append("the server sees this client's update as it is")
         elif not self.signed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fedtune.config.data import CLIENTS
+from fedtune.config.peers import refusal as peers_refusal
 from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.cohort import quorum_of, sample_cohort, weights_of
@@ -27,6 +28,7 @@ from fedtune.federation.client_data import ClientData, cache_of
 from fedtune.federation.data import Split, prepare_data
 from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import Keys, encode_for, forms_of, template_of, used_template
+from fedtune.federation.evaluator import evaluator_of
 from fedtune.federation.files import read_json
 from fedtune.federation.notes import of_examples, of_model
 from fedtune.federation.plugins import record, require_plugins
@@ -165,6 +167,7 @@ class Assembly:
             batching=batching,
             compression=config.federation.wire.compression(method),
             laid_out=True,
+            evaluator=evaluator_of(config, method, loaded.tokenizer, split.labels, split.own),
         )
         about = environment() | {
             "model": {
@@ -360,6 +363,8 @@ def check_counts(config: RunConfig, clients: int) -> None:
     """Refuses counts of clients that no round could have."""
     federation = config.federation
     asked = federation.clients_per_round
+    if reason := peers_refusal(config.method, asked, clients):
+        raise InputError(reason)
     if isinstance(asked, int) and asked > clients:
         raise InputError(f"federation.clients_per_round is {asked}, but there are {clients} clients")
     cohort = sample_cohort(dict.fromkeys(range(clients), 1), asked, seed=config.seed, round=1).clients
@@ -373,6 +378,8 @@ def check_counts(config: RunConfig, clients: int) -> None:
     require_packages(federation.secure_aggregation, federation.privacy)
     if federation.secure_aggregation is not None:
         threshold_of(federation.secure_aggregation, len(cohort))
+        if config.evaluation.where == "clients" and clients > len(cohort):  # all are asked for scores
+            threshold_of(federation.secure_aggregation, clients)
     if federation.privacy is not None and federation.privacy.delta * clients >= 1:
         raise InputError(
             f"federation.privacy.delta is {federation.privacy.delta:g}; with {clients} clients it must be "

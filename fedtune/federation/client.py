@@ -19,11 +19,14 @@ from torch import nn
 
 from fedtune.config.file import parse_config
 from fedtune.config.pictures import Pictures
+from fedtune.config.schema import RunConfig
 from fedtune.core.client import ClientRunner
 from fedtune.core.faults import LEFT_OUT, faults, whole_traceback
+from fedtune.core.seeds import numpy_generator
 from fedtune.core.store import Store
 from fedtune.core.wire import Content, decode, encode
 from fedtune.data.examples import Example
+from fedtune.data.holdout import own_part, scored_part
 from fedtune.data.objects import ObjectData
 from fedtune.data.opening import check_ordinary
 from fedtune.data.pictures import load_pictures, picture_files
@@ -31,6 +34,7 @@ from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples
 from fedtune.errors import FedtuneError, InputError, foreign
+from fedtune.evaluation.registry import refuse_unsuited
 from fedtune.federation.asked import Asked, settings_digest
 from fedtune.federation.assembly import Assembly, client_protection
 from fedtune.federation.base_model import load_base
@@ -39,6 +43,7 @@ from fedtune.federation.client_data import cache_of
 from fedtune.federation.consent import Consent
 from fedtune.federation.devices import device_of
 from fedtune.federation.encoding import describe, encode_for
+from fedtune.federation.evaluator import asks_clients, evaluator_of
 from fedtune.federation.plugins import load_again
 from fedtune.federation.process import listened, set_torch
 from fedtune.federation.room import Room, batching_of, example_room, picture_frame
@@ -144,13 +149,18 @@ def join(
     weights = message.text("weights")
     if reading.choices:
         named.setdefault(CHOICES, CHOICES)
-    asked = Asked.of(config, method, examples, named, weights=weights, signed=identity is not None)
+    own: list[Example] = []
+    if asks_clients(config, method):
+        examples, own = _in_two(config, examples, client, data)
+    asked = Asked.of(
+        config, method, examples, named, weights=weights, signed=identity is not None, scored=len(own)
+    )
     consent.invited(str(invitation.get("run", "")), asked)
     name, where = model or config.model.place, device_of(device)
     set_torch(config.run, where)  # of this process, which knows one run at a time
     labels = tuple(settings.labels or ())
     if config.model.task == "classification":
-        unknown = sorted({example.output for example in examples} - set(labels))
+        unknown = sorted({example.output for example in [*examples, *own]} - set(labels))
         if unknown:
             raise InputError(
                 f"{data} has classes that the run does not know: {', '.join(unknown[:5])}; "
@@ -176,6 +186,7 @@ def join(
     )
     if not method.sends_model:
         found = beside_class(found, config, client, examples, loaded, frame=frame, tokens=room.tokens)
+    agreed = settings_digest(config, weights)
     runner = ClientRunner(
         method,
         held,
@@ -183,14 +194,33 @@ def join(
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         device=where,
-        protection=client_protection(config, method, identity, settings_digest(config, weights)),
+        protection=client_protection(config, method, identity, agreed),
         gate=consent,
         batching=batching_of(config, room),
         compression=config.federation.wire.compression(method),
         laid_out=True,  # worker.py sends it in parts
+        evaluator=evaluator_of(config, method, tokenizer, labels, {client: own}, identity, agreed),
     )
     notes = [*reading.lines, *reading.notes, *describe({"train": found.counts}, room.tokens)]
     return JoinedRun(runner, len(found.items), config.method_name, tuple(notes))
+
+
+def _in_two(
+    config: RunConfig, examples: list[Example], client: int, data: Path
+) -> tuple[list[Example], list[Example]]:
+    """A client's examples as it trains on them, and those that it scores itself.
+
+    Raises:
+        InputError: None would be left to train on, or they have not what the run's tasks score.
+    """
+    fraction, seed = config.data.holdout.client_fraction, config.seed
+    assert fraction is not None  # evaluation.where: clients needs it
+    train, held = own_part(len(examples), fraction, numpy_generator(seed, "holdout", client), str(data))
+    most, rng = config.evaluation.max_examples, numpy_generator(seed, "evaluation", client)
+    held = scored_part(held, most, rng)
+    own = [examples[place] for place in held]
+    refuse_unsuited(config.evaluation.tasks, own)
+    return [examples[place] for place in train], own
 
 
 def _refuse_other_base(loaded: Loaded, invitation: Message, name: str) -> None:

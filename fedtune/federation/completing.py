@@ -20,7 +20,7 @@ from fedtune.errors import ProgramError
 from fedtune.evaluation.generation import Sampling, answer_text, evaluating, generate_ids
 from fedtune.evaluation.types import EvalEnv
 from fedtune.federation.answering import check_draws, check_lengths, example_asked
-from fedtune.federation.scoring import eval_settings
+from fedtune.federation.evaluator import eval_settings
 from fedtune.models.context import context_length
 from fedtune.models.load import Loaded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from json.encoder import encode_basestring_ascii
@@ -19,12 +19,12 @@ from fedtune.config.schema import RunConfig
 from fedtune.core.seeds import numpy_generator
 from fedtune.data import partition as split_by
 from fedtune.data.examples import Example
-from fedtune.data.holdout import split_holdout
+from fedtune.data.holdout import own_part, scored_part, split_holdout
 from fedtune.data.objects import ObjectData
 from fedtune.data.reading import Reading
 from fedtune.data.split import Dealt, Parts
 from fedtune.errors import InputError
-from fedtune.evaluation.registry import refuse_unsuited, suited
+from fedtune.evaluation.registry import certain, refuse_unsuited, suited
 from fedtune.federation.sources import held_out_in_source, training_examples
 from fedtune.models.folders import local_folder, model_folder
 from fedtune.models.save import classes_in
@@ -42,6 +42,7 @@ class Split:
         sha256: Identifies the training and held-out examples.
         owners: Whose each held-out example is, with `holdout.client_fraction` or a held-out file a client.
         held_out: All held-out examples, in that order, beyond `evaluation.max_examples` too.
+        own: What each client scores itself, with `evaluation.where: clients`; else empty.
         reading: What was read of the sources, and what was skipped.
     """
 
@@ -52,6 +53,7 @@ class Split:
     sha256: str
     owners: tuple[int, ...] = ()
     held_out: Sequence[Example] = ()
+    own: Mapping[int, Sequence[Example]] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
 
     @property
@@ -91,11 +93,16 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         chosen = numpy_generator(config.seed, "subset").permutation(len(train))[: config.data.max_examples]
         train = [train[i] for i in sorted(chosen)]
     dealt = _deal(config, train, given)
-    indices = dealt.parts
+    indices, scored = dealt.parts, dict[int, Sequence[Example]]()
     if config.data.holdout.client_fraction is not None:
         indices, own = _hold_out_own(config, indices)
         held_out = [train[i] for part in own for i in part]
         owners = [client for client, part in enumerate(own) for _ in part]
+        if config.evaluation.where == "clients":
+            most = config.evaluation.max_examples
+            for client, part in enumerate(own):
+                chosen = scored_part(part, most, numpy_generator(config.seed, "evaluation", client))
+                scored[client] = [train[i] for i in chosen]
     kept = [train[i] for i in sorted(i for part in indices for i in part)]
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
@@ -135,12 +142,15 @@ def prepare_data(config: RunConfig, *, pooled: bool, objects: ObjectData | None 
         _sha256(kept, evaluation),
         tuple(owners[i] for i in order) if owners else (),
         in_order,
+        scored,
         reading,
     )
 
 
 def scored_tasks(config: RunConfig, split: Split) -> list[str]:
-    """The tasks that a run's held-out examples are scored by."""
+    """The tasks that a run's held-out examples are scored by; by clients those that need no look at them."""
+    if config.evaluation.where == "clients":
+        return certain(config.evaluation.tasks)
     return suited(config.evaluation.tasks, split.evaluation, classes=bool(split.labels))
 
 
@@ -188,8 +198,10 @@ def _as_given(train: Sequence[Example], given: ObjectData) -> Dealt:
 
 
 def _server_split(config: RunConfig, reading: Reading) -> Split:
-    """What the server has where every client has a file of its own: held-out examples, and no others."""
-    held_out, _ = held_out_in_source(config, reading)
+    """What the server has where every client has a file of its own: held-out examples, or none."""
+    held_out: list[Example] = []
+    if config.data.holdout.source is not None:  # else clients score their own
+        held_out, _ = held_out_in_source(config, reading)
     order = numpy_generator(config.seed, "evaluation").permutation(len(held_out))
     in_order = [held_out[i] for i in order]
     evaluation = in_order[: config.evaluation.max_examples]
@@ -239,15 +251,10 @@ def _hold_out_own(config: RunConfig, parts: Parts) -> tuple[Parts, Parts]:
     assert fraction is not None
     left, own = [], []
     for client, part in enumerate(parts):
-        count = max(1, round(fraction * len(part)))
-        if count >= len(part):
-            raise InputError(
-                f"data.holdout.client_fraction is {fraction}, but client {client} has {len(part)} examples; "
-                "it must keep one to train on. Use fewer clients, or another partition"
-            )
-        shuffled = numpy_generator(config.seed, "holdout", client).permutation(part)
-        left.append(np.sort(shuffled[count:]))
-        own.append(np.sort(shuffled[:count]))
+        rng = numpy_generator(config.seed, "holdout", client)
+        train, held = own_part(len(part), fraction, rng, f"client {client}")
+        left.append(part[train])
+        own.append(part[held])
     return left, own
 
 

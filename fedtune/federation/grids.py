@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.federation.files import disk_errors
 from fedtune.federation.folder import RunFolder
-from fedtune.federation.scoring import Evaluated
+from fedtune.federation.scored import Evaluated
 
 if TYPE_CHECKING:
     from torch import Tensor

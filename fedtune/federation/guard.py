@@ -30,7 +30,7 @@ from fedtune.core.state import to_payload
 from fedtune.core.types import Method
 from fedtune.core.watch import Standing, standings
 from fedtune.errors import FederationError
-from fedtune.federation.scoring import Evaluated
+from fedtune.federation.scored import Evaluated
 
 log = logging.getLogger("fedtune")
 S = TypeVar("S")

@@ -110,6 +110,7 @@ class Keeping:
             entry = next(entry for entry in rounds if entry["round"] == best)
             found["best"] = {"round": best, "metric": self._metric}
             found |= {"evaluation": entry["eval"], "per_client": entry.get("per_client", {})}
+            found |= {"scored": entry["scored"]} if "scored" in entry else {}
         if self._stop and self.exhausted(rounds):
             best = best_round(rounds, self._stop.metric)
             found["stopped_early"] = {**self._stop.model_dump(), "best_round": best}

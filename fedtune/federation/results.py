@@ -26,12 +26,13 @@ from fedtune.federation.assembly import Assembly
 from fedtune.federation.base_model import load_base
 from fedtune.federation.data import Split, all_held_out, prepare_data, scored_tasks
 from fedtune.federation.encoding import used_template
+from fedtune.federation.evaluator import eval_settings
 from fedtune.federation.folder import RunFolder, refuse_existing
 from fedtune.federation.notes import asked_in_template
 from fedtune.federation.plugins import require_plugins
 from fedtune.federation.recorded import held_out_of, loaded_of, recorded_examples, refuse_other_data
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import eval_settings, memory_for
+from fedtune.federation.scoring import memory_for
 from fedtune.federation.starting import model_to_train
 from fedtune.measure.clock import Clock
 from fedtune.methods import registry

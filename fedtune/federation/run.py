@@ -45,7 +45,8 @@ from fedtune.federation.recorded import examples_of, refuse_replaced
 from fedtune.federation.reopening import reopen
 from fedtune.federation.round_table import RoundTable
 from fedtune.federation.saving import save_models
-from fedtune.federation.scoring import Evaluated, Scoring
+from fedtune.federation.scored import Evaluated
+from fedtune.federation.scoring import Scoring
 from fedtune.federation.starting import model_to_train
 from fedtune.federation.summary import count_asked, of_rounds, of_run, of_training
 from fedtune.federation.tracking import Tracking
@@ -228,11 +229,13 @@ class _Federation:
         method, model, start = self._assembly.method, self._model, self._start
         checkpoints = self._folder.path / "checkpoints"
         self._restore(start)
-        if start is None:  # round 0 is the model before any training
-            self._record({"round": 0, "clients": [], "train_loss": None}, self._zero_shot, 0.0)
-            self._report(None)
         kind = registry.state_class(self._config.method_name)
         state = from_payload(kind, start.state) if start else method.init(model)
+        self._scoring.reach(transport, self._clock, deployment)
+        if start is None:  # round 0 is the model before any training
+            first = self._evaluate((state, model)) if self._scoring.by_clients else self._zero_shot
+            self._record({"round": 0, "clients": [], "train_loss": None}, first, 0.0)
+            self._report(None)
         federation = self._config.federation
         robust, secure, privacy = federation.robust, federation.secure_aggregation, federation.privacy
         journal = Journal(transport, checkpoints, self._assembly.runner.states, written(self._config))
@@ -305,7 +308,7 @@ class _Federation:
             return done
 
         def scored(now: Any) -> Evaluated:
-            return self._evaluate((now, model)) if due else Evaluated()
+            return self._evaluate((now, model), round) if due else Evaluated()
 
         guard = Guard(config.federation, self._assembly.method)
         settled = guard.settle(once, scored, loss=last_loss(self._rounds))
@@ -315,17 +318,17 @@ class _Federation:
             "round": round,
             "clients": sorted(outcome.clients),
             "left_out": {str(client): reason for client, reason in sorted(outcome.left_out.items())},
-            **of_training(outcome),
+            **of_training(outcome, self._assembly.method, settled.state),
         }
         entry |= settled.entry | ({"privacy": privacy} if privacy else {})
         entry |= {"arrivals": arrivals} if arrivals else {}
         self._record(entry, settled.scores, self._clock.total - before)
         return settled.state
 
-    def _evaluate(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
+    def _evaluate(self, trained: tuple[Any, nn.Module] | None, round: int = 0) -> Evaluated:
         self._progress.stage("evaluating")
         with self._clock.part("evaluation"):
-            return self._scoring(trained)
+            return self._scoring(trained, round)
 
     def _record(self, entry: dict[str, Any], scores: Evaluated, seconds: float) -> None:
         entry |= {"eval": scores.result, "seconds": round(seconds, 3), **scores.more}

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import RunConfig
 from fedtune.core.faults import faults
 from fedtune.core.ledger import Ledger
 from fedtune.core.personal import result_models
-from fedtune.data.shapes import SUBJECTS, backgrounds
+from fedtune.core.types import Transport
 from fedtune.evaluation.clients import spread
 from fedtune.evaluation.peaks import Peaks
-from fedtune.evaluation.picture_settings import PicturePrompt, PictureSettings
 from fedtune.evaluation.tasks import score, summarize
-from fedtune.evaluation.types import EvalSettings, Outcome
+from fedtune.evaluation.types import Outcome
 from fedtune.federation.assembly import Assembly
+from fedtune.federation.client_scores import ClientScores
+from fedtune.federation.connect import Deployment
 from fedtune.federation.data import Split, scored_tasks
-from fedtune.federation.room import reserved_tokens
+from fedtune.federation.evaluator import asks_clients, eval_settings
+from fedtune.federation.scored import Evaluated
+from fedtune.measure.clock import Clock
 from fedtune.models.at_work import at_work
-
-Scores = dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Scores of a state's result (of one model a client their mean), of each model, and over the clients."""
-
-    result: Scores = field(default_factory=dict)
-    models: dict[str, Scores] = field(default_factory=dict)  # where there are several
-    per_client: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # by task
-    details: list[dict[str, Any]] = field(default_factory=list)  # lines of answers.jsonl
-    pictures: dict[str, Tensor] = field(default_factory=dict)  # that a result made, by its name
-
-    @property
-    def more(self) -> dict[str, Any]:
-        """What a line of rounds.jsonl has beside the result's scores, where there is any of it."""
-        more = {"eval_clients": self.models, "per_client": self.per_client, "eval_notes": self.notes}
-        return {key: found for key, found in more.items() if found}
 
 
 def evaluate(
@@ -99,9 +81,23 @@ class Scoring:
     def __init__(self, config: RunConfig, assembly: Assembly, ledger: Ledger) -> None:
         self._config, self._assembly, self._ledger = config, assembly, ledger
         self._peaks = Peaks(assembly.device)
+        self.by_clients = asks_clients(config, assembly.method)
+        self.clients: ClientScores | None = None  # once they can be reached
 
-    def __call__(self, trained: tuple[Any, nn.Module] | None) -> Evaluated:
-        """Scores a state's result, made with the model to train; None: the untrained model."""
+    def reach(self, transport: Transport, clock: Clock, deployment: Deployment | None) -> None:
+        """Clients can be asked from now on, where they score the result."""
+        if self.by_clients:
+            self.clients = ClientScores(
+                self._config, self._assembly, self._ledger, clock, transport, deployment
+            )
+
+    def __call__(self, trained: tuple[Any, nn.Module] | None, round: int = 0) -> Evaluated:
+        """Scores a state's result, made with the model to train; None: the untrained model.
+
+        Where clients score it they have to be there: until then nothing is scored.
+        """
+        if self.by_clients:
+            return self.clients(trained[0], round) if self.clients and trained else Evaluated()
         loaded, method = self._assembly.loaded, self._assembly.method
         part = "evaluation" if trained else "zero-shot evaluation"
         with faults(part, lambda: memory_for(self._config)):
@@ -120,6 +116,8 @@ class Scoring:
 
     def enter_memory(self, round: int) -> None:
         """Enters the highest peak so far, since a batch like one before is not followed again."""
+        if self.by_clients:  # each client's is entered as its scores come
+            return
         peak = max(self._peaks.bytes, self._ledger.peak_memory_bytes["evaluation"])
         apart = {
             column: max(found, self._ledger.peaks_by_device["evaluation"].get(column, 0))
@@ -147,57 +145,4 @@ def memory_for(config: RunConfig) -> str:
         f"Its batches have up to {evaluation.batch_size} examples x {config.data.max_length} tokens, fewer "
         f"where that is more than about {evaluation.memory}: lower {', '.join(lower[:-1])} or {lower[-1]}"
         f"{', or set model.dtype=bfloat16' if config.model.dtype == 'float32' else ''}."
-    )
-
-
-def eval_settings(config: RunConfig, labels: Sequence[str]) -> EvalSettings:
-    """The evaluation layer's settings of a configuration."""
-    data, evaluation = config.data, config.evaluation
-    return EvalSettings(
-        template=data.template,
-        loss_on=data.loss_on,
-        max_length=data.max_length,
-        labels=tuple(labels) or None,
-        seed=config.seed,
-        reserved=reserved_tokens(config),
-        judge=evaluation.judge,
-        code=evaluation.code,
-        memory=evaluation.memory_bytes,
-        pictures=picture_settings(config),
-        **evaluation.model_dump(
-            exclude={
-                "tasks",
-                "every",
-                "stop",
-                "arrivals",
-                "max_examples",
-                "judge",
-                "code",
-                "memory",
-                "pictures",
-            }
-        ),
-    )
-
-
-def picture_settings(config: RunConfig) -> PictureSettings | None:
-    """What a text-to-image model is asked for: of the bundled pictures their subjects, without prompts."""
-    drawn, pictures = config.evaluation.pictures, config.data.pictures
-    if drawn is None or pictures is None:
-        return None
-    prompts = [PicturePrompt(one.text, one.says, one.subject) for one in drawn.prompts]
-    if not prompts and config.data.train == "bundled":
-        prompts = [
-            PicturePrompt(subject.caption(colour), subject.before(colour).caption(), subject.name)
-            for subject in SUBJECTS
-            for colour in backgrounds(subject)[-1:]
-        ]
-    return PictureSettings(
-        tuple(prompts),
-        drawn.clip,
-        drawn.steps,
-        drawn.guidance,
-        drawn.each,
-        pictures.side,
-        pictures.crop,
     )

@@ -9,24 +9,29 @@ from typing import Any
 from fedtune.config.schema import RunConfig
 from fedtune.core.cohort import COMPUTED_TOKENS, PADDING_TOKENS, RoundOutcome
 from fedtune.core.ledger import Ledger
+from fedtune.core.state import TellingMethod
 from fedtune.data.encoded import Counts
 from fedtune.evaluation.tasks import scorer
 from fedtune.federation.assembly import Assembly
 from fedtune.federation.data import scored_tasks
 from fedtune.federation.encoding import describe
+from fedtune.federation.evaluator import eval_settings
 from fedtune.federation.files import disk_errors, write_json
 from fedtune.federation.left_out import left_out
 from fedtune.federation.progress import Progress
-from fedtune.federation.scoring import eval_settings
 
 
-def of_training(outcome: RoundOutcome) -> dict[str, Any]:
-    """What a round's clients did: their loss, and the tokens of their batches, where all said it."""
+def of_training(outcome: RoundOutcome, method: Any, state: Any) -> dict[str, Any]:
+    """What a round's clients did: their loss, and the tokens of their batches, where all said it.
+
+    And what the method says of the state that it came to.
+    """
     computed, padding = (outcome.total(name) for name in (COMPUTED_TOKENS, PADDING_TOKENS))
     known = computed is not None and padding is not None
     return {
         "train_loss": outcome.mean("train_loss"),
         "tokens": {"computed": computed, "padding": padding} if known else None,
+        **(method.told(state) if isinstance(method, TellingMethod) else {}),
     }
 
 
@@ -45,6 +50,7 @@ def of_rounds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "train_loss": trained[-1]["train_loss"] if trained else None,
         "evaluation": evaluated[-1]["eval"] if evaluated else {},
         "per_client": evaluated[-1].get("per_client", {}) if evaluated else {},
+        **({"scored": evaluated[-1]["scored"]} if evaluated and "scored" in evaluated[-1] else {}),
         "zero_shot": rounds[0]["eval"] if rounds else {},
         "zero_shot_per_client": rounds[0].get("per_client", {}) if rounds else {},
     }
@@ -72,6 +78,7 @@ def of_run(
         **skipped,
         "payload_bytes": dict(ledger.payload_bytes),
         "framed_bytes": dict(ledger.framed_bytes),
+        **({"evaluation_bytes": dict(ledger.evaluation_bytes)} if ledger.evaluation_bytes.total() else {}),
         "payload_bytes_per_client_round": ledger.payload_bytes_per_client_round(),
         "peak_memory_bytes": ledger.peak_memory_bytes,
         **({"peak_by_device": ledger.peaks_by_device} if any(ledger.peaks_by_device.values()) else {}),

@@ -23,6 +23,7 @@ from fedtune.data.objects import ObjectData
 from fedtune.errors import InputError
 from fedtune.evaluation.registry import certain
 from fedtune.federation.base_model import refuse_quantized
+from fedtune.federation.evaluator import asks_clients, federated
 from fedtune.methods import registry
 from fedtune.methods.settings import Training
 from fedtune.models.lora_targets import tuned_modules
@@ -123,6 +124,8 @@ def plan(
         seed=config.seed,
         robust=robust,
         compression=compression,
+        evaluation=federated(config, method) if asks_clients(config, method) else None,
+        every=config.evaluation.every,
     )
     client, server, evaluation, tokens = PartsMeter(), PartsMeter(), PartsMeter(), 1.0
     if steps:
@@ -255,6 +258,9 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
         (later if exchange.client in seen else first).append(exchange)
         seen.add(exchange.client)
     count = max(len(traffic.exchanges), 1)
+    training = {way: sum(getattr(e, way) for e in traffic.exchanges) for way in ("down", "up")}
+
+    scored = {way: sum(getattr(e, way) for e in traffic.scores) for way in ("down", "up")}
 
     def means(exchanges: Sequence[Exchange]) -> dict[str, float | int] | None:
         if not exchanges:
@@ -266,12 +272,13 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
         }
 
     return {
-        "down_per_client_round": _whole(traffic.down / count),
-        "up_per_client_round": _whole(traffic.up / count),
-        "per_client_round": _whole((traffic.down + traffic.up) / count),
+        "down_per_client_round": _whole(training["down"] / count),
+        "up_per_client_round": _whole(training["up"] / count),
+        "per_client_round": _whole(sum(training.values()) / count),
         "down": traffic.down,
         "up": traffic.up,
         "total": traffic.down + traffic.up,
+        **({"evaluation": scored} if traffic.scores else {}),
         "first_time": means(first),
         "later": means(later),
         "exact": traffic.exact,

@@ -20,6 +20,7 @@ from fedtune.core.compression import Compression
 from fedtune.core.robust import RobustMean
 from fedtune.core.seeds import derive_seed, torch_generator
 from fedtune.core.types import MODEL, Order, Payload, Reply, TensorSpec
+from fedtune.evaluation.federated import FederatedEvaluation
 from fedtune.planning.block_turns import Turn, ordered
 from fedtune.planning.fake import Fakes, values
 
@@ -43,18 +44,19 @@ class Traffic:
     """All messages of a run."""
 
     exchanges: list[Exchange] = field(default_factory=list)
+    scores: list[Exchange] = field(default_factory=list)  # in which clients are asked for scores
     turns: list[Turn] = field(default_factory=list)  # of methods that train blocks in turn
     exact: bool = True  # False: what is sent depends on losses, and is what is to be expected
 
     @property
     def down(self) -> int:
         """Bytes to clients."""
-        return sum(exchange.down for exchange in self.exchanges)
+        return sum(exchange.down for exchange in (*self.exchanges, *self.scores))
 
     @property
     def up(self) -> int:
         """Bytes from clients."""
-        return sum(exchange.up for exchange in self.exchanges)
+        return sum(exchange.up for exchange in (*self.exchanges, *self.scores))
 
 
 def simulate(
@@ -67,6 +69,8 @@ def simulate(
     seed: int,
     robust: RobustMean | None = None,
     compression: Compression | None = None,
+    evaluation: FederatedEvaluation | None = None,
+    every: int = 1,
 ) -> Traffic:
     """The payloads of all rounds, if every client that is asked replies.
 
@@ -79,6 +83,8 @@ def simulate(
         seed: The run's.
         robust: What becomes of replies before the server's step.
         compression: How updates travel; None: as they are.
+        evaluation: Where clients score the result.
+        every: As `evaluation.every`.
     """
     traffic = Traffic()
     if not method.uses_wire:
@@ -90,6 +96,9 @@ def simulate(
     advance = _advance(method, robust)
     with values():
         state = first_state(method, model)
+        everyone = sample_cohort(clients, None, seed=seed, round=0)
+        if evaluation is not None:
+            traffic.scores += _asked_for_scores(evaluation, state, 0, everyone)
         for round in range(1, method.rounds + 1):
             whom = asked(method, round, clients, per_round)
             cohort = sample_cohort(clients, whom, seed=seed, round=round)
@@ -104,7 +113,15 @@ def simulate(
                         )
                     )
                 state = advance(state, replies)
+            if evaluation is not None and (round == method.rounds or (every and round % every == 0)):
+                traffic.scores += _asked_for_scores(evaluation, state, round, everyone)
     return traffic
+
+
+def _asked_for_scores(
+    evaluation: FederatedEvaluation, state: Any, round: int, everyone: Cohort
+) -> Iterable[Exchange]:
+    return [_exchange(round, order, None) for order in evaluation.plan(evaluation.of(state), round, everyone)]
 
 
 def first_state(method: Any, model: nn.Module) -> Any:

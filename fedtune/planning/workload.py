@@ -41,8 +41,8 @@ class Workload:
         population: How many clients there are.
         longest: The longest examples, of any client, in descending order.
         public: The server's longest public examples, likewise; empty without any.
-        held_out: All held-out examples that are scored; as many of the longest as a batch has where they are
-            not known.
+        held_out: All held-out examples that are scored, or where clients score their own those of the client
+            with the largest batch; as many of the longest as a batch has where they are not known.
         labels: Of a classifier, its classes, where they are known.
         notes: What had to be assumed.
         tokens: Of all clients' batches, over one pass, and how many of them are padding; None where the data
@@ -150,15 +150,19 @@ def read(config: RunConfig, *, pooled: bool, rows: int, objects: ObjectData | No
         )
         each["public"] = found.counts
         public = tuple(longest_of(batching.rows(found.items, torch_generator(config.seed, "plan")), rows))
-    held_out = encode_for(
-        config,
-        split.evaluation,
-        tokenizer,
-        split.labels,
-        max_length=room.tokens,
-        whose="the held-out examples",
-        too_long="cut",
-    ).items
+    groups = [
+        encode_for(
+            config,
+            scored,
+            tokenizer,
+            split.labels,
+            max_length=room.tokens,
+            whose="the held-out examples",
+            too_long="cut",
+        ).items
+        for scored in split.own.values() or [split.evaluation]
+    ]
+    held_out = max(groups, key=lambda items: _largest(items, config.evaluation.batch_size))
     notes += describe(each, room.tokens)
     tokens = (computed, padded) if computed else None
     about = split.labels, tuple(notes), tokens, packed or None
@@ -230,6 +234,11 @@ def _shorter(item: Encoded) -> Encoded:
     labels = item.labels[:-1] if len(item.labels) > 1 else item.labels
     parts = (*item.parts[:-1], item.parts[-1] - 1) if item.parts else ()
     return Encoded(item.input_ids[:-1], labels, tuple(filter(None, parts)))
+
+
+def _largest(items: Sequence[Encoded], size: int) -> int:
+    """Tokens of the largest batch of held-out examples, padding included."""
+    return min(len(items), size) * max((len(item.input_ids) for item in items), default=0)
 
 
 def _longest(items: Iterable[Encoded], rows: int) -> tuple[Encoded, ...]:

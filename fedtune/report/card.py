@@ -140,6 +140,12 @@ def _scores(summary: Mapping[str, Any]) -> str:
     examples = (summary.get("examples") or {}).get("held_out") or {}
     count = examples.get("examples")
     said = f"On {count:,} examples that no client trained on. " if count else ""
+    if scored := summary.get("scored"):
+        own = max(after["examples"] for after in summary["evaluation"].values())
+        said = (
+            f"By {len(scored['clients'])} clients, each on examples of its own that it did not train on, "
+            f"{own:,} in all. "
+        )
     table = _table(("task", "metric", "before", "after, with its 95 % interval"), rows)
     return f"## Scores\n\n{said}Before: the base model as the run began with it.\n\n{table}"
 

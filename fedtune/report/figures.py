@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WHERE = ("client", "server", "evaluation")
 BANDS, CLIENTS, LABELS = 4, 60, 7  # curves with a band, clients and labels of a figure of the split
+SPREADS = 4  # rounds whose probabilities are drawn
 UNLIKE = 30  # totals of bytes so many times apart are drawn on a logarithmic axis
 FLAT = 0.02  # of a score: an axis spans at least so much of it
 _GREY = "#808080"
@@ -219,6 +220,29 @@ def updates(runs: Sequence[RunData]) -> str:
         _whole_rounds(axis)
 
     return figure("norm of an update, a dot a client", [draw]) if some else ""
+
+
+def probabilities(runs: Sequence[RunData]) -> Iterator[str]:
+    """How FedKSeed-Pro's probabilities are spread over its seeds, by round (the paper's Figure 3)."""
+    for run in runs:
+        told = {entry["round"]: entry["seeds"]["probability"] for entry in run.rounds if entry.get("seeds")}
+        if not told:
+            continue
+        rounds = list(told)
+        shown = [rounds[round(at * (len(rounds) - 1) / (SPREADS - 1))] for at in range(SPREADS)]
+
+        spreads = {number: told[number] for number in shown}
+
+        def draw(axis: Axes, spreads: Mapping[int, Mapping[str, float]] = spreads) -> None:
+            for number, spread in spreads.items():
+                percent = [int(name) for name in spread]
+                axis.plot(percent, list(spread.values()), label=f"round {number}")
+            axis.axhline(1, color=_GREY, linewidth=1, linestyle=":")
+            axis.set_xlabel("percent of the seeds, the likeliest first")
+            axis.set_ylabel("times the uniform probability")
+            axis.set_ylim(bottom=0)
+
+        yield figure(f"probabilities of the seeds, {run.name}", [draw])
 
 
 def _norms(run: RunData) -> list[tuple[int, float]]:

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 def in_notebook() -> bool:
     """Whether this process is a notebook's kernel."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 

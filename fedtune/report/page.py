@@ -8,11 +8,12 @@ came.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from fedtune.errors import InputError
 from fedtune.evaluation.bootstrap import metrics_of
@@ -57,6 +58,7 @@ def report(runs: Sequence[RunData]) -> str:
         "<h2>On the way</h2>",
         *figures.scores(runs),
         *figures.arrivals(runs),
+        *figures.probabilities(runs),
         figures.privacy(runs),
         figures.memory(runs),
     ]
@@ -121,12 +123,23 @@ def _scores(runs: Sequence[RunData]) -> Iterator[str]:
                 continue
             before, after = run.rounds[0]["eval"].get(task, {}), evaluated[-1]
             for metric in metrics_of(after["eval"][task]):
+                if metric == "tokens":  # what the loss rests on, and no score
+                    continue
                 value = number(after["eval"][task][metric]) + interval(after["eval"][task], metric)
                 first = number(before[metric]) if metric in before else ""
                 worst = after.get("per_client", {}).get(task, {}).get(metric)
                 shown = f"{number(worst['worst'])} (client {worst['worst_client']})" if worst else ""
-                rows.append([run.name, metric, first, value, str(after["round"]), shown])
+                rows.append([run.name, metric, first, value, _scored_in(after), shown])
         yield _table(task, ["run", "metric", "before", "after [95 %]", "round", "worst client"], rows)
+
+
+def _scored_in(entry: Mapping[str, Any]) -> str:
+    """The round of a score, and by how many clients it was made where they made it."""
+    if not (scored := entry.get("scored")):
+        return str(entry["round"])
+    there, left_out = len(scored["clients"]), len(scored["left_out"])
+    of = f" of {there + left_out}" if left_out else ""
+    return f"{entry['round']}, scored by {there}{of} clients"
 
 
 def _evaluated(runs: Sequence[RunData]) -> str:

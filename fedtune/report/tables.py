@@ -26,7 +26,7 @@ def size(count: float) -> str:
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Scores before and after, and what the run cost."""
-    scores = Table(title="Held-out examples", title_justify="left")
+    scores = Table(title=scored_where(summary), title_justify="left")
     for column, justify in (
         ("task", "left"),
         ("metric", "left"),
@@ -80,12 +80,23 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     return [scores, cost]
 
 
+def scored_where(summary: Mapping[str, Any]) -> str:
+    """On whose held-out examples the scores are."""
+    if not (scored := summary.get("scored")):
+        return "Held-out examples"
+    count, there = len(scored["clients"]), len(scored["clients"]) + len(scored["left_out"])
+    examples = max((found["examples"] for found in summary["evaluation"].values()), default=0)
+    of = "" if count == there else f" of {there}"
+    return f"{examples:,} held-out examples of {count}{of} clients, scored by them"
+
+
 def rounds_and_clients(summary: Mapping[str, Any]) -> str:
     """`3 x 10` where all ten clients were asked in each round; `3 x 4 of 10` where four were, on average."""
     rounds, clients, each = summary["rounds"], summary["clients"], summary["payload_bytes_per_client_round"]
     if not rounds or not each:  # nothing was sent, so no count follows from what was
         return f"{rounds} x {clients}"
-    asked = round(sum(summary["payload_bytes"].values()) / each / rounds, 2)
+    training = sum(summary["payload_bytes"].values()) - sum(summary.get("evaluation_bytes", {}).values())
+    asked = round(training / each / rounds, 2)
     return f"{rounds} x {asked:g}" + ("" if asked == clients else f" of {clients}")
 
 

@@ -206,8 +206,8 @@ class Worker:
             now = runner.states.get(client)
             kept = state if before is not None else 0
             if now is not None and now is not before:
-                self._save_state(round, now)
-                kept = round
+                kept = max(round, 1)  # 0 says that nothing is; masked scores are asked for in round 0 too
+                self._save_state(kept, now)
             self._done = done = _Done(round, crc, state, reply, kept)
             took = time.monotonic() - began
             self._log_line(f"round {round}: reply of {len(reply):,} bytes after {took:.2f} s")

@@ -112,7 +112,7 @@ class FedAvg:
 
     def plan(self, state: State, round: int, cohort: Cohort) -> Iterator[Order]:
         """Everyone in the cohort gets the global weights, cut to its rank."""
-        weights, tuning = _as_sent(state.weights, state.dtypes), self.asks_all(round)
+        weights, tuning = state.sent(), self.asks_all(round)
         ranks = {client: state.ranks.get(str(client), self._rank(client)) for client in cohort.clients}
         if self.config.aggregation == "stack":  # every client draws its own fresh factors
             down = {name: w for name, w in weights.items() if not lora.is_factor(name)}
@@ -386,7 +386,3 @@ class FedAvg:
             elif name.endswith(lora.B):
                 fresh[name] = torch.zeros(parameter.shape)
         return lora.cut(fresh, self._rank(env.client)) if self._rank(env.client) else fresh
-
-
-def _as_sent(weights: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
-    return {name: w.to(getattr(torch, dtypes[name])) for name, w in weights.items()}

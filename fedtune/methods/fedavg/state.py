@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,11 @@ class State:
     steps: int = 0
     begun: dict[str, int] = field(default_factory=dict)
     versions: dict[str, Tensor] = field(default_factory=dict)
+
+    def sent(self) -> dict[str, Tensor]:
+        """The weights in the dtypes in which they are held and sent."""
+        return {name: w.to(getattr(torch, self.dtypes[name])) for name, w in self.weights.items()}
+
+    def for_scoring(self) -> State:
+        """The weights as they are sent, and what is added to the base: all that makes up the model."""
+        return State(self.sent(), {}, self.scaling, product=self.product)

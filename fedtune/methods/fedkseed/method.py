@@ -30,6 +30,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -303,14 +304,11 @@ class FedKSeed:
 
     def probabilities(self, state: State) -> Tensor:
         """The p of Eq. 14, float32 (K); uniform until something was drawn or while ψ does not vary."""
-        drawn = state.draws > 0
-        if not bool(drawn.any()):
-            return torch.full((self.config.seeds,), 1 / self.config.seeds)
-        psi = state.magnitude / state.draws.clamp(min=1)
-        psi = torch.where(drawn, psi, psi[drawn].mean())
-        spread = psi.max() - psi.min()
-        normalized = (psi - psi.min()) / spread if spread > 0 else torch.zeros_like(psi)
-        return normalized.softmax(0).float()
+        return state.probabilities()
+
+    def told(self, state: State) -> dict[str, Any]:
+        """For a round's line: with Pro, how the probabilities are spread over the seeds (Figure 3)."""
+        return {"seeds": state.spread()} if self.pro else {}
 
     def _pool(self) -> SeedPool:
         return SeedPool(self.pool_key, self.config.seeds, self.config.noise)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedtune.core.types import Scalar
@@ -38,3 +40,31 @@ class State:
     messages: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Mapping[str, int] = field(default_factory=dict)
     steps: int = 0
+
+    def for_scoring(self) -> State:
+        """The accumulator alone: with it the model is rebuilt."""
+        none = torch.zeros(0)
+        return State(self.origin, self.accumulator, none, none, none)
+
+    def probabilities(self) -> Tensor:
+        """The p of Eq. 14, float32 (K); uniform until something was drawn or while ψ does not vary."""
+        drawn = self.draws > 0
+        if not bool(drawn.any()):
+            return torch.full((len(drawn),), 1 / len(drawn))
+        psi = self.magnitude / self.draws.clamp(min=1)
+        psi = torch.where(drawn, psi, psi[drawn].mean())
+        spread = psi.max() - psi.min()
+        normalized = (psi - psi.min()) / spread if spread > 0 else torch.zeros_like(psi)
+        return normalized.softmax(0).float()
+
+    def spread(self) -> dict[str, Any]:
+        """How p is spread over the seeds.
+
+        Returns:
+            `drawn`: seeds that were drawn so far; `probability`: p times K, so that 1 is uniform, of the seed
+            behind which so many percent of the seeds lie, the likeliest being behind none.
+        """
+        times = (self.probabilities() * len(self.draws)).sort(descending=True).values.tolist()
+        at = {percent: times[round(percent / 100 * (len(times) - 1))] for percent in range(0, 101, 5)}
+        shown = {str(percent): round(value, 6) for percent, value in at.items()}
+        return {"drawn": int((self.draws > 0).sum()), "probability": shown}
