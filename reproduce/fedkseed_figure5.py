@@ -6,9 +6,10 @@ losses of 1,000 pictures that no client has.
 
 Table:   Figure 5, η and ε; docs/claims.md, block fedkseed-figure5
 Command: python reproduce/fedkseed_figure5.py fedkseed-figure5
-Time:    not measured
+Time:    2 CPU minutes
 Needs:   ../shared/data/mnist-t10k, matplotlib (extra `report`)
-Result:  1
+Result:  at ten times the best η the loss is +0.0581 (-0.2129 to +0.3292) higher, at ε = 1 +0.2170 (+0.1248 to
+         +0.3092)
 """
 
 from __future__ import annotations
