@@ -15,6 +15,7 @@ from fedtune.models.pipelines import load_pipeline
 from fedtune.models.text_to_image import Learning, TextToImage, text_to_image
 
 SIDE = 16  # pixels: 8 x 8 latents
+PROMPTS = ["a sks square on a red background", "two blue circles"]
 
 
 def save_pipeline(
@@ -156,3 +157,23 @@ def loaded(folder: Path, **learning: Any) -> TextToImage:
     model = text_to_image(found.model)
     assert model is not None
     return model
+
+
+def drawn_plainly(pipeline: Path, lora: Path | None) -> Any:
+    """Pictures of `PROMPTS` as a user of diffusers makes them, uint8 (2, 3, side, side)."""
+    from diffusers import StableDiffusionPipeline
+
+    plain: Any = StableDiffusionPipeline.from_pretrained(
+        pipeline, local_files_only=True, safety_checker=None, requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    if lora is not None:
+        plain.load_lora_weights(lora)
+    images = plain(
+        PROMPTS,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="np",
+    ).images
+    return (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)

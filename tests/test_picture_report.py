@@ -56,6 +56,30 @@ def test_pictures_of_each_client_and_what_is_wrong_with_them(tmp_path: Path) -> 
     assert "14 pictures have a side of less than 24 pixels" in enlarged["checks"][-1]["text"]
 
 
+def test_the_first_picture_that_is_trained_on_is_shown(tmp_path: Path) -> None:
+    """Picture 0 is held out with some seeds, and is no training picture then."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    config = configuration(pipeline, save_pictures(tmp_path / "pictures", {"sks": 2, "zwx": 2}))
+    config["data"]["holdout"] = {"client_fraction": 0.5}
+    found = set()
+    for seed in range(6):
+        shown = fedtune.data_report({**config, "seed": seed})["example"]
+        found.add(shown["index"])
+        assert shown["picture"] == str(tmp_path / "pictures" / "sks" / f"{shown['index']}.png")
+    assert found == {0, 1}
+
+
+def test_the_first_text_that_is_trained_on_is_shown() -> None:
+    rows = [{"instruction": f"say {n}", "output": str(n)} for n in range(8)]
+    found = set()
+    for seed in range(6):
+        data = {"clients": 2, "partition": {"name": "iid"}, "holdout": {"client_fraction": 0.5}}
+        shown = fedtune.data_report({"data": data, "seed": seed}, data=rows)["example"]
+        found.add(shown["index"])
+        assert any(f"say {shown['index']}" in piece["text"] for piece in shown["pieces"])
+    assert len(found) > 1
+
+
 def test_the_bundled_ones_by_the_command_line() -> None:
     done = CliRunner().invoke(app, ["data", "pictures_one_shot"])
     assert done.exit_code == 0, done.output

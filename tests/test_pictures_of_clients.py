@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from command import fedtune as command
 from command import outcome, write_config
-from small_pipelines import configuration, save_pictures, save_pipeline
+from small_pipelines import PROMPTS, configuration, drawn_plainly, save_pictures, save_pipeline
 
 import fedtune
 from fedtune.config.file import load_config
@@ -134,8 +134,6 @@ def test_a_killed_run_ends_with_the_same_bits(site: Path) -> None:
 
 
 def test_plain_diffusers_takes_the_text_encoders_lora(site: Path, tmp_path: Path) -> None:
-    from test_text_to_image import PROMPTS, drawn_plainly
-
     from fedtune.models.pipelines import Drawing, draw_pictures
 
     config = document(lora={"rank": 2, "alpha": 4, "targets": BOTH}, lr=0.1)
@@ -146,10 +144,8 @@ def test_plain_diffusers_takes_the_text_encoders_lora(site: Path, tmp_path: Path
     moved = [n for n, t in factors.items() if n.startswith("text_encoder.") and "lora_B" in n and t.any()]
     assert moved
     (folder,) = run.export(tmp_path / "lora")
-    from diffusers import StableDiffusionPipeline
-
     ours = draw_pictures(run.model(), run.tokenizer(), PROMPTS, [5, 6], Drawing(steps=3, guidance=2.0))
-    theirs = drawn_plainly(StableDiffusionPipeline, site / "pipeline", folder)
+    theirs = drawn_plainly(site / "pipeline", folder)
     assert np.array_equal(theirs, ours.numpy())
     # without the text encoder's part it would be another picture
     from safetensors.torch import save_file
@@ -157,7 +153,7 @@ def test_plain_diffusers_takes_the_text_encoders_lora(site: Path, tmp_path: Path
     unet = {name: tensor for name, tensor in factors.items() if name.startswith("unet.")}
     (tmp_path / "half").mkdir()
     save_file(unet, tmp_path / "half" / LORA)
-    half = drawn_plainly(StableDiffusionPipeline, site / "pipeline", tmp_path / "half")
+    half = drawn_plainly(site / "pipeline", tmp_path / "half")
     assert not np.array_equal(half, theirs)
 
 

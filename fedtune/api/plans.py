@@ -55,7 +55,7 @@ def data_report(
     *overrides: str,
     data: Any = None,
     sample: int = 50_000,
-    example: int = 0,
+    example: int | None = None,
 ) -> dict[str, Any]:
     """What a run will train on: clients, lengths in tokens, what stands twice or is cut, one example.
 
@@ -66,7 +66,7 @@ def data_report(
         overrides: As of `load`.
         data: As of `run`.
         sample: Tokens are counted of at most so many examples, evenly spread; texts are looked at whole.
-        example: Which training example is shown, by its index as in partition.json.
+        example: Which training example is shown, by its index as in partition.json; None: the first.
 
     Returns:
         The document of `fedtune data --json`: `clients`, `lengths`, `duplicates`, `padding`, `example`,

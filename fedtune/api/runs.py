@@ -277,7 +277,7 @@ class Run:
         from fedtune.federation.formats import GGUF, check_format, require_adapter, write_gguf
         from fedtune.federation.results import export_run
 
-        merge = check_format(format, merge=merge)
+        merge = check_format(format, task=self.config.model.task, merge=merge)
         if format == GGUF:
             return write_gguf(self.path, Path(out), lambda to: self.export(to, merge=True, name=name))
         if format == "peft":
@@ -307,7 +307,7 @@ class Run:
         from fedtune.federation.results import result_folders
         from fedtune.report.card import card
 
-        check_format(format)
+        check_format(format, task=self.config.model.task)
         first = next(iter(result_folders(self.folder).values()))
         form = form_for_others(first) if format is None else format
         return publish(

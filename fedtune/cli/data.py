@@ -33,8 +33,11 @@ def data(
         int, typer.Option(min=1, help="Count the tokens of at most so many examples, evenly spread.")
     ] = 50_000,
     example: Annotated[
-        int, typer.Option(min=0, help="Show this training example, by its index in partition.json.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, help="Show this training example, by its index in partition.json; default: the first."
+        ),
+    ] = None,
     as_json: Json = False,
     plugin: Plugin = None,
 ) -> None:

@@ -236,8 +236,11 @@ class RunConfig(Settings):
             raise ValueError("evaluation.arrivals needs method.arrival: asynchronous")
         for task in certain(self.evaluation.tasks):
             if looks_at_pictures(task) != (self.model.task == pictures.TASK):
-                other = "for" if looks_at_pictures(task) else "not for"
-                raise ValueError(f"task {task} is {other} model.task: {pictures.TASK}, got {self.model.task}")
+                if looks_at_pictures(task):
+                    raise ValueError(f"task {task} is for model.task: {pictures.TASK}, got {self.model.task}")
+                raise ValueError(
+                    f"task {task} is not for pictures; take denoising-loss, clip-score, pixel-check"
+                )
             if self.model.task == "classification" and not classifies(task):
                 raise ValueError(f"task {task} needs generated text; model.task is classification")
         clients, often = self.data.clients, self.federation.clients_per_round

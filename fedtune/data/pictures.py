@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,16 @@ import numpy as np
 
 from fedtune.data.encoded import Counts, Encoded, EncodedSet
 from fedtune.data.examples import Example
-from fedtune.data.files import clients_in, rows_in
+from fedtune.data.files import clients_in
+from fedtune.data.picture_folders import (
+    ENDS,
+    METADATA,
+    files_below,
+    passed_over,
+    pictures_of,
+    refuse_splits,
+    written_captions,
+)
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.shapes import SIZE, subject_pictures
 from fedtune.errors import InputError
@@ -30,8 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-ENDS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as the hub's image folders have them
 MOST_PIXELS = 64_000_000  # of one picture: 256 MB once decoded; a few kilobytes of a bomb decode to more
 BUNDLED = "bundled"
 _LIBRARY = "pictures need Pillow; install fedtune[image]"
@@ -136,14 +144,17 @@ def load_pictures(source: str, split: str, caption: str | None, reading: Reading
             f"{reading.what}: {folder} is no folder; pictures are read from a folder on this machine, got "
             f"{source}"
         )
-    files = picture_files(folder)
+    below = files_below(folder)
+    files = pictures_of(below)
     if not files:
         raise InputError(f"{reading.what}: {folder} {NONE_THERE} Pictures end in {', '.join(sorted(ENDS))}.")
-    written, examples, bare = _written(folder), list[Example](), list[str]()
+    refuse_splits(folder, files)
+    written, examples, bare = written_captions(folder, below), list[Example](), list[str]()
     for file in files:
         place = str(file.relative_to(folder))
-        said = _caption(file, written.get(place), caption)
-        if said is None:
+        everyone = None if caption is None else _named(caption, file.parent.name)
+        said = written.get(file, everyone)
+        if not said:
             bare.append(place)
             continue
         try:
@@ -164,17 +175,12 @@ def load_pictures(source: str, split: str, caption: str | None, reading: Reading
             f"{bare[0]}. Write them into {METADATA[0]} (file_name and text) or into a .txt beside each, or "
             'give one for all in data.pictures.caption, as "a photo of sks dog"'
         )
-    if lost := sorted(set(written) - {str(file.relative_to(folder)) for file in files}):
-        raise InputError(f"{folder}: its metadata name {lost[0]}, which is not there")
     if not examples:
         raise InputError(f"{reading.what}: {folder} {NONE_THERE} All its pictures are bad.")
-    reading.lines.append(f"{reading.what}: {len(examples):,} pictures from {folder}")
+    over = passed_over(below)
+    others = f"; no pictures that are read: {over}" if over else ""
+    reading.lines.append(f"{reading.what}: {len(examples):,} pictures from {folder}{others}")
     return examples
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder and of all folders in it, by their ends, in the order of their names."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDS and f.is_file())
 
 
 def pictures_by_client(source: str, caption: str | None, reading: Reading) -> dict[str, list[Example]]:
@@ -268,24 +274,27 @@ def caption_ids(
 def open_picture(file: Path) -> Image:
     """A picture as RGB, upright. 16-bit grey is brought to 8 bits; what is transparent becomes white.
 
+    Of a phone's JPEG that holds several pictures (MPO) it is the first.
+
     Raises:
         InputError: It is broken, animated, of floating-point numbers, or has more than `MOST_PIXELS`.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise InputError(_LIBRARY) from error
     try:
-        with Image.open(file) as image:
+        # an open file and no name, since Pillow 13 reads grey TIFFs that are turned from a map, in wrong rows
+        ours = warnings.catch_warnings(action="ignore")  # of many pixels we say it ourselves
+        with file.open("rb") as opened, ours, Image.open(opened) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise InputError(
                     f"{file}: it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller"
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                raise InputError(
-                    f"{file}: it is animated, with {getattr(image, 'n_frames', 1)} frames; save one of them"
-                )
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a phone's JPEG, with previews or depths behind it
+                raise InputError(f"{file}: it is animated, with {frames} frames; save one of them")
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
@@ -304,6 +313,10 @@ def open_picture(file: Path) -> Image:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{file}: it has too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{file}: it is no picture that can be read: its content is of no kind that is known"
+        ) from error
     except Exception as error:  # of a damaged file a decoder may raise anything, TypeError among it
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{file}: it is no picture that can be read: {said}") from error
@@ -341,35 +354,6 @@ def as_image(pixels: Any) -> Image:
     except ImportError as error:
         raise InputError(_LIBRARY) from error
     return Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def _written(folder: Path) -> dict[str, str]:
-    """Captions by the picture's place below the folder, of every file of metadata in it."""
-    found: dict[str, str] = {}
-    for file in sorted(one for name in METADATA for one in folder.rglob(name)):
-        for place, row in rows_in(file):
-            if isinstance(row, InputError):
-                raise row
-            name, text = (row.get(key) if isinstance(row, Mapping) else None for key in ("file_name", "text"))
-            if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-                raise InputError(f'{place}: it needs texts for "file_name" and "text", got {row!r:.80}')
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise InputError(f"{place}: {name:.80} is outside of the folder of this file")
-            found[str((file.parent / name).relative_to(folder))] = text.strip()
-    return found
-
-
-def _caption(file: Path, written: str | None, everyone: str | None) -> str | None:
-    beside = file.with_suffix(".txt")
-    if written is not None:
-        return written
-    if beside.is_file():
-        try:
-            own = beside.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{beside} cannot be read: {error}") from error
-        return own or None
-    return None if everyone is None else _named(everyone, file.parent.name)
 
 
 def _named(caption: str, folder: str) -> str:

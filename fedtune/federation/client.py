@@ -29,7 +29,8 @@ from fedtune.data.examples import Example
 from fedtune.data.holdout import own_part, scored_part
 from fedtune.data.objects import ObjectData
 from fedtune.data.opening import check_ordinary
-from fedtune.data.pictures import load_pictures, picture_files
+from fedtune.data.picture_folders import picture_files
+from fedtune.data.pictures import load_pictures
 from fedtune.data.reading import NONE_THERE, Reading
 from fedtune.data.records import CHOICES
 from fedtune.data.sources import count_records, load_examples

@@ -19,12 +19,21 @@ PEFT, MERGED, GGUF = FORMATS = ("peft", "merged", "gguf")
 CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
 
 
-def check_format(format: str | None, *, merge: bool = False) -> bool:
-    """Whether a result becomes a whole model. Raises InputError for a form that is none, or not `merge`'s."""
+def check_format(format: str | None, *, task: str, merge: bool = False) -> bool:
+    """Whether a result becomes a whole model.
+
+    Raises:
+        InputError: The form is none, not `merge`'s, or not for models of this task.
+    """
     if format is not None and format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if merge and format not in (None, MERGED):
         raise InputError(f"merge writes a whole model, and format is {format}; give one of them")
+    if format == GGUF and task == "text-to-image":
+        raise InputError(
+            f"format {GGUF} is for language models, and this one makes pictures; take {MERGED}, a pipeline "
+            "of diffusers, or leave it out"
+        )
     return merge or format == MERGED
 
 

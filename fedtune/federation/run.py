@@ -282,17 +282,19 @@ class _Federation:
         cohort = cohort or sample_cohort(self._assembly.weights, whom, seed=config.seed, round=round)
         self._progress.round(round, len(cohort.clients))
         arrivals: list[dict[str, Any]] = []
+        last: tuple[Any, Evaluated] = (None, Evaluated())  # of arrivals: its state may be the round's
 
         def on_arrival(now: Any, outcome: RoundOutcome) -> None:
             self._progress.client(len(outcome.clients) + len(outcome.left_out))
             self._callbacks.clients(outcome)
             if config.evaluation.arrivals:
-                scores = self._evaluate((now, model))
+                nonlocal last
+                last = (now, scores := self._evaluate((now, model)))
                 keep_made(scores, self._folder, round, arrivals=len(outcome.clients))
                 arrivals.append({"clients": list(outcome.clients), "eval": scores.result})
 
-        count, sends = len(cohort.clients), self._assembly.method.uses_wire
-        quorum = replies_needed(count, config.federation.quorum, drawn=drawn, sends=sends)
+        sends, least = self._assembly.method.uses_wire, config.federation.quorum
+        quorum = replies_needed(len(cohort.clients), least, drawn=drawn, sends=sends)
         privacy: dict[str, Any] = {}
         every, rounds = config.evaluation.every, self._assembly.method.rounds
         due = round == rounds or (every > 0 and round % every == 0)
@@ -308,7 +310,8 @@ class _Federation:
             return done
 
         def scored(now: Any) -> Evaluated:
-            return self._evaluate((now, model), round) if due else Evaluated()
+            found = last[1] if last[0] is now else None
+            return (found or self._evaluate((now, model), round)) if due else Evaluated()
 
         guard = Guard(config.federation, self._assembly.method)
         settled = guard.settle(once, scored, loss=last_loss(self._rounds))
@@ -358,9 +361,8 @@ class _Federation:
         self._earlier = dict(start.seconds)
 
     def _save(self, round: int, state: Any) -> None:
-        whole = checkpoint.Checkpoint(
-            round, to_payload(state), self._assembly.runner.states, self._folder.sizes(), self._seconds()
-        )
+        clients, seconds = self._assembly.runner.states, self._clock.by_part(self._earlier)
+        whole = checkpoint.Checkpoint(round, to_payload(state), clients, self._folder.sizes(), seconds)
         self._keeping.save(whole, self._rounds)
 
     def _save_result(self, models: Iterator[tuple[str, nn.Module]]) -> None:
@@ -374,14 +376,6 @@ class _Federation:
         often, everyone = self._config.federation.clients_per_round, self._assembly.client_examples
         return asked(self._assembly.method, round, everyone, often)
 
-    def _seconds(self) -> dict[str, float]:
-        parts = dict.fromkeys(("total", "training", "aggregation", "evaluation", "rebuild"), 0.0)
-        now = self._clock.seconds | {"total": self._clock.total - self._clock.seconds.get("setup", 0.0)}
-        return {
-            part: round(now.get(part, 0.0) + self._earlier.get(part, 0.0), 3)
-            for part in parts | now | self._earlier
-        }
-
     def summarize(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
         summary = {
@@ -389,7 +383,7 @@ class _Federation:
             **of_run(self._config, self._assembly, self._ledger, self._rounds),
             "trainable_parameters": self._trainable,
             "total_parameters": self._total_parameters,
-            "seconds": self._seconds(),
+            "seconds": self._clock.by_part(self._earlier),
             "status": status,
             **self._keeping.document(self._rounds),
         }

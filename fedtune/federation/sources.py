@@ -11,7 +11,8 @@ from fedtune.core.seeds import numpy_generator
 from fedtune.data.examples import Example
 from fedtune.data.files import clients_in, is_here, is_pattern, left_over
 from fedtune.data.objects import ObjectData
-from fedtune.data.pictures import load_pictures, picture_files, pictures_by_client
+from fedtune.data.picture_folders import picture_files
+from fedtune.data.pictures import load_pictures, pictures_by_client
 from fedtune.data.reading import Reading
 from fedtune.data.sources import bundled_examples, has_parts, held_out_split, load_examples
 from fedtune.errors import InputError, nearest

@@ -197,7 +197,7 @@ def draw_pictures(
     made = list[Tensor]()
     for at in range(0, len(prompts), how.together):
         some = slice(at, at + how.together)
-        with torch.no_grad():
+        with torch.no_grad(), quiet(), without_reports():  # who cut a prompt has said so
             images = pipeline(
                 list(prompts[some]),
                 num_inference_steps=how.steps,

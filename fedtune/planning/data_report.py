@@ -55,7 +55,7 @@ class Tokens:
 
 
 def data_report(
-    config: RunConfig, *, objects: ObjectData | None = None, sample: int = SAMPLE, example: int = 0
+    config: RunConfig, *, objects: ObjectData | None = None, sample: int = SAMPLE, example: int | None = None
 ) -> dict[str, Any]:
     """The document of `fedtune data --json`.
 
@@ -63,7 +63,7 @@ def data_report(
         config: The run's configuration.
         objects: The examples, with `data.train: objects`.
         sample: The most examples whose tokens are counted.
-        example: Which training example is shown: its index, as in partition.json.
+        example: Which training example is shown: its index, as in partition.json; None: the first.
 
     Returns:
         `model`, `template`, `max_length`, `sources` (a line each), `skipped`; `examples` by group; `clients`:
@@ -121,7 +121,7 @@ def data_report(
             "padding": sum(one.padding[1] for one in tokens.values()),
         },
         "sampled": looked if looked < total else None,
-        "example": look.example(example) if total else None,
+        "example": look.example(first_example(split) if example is None else example) if total else None,
     }
     shown = [*split.trained, *split.held_out]
     template = used_template(config, shown)
@@ -132,6 +132,11 @@ def data_report(
         said.append(other)
     document["checks"] = [*_checks(config, document, split, room, twice), *map(_check, said)]
     return document
+
+
+def first_example(split: Split) -> int:
+    """The index of the first training example, as in partition.json: those before it are held out."""
+    return min((index for part in split.partition["clients"] for index in part["indices"]), default=0)
 
 
 class _Look:

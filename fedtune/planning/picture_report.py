@@ -16,23 +16,24 @@ from fedtune.data.pictures import picture_size
 from fedtune.errors import InputError, foreign
 from fedtune.federation.data import Split, prepare_data
 from fedtune.models.pipelines import meta_pipeline, pipeline_tokenizer
-from fedtune.planning.data_report import histogram
+from fedtune.planning.data_report import first_example, histogram
 from fedtune.planning.pictures import side_of
 
 Check = dict[str, str]
 
 
-def picture_report(config: RunConfig, *, example: int = 0) -> dict[str, Any]:
+def picture_report(config: RunConfig, *, example: int | None = None) -> dict[str, Any]:
     """The same document as `data_report`: tokens are those of captions, equal are pictures of the same bytes.
 
     Args:
         config: The run's configuration.
-        example: Which training picture is shown: its index, as in partition.json.
+        example: Which training picture is shown: its index, as in partition.json; None: the first.
 
     Raises:
         InputError: The pictures are not usable, or there is no such picture.
     """
     split = prepare_data(config, pooled=False)
+    index = first_example(split) if example is None else example
     pipeline = meta_pipeline(config.model.place, dtype=config.model.dtype, base=Path("."))
     tokenizer = pipeline_tokenizer(config.model.place, Path("."))
     room, side = int(pipeline.config.max_position_embeddings), side_of(config, pipeline)
@@ -96,7 +97,7 @@ def picture_report(config: RunConfig, *, example: int = 0) -> dict[str, Any]:
             "padding": sum(max(room - n, 0) for n in everything),
         },
         "sampled": None,
-        "example": _example(split, example, length(_of(split, example)[1])),
+        "example": _example(split, index, length(_of(split, index)[1])),
         "checks": list(_checks(duplicates, leaked, sum(cut.values()), held.cut, small, side, room)),
     }
 
