@@ -31,7 +31,7 @@ from search_rates import SEED, search
 from small_models import MNIST, pictures
 from torch import Tensor, nn
 
-from fedtune.core.cohort import QuorumError
+from fedtune.core.cohort import QuorumError, RoundOutcome
 from fedtune.core.seeds import numpy_generator, torch_generator
 from fedtune.data.encoded import Encoded
 from fedtune.methods.fedkseed.method import FedKSeed
@@ -89,7 +89,7 @@ def federate(network: Network, config: Config, seed: int, look: Callable[[nn.Mod
     method = FedKSeed(config, seed)
     client_model = method.client_model(lambda: network)
 
-    def after(round: int, state: Any) -> None:
+    def after(round: int, state: Any, outcome: RoundOutcome) -> None:
         for _, tuned in method.export(state, client_model):  # the weights are there for this long
             look(tuned, torch.tensor(rows)[:, None])
 
