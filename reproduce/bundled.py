@@ -43,7 +43,7 @@ Table:   encoding beside the tokenizer alone; docs/data.md, block bench-encoding
 Command: python reproduce/bundled.py bench-encoding
 Time:    not measured; more than a minute of one core
 Needs:   nothing
-Result:  all of 20,000 examples take 1.39 times the tokenizer's CPU time, from disk 0.129, and 0.265 of its bytes
+Result:  20,000 examples take 1.39 times the tokenizer's CPU time, from disk 0.129, and 0.265 of its bytes
 """
 
 from __future__ import annotations
