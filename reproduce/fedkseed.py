@@ -53,7 +53,7 @@ Command: python reproduce/fedkseed.py bench-zo-step
 Time:    48 minutes beside other programs
 Needs:   nothing
 Result:  a step with hadamard4 takes 1.17 times the CPU time of its two forward passes, in bfloat16 1.21, and
-         1.07 and 1.36 on 267 million weights; the papers' code 2.16
+         1.07 and 1.36 on 266,872,832 weights; the papers' code 2.16
 
 Table:   Figures 1(b) and 4, time and bytes to the newest model; docs/fedkseed.md, block bench-synchronize
 Command: python reproduce/fedkseed.py bench-synchronize
