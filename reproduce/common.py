@@ -209,9 +209,9 @@ def compared(out: Path) -> str:
     return (out / "table.md").read_text(encoding="utf-8")
 
 
-def bench(name: str, columns: int = 118) -> Entry:
+def bench(name: str, *options: str, columns: int = 118) -> Entry:
     """What `fedtune bench` prints."""
-    return Entry(Printed(("fedtune", "bench", name), columns))
+    return Entry(Printed(("fedtune", "bench", name, *options), columns))
 
 
 BENCH_MEMORY = Step(("fedtune", "bench", "memory", "--json"), RESULTS / "memory.json", kept=True)

@@ -25,7 +25,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from fedtune.models import just_in_time, openmp
+from fedtune.models import just_in_time, lean_loss, openmp
 from fedtune.models.just_in_time import JustInTimeWeights
 from fedtune.models.lora import attach_lora
 from fedtune.models.openmp import team
@@ -158,7 +158,7 @@ def test_half_precision(dtype: torch.dtype, threads: int) -> None:
     outputs=st.integers(1, 40), inputs=st.integers(1, 40), shape=st.lists(st.integers(0, 4), max_size=3),
     bias=st.booleans(), chunk=st.integers(1, 2000), share=st.integers(1, 2000), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_any_linear_layer_and_every_element_formed_once(
+def test_any_linear_layer_and_every_element_formed_once_or_never_for_no_position(
     outputs: int, inputs: int, shape: list[int], bias: bool, chunk: int, share: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -175,8 +175,26 @@ def test_any_linear_layer_and_every_element_formed_once(
         patch.setattr(just_in_time, "SHARE", share)
         with JustInTimeWeights(dict(layer.named_parameters()), form):
             found = layer(x)
-        assert all(bool((count == 1).all()) for count in counts.values())
+        assert all(bool((count == (0 not in shape)).all()) for count in counts.values())
         assert_close(found, written(layer)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_forms_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its family's code calls the head with no position, the loss then with those that are labelled."""
+    monkeypatch.setattr(lean_loss, "FEW", 0)
+    model, read = train_all(llama()), batch("llama")
+    counts = {name: torch.zeros(p.numel()) for name, p in trainable(model).items()}
+
+    def form(name: str, own: Tensor, out: Tensor, first: int) -> None:
+        counts[name][first : first + own.numel()] += 1
+        shifted(name, own, out, first)
+
+    read = read | {"labels": read["input_ids"]}
+    with torch.no_grad():
+        with JustInTimeWeights(trainable(model), form):
+            found = lean_loss.batch_loss(model, read, whole=True)
+        assert all(bool((count == 1).all()) for name, count in counts.items() if "embed" not in name)
+        assert_close(found, written(model)(**read).loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("named", [("bias",), ("weight", "bias")])

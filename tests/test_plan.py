@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reproduced import load
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fedtune.config.file import parse_config
 from fedtune.errors import InputError
@@ -247,6 +248,20 @@ def test_flops_of_attention_on_a_cpu() -> None:
         nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
     assert counter.forward == 2 * (2 * 2 * 3 * 5 * 5 * 8)
     assert counter.backward == 5 * (2 * 2 * 3 * 5 * 5 * 8)  # scores again, and four gradients
+
+
+def test_a_large_mask_of_attention_becomes_numbers_without_content() -> None:
+    """Each block makes such numbers anew; a small mask keeps its values, on which a model may branch."""
+    least, most = torch.zeros((), dtype=torch.bfloat16), torch.tensor(-3.0, dtype=torch.bfloat16)
+    large, small = (torch.arange(n) % 3 == 0 for n in (2**20, 2**20 - 1))
+    with values():
+        before = torch.where(large, least, most)  # nothing without content was met
+        Fakes().empty((2,), torch.float32) + 1
+        without, kept = torch.where(large, least, most), torch.where(small, least, most)
+        assert without.untyped_storage().nbytes() == before.untyped_storage().nbytes() == 2 * 2**20
+    assert isinstance(without, FakeTensor) and without.dtype == torch.bfloat16
+    for real in (before, kept):
+        assert not isinstance(real, FakeTensor) and real[:4].tolist() == [0.0, -3.0, -3.0, 0.0]
 
 
 def test_fake_tensors_answer_and_take_real_masks() -> None:

@@ -6,6 +6,7 @@ Machines are shared and noisy, so a number of seconds means little; a ratio with
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -30,27 +31,39 @@ BENCHES = {
     "gpu-checks": "on a GPU: bits of all noise, every method in bfloat16 against the CPU, memory and plan",
     "gpu-speed": "on a GPU, 1.1 billion weights: noise against a copy, steps against loops by hand",
 }
+DTYPES = ("float32", "bfloat16", "float16")
 ON_A_GPU = ("gpu-checks", "gpu-speed")  # scripts/on_a_gpu.sh runs them
 
 
-def run_benches(name: str) -> list[dict[str, Any]]:
+def run_benches(name: str, dtypes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Runs the benchmark of that name, or `all` that need no GPU.
+
+    Args:
+        name: Of the benchmark.
+        dtypes: Those that zo-step measures, of `DTYPES`; none for all of them.
 
     Returns:
         One document a benchmark: `bench`, `machine`, `rows` and `ratios`.
 
     Raises:
-        InputError: No benchmark has that name.
+        InputError: No benchmark has that name, or it has no dtypes, or not these.
     """
     if name != "all" and name not in BENCHES:
         raise InputError(
             f"no benchmark is named {name!r}; there are {', '.join(BENCHES)} and all.{nearest(name, BENCHES)}"
         )
+    if dtypes and name != "zo-step":
+        raise InputError(f"--dtype is of zo-step; {name} has its own dtypes: leave it out")
+    unknown = [each for each in dtypes if each not in DTYPES]
+    if unknown:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {unknown[0]!r}")
     from fedtune.measure.environment import environment  # here, so that they are listed without torch
 
+    settings = {"dtypes": tuple(dict.fromkeys(dtypes))} if dtypes else {}
     documents = []
     for each in [each for each in BENCHES if each not in ON_A_GPU] if name == "all" else [name]:
-        rows, ratios = importlib.import_module(f"fedtune.bench.{each.replace('-', '_')}").measure()
+        module = importlib.import_module(f"fedtune.bench.{each.replace('-', '_')}")
+        rows, ratios = module.measure(**settings)
         documents.append({"bench": each, "machine": environment(), "rows": rows, "ratios": ratios})
     return documents
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.bench import DTYPES
 from fedtune.bench.random_model import HIDDEN, LAYERS, random_batch, random_llama
 from fedtune.bench.seconds import seconds
 from fedtune.methods.fedkseed.step import step_weights
@@ -28,7 +29,6 @@ from fedtune.zeroth.pool import Noise
 
 REPEATS = 7
 WIDE = 2048, 4  # width and layers
-DTYPES = torch.float32, torch.bfloat16, torch.float16
 EPSILON, LR, SEEDS = 1e-3, 1e-6, 4096
 
 
@@ -37,7 +37,7 @@ def measure(
     layers: int = LAYERS,
     *,
     wide: tuple[int, int] | None = WIDE,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    dtypes: tuple[str, ...] = DTYPES,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of each kind of step, and ratios of its seconds to those of two forward passes.
 
@@ -45,11 +45,11 @@ def measure(
         hidden: Width of the model that every kind of step is measured on.
         layers: Its layers.
         wide: Width and layers of a second one, for FedKSeed's steps alone; None leaves it out.
-        dtypes: In which FedKSeed's steps are measured.
+        dtypes: In which FedKSeed's steps are measured, of `fedtune.bench.DTYPES`.
     """
     rows = []
     for width, depth in ((hidden, layers), *([wide] if wide else [])):
-        for dtype in dtypes:
+        for dtype in (getattr(torch, name) for name in dtypes):
             model, plain = random_llama(width, depth), random_llama(width, depth)
             for each in (model, plain):
                 nn.Module.to(each, dtype)

@@ -347,6 +347,10 @@ def bench(
         str | None,
         typer.Argument(metavar="[NAME]", help="One benchmark, or all; without it, what there is."),
     ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Of zo-step: float32, bfloat16 or float16; may be given again. All by default."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure against plain references, as ratios within one run.
@@ -365,7 +369,7 @@ def bench(
         }.items():
             print(f"{each:{max(map(len, BENCHES))}}  {summary}")
         return
-    documents = run_benches(name)
+    documents = run_benches(name, dtype or ())
     if as_json:
         print_json(documents if name == "all" else documents[0])
         return

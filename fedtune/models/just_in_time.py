@@ -76,6 +76,8 @@ class JustInTimeWeights(TorchFunctionMode):
         if func in _ABOUT or (func.__name__ == "__get__" and func not in _OF_VALUES):
             return func(*args, **kwargs)
         if len(args) > 1 and id(args[1]) in self._names:
+            if func is functional.linear and not args[0].shape[:-1].numel():
+                return func(*args, **kwargs)  # no position: nothing of the weight is in the result
             if func is functional.linear and _multiplies(*args[:2]):
                 return self._linear(*args, **kwargs)
             if func is functional.embedding and _looks_up(*args, **kwargs):

@@ -100,8 +100,14 @@ def values() -> Iterator[None]:
 
 
 class _Values(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._world: FakeTensorMode | None = None  # of the fake tensors that were met
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if args and isinstance(args[0], FakeTensor):
+            self._world = args[0].fake_mode
         if op is torch.ops.prim.device.default and not args[0].fake_mode.in_kernel_invocation:
             return args[0].fake_device  # asked for more often than anything is computed
         if op is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -109,9 +115,19 @@ class _Values(TorchDispatchMode):
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if op is _aten._unique2.default and isinstance(args[0], FakeTensor):  # BERT's own ids of token types
             args = (torch.ones(args[0].shape, dtype=args[0].dtype), *args[1:])
+        if op is _aten.where.self and self._world is not None and _is_large_and_real(*args):
+            # a mask of attention as numbers, made anew in every block; nobody asks for its values
+            args = (self._world.from_tensor(args[0]), *args[1:])
         if op in _INDEXED and isinstance(args[0], FakeTensor):
             args = (args[0], _whole_numbers(args[1]), *args[2:])
         return op(*args, **kwargs)
+
+
+LARGE = 2**20  # elements of a mask
+
+
+def _is_large_and_real(condition: Tensor, *chosen: Tensor) -> bool:
+    return condition.numel() >= LARGE and not any(isinstance(t, FakeTensor) for t in (condition, *chosen))
 
 
 _INDEXED = {
