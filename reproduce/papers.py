@@ -13,7 +13,7 @@ Table:   FedKSeed, all tables and figures; docs/papers.md, block papers-fedkseed
 Command: python reproduce/papers.py papers-fedkseed
 Time:    seconds; reads the blocks of other pages
 Needs:   nothing
-Result:  8 tables and figures, 5 with commands at full size, 7 in small
+Result:  8 tables and figures, 5 with commands at full size, 8 in small
 
 Table:   FedBiOT, all tables and figures; docs/papers.md, block papers-fedbiot
 Command: python reproduce/papers.py papers-fedbiot

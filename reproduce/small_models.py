@@ -30,16 +30,21 @@ MNIST, STORIES = DATA / "mnist-t10k", DATA / "tinystories/stories.jsonl"
 HELD_OUT, WINDOW = 1000, 64  # examples a part; characters
 
 
+def pictures() -> tuple[Tensor, Tensor]:
+    """MNIST's 10,000 pictures, scaled to mean 0 and deviation 1 (10000, 1, 28, 28), and their classes."""
+    with gzip.open(ROOT / MNIST / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8)
+    with gzip.open(ROOT / MNIST / "t10k-labels-idx1-ubyte.gz") as file:
+        right = torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()
+    return (pixels.reshape(-1, 1, 28, 28).float() / 255 - 0.1307) / 0.3081, right
+
+
 class Pictures(nn.Module):
     """MNIST's 10,000 pictures of 28 x 28, and a ResNet with a head of ten classes: 95,000 weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        with gzip.open(ROOT / MNIST / "t10k-images-idx3-ubyte.gz") as file:
-            pixels = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8)
-        with gzip.open(ROOT / MNIST / "t10k-labels-idx1-ubyte.gz") as file:
-            self.right = torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()
-        scaled = (pixels.reshape(-1, 1, 28, 28).float() / 255 - 0.1307) / 0.3081
+        scaled, self.right = pictures()
         self.register_buffer("pictures", scaled, persistent=False)
         config = ResNetConfig(
             num_channels=1,

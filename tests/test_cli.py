@@ -423,3 +423,9 @@ def test_an_exported_model_can_be_fine_tuned_again(runs: Path, tmp_path: Path) -
     ).json()
     before = summary(runs / "lora")["evaluation"]["loss"]["loss"]
     assert again["zero_shot"]["loss"]["loss"] == pytest.approx(before, rel=1e-5)
+
+
+def test_a_command_that_is_nearly_one_is_asked_for_once(tmp_path: Path) -> None:
+    found = fedtune("rnu", "demo", cwd=tmp_path)
+    assert found.status == 2 and found.err.count("Did you mean 'run'?") == 1
+    assert found.err == "fedtune: No such command 'rnu'. Did you mean 'run'? Try fedtune --help.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 from enum import StrEnum
@@ -105,6 +106,7 @@ def _status(arguments: list[str], debug: bool) -> int:
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             text = error.format_message()  # of a command without arguments it is the whole help
+            text = re.sub(r"( Did you mean [^?]*\?)\1+", r"\1", text)  # click says it, and typer once more
             shown = text if text.startswith("Usage") else f"fedtune: {text} Try fedtune --help."
             print(shown, file=sys.stderr)
             raise SystemExit(2) from None
