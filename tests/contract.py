@@ -116,7 +116,6 @@ FORMS: dict[str, dict[str, Form]] = {
             {**FULL, **TWO, "keep_optimizer": True, "server_optimizer": {"name": "nesterov", "lr": 0.7}},
             wire={"dtype": "int8", "error_feedback": True},
         ),
-        "regions": Form({**LORA, "rounds": 4, "regions": {"of": [0, 1], "rounds": 2}}),
         "own-b": Form({**LORA, "rounds": 3, "own": ["lora_B"]}),
         "own-head-bfloat16-scaffold": Form(
             {**FULL, **TWO, "optimizer": "sgd", "control_variates": True, "own": ["classifier"]},

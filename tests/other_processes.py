@@ -39,7 +39,6 @@ TRIED += [
     ("fedavg", "own-b-fine-tune-classifier"),
     ("fedavg", "ditto"),
     ("fedavg", "prune"),
-    ("fedavg", "regions"),
     ("fedkseed", "ring"),
     ("fedkseed", "subzero"),
     ("fedkseed", "lozo-classifier"),
