@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from toy import Bench, Toy, items
 
+from fedtune.core.aggregate import WeightedSum
 from fedtune.core.cohort import Cohort, QuorumError, quorum_of, sample_cohort
 from fedtune.core.ledger import Ledger
 from fedtune.core.reported import reported
@@ -30,7 +32,7 @@ from fedtune.core.types import (
 from fedtune.core.wire import Content, FrameError, decode, encode
 from fedtune.errors import ProgramError
 from fedtune.methods.fedavg.method import FedAvg
-from fedtune.methods.fedavg.settings import Config
+from fedtune.methods.fedavg.settings import Config, Regions
 from fedtune.transport.in_process import InProcess, Simulation
 
 DATA = {client: items(client, client + 1) for client in range(4)}
@@ -357,6 +359,29 @@ def test_the_order_of_arrival_does_not_change_fedavg() -> None:
         return federation.state.weights["w"]
 
     assert torch.equal(end(Simulation()), end(Simulation(delay_s=1.0)))
+
+
+@pytest.mark.parametrize("regions", [None, Regions(of=[0, 1], rounds=1)])
+def test_no_update_is_in_memory_while_the_next_client_trains(
+    regions: Regions | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"trainable": "full", "rounds": 1, "optimizer": "sgd", "regions": regions}
+    method = FedAvg(Config(**settings), seed=0)
+    federation, earlier, alive = Bench(method, Toy(), DATA), list[weakref.ref[Tensor]](), list[int]()
+    step, add = method.client_step, WeightedSum.add
+
+    def stepped(*args: Any) -> ClientResult:
+        alive.append(sum(each() is not None for each in earlier))
+        return step(*args)
+
+    def added(total: WeightedSum, update: Mapping[str, Tensor], weight: int) -> WeightedSum:
+        earlier.extend(weakref.ref(tensor) for tensor in update.values())
+        return add(total, update, weight)
+
+    monkeypatch.setattr(method, "client_step", stepped)
+    monkeypatch.setattr(WeightedSum, "add", added)
+    federation.round(1)
+    assert len(earlier) == 4 and alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("rounds", "per_round"), [(1, None), (3, None), (4, 2)])

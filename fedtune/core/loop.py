@@ -202,9 +202,11 @@ class RoundLoop:
         for reply in replies:
             if self._method.uses_wire:
                 with paused():  # some MB, whatever is aggregated: plans do not count it
-                    vectors = about.vectors(reply.payload.tensors)
-                    outcome.seen[reply.client] = {part: sketch(vector) for part, vector in vectors.items()}
+                    outcome.seen[reply.client] = {
+                        part: sketch(vector) for part, vector in about.vectors(reply.payload.tensors).items()
+                    }
             yield reply
+            del reply  # not in memory beside the next one
 
     def _watched(
         self,
@@ -222,6 +224,7 @@ class RoundLoop:
                     hold_quorum(outcome, quorum)
                     return
             yield reply
+            del reply  # whoever takes it decides how long it is in memory
             on_arrival(state, outcome)
 
     def _asked(self, orders: Iterable[Order], cohort: Cohort, outcome: RoundOutcome) -> Iterator[Reply]:
@@ -276,6 +279,7 @@ class RoundLoop:
                 outcome.clients.append(reply.client)
                 outcome.metrics[reply.client], outcome.examples[reply.client] = reply.metrics, reply.examples
                 yield reply
+                del reply
         finally:
             for client in list(sent):
                 enter(client)

@@ -61,6 +61,7 @@ def advanced(
         region = region_of(reply.client, regions)
         before = sums.get(region) or WeightedSum.empty(reply.cohort.total_examples)
         sums[region] = before.add(pad(reply.payload.tensors, state.weights), reply.examples)
+        del reply  # not in memory beside the next one
     if not sums:
         if tuned:
             return state

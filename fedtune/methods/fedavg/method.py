@@ -250,6 +250,7 @@ class FedAvg:
                 },
                 1,
             )
+            del reply, update  # not in memory beside the next one
         if total is None and tuned:  # clients' models, which stay where they are
             return state
         if total is None or control is None:
