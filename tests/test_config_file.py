@@ -109,6 +109,17 @@ def test_wrong_values_are_named(text: str, tmp_path: Path) -> None:
         load(tmp_path, text)
 
 
+def test_settings_that_do_not_go_together_are_not_named_beside_a_block_with_problems() -> None:
+    """What they were compared with stands in for the method: here its arrival is none of the file's."""
+    method = {"name": "fedavg", "arrival": "asynchronous", "rounds": 2}
+    with pytest.raises(InputError) as error:
+        parse_config({"method": method, "evaluation": {"arrivals": True}, "seed": -1}, "a.yaml")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("a.yaml: method: arrival: asynchronous is one-shot")
+    assert lines[1].startswith("a.yaml: seed: ")
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load(tmp_path, "{sed: 1, data: {clients: x}, method: {name: fedavg, lrr: 1, rounds: 0}}")

@@ -61,7 +61,7 @@ def parse_config(document: Mapping[str, Any], source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += _problems(error, RunConfig, ())
+        problems += _problems(error, RunConfig, (), together=not problems)
     if problems:
         said = (problem.removeprefix(f"{source}: ") for problem in dict.fromkeys(problems))
         raise InputError("\n".join(f"{source}: {problem}" for problem in said))
@@ -98,11 +98,19 @@ def _named(
         return cast(Any, cls).model_construct(name=block["name"])  # so that the rest can be looked at
 
 
-def _problems(error: ValidationError, cls: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
-    """One line a problem, with the dotted name as a user writes it."""
+def _problems(
+    error: ValidationError, cls: type[BaseModel], prefix: tuple[str, ...], *, together: bool = True
+) -> list[str]:
+    """One line a problem, with the dotted name as a user writes it.
+
+    Without `together` nothing of settings that do not go with each other: one of their blocks has problems of
+    its own, and another stands in for it.
+    """
     lines = list[str]()
     before = dict[str, tuple[str, str]]()  # by name, its line and what that says is allowed
     for problem in error.errors(include_url=False):
+        if not (together or problem["loc"]):
+            continue
         path, known = _walk(cls, problem["loc"])
         name = foreign(".".join([*prefix, *path])) or "the configuration"
         got = "" if isinstance(problem["input"], dict) else f", got {short(repr(problem['input']))}"
