@@ -54,16 +54,18 @@ def test_files_that_differ_in_name_differ_in_settings() -> None:
 
 
 def quick(config: RunConfig) -> RunConfig:
-    """The same run with two clients, one step each, and a handful of examples."""
+    """The same run with two clients, or as many as it chooses from, one step each, and a few examples."""
     settings: dict[str, Any] = config.resolved()
-    settings["data"] |= {"max_examples": 40, "clients": 2}
+    clients = settings["data"]["clients"] if settings["federation"]["selection"] else 2
+    settings["data"] |= {"max_examples": 100 if clients > 2 else 40, "clients": clients}
     settings["evaluation"] |= {"tasks": ["loss"], "max_examples": 8, "every": 0}
     if "local_steps" in settings["method"]:
         settings["method"] |= {"local_steps": 1, "batch_size": 2}
         if "local_epochs" in settings["method"]:
             settings["method"]["local_epochs"] = None
     if "rounds" in settings["method"]:
-        settings["method"]["rounds"] = 1
+        regions = settings["method"].get("regions")
+        settings["method"]["rounds"] = regions["rounds"] if regions else 1
     return parse_config(settings, "quick")
 
 
