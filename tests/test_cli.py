@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fedtune import load
 from fedtune.bench import BENCHES
 from fedtune.cli.main import app
+from fedtune.config.schema import Federation
 from fedtune.config.wire import Wire
 from fedtune.data.partition import PARTITIONERS
 from fedtune.data.templates import TEMPLATES
@@ -137,6 +138,7 @@ assert not heavy, heavy
         config = load(path)
         asked = config.federation
         more = asked.privacy or asked.secure_aggregation or asked.robust or asked.wire != Wire()
+        more = more or asked.selection != Federation().selection
         if config.model.name == "bundled" and not more:
             plain.append(str(path))
     assert len(plain) > 20

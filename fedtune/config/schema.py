@@ -200,13 +200,13 @@ class RunConfig(Settings):
             )
         for name in ("secure_aggregation", "privacy"):
             if getattr(self.federation, name) is not None:
-                reason = refusal(registry.build(self.method, self.seed), privacy=name == "privacy")
+                reason = refusal(self._built(), privacy=name == "privacy")
                 if reason:
                     raise ValueError(f"federation.{name} does not go with {self.method_name}: {reason}")
         if self.federation.robust is not None:
             reason = robust_refusal(
                 self.federation.robust,
-                registry.build(self.method, self.seed),
+                self._built(),
                 secure=self.federation.secure_aggregation is not None,
                 privacy=self.federation.privacy is not None,
             )
@@ -216,21 +216,20 @@ class RunConfig(Settings):
                 self._enough_replies(self.federation.robust, self.data.clients)
         if self.federation.wire.compresses:
             reason = self.federation.wire.refusal(
-                registry.build(self.method, self.seed),
+                self._built(),
                 secure=self.federation.secure_aggregation is not None,
                 privacy=self.federation.privacy is not None,
             )
             if reason:
                 raise ValueError(f"federation.wire: {reason}")
-        network, method = self.transport.name == "flower", registry.build(self.method, self.seed)
-        if reason := selection_refusal(self.federation, method, network=network):
+        network = self.transport.name == "flower"
+        evenly = isinstance(self.federation.selection, AtRandom)
+        if not evenly and (reason := selection_refusal(self.federation, self._built(), network=network)):
             raise ValueError(f"federation.selection: {reason}")
         if reason := self.federation.refusal_of_weights:
             raise ValueError(f"federation.weights: {reason}")
         if self.federation.privacy is not None:
-            check_scale(
-                self.federation.privacy, cast(SumMethod[Any], registry.build(self.method, self.seed)).unit
-            )
+            check_scale(self.federation.privacy, cast(SumMethod[Any], self._built()).unit)
         if reason := simulated_refusal(self.method, self.federation.clients_per_round, network=network):
             raise ValueError(reason)
         if self.evaluation.arrivals and getattr(self.method, "arrival", "") != "asynchronous":
@@ -248,6 +247,9 @@ class RunConfig(Settings):
         if isinstance(clients, int) and (reason := peers_refusal(self.method, often, clients)):
             raise ValueError(reason)
         return self
+
+    def _built(self) -> Any:  # imports PyTorch, which most files can be checked without
+        return registry.build(self.method, self.seed)
 
     def _enough_replies(self, robust: Robust, clients: int) -> None:
         everyone, asked = dict.fromkeys(range(clients), 1), self.federation.clients_per_round
@@ -304,12 +306,12 @@ class RunConfig(Settings):
     def _where_data_are(self) -> Self:
         """Over a network the server has no training examples; on one machine nobody else has them."""
         data, network = self.data, self.transport.name == "flower"
-        method, private = registry.build(self.method, self.seed), self.federation.privacy is not None
-        best = self.checkpoints.best
-        if why := federated_refusal(
-            self.evaluation, data, method, task=self.model.task, private=private, best=best
-        ):
-            raise ValueError(f"evaluation.where: clients does not go with {why}")
+        if self.evaluation.where == "clients":
+            private, best = self.federation.privacy is not None, self.checkpoints.best
+            if why := federated_refusal(
+                self.evaluation, data, self._built(), task=self.model.task, private=private, best=best
+            ):
+                raise ValueError(f"evaluation.where: clients does not go with {why}")
         if (data.train == CLIENTS) != network:
             raise ValueError(
                 f"data.train is {data.train} and transport.name {self.transport.name}; over a network "
