@@ -12,6 +12,7 @@ from reproduced import load
 
 from fedtune.config.file import dump_config, dump_settings, load_config, parse_config
 from fedtune.config.schema import RunConfig
+from fedtune.config.selection import AtRandom
 from fedtune.core import loop, wire
 from fedtune.core.types import TensorSpec
 from fedtune.federation.progress import Silent
@@ -56,7 +57,8 @@ def test_files_that_differ_in_name_differ_in_settings() -> None:
 def quick(config: RunConfig) -> RunConfig:
     """The same run with two clients, or as many as it chooses from, one step each, and a few examples."""
     settings: dict[str, Any] = config.resolved()
-    clients = settings["data"]["clients"] if settings["federation"]["selection"] else 2
+    evenly = config.federation.selection == AtRandom()
+    clients = 2 if evenly else settings["data"]["clients"]
     settings["data"] |= {"max_examples": 100 if clients > 2 else 40, "clients": clients}
     settings["evaluation"] |= {"tasks": ["loss"], "max_examples": 8, "every": 0}
     if "local_steps" in settings["method"]:
